@@ -1,0 +1,1 @@
+"""Architecture layouts of the host kernel."""

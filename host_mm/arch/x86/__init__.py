@@ -1,0 +1,1 @@
+"""The host's x86-64 page tables."""

@@ -1,0 +1,1 @@
+"""What the models need of a kernel's core: tasks, locks, time, errors."""

@@ -1,0 +1,1 @@
+"""Room 2: `virt/kvm` and `arch/x86/kvm`. Never imports Unicorn."""

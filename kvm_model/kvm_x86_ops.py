@@ -1,0 +1,70 @@
+"""How KVM meets the CPU: the kernel's kvm_x86_ops, as far as this model calls it.
+
+emu implements it on Unicorn; a test may pass a scripted CPU. KVM never touches the CPU otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvm_model.vmx.exits import VmExit
+
+if TYPE_CHECKING:
+    from kvm_model.vcpu import Vcpu
+
+__all__ = ["KvmX86Ops"]
+
+
+class KvmX86Ops(Protocol):
+    """The CPU under one VM. `vcpu` is always KVM's object; `vcpu.vcpu_id` tells which."""
+
+    def vcpu_run(self, vcpu: Vcpu) -> VmExit:
+        """VM entry: inject `vcpu.entry_intr_info` if valid, run until a VM exit, return it."""
+        ...
+
+    def flush_tlb(self, vcpu: Vcpu) -> None:
+        """Empty the vCPU's translations of every kind (INVEPT of its root)."""
+        ...
+
+    def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int) -> None:
+        """Use the EPT root at `root_hpa` from the next entry on."""
+        ...
+
+    def emulate(self, vcpu: Vcpu, gpa: int) -> Any:
+        """Decode and start the instruction at RIP, whose memory operand is at MMIO `gpa`.
+
+        Returns an MmioAccess, or None where the instruction cannot be emulated.
+        """
+        ...
+
+    def complete_mmio(self, vcpu: Vcpu, access: Any, data: int) -> None:
+        """Finish an emulated access: put `data` where a load wants it, set flags, step RIP."""
+        ...
+
+    def get_reg(self, vcpu: Vcpu, name: str) -> int:
+        """A register by its lower-case SDM name: rax..r15, rip, rflags, cr0..cr4, efer, cs..."""
+        ...
+
+    def set_reg(self, vcpu: Vcpu, name: str, value: int) -> None:
+        """Write a register."""
+        ...
+
+    def get_msr(self, vcpu: Vcpu, index: int) -> int | None:
+        """An MSR's value, or None where reading it is #GP."""
+        ...
+
+    def set_msr(self, vcpu: Vcpu, index: int, value: int) -> bool:
+        """Write an MSR; False where writing that is #GP."""
+        ...
+
+    def cpuid(self, vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX, EDX."""
+        ...
+
+    def skip_emulated_instruction(self, vcpu: Vcpu, insn_len: int) -> None:
+        """Step RIP over an instruction that KVM emulated; ends an STI shadow."""
+        ...
+
+    def interrupt_allowed(self, vcpu: Vcpu) -> bool:
+        """RFLAGS.IF and no STI or MOV-SS shadow."""
+        ...

@@ -1,0 +1,1 @@
+"""`arch/x86/kvm/mmu`: SPTEs, the TDP MMU, the fault path."""

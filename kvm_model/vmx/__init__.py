@@ -1,0 +1,1 @@
+"""Intel's part: exit information and the EPT entry layout."""

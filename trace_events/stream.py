@@ -1,0 +1,173 @@
+"""The event stream of one machine: binding, numbering, causes, listeners.
+
+A model holds a `Binding` whose attributes are the tracepoints by name. While nobody listens each
+is None, so that the price of tracing is one attribute test:
+
+    if (t := self.trace.kvm_exit) is not None:
+        t(vcpu_id, reason, ...)
+
+An emitter returns the event's sequence number, which is what causes are made of:
+
+    ctx = stream.ctx
+    saved = ctx.cause
+    if (t := self.trace.mn_range_start) is not None:
+        ctx.cause = t(...)
+    ...
+    ctx.cause = saved
+
+When anybody listens to anything, every event is built and numbered, so that the numbers do not
+depend on the filter; a listener sees what its globs match, preceded by those ancestors (causes and
+`killed_by`) it has not seen yet. Such an ancestor arrives late, with its own smaller number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from trace_events.event import Event
+from trace_events.filters import compile_globs
+from trace_events.tracepoint import Tracepoint
+
+__all__ = ["Binding", "Listener", "TaskContext", "TraceStream"]
+
+
+class TaskContext:
+    """Who is running: the task's name, its vCPU number (-1: none) and the event that caused this."""
+
+    __slots__ = ("cause", "name", "vcpu")
+
+    def __init__(self, name: str, vcpu: int = -1, cause: int | None = None) -> None:
+        self.name = name
+        self.vcpu = vcpu
+        self.cause = cause
+
+
+class Binding:
+    """Tracepoints as attributes: None while nobody listens, else the emitter."""
+
+    def __init__(self, tracepoints: Iterable[Tracepoint]) -> None:
+        self._tracepoints = tuple(tracepoints)
+        for tp in self._tracepoints:
+            setattr(self, tp.name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for a name that was never bound: a misspelt event must not pass as silence.
+        raise AttributeError(f"no tracepoint named {name!r} is bound here")
+
+
+class Listener:
+    """One consumer of events. `sink` is called with each event its globs match and its ancestors.
+
+    With `ancestors=False` only matching events arrive.
+    """
+
+    def __init__(
+        self, globs: Iterable[str], sink: Callable[[Event], None], *, ancestors: bool = True
+    ) -> None:
+        self.globs = tuple(globs)
+        self.match = compile_globs(self.globs)
+        self.sink = sink
+        self.ancestors = ancestors
+        self.seen: set[int] = set()
+
+
+class TraceStream:
+    """Numbers events and hands them to listeners. One per machine."""
+
+    def __init__(self, now: Callable[[], int] = lambda: 0) -> None:
+        self.now = now
+        self.seq = 0
+        self.ctx = TaskContext("main")
+        self._bindings: list[Binding] = []
+        self._listeners: list[Listener] = []
+        self._scopes: dict[int, Event] = {}
+        self._wanted: dict[str, list[Listener]] = {}
+
+    def bind(self, tracepoints: Iterable[Tracepoint]) -> Binding:
+        """A new binding of these tracepoints, live at once if anybody listens."""
+        binding = Binding(tracepoints)
+        self._bindings.append(binding)
+        self._rebind(binding)
+        return binding
+
+    def tracepoints(self) -> list[Tracepoint]:
+        """Every bound tracepoint once, sorted by full name."""
+        found = {tp.full_name: tp for b in self._bindings for tp in b._tracepoints}
+        return [found[name] for name in sorted(found)]
+
+    def listen(self, listener: Listener) -> None:
+        """Start delivering to `listener`."""
+        self._listeners.append(listener)
+        self._rebind_all()
+
+    def unlisten(self, listener: Listener) -> None:
+        """Stop delivering to `listener`; unknown listeners are ignored."""
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+            self._rebind_all()
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody listens."""
+        return bool(self._listeners)
+
+    def ancestor(self, seq: int | None) -> Event | None:
+        """The scope event numbered `seq`, if it was fired while somebody listened."""
+        return None if seq is None else self._scopes.get(seq)
+
+    def _rebind_all(self) -> None:
+        self._wanted.clear()
+        for binding in self._bindings:
+            self._rebind(binding)
+
+    def _rebind(self, binding: Binding) -> None:
+        for tp in binding._tracepoints:
+            self._wanted[tp.full_name] = [x for x in self._listeners if x.match(tp.full_name)]
+            setattr(binding, tp.name, self._emitter(tp) if self._listeners else None)
+
+    def _emitter(self, tp: Tracepoint) -> Callable[..., int]:
+        fields, full_name, scope = tp.fields, tp.full_name, tp.scope
+        wanted = self._wanted[full_name]
+        scopes = self._scopes
+
+        def emit(*args: Any, killed_by: int | None = None) -> int:
+            seq = self.seq
+            self.seq = seq + 1
+            if not wanted and not scope:
+                return seq
+            ctx = self.ctx
+            event = Event(
+                seq, self.now(), full_name, ctx.name, ctx.vcpu, ctx.cause, killed_by,
+                dict(zip(fields, args, strict=True)),
+            )
+            if scope:
+                scopes[seq] = event
+            for listener in wanted:
+                self._deliver(listener, event)
+            return seq
+
+        return emit
+
+    def _deliver(self, listener: Listener, event: Event) -> None:
+        if listener.ancestors:
+            self._deliver_ancestors(listener, event)
+        listener.sink(event)
+
+    def _deliver_ancestors(self, listener: Listener, event: Event) -> None:
+        seen = listener.seen
+        if event.seq in self._scopes:
+            seen.add(event.seq)
+        late: list[Event] = []
+        todo = [event.cause, event.killed_by]
+        while todo:
+            seq = todo.pop()
+            if seq is None or seq in seen:
+                continue
+            seen.add(seq)
+            parent = self._scopes.get(seq)
+            if parent is not None:
+                late.append(parent)
+                todo += [parent.cause, parent.killed_by]
+        for parent in sorted(late, key=lambda e: e.seq):
+            listener.sink(parent)
