@@ -1,0 +1,593 @@
+"""mmu notifiers: how mm tells secondary MMUs that host translations go away.
+
+Source of truth: mm/mmu_notifier.c and include/linux/mmu_notifier.h (Linux 6.18); `change_pte`,
+`invalidate_range` and the end that skips it are Linux 5.10's and called by that profile only.
+
+A bracket is
+
+    range_ = mmu_notifier_range_init(MMU_NOTIFY_CLEAR, mm, start, end, order=ORDER_UNDER_PTL)
+    mmu_notifier_invalidate_range_start(range_)
+    ...
+    mmu_notifier_invalidate_range_end(range_)
+
+and costs one attribute test while nobody is registered with the mm. Its start event is the cause
+of all that happens until its end. One SRCU domain serves all mms of a host: the host holds it as
+`host.mmu_notifier_srcu`, and the binding of TRACEPOINTS as `host.trace`.
+
+Dispatch: start and end go to the interval tree first, then to the list. When a list start says
+-EAGAIN the others are called all the same, then the end of each notifier that has one, and the
+caller must not call end. When that happens after the interval tree was told, nobody tells the tree
+of the end: Linux has this hole too.
+
+Not modelled: lockdep's map of the start section, module unloading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from errno import EAGAIN, EINVAL
+from typing import TYPE_CHECKING, Any, Protocol
+
+from host_mm.kernel.errors import BrokenTruth
+from host_mm.kernel.locks import Spinlock
+from host_mm.kernel.sched import WaitQueue
+from trace_events.tracepoint import Tracepoint
+
+if TYPE_CHECKING:
+    from host_mm.mm_types import MmStruct
+
+__all__ = [
+    "EVENT_NAMES",
+    "MMU_NOTIFIER_RANGE_BLOCKABLE",
+    "MMU_NOTIFY_CLEAR",
+    "MMU_NOTIFY_EXCLUSIVE",
+    "MMU_NOTIFY_MIGRATE",
+    "MMU_NOTIFY_PROTECTION_PAGE",
+    "MMU_NOTIFY_PROTECTION_VMA",
+    "MMU_NOTIFY_RELEASE",
+    "MMU_NOTIFY_SOFT_DIRTY",
+    "MMU_NOTIFY_UNMAP",
+    "ORDER_AFTER_END",
+    "ORDER_BATCHED",
+    "ORDER_GATHER",
+    "ORDER_UNDER_PTL",
+    "TRACEPOINTS",
+    "MmuNotifier",
+    "MmuNotifierRange",
+    "MmuNotifierSubscriptions",
+    "mm_has_notifiers",
+    "mmu_notifier_arch_invalidate_secondary_tlbs",
+    "mmu_notifier_change_pte",
+    "mmu_notifier_clear_flush_young",
+    "mmu_notifier_clear_young",
+    "mmu_notifier_get",
+    "mmu_notifier_invalidate_range",
+    "mmu_notifier_invalidate_range_end",
+    "mmu_notifier_invalidate_range_only_end",
+    "mmu_notifier_invalidate_range_start",
+    "mmu_notifier_invalidate_range_start_nonblock",
+    "mmu_notifier_put",
+    "mmu_notifier_range_blockable",
+    "mmu_notifier_range_init",
+    "mmu_notifier_register",
+    "mmu_notifier_register_locked",
+    "mmu_notifier_release",
+    "mmu_notifier_subscriptions_destroy",
+    "mmu_notifier_synchronize",
+    "mmu_notifier_test_young",
+    "mmu_notifier_unregister",
+]
+
+# enum mmu_notifier_event
+MMU_NOTIFY_UNMAP = 0
+MMU_NOTIFY_CLEAR = 1
+MMU_NOTIFY_PROTECTION_VMA = 2
+MMU_NOTIFY_PROTECTION_PAGE = 3
+MMU_NOTIFY_SOFT_DIRTY = 4
+MMU_NOTIFY_RELEASE = 5
+MMU_NOTIFY_MIGRATE = 6
+MMU_NOTIFY_EXCLUSIVE = 7
+
+EVENT_NAMES = (
+    "unmap", "clear", "protection-vma", "protection-page", "soft-dirty", "release", "migrate", "exclusive",
+)
+"""Names of the events by value, as traces print them."""
+
+MMU_NOTIFIER_RANGE_BLOCKABLE = 1
+
+ORDER_UNDER_PTL = 1
+"""The primary TLB is flushed inside the bracket, under the page-table lock."""
+ORDER_BATCHED = 2
+"""Flush deferred: one batched flush after the bracket, before the page is freed or written."""
+ORDER_GATHER = 3
+"""mmu_gather: batches may be flushed and freed inside the bracket, the rest after it."""
+ORDER_AFTER_END = 4
+"""Entries lose rights inside the bracket, the flush follows its end."""
+
+
+def _fmt_bracket(pid: int, event: str, start: int, end: int, order: int, blockable: bool) -> str:
+    tail = "" if blockable else " nonblock"
+    return f"pid {pid} {event} {start:#x} -- {end:#x} order {order}{tail}"
+
+
+MMU_NOTIFIER_START = Tracepoint(
+    "refault", "mmu_notifier_start", ("pid", "event", "start", "end", "order", "blockable"), _fmt_bracket,
+    scope=True, doc="A bracket opens: secondary MMUs drop the range and may not map it until the end.",
+)
+MMU_NOTIFIER_END = Tracepoint(
+    "refault", "mmu_notifier_end", ("pid", "event", "start", "end", "order", "blockable"), _fmt_bracket,
+    doc="A bracket closes; its cause is the start.",
+)
+MMU_NOTIFIER_AGAIN = Tracepoint(
+    "refault", "mmu_notifier_again", ("pid", "event", "start", "end"),
+    lambda pid, event, start, end: f"pid {pid} {event} {start:#x} -- {end:#x}",
+    doc="A non-blockable start was refused; there will be no end.",
+)
+
+TRACEPOINTS = (MMU_NOTIFIER_START, MMU_NOTIFIER_END, MMU_NOTIFIER_AGAIN)
+
+
+class MmuNotifierRange:
+    """struct mmu_notifier_range. `order` is the class of ordering between PTEs, flush and bracket."""
+
+    __slots__ = ("end", "event", "flags", "mm", "order", "owner", "saved_cause", "start", "traced")
+
+    def __init__(
+        self, event: int, mm: MmStruct, start: int, end: int, order: int, flags: int, owner: Any
+    ) -> None:
+        self.event = event
+        self.mm = mm
+        self.start = start
+        self.end = end
+        self.order = order
+        self.flags = flags
+        self.owner = owner
+        self.saved_cause: int | None = None
+        self.traced = False
+
+    def __repr__(self) -> str:
+        return f"<MmuNotifierRange {EVENT_NAMES[self.event]} {self.start:#x} -- {self.end:#x}>"
+
+
+class MmuNotifier:
+    """struct mmu_notifier with its ops: a subclass defines the callbacks it has, the rest stay None.
+
+    The ops of a get/put notifier are its class, which then must have alloc_notifier (a class
+    method taking the mm) and may have free_notifier.
+    """
+
+    release: Callable[[MmStruct], None] | None = None
+    clear_flush_young: Callable[[MmStruct, int, int], int] | None = None
+    clear_young: Callable[[MmStruct, int, int], int] | None = None
+    test_young: Callable[[MmStruct, int], int] | None = None
+    change_pte: Callable[[MmStruct, int, int], None] | None = None
+    invalidate_range_start: Callable[[MmuNotifierRange], int] | None = None
+    invalidate_range_end: Callable[[MmuNotifierRange], None] | None = None
+    invalidate_range: Callable[[MmStruct, int, int], None] | None = None
+    arch_invalidate_secondary_tlbs: Callable[[MmStruct, int, int], None] | None = None
+    alloc_notifier: Callable[[MmStruct], MmuNotifier] | None = None
+    free_notifier: Callable[[], None] | None = None
+
+    mm: MmStruct | None = None
+    users = 0
+    hashed = False
+
+
+class IntervalTree(Protocol):
+    """What dispatch asks of interval_notifier.py; made by the first mmu_interval_notifier_insert."""
+
+    def invalidate(self, range_: MmuNotifierRange) -> int:
+        """mn_itree_invalidate."""
+
+    def end(self) -> None:
+        """mn_itree_inv_end."""
+
+    def release(self, mm: MmStruct) -> None:
+        """mn_itree_release."""
+
+
+class MmuNotifierSubscriptions:
+    """struct mmu_notifier_subscriptions: what is registered with one mm.
+
+    `list` is replaced, never changed in place, so that a walk under SRCU sees one state of it.
+    """
+
+    __slots__ = ("active_invalidate_ranges", "invalidate_seq", "itree", "list", "lock", "wq")
+
+    def __init__(self, mm: MmStruct) -> None:
+        sched = mm.host.sched
+        self.list: tuple[MmuNotifier, ...] = ()
+        self.lock = Spinlock(sched, "notifier_subscriptions_lock")
+        self.itree: IntervalTree | None = None
+        self.invalidate_seq = 2
+        self.active_invalidate_ranges = 0
+        self.wq = WaitQueue(sched, "mmu_interval")
+
+
+def mm_has_notifiers(mm: MmStruct) -> bool:
+    """Whether anything was ever registered with this mm."""
+    return mm.notifier_subscriptions is not None
+
+
+def mmu_notifier_range_init(
+    event: int, mm: MmStruct, start: int, end: int, *,
+    order: int = ORDER_UNDER_PTL, flags: int = 0, owner: Any = None,
+) -> MmuNotifierRange:
+    """A range for a bracket; with `owner` it is mmu_notifier_range_init_owner."""
+    return MmuNotifierRange(event, mm, start, end, order, flags, owner)
+
+
+def mmu_notifier_range_blockable(range_: MmuNotifierRange) -> bool:
+    """Whether callbacks for this range may sleep."""
+    return bool(range_.flags & MMU_NOTIFIER_RANGE_BLOCKABLE)
+
+
+# -- brackets -----------------------------------------------------------------------------------
+
+
+def mmu_notifier_invalidate_range_start(range_: MmuNotifierRange) -> None:
+    """Open a bracket; callbacks may sleep."""
+    subs = range_.mm.notifier_subscriptions
+    if subs is not None:
+        range_.flags |= MMU_NOTIFIER_RANGE_BLOCKABLE
+        _range_start(subs, range_)
+
+
+def mmu_notifier_invalidate_range_start_nonblock(range_: MmuNotifierRange) -> int:
+    """Open a bracket without sleeping; -EAGAIN: it is not open and end must not be called."""
+    subs = range_.mm.notifier_subscriptions
+    if subs is None:
+        return 0
+    range_.flags &= ~MMU_NOTIFIER_RANGE_BLOCKABLE
+    return _range_start(subs, range_)
+
+
+def mmu_notifier_invalidate_range_end(range_: MmuNotifierRange) -> None:
+    """Close a bracket."""
+    subs = range_.mm.notifier_subscriptions
+    if subs is not None:
+        _range_end(subs, range_, only_end=False)
+
+
+def mmu_notifier_invalidate_range_only_end(range_: MmuNotifierRange) -> None:
+    """Linux 5.10: close a bracket inside which invalidate_range was called already."""
+    subs = range_.mm.notifier_subscriptions
+    if subs is not None:
+        _range_end(subs, range_, only_end=True)
+
+
+def _trace_args(range_: MmuNotifierRange) -> tuple[int, str, int, int]:
+    return range_.mm.process.pid, EVENT_NAMES[range_.event], range_.start, range_.end
+
+
+def _range_start(subs: MmuNotifierSubscriptions, range_: MmuNotifierRange) -> int:
+    host = range_.mm.host
+    if (t := host.trace.mmu_notifier_start) is not None:
+        ctx = host.stream.ctx
+        range_.saved_cause = ctx.cause
+        range_.traced = True
+        ctx.cause = t(*_trace_args(range_), range_.order, mmu_notifier_range_blockable(range_))
+    ret = 0
+    if subs.itree is not None:
+        ret = subs.itree.invalidate(range_)
+    if not ret and subs.list:
+        ret = _hlist_invalidate_range_start(subs, range_)
+    if ret:
+        if (t := host.trace.mmu_notifier_again) is not None:
+            t(*_trace_args(range_))
+        _restore_cause(range_)
+    return ret
+
+
+def _range_end(subs: MmuNotifierSubscriptions, range_: MmuNotifierRange, only_end: bool) -> None:
+    if subs.itree is not None:
+        subs.itree.end()
+    if subs.list:
+        _hlist_invalidate_end(subs, range_, only_end)
+    if (t := range_.mm.host.trace.mmu_notifier_end) is not None:
+        t(*_trace_args(range_), range_.order, mmu_notifier_range_blockable(range_))
+    _restore_cause(range_)
+
+
+def _restore_cause(range_: MmuNotifierRange) -> None:
+    if range_.traced:
+        range_.traced = False
+        range_.mm.host.stream.ctx.cause = range_.saved_cause
+
+
+def _hlist_invalidate_range_start(subs: MmuNotifierSubscriptions, range_: MmuNotifierRange) -> int:
+    host = range_.mm.host
+    srcu = host.mmu_notifier_srcu
+    task = host.sched.current
+    blockable = range_.flags & MMU_NOTIFIER_RANGE_BLOCKABLE
+    ret = 0
+    idx = srcu.read_lock()
+    walk = subs.list
+    for sub in walk:
+        if sub.invalidate_range_start is None:
+            continue
+        if not blockable:
+            task.no_preempt += 1
+        one = sub.invalidate_range_start(range_)
+        if not blockable:
+            task.no_preempt -= 1
+        if one:
+            if blockable or one != -EAGAIN or sub.invalidate_range_end is not None:
+                raise BrokenTruth(
+                    "notifier-start-refused",
+                    f"{type(sub).__name__} answered {one} to {range_!r}; only a notifier without "
+                    "invalidate_range_end may refuse, with -EAGAIN, what is not blockable",
+                )
+            ret = one
+    if ret:
+        for sub in walk:
+            if sub.invalidate_range_end is not None:
+                sub.invalidate_range_end(range_)
+    srcu.read_unlock(idx)
+    return ret
+
+
+def _hlist_invalidate_end(subs: MmuNotifierSubscriptions, range_: MmuNotifierRange, only_end: bool) -> None:
+    host = range_.mm.host
+    srcu = host.mmu_notifier_srcu
+    task = host.sched.current
+    atomic = 0 if range_.flags & MMU_NOTIFIER_RANGE_BLOCKABLE else 1
+    idx = srcu.read_lock()
+    for sub in subs.list:
+        if not only_end and sub.invalidate_range is not None:
+            sub.invalidate_range(range_.mm, range_.start, range_.end)
+        if sub.invalidate_range_end is not None:
+            task.no_preempt += atomic
+            sub.invalidate_range_end(range_)
+            task.no_preempt -= atomic
+    srcu.read_unlock(idx)
+
+
+# -- single callbacks ---------------------------------------------------------------------------
+
+
+def mmu_notifier_clear_flush_young(mm: MmStruct, start: int, end: int) -> int:
+    """Test and clear accessed in all secondary MMUs, which may flush; nonzero: some was young."""
+    subs = mm.notifier_subscriptions
+    if subs is None or not subs.list:
+        return 0
+    srcu = mm.host.mmu_notifier_srcu
+    young = 0
+    idx = srcu.read_lock()
+    for sub in subs.list:
+        if sub.clear_flush_young is not None:
+            young |= sub.clear_flush_young(mm, start, end)
+    srcu.read_unlock(idx)
+    return young
+
+
+def mmu_notifier_clear_young(mm: MmStruct, start: int, end: int) -> int:
+    """Test and clear accessed in all secondary MMUs, which need not flush."""
+    subs = mm.notifier_subscriptions
+    if subs is None or not subs.list:
+        return 0
+    srcu = mm.host.mmu_notifier_srcu
+    young = 0
+    idx = srcu.read_lock()
+    for sub in subs.list:
+        if sub.clear_young is not None:
+            young |= sub.clear_young(mm, start, end)
+    srcu.read_unlock(idx)
+    return young
+
+
+def mmu_notifier_test_young(mm: MmStruct, address: int) -> int:
+    """Ask whether the address is young; the first notifier that says so ends the walk."""
+    subs = mm.notifier_subscriptions
+    if subs is None or not subs.list:
+        return 0
+    srcu = mm.host.mmu_notifier_srcu
+    young = 0
+    idx = srcu.read_lock()
+    for sub in subs.list:
+        if sub.test_young is not None:
+            young = sub.test_young(mm, address)
+            if young:
+                break
+    srcu.read_unlock(idx)
+    return young
+
+
+def mmu_notifier_arch_invalidate_secondary_tlbs(mm: MmStruct, start: int, end: int) -> None:
+    """Called with each flush of the primary TLB, for secondary TLBs that walk the CPU's tables."""
+    subs = mm.notifier_subscriptions
+    if subs is None or not subs.list:
+        return
+    srcu = mm.host.mmu_notifier_srcu
+    idx = srcu.read_lock()
+    for sub in subs.list:
+        if sub.arch_invalidate_secondary_tlbs is not None:
+            sub.arch_invalidate_secondary_tlbs(mm, start, end)
+    srcu.read_unlock(idx)
+
+
+def mmu_notifier_invalidate_range(mm: MmStruct, start: int, end: int) -> None:
+    """Linux 5.10: inside a bracket, under the page-table lock, after the primary flush."""
+    subs = mm.notifier_subscriptions
+    if subs is None or not subs.list:
+        return
+    srcu = mm.host.mmu_notifier_srcu
+    idx = srcu.read_lock()
+    for sub in subs.list:
+        if sub.invalidate_range is not None:
+            sub.invalidate_range(mm, start, end)
+    srcu.read_unlock(idx)
+
+
+def mmu_notifier_change_pte(mm: MmStruct, address: int, pte: int) -> None:
+    """Linux 5.10: set_pte_at_notify tells the new entry before it sets it."""
+    subs = mm.notifier_subscriptions
+    if subs is None or not subs.list:
+        return
+    srcu = mm.host.mmu_notifier_srcu
+    idx = srcu.read_lock()
+    for sub in subs.list:
+        if sub.change_pte is not None:
+            sub.change_pte(mm, address, pte)
+    srcu.read_unlock(idx)
+
+
+# -- registration -------------------------------------------------------------------------------
+
+
+def _mm_take_all_locks(mm: MmStruct) -> list[Any]:
+    """mm/vma.c: mm_take_all_locks. With every anon_vma lock held no rmap walk is inside a bracket."""
+    taken: list[Any] = []
+    for vma in mm.vmas:
+        for avc in vma.anon_vma_chain:
+            rwsem = avc.anon_vma.root.rwsem
+            if not any(rwsem is lock for lock in taken):
+                rwsem.lock(nested=True)
+                taken.append(rwsem)
+    return taken
+
+
+def mmu_notifier_register(sub: MmuNotifier, mm: MmStruct) -> int:
+    """Attach `sub`, at the head of the list. 0, or -EINVAL for a pair of callbacks Linux refuses."""
+    mm.mmap_lock.lock()
+    ret = mmu_notifier_register_locked(sub, mm)
+    mm.mmap_lock.unlock()
+    return ret
+
+
+def mmu_notifier_register_locked(
+    sub: MmuNotifier | None, mm: MmStruct,
+    itree: Callable[[MmuNotifierSubscriptions], IntervalTree] | None = None,
+) -> int:
+    """__mmu_notifier_register, under mmap_lock for write. Without `sub` it turns on `itree`."""
+    if mm.mm_users <= 0:
+        raise BrokenTruth("notifier-register", "registered with an mm that nobody uses")
+    if sub is not None and sub.arch_invalidate_secondary_tlbs is not None and (
+        sub.invalidate_range_start is not None or sub.invalidate_range_end is not None
+    ):
+        return -EINVAL
+    subs = mm.notifier_subscriptions
+    if subs is None:
+        subs = MmuNotifierSubscriptions(mm)
+    taken = _mm_take_all_locks(mm)
+    mm.notifier_subscriptions = subs
+    if sub is not None:
+        mm.mm_count += 1
+        sub.mm = mm
+        sub.users = 1
+        with subs.lock:
+            subs.list = (sub, *subs.list)
+            sub.hashed = True
+    elif itree is not None and subs.itree is None:
+        subs.itree = itree(subs)
+    for rwsem in reversed(taken):
+        rwsem.unlock()
+    return 0
+
+
+def _unhash(subs: MmuNotifierSubscriptions, sub: MmuNotifier) -> None:
+    if sub.hashed:
+        subs.list = tuple(other for other in subs.list if other is not sub)
+        sub.hashed = False
+
+
+def _mmdrop(mm: MmStruct) -> None:
+    mm.mmdrop()
+
+
+def mmu_notifier_unregister(sub: MmuNotifier, mm: MmStruct) -> None:
+    """Detach `sub`: calls release unless mm's exit did; when it returns no callback can run."""
+    subs = mm.notifier_subscriptions
+    if subs is None:
+        raise BrokenTruth("notifier-unregister", "unregistered from an mm that has no notifiers")
+    srcu = mm.host.mmu_notifier_srcu
+    if sub.hashed:
+        idx = srcu.read_lock()
+        if sub.release is not None:
+            sub.release(mm)
+        srcu.read_unlock(idx)
+        with subs.lock:
+            _unhash(subs, sub)
+    srcu.synchronize()
+    _mmdrop(mm)
+
+
+def mmu_notifier_get(ops: type[MmuNotifier], mm: MmStruct) -> MmuNotifier | int:
+    """The one notifier of this class on this mm, made on first use; or a negative errno."""
+    mm.mmap_lock.lock()
+    try:
+        subs = mm.notifier_subscriptions
+        if subs is not None:
+            with subs.lock:
+                for sub in subs.list:
+                    if type(sub) is ops:
+                        sub.users += 1
+                        return sub
+        alloc = ops.alloc_notifier
+        if alloc is None:
+            return -EINVAL
+        sub = alloc(mm)
+        ret = mmu_notifier_register_locked(sub, mm)
+        if ret and sub.free_notifier is not None:
+            sub.free_notifier()
+        return ret or sub
+    finally:
+        mm.mmap_lock.unlock()
+
+
+def mmu_notifier_put(sub: MmuNotifier) -> None:
+    """Drop one `get`. After the last, free_notifier runs once every callback has returned."""
+    mm = sub.mm
+    if mm is None or mm.notifier_subscriptions is None or not sub.users:
+        raise BrokenTruth("notifier-put", "put of a notifier that nobody holds")
+    subs = mm.notifier_subscriptions
+    with subs.lock:
+        sub.users -= 1
+        if sub.users:
+            return
+        _unhash(subs, sub)
+    srcu = mm.host.mmu_notifier_srcu
+
+    def free_rcu() -> None:
+        srcu.synchronize()
+        if sub.free_notifier is not None:
+            sub.free_notifier()
+        _mmdrop(mm)
+
+    mm.host.sched.spawn("kworker/srcu", free_rcu)
+
+
+def mmu_notifier_synchronize(mm: MmStruct) -> None:
+    """Wait until every callback that runs now has returned."""
+    mm.host.mmu_notifier_srcu.synchronize()
+
+
+def mmu_notifier_release(mm: MmStruct) -> None:
+    """exit_mmap calls it before it unmaps anything: every notifier must drop all and freeze."""
+    subs = mm.notifier_subscriptions
+    if subs is None:
+        return
+    if subs.itree is not None:
+        subs.itree.release(mm)
+    if not subs.list:
+        return
+    srcu = mm.host.mmu_notifier_srcu
+    idx = srcu.read_lock()
+    for sub in subs.list:
+        if sub.release is not None:
+            sub.release(mm)
+    with subs.lock:
+        for sub in subs.list:
+            sub.hashed = False
+        subs.list = ()
+    srcu.read_unlock(idx)
+    srcu.synchronize()
+
+
+def mmu_notifier_subscriptions_destroy(mm: MmStruct) -> None:
+    """At the last mmdrop."""
+    subs = mm.notifier_subscriptions
+    if subs is not None:
+        if subs.list:
+            raise BrokenTruth("notifier-destroy", "an mm was destroyed with notifiers on its list")
+        mm.notifier_subscriptions = None
