@@ -1,0 +1,19 @@
+"""The host side's protocol switches: each leaves out one step of the mm's protocol.
+
+A switch is tested where the step stands: `if "no-primary-flush" not in host.breaks`. With a switch on,
+one of the checked truths is expected to fail; which one is said in the line.
+
+Not modelled: switches of the KVM side (kvm_model/breaks.py).
+"""
+
+from __future__ import annotations
+
+__all__ = ["BREAKS"]
+
+BREAKS: dict[str, str] = {
+    "free-before-flush": "mmu_gather frees its pages before it flushes the primary TLB",
+    "flush-after-unlock": "a COW flushes the old translation only after the page-table lock is dropped",
+    "no-fault-recheck": "a COW does not compare the PTE again under the page-table lock",
+    "no-primary-flush": "flush_tlb_* do nothing: the host's own stale translations survive",
+    "start-after-clear": "a zap opens its bracket only after the PTEs are cleared",
+}
