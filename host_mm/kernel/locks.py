@@ -62,7 +62,7 @@ class _Sleeping:
                 raise BrokenTruth("lock-order", f"{task.name} takes {self.cls} twice")
             self.waiters_write += 1
             while self.owner is not None or self.readers:
-                self.wq.wait()
+                self.wq.wait(spin=self.SPIN)
             self.waiters_write -= 1
         self.owner = task
         task.held.append(self.cls)
@@ -103,7 +103,7 @@ class _Sleeping:
         if sched.lockdep is not None:
             _check_order(sched, task, self.cls, False)
         while self.owner is not None or (self.waiters_write and not self.readers):
-            self.wq.wait()
+            self.wq.wait(spin=self.SPIN)
         self.readers.append(task)
         task.held.append(self.cls)
         if self.SPIN:

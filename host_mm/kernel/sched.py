@@ -80,10 +80,10 @@ class WaitQueue:
         self.name = name
         self.waiters: list[Task] = []
 
-    def wait(self) -> None:
-        """Block the current task until a wake-up."""
+    def wait(self, *, spin: bool = False) -> None:
+        """Block the current task until a wake-up; `spin`: as a CPU that spins, so atomic context is fine."""
         self.waiters.append(self.sched.current)
-        self.sched.block(self.name)
+        self.sched.block(self.name, spin=spin)
 
     def wait_event(self, condition: Callable[[], bool]) -> None:
         """Block until `condition()` is true."""
@@ -179,10 +179,13 @@ class Scheduler:
             if task is not self.main:
                 self.runnable.append(task)
 
-    def block(self, what: str) -> None:
-        """Give way until `make_runnable`. `what` says why, for deadlock reports."""
+    def block(self, what: str, *, spin: bool = False) -> None:
+        """Give way until `make_runnable`. `what` says why, for deadlock reports.
+
+        With `spin` this CPU spins meanwhile and the others run on: legal in atomic context.
+        """
         task = self.current
-        if task.no_preempt:
+        if task.no_preempt and not spin:
             raise BrokenTruth("no-sleep-in-atomic", f"{task.name} would block on {what} in atomic context")
         task.blocked_on = what
         if task is self.main:
@@ -204,6 +207,22 @@ class Scheduler:
             self.on_point(kind)
         task = self.current
         if task.no_preempt or task is self.main:
+            return
+        strategy = self.strategy
+        if strategy is not None and self.runnable and strategy.switch_here(kind):
+            self.runnable.append(task)
+            self.hub.switch()
+
+    def race(self, kind: str) -> None:
+        """A place where another CPU may get in between although this one is not preempted.
+
+        Unlike `point` it may switch while spinlocks are held: between a read of a shared word and
+        its cmpxchg, before a flush request. Tasks that want those locks spin until it goes on.
+        """
+        if self.on_point is not None:
+            self.on_point(kind)
+        task = self.current
+        if task is self.main:
             return
         strategy = self.strategy
         if strategy is not None and self.runnable and strategy.switch_here(kind):
