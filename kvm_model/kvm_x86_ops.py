@@ -1,18 +1,41 @@
 """How KVM meets the CPU: the kernel's kvm_x86_ops, as far as this model calls it.
 
 emu implements it on Unicorn; a test may pass a scripted CPU. KVM never touches the CPU otherwise.
+
+Being kicked: `kvm_vcpu_kick` and the requests that wait set `vcpu.kicked`. A CPU whose slice was
+switched away must look at it before it executes another instruction and then leave with
+REASON_EXTERNAL_INTERRUPT: that is what makes a remote flush complete when it was asked for.
+
+Not modelled: nested virtualisation, SVM, posted interrupts.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from kvm_model.vmx.exits import VmExit
 
 if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
-__all__ = ["KvmX86Ops"]
+__all__ = ["KvmX86Ops", "MmioAccess"]
+
+
+class MmioAccess(msgspec.Struct):
+    """The memory operand of an instruction that KVM emulates, at most 8 bytes.
+
+    `data` is what a store writes. `insn` and `mode` (kvm_emulate_insn's flags: prot64 is 9, prot32
+    5, prot16 1, real 0) are for the trace. What else the CPU needs to finish it keeps in `priv`.
+    """
+
+    write: bool
+    length: int
+    data: int = 0
+    insn: bytes = b""
+    mode: int = 9
+    priv: object = None
 
 
 class KvmX86Ops(Protocol):
@@ -30,14 +53,14 @@ class KvmX86Ops(Protocol):
         """Use the EPT root at `root_hpa` from the next entry on."""
         ...
 
-    def emulate(self, vcpu: Vcpu, gpa: int) -> Any:
+    def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
         """Decode and start the instruction at RIP, whose memory operand is at MMIO `gpa`.
 
-        Returns an MmioAccess, or None where the instruction cannot be emulated.
+        None where the instruction cannot be emulated.
         """
         ...
 
-    def complete_mmio(self, vcpu: Vcpu, access: Any, data: int) -> None:
+    def complete_mmio(self, vcpu: Vcpu, access: MmioAccess, data: int) -> None:
         """Finish an emulated access: put `data` where a load wants it, set flags, step RIP."""
         ...
 

@@ -1,0 +1,28 @@
+"""KVM's protocol switches: each leaves out one step of the notifier or MMU protocol.
+
+A switch is tested where the step stands: `if "no-flush" not in kvm.breaks`. With a switch on, one
+of the checked truths is expected to fail; the line says which.
+
+Not modelled: switches of the host side (host_mm/breaks.py), and those that need shadow paging
+(ignore-role-bit, prefetch-in-bracket).
+"""
+
+from __future__ import annotations
+
+__all__ = ["BREAKS"]
+
+BREAKS: dict[str, str] = {
+    "drop-ad": "a page mapped writable is not marked dirty, so reclaim may drop it as clean (no-lost-write)",
+    "flush-after-unlock": "range_start flushes only after it dropped mmu_lock (flush-before-unlock)",
+    "ignore-invalid-roots": "range_start skips roots that a memslot update invalidated (no-spte-in-bracket)",
+    "ignore-invalid-slot": "a fault on a slot that is being deleted installs an MMIO SPTE (no-mmio-over-slot)",
+    "no-flush": "range_start never asks vCPUs to flush their TLBs (flush-before-unlock)",
+    "no-memslot-wait": "a memslot update does not wait for open brackets (bracket-balance)",
+    "no-range-union": "a second bracket replaces the range of the first (no-spte-in-bracket)",
+    "no-retry": "a fault never asks whether its pfn went stale (no-spte-in-bracket, spte-matches-host)",
+    "plain-store": "SPTEs are stored without comparing, so a zapped one can come back (spte-matches-host)",
+    "retry-before-gup-only": "a fault asks about staleness before GUP but not under mmu_lock (spte-matches-host)",
+    "seq-before-count": "range_end drops the count before it raises the sequence (bracket-balance)",
+    "skip-end": "KVM ignores range_end (bracket-balance)",
+    "skip-start": "KVM ignores range_start and its range_end (no-spte-in-bracket)",
+}
