@@ -1,0 +1,273 @@
+"""The contract between a guest payload and the machine: ports, memory map, CPUID leaf, vmcalls.
+
+Every integer constant here is also a symbol of the payload assembler (guest_payloads/builder.py), so
+payload sources name them and never repeat a number. Nothing else of the machine is visible to a
+payload, and this module imports nothing of it.
+
+Sources of truth: kvm-unit-tests (serial 0x3f8 and isa-debug-exit 0xf4 dialect), the Multiboot 0.6.96
+specification, Intel SDM vol. 2A (CPUID leaves 40000000H-4FFFFFFFH are left to hypervisors).
+
+The guest's memory (gpa):
+
+    0x0000_0000  +---------------------------------------+
+                 | page 0: never mapped by the runtime   |
+    0x0000_1000  | low memory: multiboot mbi, GDT, ...   |  LOW_MEMORY
+    0x0010_0000  +---------------------------------------+  IMAGE_BASE
+                 | payload image: text, rodata,          |
+                 | data, bss; each on its own pages      |
+    0x0020_0000  +---------------------------------------+  HEAP_BASE
+                 | heap: identity-map page tables that   |
+                 | do not fit the image, then free RAM   |
+    RAM size     +---------------------------------------+  1 MiB + mbi.mem_upper KiB
+                 | unbacked: reads all ones              |
+    0xe000_0000  +---------------------------------------+  SLOT_TEST_GPA
+                 | slots made by VMCALL_SLOT_CREATE      |
+    0xe100_0000  +---------------------------------------+
+    0xfeb0_0000  | MMIO test device, 1 page              |  MMIO_TEST_GPA
+    0xfeb1_0000  | never backed: open bus                |  OPEN_BUS_GPA
+
+A vmcall: RAX = number, RBX, RCX, RDX, RSI = arguments; RAX on return is the result, >= 0 for success
+or a negative errno; no other register changes and RIP is behind the instruction. Where CPUID lacks the
+signature a payload makes no vmcall. Host operations are transparent: whatever page one takes, the
+guest's memory reads as before, except where the operation's own words say otherwise (dontneed,
+host_write, slot_delete, slot_move).
+
+Errors common to all: -ENOSYS for a number that does not exist or an operation that this machine's
+configuration cannot do (the payload prints SKIP); -EINVAL for an unaligned `gpa` or `pages` == 0;
+-EFAULT where the range is not wholly inside memory slots. An error leaves everything as it was.
+
+Not modelled: Linux's own KVM_HC_* hypercalls and their numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = [
+    "CPUID_SIGNATURE", "CPUID_SIGNATURE_EBX", "CPUID_SIGNATURE_ECX", "CPUID_SIGNATURE_EDX",
+    "CPUID_SIGNATURE_LEAF", "EBUSY", "ECHILD", "EEXIST", "EFAULT", "EINVAL", "ENODATA", "ENOENT",
+    "ENOMEM", "ENOSYS", "EXIT_FAIL", "EXIT_OK", "EXIT_PORT", "EXIT_SKIPPED", "HEAP_BASE", "IMAGE_BASE",
+    "LAST_EXIT_CAUGHT", "LAST_EXIT_GPA", "LAST_EXIT_GVA", "LAST_EXIT_QUALIFICATION", "LAST_EXIT_REASON",
+    "LOW_MEMORY", "MMIO_COUNT", "MMIO_LAST_ACCESS", "MMIO_LAST_VALUE", "MMIO_STORE_SIZE",
+    "MMIO_TEST_GPA", "MMIO_TEST_SIZE", "OPEN_BUS_GPA", "PIC1_COMMAND", "PIC1_DATA", "PIC2_COMMAND",
+    "PIC2_DATA", "PIT_CHANNEL0", "PIT_COMMAND", "PIT_HZ", "PROT_EXEC", "PROT_READ", "PROT_WRITE",
+    "SERIAL_PORT", "SLOT_TEST_GPA", "VMCALLS", "VMCALL_AGE", "VMCALL_CHILD_EXIT", "VMCALL_CHILD_READ",
+    "VMCALL_CPU_COUNT", "VMCALL_DIRTY_LOG", "VMCALL_DONTNEED", "VMCALL_EPT_AD", "VMCALL_EPT_RESTORE",
+    "VMCALL_EPT_SET", "VMCALL_FORK", "VMCALL_GET_DIRTY", "VMCALL_HOST_READ", "VMCALL_HOST_WRITE",
+    "VMCALL_LAST_EXIT", "VMCALL_MAP_LEVEL", "VMCALL_MIGRATE", "VMCALL_MMIO_DEVICE", "VMCALL_PROTECT",
+    "VMCALL_PROTECT_FAULTS", "VMCALL_SLOT_CREATE", "VMCALL_SLOT_DELETE", "VMCALL_SLOT_MOVE",
+    "VMCALL_SLOT_RESTORE", "VMCALL_START_CPU", "VMCALL_SWAP_OUT", "Vmcall", "cpuid_signature_leaf",
+    "vmcall_by_name", "vmcall_by_number",
+]
+
+CPUID_SIGNATURE_LEAF = 0x4000_0000
+CPUID_SIGNATURE = b"refault\0\0\0\0\0"
+"""EBX, ECX, EDX of the leaf, in this order, little-endian; EAX is the highest leaf of the range."""
+CPUID_SIGNATURE_EBX = int.from_bytes(CPUID_SIGNATURE[0:4], "little")
+CPUID_SIGNATURE_ECX = int.from_bytes(CPUID_SIGNATURE[4:8], "little")
+CPUID_SIGNATURE_EDX = int.from_bytes(CPUID_SIGNATURE[8:12], "little")
+
+SERIAL_PORT = 0x3F8
+EXIT_PORT = 0xF4
+"""A 32-bit OUT ends the run with the status written. QEMU's isa-debug-exit turns v into 2v + 1."""
+EXIT_OK = 0
+EXIT_FAIL = 1
+EXIT_SKIPPED = 77
+"""Every test of the payload was skipped (kvm-unit-tests' report_summary)."""
+
+PIC1_COMMAND, PIC1_DATA = 0x20, 0x21
+PIC2_COMMAND, PIC2_DATA = 0xA0, 0xA1
+PIT_CHANNEL0, PIT_COMMAND = 0x40, 0x43
+PIT_HZ = 1_193_182
+
+LOW_MEMORY = 0x1000
+IMAGE_BASE = 0x10_0000
+HEAP_BASE = 0x20_0000
+SLOT_TEST_GPA = 0xE000_0000
+MMIO_TEST_GPA = 0xFEB0_0000
+MMIO_TEST_SIZE = 0x1000
+OPEN_BUS_GPA = 0xFEB1_0000
+
+MMIO_STORE_SIZE = 0x800
+"""Offsets below this are plain bytes: a store of any size and alignment is kept, a load gives it back.
+They start as zeros. Loads and stores of 1, 2, 4 and 8 bytes; the registers behind count each of them."""
+MMIO_LAST_ACCESS = 0x800
+"""u32, read only: offset | size << 16 | is_write << 24 of the last access to the plain bytes."""
+MMIO_LAST_VALUE = 0x808
+"""u64, read only: the value of that access, zero-extended."""
+MMIO_COUNT = 0x810
+"""u32: accesses to the plain bytes so far; a store of any value sets it to 0. Other offsets read all ones."""
+
+ENOENT, ECHILD, ENOMEM, EFAULT, EBUSY, EEXIST, EINVAL, ENOSYS, ENODATA = 2, 10, 12, 14, 16, 17, 22, 38, 61
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+
+VMCALL_SWAP_OUT = 0x5246_0001
+VMCALL_MIGRATE = 0x5246_0002
+VMCALL_DONTNEED = 0x5246_0003
+VMCALL_PROTECT = 0x5246_0004
+VMCALL_PROTECT_FAULTS = 0x5246_0005
+VMCALL_AGE = 0x5246_0006
+VMCALL_MAP_LEVEL = 0x5246_0007
+VMCALL_HOST_READ = 0x5246_0008
+VMCALL_HOST_WRITE = 0x5246_0009
+VMCALL_FORK = 0x5246_0010
+VMCALL_CHILD_READ = 0x5246_0011
+VMCALL_CHILD_EXIT = 0x5246_0012
+VMCALL_DIRTY_LOG = 0x5246_0020
+VMCALL_GET_DIRTY = 0x5246_0021
+VMCALL_SLOT_CREATE = 0x5246_0030
+VMCALL_SLOT_DELETE = 0x5246_0031
+VMCALL_SLOT_RESTORE = 0x5246_0032
+VMCALL_SLOT_MOVE = 0x5246_0033
+VMCALL_EPT_SET = 0x5246_0040
+VMCALL_EPT_RESTORE = 0x5246_0041
+VMCALL_EPT_AD = 0x5246_0042
+VMCALL_LAST_EXIT = 0x5246_0043
+VMCALL_CPU_COUNT = 0x5246_0050
+VMCALL_START_CPU = 0x5246_0051
+VMCALL_MMIO_DEVICE = 0x5246_0060
+
+LAST_EXIT_REASON = 0
+LAST_EXIT_QUALIFICATION = 1
+LAST_EXIT_GPA = 2
+LAST_EXIT_GVA = 3
+LAST_EXIT_CAUGHT = 4
+"""The fields of VMCALL_LAST_EXIT."""
+
+
+class Vmcall(NamedTuple):
+    """One vmcall: `args` in register order RBX, RCX, RDX, RSI; `errnos` beyond the common ones."""
+
+    nr: int
+    name: str
+    args: tuple[str, ...]
+    result: str
+    errnos: tuple[str, ...]
+    doc: str
+
+
+VMCALLS: tuple[Vmcall, ...] = (
+    Vmcall(VMCALL_SWAP_OUT, "swap_out", ("gpa", "pages"), "pages of the range without a frame", (),
+           "madvise(MADV_PAGEOUT) on the VMM's mapping of the range. The result counts the pages whose "
+           "host PTE is not present when the call returns, whether this call or an earlier reclaim took "
+           "them; less than `pages` where swap is full or a page is shared. The VMM waits for the "
+           "writes. -ENOSYS without swap."),
+    Vmcall(VMCALL_MIGRATE, "migrate", ("gpa", "pages"), "pages that moved to another frame", (),
+           "move_pages(2) of each present page to another NUMA node (to any other frame where there is "
+           "one node). Pages without a frame stay so and do not count; nor does one that could not be "
+           "moved."),
+    Vmcall(VMCALL_DONTNEED, "dontneed", ("gpa", "pages"), "0", (),
+           "madvise(MADV_DONTNEED): the range reads as zeros afterwards."),
+    Vmcall(VMCALL_PROTECT, "protect", ("gpa", "pages", "prot"), "0", (),
+           "mprotect(2) of the VMM's mapping of the range with PROT_READ | PROT_WRITE | PROT_EXEC bits; "
+           "0 is PROT_NONE; -EINVAL for other bits. Zeroes the count of protect_faults. A guest access "
+           "that the protection forbids leaves KVM_RUN with a memory fault (-EFAULT); the VMM then "
+           "mprotects every range protected by this vmcall back to PROT_READ | PROT_WRITE | PROT_EXEC, "
+           "adds one to the count and re-enters: the access is repeated and succeeds. A host_read or "
+           "host_write that it forbids gives -EFAULT and lifts nothing. PROT_EXEC does not matter to "
+           "the guest: KVM maps executable whatever it may read."),
+    Vmcall(VMCALL_PROTECT_FAULTS, "protect_faults", (), "memory faults since the last protect", (),
+           "How many accesses of the guest (all vCPUs) met the protection since the last protect()."),
+    Vmcall(VMCALL_AGE, "age", ("gpa", "pages"), "pages of the range that were young", (),
+           "What folio_referenced and page_idle do to each page: test and clear the accessed bit in the "
+           "host PTE and, through the notifier's clear_flush_young, in every SPTE. The result counts "
+           "4 KiB pages that were young in either; a huge mapping that was young counts all its pages "
+           "in the range. Pages without a frame are not young. The host's A bits that the vmcall itself "
+           "makes young do not count: nothing in the range is touched after the clearing."),
+    Vmcall(VMCALL_MAP_LEVEL, "map_level", ("gpa",), "0 unmapped, 1 4 KiB, 2 2 MiB, 3 1 GiB", (),
+           "The level of the present leaf SPTE that maps `gpa` in the caller's root; 0 where there is "
+           "none. -ENOSYS in shadow mode."),
+    Vmcall(VMCALL_HOST_READ, "host_read", ("gpa", "size"), "the value, zero-extended", (),
+           "The VMM reads `size` bytes (1, 2 or 4, else -EINVAL) at `gpa`, aligned to the size, through "
+           "its own mapping, faulting pages in."),
+    Vmcall(VMCALL_HOST_WRITE, "host_write", ("gpa", "value", "size"), "0", (),
+           "The VMM stores the low `size` bytes (1, 2 or 4) of `value` at `gpa`, as host_read. Guest "
+           "code in that page is fetched anew. Not seen by dirty_log: the log has KVM's writes only."),
+    Vmcall(VMCALL_FORK, "fork", (), "0", ("EBUSY", "ENOMEM"),
+           "fork(2) of the VMM process. The child never runs; its memory is the guest's bytes of this "
+           "moment, shared copy-on-write. -EBUSY while a child of an earlier call lives."),
+    Vmcall(VMCALL_CHILD_READ, "child_read", ("gpa", "size"), "the value, zero-extended", ("ECHILD",),
+           "As host_read, but through the forked child's address space. -ECHILD without a child."),
+    Vmcall(VMCALL_CHILD_EXIT, "child_exit", (), "0", ("ECHILD",),
+           "The forked child exits: its address space is torn down. -ECHILD without a child."),
+    Vmcall(VMCALL_DIRTY_LOG, "dirty_log", ("gpa", "on"), "0", (),
+           "KVM_SET_USER_MEMORY_REGION of the slot that holds `gpa` with KVM_MEM_LOG_DIRTY_PAGES set "
+           "(on = 1) or clear (on = 0). -EINVAL for another `on`."),
+    Vmcall(VMCALL_GET_DIRTY, "get_dirty", ("gpa", "pages", "buffer"), "dirty pages of the range",
+           ("ENOENT",),
+           "KVM_GET_DIRTY_LOG of the slot that holds `gpa` (the log of the whole slot is fetched and "
+           "cleared and its pages are write-protected or their D bits cleared again). Of the bitmap, "
+           "the bits of the range, first page in bit 0, are stored at gpa `buffer` by the VMM, in whole "
+           "bytes, the last one padded with zeros; `buffer` 0 stores nothing. `pages` <= 32768. The "
+           "range must lie in one slot. -ENOENT while the slot is not logged. Pages the CPU dirtied by "
+           "setting guest A/D bits count; host_write and this vmcall's own store do not."),
+    Vmcall(VMCALL_SLOT_CREATE, "slot_create", ("gpa", "pages"), "slot number >= 1", ("EEXIST", "ENOMEM"),
+           "mmap of fresh zeroed memory and a new memory slot that shows it at `gpa`. -EEXIST where it "
+           "overlaps another slot. The numbers given out are not reused."),
+    Vmcall(VMCALL_SLOT_DELETE, "slot_delete", ("slot",), "0", ("ENOENT",),
+           "KVM_SET_USER_MEMORY_REGION with size 0. The memory is kept by the VMM. Until it is restored "
+           "loads from there read all ones and stores go nowhere (MMIO exits to nobody). -ENOENT for a "
+           "number that slot_create did not give or that is deleted already."),
+    Vmcall(VMCALL_SLOT_RESTORE, "slot_restore", ("slot",), "0", ("ENOENT", "EEXIST"),
+           "A deleted slot's memory becomes visible again where it last was, with its old bytes. "
+           "-EEXIST where something else is there now or the slot is not deleted."),
+    Vmcall(VMCALL_SLOT_MOVE, "slot_move", ("slot", "gpa"), "0", ("ENOENT", "EEXIST"),
+           "KVM_SET_USER_MEMORY_REGION with another base: the same memory at `gpa`, nothing at the old "
+           "place. The slot must not be deleted (-ENOENT). -EEXIST on overlap."),
+    Vmcall(VMCALL_EPT_SET, "ept_set", ("gpa", "rwx"), "0", (),
+           "An instrument on the CPU, not an act of Linux. Makes sure that a 4 KiB EPT leaf maps `gpa` "
+           "(faulting it in, splitting a huge one), notes its entry and replaces bits 2:0 with `rwx` "
+           "(read 1, write 2, execute 4; others -EINVAL), then flushes. The next EPT violation or "
+           "misconfiguration at that page is caught before KVM's handler sees it: reason, "
+           "qualification, gpa and gva are recorded for last_exit, the entry gets its bits back (the "
+           "A/D bits it gathered stay), the vCPU is flushed and re-entered. So one call causes at most "
+           "one exit. Records of earlier calls are forgotten. All entries above the leaf allow "
+           "everything. Only one page is armed at a time: another call restores the first. "
+           "Execute-only entries (4) are legal on this CPU; 2 and 6 are misconfigurations. "
+           "-ENOSYS outside EPT mode."),
+    Vmcall(VMCALL_EPT_RESTORE, "ept_restore", (), "exits caught since ept_set: 0 or 1", (),
+           "Gives the armed entry its bits back if no exit did, and flushes. The record stays."),
+    Vmcall(VMCALL_EPT_AD, "ept_ad", ("on",), "the setting before: 0 or 1", (),
+           "Sets EPTP bit 6 (accessed and dirty flags for EPT) of every vCPU to `on` from the next "
+           "entry, and flushes. Part of the same instrument: put it back when done. -EINVAL for other "
+           "values, -ENOSYS outside EPT mode."),
+    Vmcall(VMCALL_LAST_EXIT, "last_exit", ("field",), "the field", ("ENODATA",),
+           "What the exit caught by ept_set recorded: LAST_EXIT_REASON 0 (48 violation, 49 "
+           "misconfiguration), LAST_EXIT_QUALIFICATION 1 (SDM Table 28-7; 0 for 49), LAST_EXIT_GPA 2 "
+           "(full address; for the walk's own accesses that of the entry), LAST_EXIT_GVA 3, "
+           "LAST_EXIT_CAUGHT 4 (0 or 1, never -ENODATA). -ENODATA while nothing was caught; -EINVAL "
+           "for another field."),
+    Vmcall(VMCALL_CPU_COUNT, "cpu_count", (), "vCPUs of the VM", (),
+           "How many vCPUs exist, started or not. They are numbered from 0; the one that boots is 0."),
+    Vmcall(VMCALL_START_CPU, "start_cpu", ("cpu", "entry", "stack", "arg"), "0", ("EBUSY",),
+           "vCPU `cpu` starts in 64-bit mode at RIP = `entry` with RSP = `stack`, RDI = `arg`, RSI = "
+           "`cpu`, other registers 0, RFLAGS = 2 (interrupts off), and CR0, CR3, CR4, EFER, segments, "
+           "GDTR and IDTR of the caller; LDTR and TR are null (it loads its own TSS). It stops at HLT "
+           "with interrupts off and can then be started again. -EBUSY while it runs, -EINVAL for 0 and "
+           "for a CPU that does not exist."),
+    Vmcall(VMCALL_MMIO_DEVICE, "mmio_device", (), "MMIO_TEST_GPA", (),
+           "Asks whether the MMIO test device (MMIO_*) exists. It always does where it is implemented; "
+           "it is outside every memory slot and its accesses leave KVM as MMIO exits. Loads from "
+           "OPEN_BUS_GPA give all ones of their size, stores there go nowhere."),
+)
+
+
+def vmcall_by_name(name: str) -> Vmcall:
+    """The vmcall called `name`. Raises KeyError."""
+    for call in VMCALLS:
+        if call.name == name:
+            return call
+    raise KeyError(name)
+
+
+def vmcall_by_number(nr: int) -> Vmcall | None:
+    """The vmcall with number `nr`, or None: the answer to that is -ENOSYS."""
+    for call in VMCALLS:
+        if call.nr == nr:
+            return call
+    return None
+
+
+def cpuid_signature_leaf() -> tuple[int, int, int, int]:
+    """EAX, EBX, ECX, EDX of leaf CPUID_SIGNATURE_LEAF on a machine that serves these vmcalls."""
+    return (CPUID_SIGNATURE_LEAF, CPUID_SIGNATURE_EBX, CPUID_SIGNATURE_ECX, CPUID_SIGNATURE_EDX)
