@@ -56,6 +56,7 @@ __all__ = [
     "MmuNotifierRange",
     "MmuNotifierSubscriptions",
     "mm_has_notifiers",
+    "mmdrop",
     "mmu_notifier_arch_invalidate_secondary_tlbs",
     "mmu_notifier_change_pte",
     "mmu_notifier_clear_flush_young",
@@ -227,16 +228,18 @@ def mmu_notifier_range_blockable(range_: MmuNotifierRange) -> bool:
 
 def mmu_notifier_invalidate_range_start(range_: MmuNotifierRange) -> None:
     """Open a bracket; callbacks may sleep."""
-    subs = range_.mm.notifier_subscriptions
-    if subs is not None:
+    mm = range_.mm
+    subs = mm.notifier_subscriptions
+    if subs is not None and "skip-start" not in mm.host.breaks:
         range_.flags |= MMU_NOTIFIER_RANGE_BLOCKABLE
         _range_start(subs, range_)
 
 
 def mmu_notifier_invalidate_range_start_nonblock(range_: MmuNotifierRange) -> int:
     """Open a bracket without sleeping; -EAGAIN: it is not open and end must not be called."""
-    subs = range_.mm.notifier_subscriptions
-    if subs is None:
+    mm = range_.mm
+    subs = mm.notifier_subscriptions
+    if subs is None or "skip-start" in mm.host.breaks:
         return 0
     range_.flags &= ~MMU_NOTIFIER_RANGE_BLOCKABLE
     return _range_start(subs, range_)
@@ -244,20 +247,23 @@ def mmu_notifier_invalidate_range_start_nonblock(range_: MmuNotifierRange) -> in
 
 def mmu_notifier_invalidate_range_end(range_: MmuNotifierRange) -> None:
     """Close a bracket."""
-    subs = range_.mm.notifier_subscriptions
-    if subs is not None:
+    mm = range_.mm
+    subs = mm.notifier_subscriptions
+    if subs is not None and "skip-end" not in mm.host.breaks:
         _range_end(subs, range_, only_end=False)
 
 
 def mmu_notifier_invalidate_range_only_end(range_: MmuNotifierRange) -> None:
     """Linux 5.10: close a bracket inside which invalidate_range was called already."""
-    subs = range_.mm.notifier_subscriptions
-    if subs is not None:
+    mm = range_.mm
+    subs = mm.notifier_subscriptions
+    if subs is not None and "skip-end" not in mm.host.breaks:
         _range_end(subs, range_, only_end=True)
 
 
 def _trace_args(range_: MmuNotifierRange) -> tuple[int, str, int, int]:
-    return range_.mm.process.pid, EVENT_NAMES[range_.event], range_.start, range_.end
+    process = range_.mm.process
+    return process.pid if process is not None else 0, EVENT_NAMES[range_.event], range_.start, range_.end
 
 
 def _range_start(subs: MmuNotifierSubscriptions, range_: MmuNotifierRange) -> int:
@@ -460,7 +466,7 @@ def mmu_notifier_register_locked(
     itree: Callable[[MmuNotifierSubscriptions], IntervalTree] | None = None,
 ) -> int:
     """__mmu_notifier_register, under mmap_lock for write. Without `sub` it turns on `itree`."""
-    if mm.mm_users <= 0:
+    if mm.users <= 0:
         raise BrokenTruth("notifier-register", "registered with an mm that nobody uses")
     if sub is not None and sub.arch_invalidate_secondary_tlbs is not None and (
         sub.invalidate_range_start is not None or sub.invalidate_range_end is not None
@@ -472,7 +478,7 @@ def mmu_notifier_register_locked(
     taken = _mm_take_all_locks(mm)
     mm.notifier_subscriptions = subs
     if sub is not None:
-        mm.mm_count += 1
+        mm.count += 1
         sub.mm = mm
         sub.users = 1
         with subs.lock:
@@ -491,8 +497,13 @@ def _unhash(subs: MmuNotifierSubscriptions, sub: MmuNotifier) -> None:
         sub.hashed = False
 
 
-def _mmdrop(mm: MmStruct) -> None:
-    mm.mmdrop()
+def mmdrop(mm: MmStruct) -> None:
+    """Drop one mm_count; the last takes the subscriptions with it (kernel/fork.c: __mmdrop)."""
+    mm.count -= 1
+    if mm.count < 0:
+        raise BrokenTruth("mm-count", "mmdrop of an mm that nobody holds")
+    if mm.count == 0:
+        mmu_notifier_subscriptions_destroy(mm)
 
 
 def mmu_notifier_unregister(sub: MmuNotifier, mm: MmStruct) -> None:
@@ -509,7 +520,7 @@ def mmu_notifier_unregister(sub: MmuNotifier, mm: MmStruct) -> None:
         with subs.lock:
             _unhash(subs, sub)
     srcu.synchronize()
-    _mmdrop(mm)
+    mmdrop(mm)
 
 
 def mmu_notifier_get(ops: type[MmuNotifier], mm: MmStruct) -> MmuNotifier | int:
@@ -552,7 +563,7 @@ def mmu_notifier_put(sub: MmuNotifier) -> None:
         srcu.synchronize()
         if sub.free_notifier is not None:
             sub.free_notifier()
-        _mmdrop(mm)
+        mmdrop(mm)
 
     mm.host.sched.spawn("kworker/srcu", free_rcu)
 

@@ -23,6 +23,7 @@ import tempfile
 from errno import EEXIST, EINVAL, ENOENT
 from typing import TYPE_CHECKING
 
+from host_mm.arch.x86.pgtable import swp_offset
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Spinlock
 from host_mm.ram import PAGE_SHIFT, PAGE_SIZE, column
@@ -37,9 +38,6 @@ __all__ = [
     "SWAP_MAP_BAD",
     "SWAP_MAP_MAX",
     "SwapInfo",
-    "swp_entry",
-    "swp_offset",
-    "swp_type",
 ]
 
 SWAP_MAP_MAX = 0x3E
@@ -50,24 +48,6 @@ _COUNT = 0x3F
 
 SWAPFILE_CLUSTER = 512
 """Slots in a cluster; each cluster has its lock."""
-
-_SWP_TYPE_SHIFT = 58
-
-
-def swp_entry(type_: int, offset: int) -> int:
-    """include/linux/swapops.h: the architecture-independent swp_entry_t."""
-    return type_ << _SWP_TYPE_SHIFT | offset
-
-
-def swp_type(entry: int) -> int:
-    """Which swap device, or the kind of a non-swap entry."""
-    return entry >> _SWP_TYPE_SHIFT
-
-
-def swp_offset(entry: int) -> int:
-    """The slot."""
-    return entry & ((1 << _SWP_TYPE_SHIFT) - 1)
-
 
 def _open_swap(path: str | None, size: int) -> int:
     if path is None:
@@ -242,4 +222,3 @@ class SwapInfo:
         if self.cache[offset]:
             raise BrokenTruth("swap-map", f"slot {offset} is freed while the swap cache has its page")
         self.inuse_pages -= 1
-
