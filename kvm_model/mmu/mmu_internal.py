@@ -1,0 +1,174 @@
+"""What the parts of the MMU share: RET_PF_*, PFERR_*, struct kvm_page_fault, struct kvm_mmu_page.
+
+Source of truth: arch/x86/kvm/mmu/mmu_internal.h, arch/x86/include/asm/kvm_host.h (kvm_mmu_page_role,
+PFERR_*), arch/x86/kvm/mmu/mmutrace.h (KVM_MMU_PAGE_PRINTK); Linux 6.18.
+
+Not modelled: private (encrypted) faults, mirror roots, shadow-paging fields of kvm_mmu_page.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvm_model.memslots import KvmMemorySlot
+
+__all__ = [
+    "INVALID_PAGE", "KVM_MAX_HUGEPAGE_LEVEL", "KVM_PFN_ERR_FAULT", "KVM_PFN_ERR_HWPOISON",
+    "KVM_PFN_ERR_NEEDS_IO", "KVM_PFN_ERR_RO_FAULT", "KVM_PFN_ERR_SIGPENDING", "KVM_PFN_NOSLOT",
+    "PFERR_FETCH_MASK", "PFERR_GUEST_FINAL_MASK", "PFERR_GUEST_PAGE_MASK", "PFERR_PRESENT_MASK",
+    "PFERR_RSVD_MASK", "PFERR_USER_MASK", "PFERR_WRITE_MASK", "RET_PF_CONTINUE", "RET_PF_EMULATE",
+    "RET_PF_FIXED", "RET_PF_INVALID", "RET_PF_NAMES", "RET_PF_RETRY", "RET_PF_SPURIOUS",
+    "RET_PF_WRITE_PROTECTED", "ROLE_INVALID", "KvmMmuPage", "KvmPageFault", "fmt_mmu_page",
+    "is_error_noslot_pfn", "is_error_pfn", "pferr_flags", "tdp_root_role",
+]
+
+RET_PF_CONTINUE = 0
+RET_PF_RETRY = 1
+RET_PF_EMULATE = 2
+RET_PF_WRITE_PROTECTED = 3
+RET_PF_INVALID = 4
+RET_PF_FIXED = 5
+RET_PF_SPURIOUS = 6
+RET_PF_NAMES = ("continue", "retry", "emulate", "write-protected", "invalid", "fixed", "spurious")
+
+PFERR_PRESENT_MASK = 1 << 0
+PFERR_WRITE_MASK = 1 << 1
+PFERR_USER_MASK = 1 << 2
+PFERR_RSVD_MASK = 1 << 3
+PFERR_FETCH_MASK = 1 << 4
+PFERR_GUEST_FINAL_MASK = 1 << 32
+PFERR_GUEST_PAGE_MASK = 1 << 33
+
+KVM_MAX_HUGEPAGE_LEVEL = 3
+INVALID_PAGE = (1 << 64) - 1
+
+# include/linux/kvm_host.h: error pfns live above bit 62, the noslot pfn is bit 63.
+KVM_PFN_ERR_FAULT = 0x7FF << 52
+KVM_PFN_ERR_HWPOISON = KVM_PFN_ERR_FAULT + 1
+KVM_PFN_ERR_RO_FAULT = KVM_PFN_ERR_FAULT + 2
+KVM_PFN_ERR_SIGPENDING = KVM_PFN_ERR_FAULT + 3
+KVM_PFN_ERR_NEEDS_IO = KVM_PFN_ERR_FAULT + 4
+KVM_PFN_NOSLOT = 1 << 63
+
+ROLE_INVALID = 1 << 11
+_ROLE_AD_DISABLED = 1 << 16
+_ROLE_EFER_NX = 1 << 12
+_ROLE_CR0_WP = 1 << 13
+_ROLE_DIRECT = 1 << 7
+_ROLE_ACCESS_SHIFT = 8
+
+_PFERR_NAMES = (
+    (1 << 0, "P"), (1 << 1, "W"), (1 << 2, "U"), (1 << 5, "PK"), (1 << 6, "SS"), (1 << 15, "SGX"),
+    (1 << 3, "RSVD"), (1 << 4, "F"),
+)
+_ACCESS_STR = ("---", "--x", "w--", "w-x", "-u-", "-ux", "wu-", "wux")
+
+
+def is_error_pfn(pfn: int) -> bool:
+    """Whether GUP failed."""
+    return pfn & KVM_PFN_ERR_FAULT != 0
+
+
+def is_error_noslot_pfn(pfn: int) -> bool:
+    """Whether there is no frame: GUP failed, or no memslot."""
+    return pfn & (KVM_PFN_ERR_FAULT | KVM_PFN_NOSLOT) != 0
+
+
+def pferr_flags(error_code: int) -> str:
+    """`__print_flags(error_code, "|", kvm_mmu_trace_pferr_flags)`."""
+    words = []
+    for bit, name in _PFERR_NAMES:
+        if error_code & bit:
+            words.append(name)
+            error_code &= ~bit
+    if error_code:
+        words.append(f"{error_code:#x}")
+    return "|".join(words)
+
+
+def tdp_root_role(*, ad_disabled: bool, level: int = 4) -> int:
+    """kvm_calc_tdp_mmu_root_page_role, outside SMM and nesting."""
+    role = level | _ROLE_DIRECT | 7 << _ROLE_ACCESS_SHIFT | _ROLE_EFER_NX | _ROLE_CR0_WP
+    return role | _ROLE_AD_DISABLED if ad_disabled else role
+
+
+class KvmMmuPage:
+    """struct kvm_mmu_page: one page of SPTEs.
+
+    `spt` is its pfn, `ptep` the index in Ram.u64 of the SPTE that points to it (-1: a root).
+    `scheduled_to_zap` and `root_count` matter for roots only.
+    """
+
+    __slots__ = (
+        "gfn", "level", "mmu_valid_gen", "nx_huge_page_disallowed", "ptep", "role", "root_count",
+        "scheduled_to_zap", "spt",
+    )
+
+    def __init__(self, spt: int, ptep: int, gfn: int, role: int) -> None:
+        self.spt = spt
+        self.ptep = ptep
+        self.gfn = gfn
+        self.role = role
+        self.level = role & 15
+        self.mmu_valid_gen = 0
+        self.root_count = 0
+        self.scheduled_to_zap = False
+        self.nx_huge_page_disallowed = False
+
+    @property
+    def invalid(self) -> bool:
+        """role.invalid."""
+        return self.role & ROLE_INVALID != 0
+
+    @property
+    def ad_disabled(self) -> bool:
+        """role.ad_disabled."""
+        return self.role & _ROLE_AD_DISABLED != 0
+
+    def __repr__(self) -> str:
+        return f"<KvmMmuPage spt {self.spt:#x} gfn {self.gfn:#x} level {self.level} root_count {self.root_count}>"
+
+
+def fmt_mmu_page(gen: int, gfn: int, role: int, root_count: int, unsync: bool) -> str:
+    """KVM_MMU_PAGE_PRINTK, with its NUL byte."""
+    return (
+        f"sp gen {gen} gfn {gfn:x} l{role & 15} {4 if role >> 4 & 1 else 8}-byte q{role >> 5 & 3}"
+        f"{' direct' if role >> 7 & 1 else ''} {_ACCESS_STR[role >> 8 & 7]}"
+        f"{' invalid' if role >> 11 & 1 else ''} {'' if role >> 12 & 1 else '!'}nxe "
+        f"{'!' if role >> 16 & 1 else ''}ad root {root_count} {'unsync' if unsync else 'sync'}\0"
+    )
+
+
+class KvmPageFault:
+    """struct kvm_page_fault: one TDP fault on its way. `refcounted_page` is a pfn, -1: none."""
+
+    __slots__ = (
+        "addr", "error_code", "exec", "gfn", "goal_level", "huge_page_disallowed", "map_writable",
+        "max_level", "mmu_seq", "nx_huge_page_workaround_enabled", "pfn", "prefetch", "present",
+        "refcounted_page", "req_level", "rsvd", "slot", "user", "write",
+    )
+
+    def __init__(
+        self, addr: int, error_code: int, *, prefetch: bool = False, nx_workaround: bool = False,
+        max_level: int = KVM_MAX_HUGEPAGE_LEVEL,
+    ) -> None:
+        self.addr = addr
+        self.error_code = error_code
+        self.prefetch = prefetch
+        self.exec = error_code & PFERR_FETCH_MASK != 0
+        self.write = error_code & PFERR_WRITE_MASK != 0
+        self.present = error_code & PFERR_PRESENT_MASK != 0
+        self.rsvd = error_code & PFERR_RSVD_MASK != 0
+        self.user = error_code & PFERR_USER_MASK != 0
+        self.nx_huge_page_workaround_enabled = nx_workaround
+        self.huge_page_disallowed = False
+        self.max_level = max_level
+        self.req_level = 1
+        self.goal_level = 1
+        self.gfn = addr >> 12
+        self.slot: KvmMemorySlot | None = None
+        self.mmu_seq = 0
+        self.pfn = KVM_PFN_ERR_FAULT
+        self.refcounted_page = -1
+        self.map_writable = False
