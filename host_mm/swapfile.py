@@ -105,9 +105,9 @@ class SwapInfo:
             raise BrokenTruth("swap-file", f"slot {offset}: {len(data)} bytes came back")
         return data
 
-    def pwrite(self, offset: int, data: bytes | memoryview) -> None:
-        """Write a page to this slot of the file."""
-        if os.pwrite(self.fd, data, offset << PAGE_SHIFT) != PAGE_SIZE:
+    def pwrite_part(self, offset: int, start: int, data: bytes | memoryview) -> None:
+        """Write bytes from `start` of the page in this slot."""
+        if os.pwrite(self.fd, data, (offset << PAGE_SHIFT) + start) != len(data):
             raise BrokenTruth("swap-file", f"slot {offset}: a write came back short")
 
     # -- slots --------------------------------------------------------------------------------
@@ -147,6 +147,10 @@ class SwapInfo:
     def has_cache(self, offset: int) -> bool:
         """Whether the swap cache holds this slot."""
         return bool(self.swap_map[offset] & SWAP_HAS_CACHE)
+
+    def find_only_cached(self, start: int) -> int:
+        """The first slot from `start` that only the swap cache holds, or 0."""
+        return max(self.swap_map.find(SWAP_HAS_CACHE, start), 0)
 
     def _check(self, offset: int, what: str) -> None:
         if not 0 < offset < self.max:

@@ -1,0 +1,174 @@
+"""Swap I/O: a folio's bytes on their way to and from the swap file, in logical time.
+
+Source of truth: mm/page_io.c: swap_writeout, __swap_writepage, end_swap_bio_write, swap_read_folio,
+end_swap_bio_read (Linux 6.18, an asynchronous block device).
+
+A read keeps the folio locked until it completes; a write keeps it under writeback, unlocked. The
+device moves memory while the request is in flight, not at one instant: of a write, the first half
+of the page is taken at submission and the second at completion, so that whoever changes the page
+meanwhile without making it dirty again has torn the copy in the file. A read fills the frame at
+completion. Requests overlap: one completes at most every COST / QUEUE_DEPTH.
+
+Pages of zeros are not written: a bit in the zero map stands for them.
+
+Not modelled: I/O errors, merging of neighbouring requests, congestion, zswap, swap over a
+filesystem, synchronous (RAM) devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from host_mm.arch.x86.pgtable import swp_offset
+from host_mm.filemap import folio_end_writeback, folio_start_writeback, folio_unlock
+from host_mm.kernel.costs import COST_SWAP_READ, COST_SWAP_WRITE
+from host_mm.kernel.errors import BrokenTruth
+from host_mm.page import PG_locked, PG_reclaim, PG_swapcache, PG_uptodate
+from host_mm.ram import PAGE_SIZE
+from host_mm.swap_state import folio_free_swap
+from trace_events.stream import TaskContext
+from trace_events.tracepoint import Tracepoint
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+    from host_mm.swapfile import SwapInfo
+
+__all__ = ["QUEUE_DEPTH", "TRACEPOINTS", "SwapDevice", "swap_read_folio", "swap_writeout"]
+
+QUEUE_DEPTH = 16
+"""Requests the device works on at once."""
+
+_HALF = PAGE_SIZE // 2
+
+
+def _fmt(pfn: int, slot: int) -> str:
+    return f"pfn={pfn:#x} slot={slot:#x}"
+
+
+SWAP_WRITE_START = Tracepoint(
+    "refault", "swap_write_start", ("pfn", "slot"), _fmt, doc="A folio goes under writeback."
+)
+SWAP_WRITE_END = Tracepoint("refault", "swap_write_end", ("pfn", "slot"), _fmt, doc="Its bytes are in the file.")
+SWAP_READ_START = Tracepoint(
+    "refault", "swap_read_start", ("pfn", "slot"), _fmt, doc="A locked folio waits for its bytes."
+)
+SWAP_READ_END = Tracepoint(
+    "refault", "swap_read_end", ("pfn", "slot"), _fmt, doc="The bytes are there, the folio is unlocked."
+)
+SWAP_ZERO = Tracepoint(
+    "refault", "swap_zero", ("pfn", "slot", "write"),
+    lambda pfn, slot, write: f"pfn={pfn:#x} slot={slot:#x} {'out' if write else 'in'}",
+    doc="A page of zeros is swapped without I/O.",
+)
+
+TRACEPOINTS = (SWAP_WRITE_START, SWAP_WRITE_END, SWAP_READ_START, SWAP_READ_END, SWAP_ZERO)
+
+
+class SwapDevice:
+    """The request queue of the swap file's device. `inflight` maps pfn to slot."""
+
+    __slots__ = ("host", "inflight", "last_read", "last_write")
+
+    def __init__(self, host: HostMm) -> None:
+        self.host = host
+        self.inflight: dict[int, int] = {}
+        self.last_read = 0
+        self.last_write = 0
+
+    def submit_read(self, pfn: int, slot: int, done: Callable[[], None]) -> None:
+        """Call `done` when the read would complete."""
+        when = max(self.host.sched.now + COST_SWAP_READ, self.last_read + COST_SWAP_READ // QUEUE_DEPTH)
+        self.last_read = when
+        self._submit(pfn, slot, when, done)
+
+    def submit_write(self, pfn: int, slot: int, done: Callable[[], None]) -> None:
+        """Call `done` when the write would complete."""
+        when = max(self.host.sched.now + COST_SWAP_WRITE, self.last_write + COST_SWAP_WRITE // QUEUE_DEPTH)
+        self.last_write = when
+        self._submit(pfn, slot, when, done)
+
+    def _submit(self, pfn: int, slot: int, when: int, done: Callable[[], None]) -> None:
+        sched = self.host.sched
+        stream = self.host.stream
+        self.inflight[pfn] = slot
+        irq = TaskContext("swap-io", cause=stream.ctx.cause)
+
+        def complete() -> None:
+            # An interrupt: it runs on top of whoever is current and may not be preempted.
+            task, ctx = sched.current, stream.ctx
+            stream.ctx = irq
+            task.no_preempt += 1
+            del self.inflight[pfn]
+            done()
+            task.no_preempt -= 1
+            stream.ctx = ctx
+
+        sched.after(when - sched.now, complete)
+
+
+def _swap(host: HostMm) -> SwapInfo:
+    if host.swap is None:
+        raise BrokenTruth("swap-file", "swap I/O on a host without swap")
+    return host.swap
+
+
+def swap_writeout(host: HostMm, pfn: int) -> None:
+    """Write a locked, clean-marked swap cache folio out; unlocks it. It may need no I/O at all."""
+    swap = _swap(host)
+    if folio_free_swap(host, pfn):
+        folio_unlock(host, pfn)
+        return
+    slot = swp_offset(host.pages.private[pfn])
+    if host.ram.page_is_zero(pfn):
+        swap.zeromap[slot] = 1
+        host.vmstat["swpout_zero"] += 1
+        if (t := host.trace.swap_zero) is not None:
+            t(pfn, slot, True)
+        folio_unlock(host, pfn)
+        return
+    swap.zeromap[slot] = 0
+    host.vmstat["pswpout"] += 1
+    folio_start_writeback(host, pfn)
+    if (t := host.trace.swap_write_start) is not None:
+        t(pfn, slot)
+    pa = pfn << 12
+    swap.pwrite_part(slot, 0, host.ram.b[pa : pa + _HALF])
+    folio_unlock(host, pfn)
+
+    def done() -> None:
+        swap.pwrite_part(slot, _HALF, host.ram.b[pa + _HALF : pa + PAGE_SIZE])
+        if (t := host.trace.swap_write_end) is not None:
+            t(pfn, slot)
+        folio_end_writeback(host, pfn)
+
+    host.swap_device.submit_write(pfn, slot, done)
+
+
+def swap_read_folio(host: HostMm, pfn: int) -> None:
+    """Fill a locked swap cache folio from its slot; it is unlocked, up to date, when that is done."""
+    swap = _swap(host)
+    pages = host.pages
+    if not pages.flags[pfn] & PG_locked or not pages.flags[pfn] & PG_swapcache:
+        raise BrokenTruth("swap-file", f"pfn {pfn:#x} is read without being locked in the swap cache")
+    slot = swp_offset(pages.private[pfn])
+    if swap.zeromap[slot]:
+        host.vmstat["swpin_zero"] += 1
+        host.ram.clear_page(pfn)
+        pages.flags[pfn] |= PG_uptodate
+        if (t := host.trace.swap_zero) is not None:
+            t(pfn, slot, False)
+        folio_unlock(host, pfn)
+        return
+    host.vmstat["pswpin"] += 1
+    if (t := host.trace.swap_read_start) is not None:
+        t(pfn, slot)
+
+    def done() -> None:
+        host.ram.write(pfn << 12, swap.pread(slot))
+        pages.flags[pfn] = (pages.flags[pfn] | PG_uptodate) & ~PG_reclaim
+        if (t := host.trace.swap_read_end) is not None:
+            t(pfn, slot)
+        folio_unlock(host, pfn)
+
+    host.swap_device.submit_read(pfn, slot, done)
