@@ -1,0 +1,94 @@
+"""The guest's paging-structure entry, the control bits that steer paging, the #PF error code.
+
+Source: Intel SDM vol. 3A, section 4.5 (4-level paging), tables 4-15 to 4-20 (entry formats), 4.6
+(access rights), 4.7 (page-fault exceptions), 4.8 (accessed and dirty flags).
+
+4-level entry (`PS`: leaf in a PDPTE or PDE, reserved in a PML4E, PAT in a PTE):
+
+    63 62          52 51                  12 11   9 8 7 6 5 4 3 2 1 0
+    +--+-------------+----------------------+------+-+-+-+-+-+-+-+-+-+
+    |XD|   ignored   |    physical frame    | ign. |G|P|D|A|P|P|U|R|P|
+    |  |             |                      |      | |S| | |C|W|/|/| |
+    |  |             |                      |      | | | | |D|T|S|W| |
+    +--+-------------+----------------------+------+-+-+-+-+-+-+-+-+-+
+
+Bits 51:MAXPHYADDR are reserved, XD is reserved while EFER.NXE is 0; a 2M leaf has bits 20:13
+reserved and a 1G leaf bits 29:13 (bit 12 is PAT there).
+
+All masks but XD fit a signed 64-bit int, so that compiled code can use them; XD is tested there as
+`entry < 0`.
+
+Not modelled: 32-bit and PAE paging, 5-level paging, protection keys, shadow-stack pages.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CR0_PE", "CR0_PG", "CR0_WP", "CR4_LA57", "CR4_PAE", "CR4_PGE", "CR4_PSE", "CR4_SMAP", "CR4_SMEP",
+    "EFER_LMA", "EFER_LME", "EFER_NXE", "EFER_SCE", "EFLAGS_AC", "MAXPHYADDR", "PFERR_FETCH",
+    "PFERR_PRESENT", "PFERR_RSVD", "PFERR_USER", "PFERR_WRITE", "PTE_ACCESSED", "PTE_ADDR_MASK",
+    "PTE_DIRTY", "PTE_GLOBAL", "PTE_PCD", "PTE_PRESENT", "PTE_PS", "PTE_PWT", "PTE_RW", "PTE_USER",
+    "PTE_XD", "is_canonical", "pte_reserved", "table_index",
+]
+
+CR0_PE = 1 << 0
+CR0_WP = 1 << 16
+CR0_PG = 1 << 31
+CR4_PSE = 1 << 4
+CR4_PAE = 1 << 5
+CR4_PGE = 1 << 7
+CR4_LA57 = 1 << 12
+CR4_SMEP = 1 << 20
+CR4_SMAP = 1 << 21
+EFER_SCE = 1 << 0
+EFER_LME = 1 << 8
+EFER_LMA = 1 << 10
+EFER_NXE = 1 << 11
+EFLAGS_AC = 1 << 18
+
+PTE_PRESENT = 1 << 0
+PTE_RW = 1 << 1
+PTE_USER = 1 << 2
+PTE_PWT = 1 << 3
+PTE_PCD = 1 << 4
+PTE_ACCESSED = 1 << 5
+PTE_DIRTY = 1 << 6
+PTE_PS = 1 << 7
+PTE_GLOBAL = 1 << 8
+PTE_XD = 1 << 63
+
+MAXPHYADDR = 46
+"""What CPUID.80000008H:EAX[7:0] must tell the guest; the same as the width of the EPT's frames."""
+PTE_ADDR_MASK = 0x000F_FFFF_FFFF_F000
+
+PFERR_PRESENT = 1 << 0
+PFERR_WRITE = 1 << 1
+PFERR_USER = 1 << 2
+PFERR_RSVD = 1 << 3
+PFERR_FETCH = 1 << 4
+
+_ADDR_RESERVED = PTE_ADDR_MASK & ~((1 << MAXPHYADDR) - 1)
+
+
+def is_canonical(gva: int) -> bool:
+    """Whether bits 63:47 are equal; `gva` as a signed or an unsigned 64-bit number."""
+    top = gva >> 47
+    return top == 0 or top == -1 or top == 0x1FFFF
+
+
+def table_index(gva: int, level: int) -> int:
+    """Index of the entry that translates `gva` in a table of `level` (4: PML4, 1: page table)."""
+    return gva >> (12 + 9 * (level - 1)) & 511
+
+
+def pte_reserved(entry: int, level: int, efer: int) -> bool:
+    """Whether a present entry of a table of `level` has a reserved bit set."""
+    if entry & _ADDR_RESERVED:
+        return True
+    if entry < 0 and not efer & EFER_NXE:
+        return True
+    if level == 1 or not entry & PTE_PS:
+        return False
+    if level == 4:
+        return True
+    return entry & ((1 << (12 + 9 * (level - 1))) - 1) & ~0x1FFF != 0
