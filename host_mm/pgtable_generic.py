@@ -1,0 +1,323 @@
+"""Page tables as they lie in RAM: allocation of tables, location of entries, the store funnel.
+
+Source of truth: include/linux/pgtable.h (set_pte_at, ptep_*), mm/pgtable-generic.c (ptep_clear_flush,
+__pte_offset_map_lock), mm/memory.c (__pud_alloc, __pmd_alloc, __pte_alloc, free_pgd_range),
+mm/rmap.c: mm_find_pmd; Linux 6.18.
+
+An entry is named by its physical address. Every store to a table of level 1 goes through `set_pte`,
+which tells `host.pte_hooks` (mm, address, old, new); tables come and go through `_set_table`.
+
+Not modelled: huge leaves at levels 2 and 3, five levels, RCU freeing of tables (gathers free them after
+the flush), PT_RECLAIM.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from host_mm import tlb as _tlb
+from host_mm.arch.x86.pgtable import PFN_MASK, PGDIR_SIZE, PMD_SIZE, PUD_SIZE, _PAGE_PSE, _PAGE_TABLE
+from host_mm.arch.x86.pgtable import pte_wrprotect
+from host_mm.kernel.errors import BrokenTruth
+from host_mm.kernel.locks import Spinlock
+from host_mm.page import PG_table, put_page
+from host_mm.page_alloc import GFP_KERNEL, GFP_ZERO
+
+if TYPE_CHECKING:
+    from host_mm.mm_types import MmStruct
+
+__all__ = [
+    "free_pgd_range", "free_tables", "mm_find_pmd", "pgd_alloc", "pgd_free", "pmd_alloc", "pmd_entries", "pmd_offset",
+    "pte_alloc", "pte_clear", "pte_lockptr", "pte_offset_map", "pte_offset_map_lock", "ptep_clear_flush",
+    "ptep_get", "ptep_get_and_clear", "ptep_set_access_flags", "ptep_set_wrprotect", "ptep_test_and_clear_young",
+    "pud_entries", "set_pte",
+]
+
+
+# -- entries of level 1 -------------------------------------------------------------------------
+def ptep_get(mm: MmStruct, pte: int) -> int:
+    """The entry at physical address `pte`."""
+    return mm.host.ram.u64[pte >> 3]
+
+
+def set_pte(mm: MmStruct, address: int, pte: int, value: int) -> None:
+    """set_pte_at: store an entry. The only place where a level-1 entry changes."""
+    host = mm.host
+    u64 = host.ram.u64
+    index = pte >> 3
+    if host.pte_hooks:
+        old = u64[index]
+        u64[index] = value
+        for hook in host.pte_hooks:
+            hook(mm, address, old, value)
+    else:
+        u64[index] = value
+
+
+def pte_clear(mm: MmStruct, address: int, pte: int) -> None:
+    """Make the entry empty."""
+    set_pte(mm, address, pte, 0)
+
+
+def ptep_get_and_clear(mm: MmStruct, address: int, pte: int) -> int:
+    """Empty the entry, atomically; returns what it was. The translation may still be cached."""
+    old = mm.host.ram.u64[pte >> 3]
+    set_pte(mm, address, pte, 0)
+    return old
+
+
+def ptep_clear_flush(mm: MmStruct, address: int, pte: int) -> int:
+    """Empty the entry and flush its translation."""
+    old = ptep_get_and_clear(mm, address, pte)
+    if old & 1:
+        _tlb.flush_tlb_page(mm, address)
+    return old
+
+
+def ptep_set_wrprotect(mm: MmStruct, address: int, pte: int) -> None:
+    """Take the right to write away, keeping the dirty bit."""
+    set_pte(mm, address, pte, pte_wrprotect(mm.host.ram.u64[pte >> 3]))
+
+
+def ptep_set_access_flags(mm: MmStruct, address: int, pte: int, entry: int, dirty: bool) -> bool:
+    """Grant rights or set A/D bits; true if the entry changed. Growing rights need no flush on x86."""
+    changed = mm.host.ram.u64[pte >> 3] != entry
+    if changed and dirty:
+        set_pte(mm, address, pte, entry)
+    return changed
+
+
+def ptep_test_and_clear_young(mm: MmStruct, address: int, pte: int) -> bool:
+    """Clear the accessed bit; true if it was set. x86 does not flush for this."""
+    entry = mm.host.ram.u64[pte >> 3]
+    if not entry & 0x20:
+        return False
+    set_pte(mm, address, pte, entry & ~0x20)
+    return True
+
+
+# -- locating entries ---------------------------------------------------------------------------
+def pmd_offset(mm: MmStruct, address: int) -> int:
+    """Physical address of the level-2 entry of `address`, or 0 where no level-2 table is."""
+    u64 = mm.host.ram.u64
+    entry = u64[(mm.pgd >> 3) + ((address >> 39) & 511)]
+    if not entry & 1:
+        return 0
+    entry = u64[((entry & PFN_MASK) >> 3) + ((address >> 30) & 511)]
+    if not entry & 1 or entry & _PAGE_PSE:
+        return 0
+    return (entry & PFN_MASK) + ((address >> 21) & 511) * 8
+
+
+def mm_find_pmd(mm: MmStruct, address: int) -> int:
+    """pmd_offset under the name that rmap and huge_memory use; the entry itself may be empty."""
+    return pmd_offset(mm, address)
+
+
+def pte_offset_map(mm: MmStruct, pmd: int, address: int) -> int:
+    """Physical address of the level-1 entry below level-2 entry `pmd`, or 0 if no table is there."""
+    entry = mm.host.ram.u64[pmd >> 3]
+    if not entry & 1 or entry & _PAGE_PSE:
+        return 0
+    return (entry & PFN_MASK) + ((address >> 12) & 511) * 8
+
+
+def pte_lockptr(mm: MmStruct, pte: int) -> Spinlock:
+    """The lock of the level-1 table that the entry at `pte` is in."""
+    return mm.pte_locks[pte >> 12]
+
+
+def pte_offset_map_lock(mm: MmStruct, pmd: int, address: int) -> int:
+    """The level-1 entry's physical address with its table locked, or 0 and no lock."""
+    while True:
+        pte = pte_offset_map(mm, pmd, address)
+        if not pte:
+            return 0
+        lock = mm.pte_locks[pte >> 12]
+        lock.lock()
+        # The table can have been freed or replaced while this task waited for its lock.
+        if pte_offset_map(mm, pmd, address) == pte and mm.pte_locks.get(pte >> 12) is lock:
+            return pte
+        lock.unlock()
+
+
+# -- tables -------------------------------------------------------------------------------------
+def _alloc_table(mm: MmStruct) -> int:
+    host = mm.host
+    pfn = host.allocator.alloc_pages(GFP_KERNEL | GFP_ZERO, 0, mm.process.home_node)
+    if pfn >= 0:
+        host.pages.flags[pfn] |= PG_table
+        host.vmstat["nr_page_table_pages"] += 1
+    return pfn
+
+
+def _free_table(mm: MmStruct, pfn: int) -> None:
+    host = mm.host
+    host.pages.flags[pfn] &= ~PG_table
+    host.vmstat["nr_page_table_pages"] -= 1
+    put_page(host, pfn)
+
+
+def _set_table(mm: MmStruct, entry: int, value: int) -> None:
+    mm.host.ram.u64[entry >> 3] = value
+
+
+def pgd_alloc(mm: MmStruct) -> bool:
+    """Give `mm` its level-4 table."""
+    pfn = _alloc_table(mm)
+    if pfn < 0:
+        return False
+    mm.pgd = pfn << 12
+    return True
+
+
+def pgd_free(mm: MmStruct) -> None:
+    """Free the level-4 table."""
+    pfn, mm.pgd = mm.pgd >> 12, 0
+    _free_table(mm, pfn)
+
+
+def _next_table(mm: MmStruct, entry: int) -> int:
+    """Physical address of the table below the entry at `entry`, made if missing; 0: no memory."""
+    u64 = mm.host.ram.u64
+    value = u64[entry >> 3]
+    if not value & 1:
+        new = _alloc_table(mm)
+        if new < 0:
+            return 0
+        mm.page_table_lock.lock()
+        value = u64[entry >> 3]
+        if value & 1:
+            mm.page_table_lock.unlock()
+            _free_table(mm, new)
+        else:
+            value = new << 12 | _PAGE_TABLE
+            mm.pgtables_bytes += 4096
+            _set_table(mm, entry, value)
+            mm.page_table_lock.unlock()
+    return value & PFN_MASK
+
+
+def pmd_alloc(mm: MmStruct, address: int) -> int:
+    """Physical address of the level-2 entry of `address`, tables made as needed; 0: no memory."""
+    pud_table = _next_table(mm, mm.pgd + ((address >> 39) & 511) * 8)
+    if not pud_table:
+        return 0
+    pmd_table = _next_table(mm, pud_table + ((address >> 30) & 511) * 8)
+    if not pmd_table:
+        return 0
+    return pmd_table + ((address >> 21) & 511) * 8
+
+
+def pte_alloc(mm: MmStruct, pmd: int) -> bool:
+    """See that a level-1 table hangs below level-2 entry `pmd`; false: no memory."""
+    if mm.host.ram.u64[pmd >> 3] & 1:
+        return True
+    new = _alloc_table(mm)
+    if new < 0:
+        return False
+    mm.page_table_lock.lock()
+    if mm.host.ram.u64[pmd >> 3] & 1:
+        mm.page_table_lock.unlock()
+        _free_table(mm, new)
+        return True
+    mm.pte_locks[new] = Spinlock(mm.host.sched, "ptl")
+    mm.pgtables_bytes += 4096
+    _set_table(mm, pmd, new << 12 | _PAGE_TABLE)
+    mm.page_table_lock.unlock()
+    return True
+
+
+# -- ranges -------------------------------------------------------------------------------------
+def pud_entries(mm: MmStruct, start: int, end: int) -> list[tuple[int, int, int]]:
+    """(table, address, next) of each present level-3 entry in [start, end); table is the level-2 one's."""
+    u64 = mm.host.ram.u64
+    found: list[tuple[int, int, int]] = []
+    address = start
+    while address < end:
+        entry = u64[(mm.pgd >> 3) + ((address >> 39) & 511)]
+        chunk = min(end, (address & ~(PGDIR_SIZE - 1)) + PGDIR_SIZE)
+        if entry & 1:
+            base = (entry & PFN_MASK) >> 3
+            while address < chunk:
+                following = min(chunk, (address & ~(PUD_SIZE - 1)) + PUD_SIZE)
+                value = u64[base + ((address >> 30) & 511)]
+                if value & 1:
+                    found.append((value & PFN_MASK, address, following))
+                address = following
+        address = chunk
+    return found
+
+
+def pmd_entries(mm: MmStruct, start: int, end: int) -> list[tuple[int, int, int]]:
+    """(pmd, address, next) of each level-2 entry in [start, end) that has a level-1 table now."""
+    u64 = mm.host.ram.u64
+    found: list[tuple[int, int, int]] = []
+    for table, first, last in pud_entries(mm, start, end):
+        address = first
+        while address < last:
+            following = min(last, (address & ~(PMD_SIZE - 1)) + PMD_SIZE)
+            pmd = table + ((address >> 21) & 511) * 8
+            if u64[pmd >> 3] & 1:
+                found.append((pmd, address, following))
+            address = following
+    return found
+
+
+def free_pgd_range(mm: MmStruct, gather_table: list[int], address: int, end: int, floor: int, ceiling: int) -> None:
+    """Unhook the tables that lie between `floor` and `ceiling` wholly; they are freed after the flush.
+
+    [address, end) is what was unmapped; a ceiling of 0 means the top. Pfns go to `gather_table`.
+    """
+    top = ceiling or 1 << 47
+    u64 = mm.host.ram.u64
+    for table, first, last in pud_entries(mm, address & ~(PMD_SIZE - 1), min(top, (end + PMD_SIZE - 1) & ~(PMD_SIZE - 1))):
+        at = first
+        while at < last:
+            base = at & ~(PMD_SIZE - 1)
+            pmd = table + ((at >> 21) & 511) * 8
+            value = u64[pmd >> 3]
+            if value & 1 and base >= floor and base + PMD_SIZE <= top:
+                _set_table(mm, pmd, 0)
+                pfn = (value & PFN_MASK) >> 12
+                _check_empty(mm, pfn, base)
+                del mm.pte_locks[pfn]
+                mm.pgtables_bytes -= 4096
+                gather_table.append(pfn)
+            at = base + PMD_SIZE
+        _free_upper(mm, gather_table, first, PUD_SIZE, floor, top)
+    at = address & ~(PGDIR_SIZE - 1)
+    while at < end:
+        _free_upper(mm, gather_table, at, PGDIR_SIZE, floor, top)
+        at += PGDIR_SIZE
+
+
+def _free_upper(mm: MmStruct, gather_table: list[int], address: int, size: int, floor: int, top: int) -> None:
+    base = address & ~(size - 1)
+    if base < floor or base + size > top:
+        return
+    u64 = mm.host.ram.u64
+    slot = mm.pgd + ((base >> 39) & 511) * 8
+    value = u64[slot >> 3]
+    if not value & 1:
+        return
+    if size == PUD_SIZE:
+        slot = (value & PFN_MASK) + ((base >> 30) & 511) * 8
+        value = u64[slot >> 3]
+        if not value & 1:
+            return
+    _set_table(mm, slot, 0)
+    mm.pgtables_bytes -= 4096
+    gather_table.append((value & PFN_MASK) >> 12)
+
+
+def _check_empty(mm: MmStruct, pfn: int, address: int) -> None:
+    ram = mm.host.ram
+    if not ram.page_is_zero(pfn):
+        raise BrokenTruth("page-table-empty", f"the table of {address:#x} is freed with entries in it")
+
+
+def free_tables(mm: MmStruct, pfns: list[int]) -> None:
+    """Give the tables of a finished gather back."""
+    for pfn in pfns:
+        _free_table(mm, pfn)

@@ -1,0 +1,346 @@
+"""Reverse mapping: from an anonymous page to the entries that may map it.
+
+Source of truth: mm/rmap.c (anon_vma_prepare, anon_vma_clone, anon_vma_fork, unlink_anon_vmas,
+rmap_walk_anon, folio_referenced_one, folio_add_new_anon_rmap, folio_remove_rmap_pte),
+mm/page_vma_mapped.c, include/linux/rmap.h (folio_try_dup_anon_rmap_pte, folio_try_share_anon_rmap_pte);
+Linux 6.18. Unmapping and migration entries are in rmap_unmap.py.
+
+A page belongs to the anon_vma of the VMA that faulted it; a fork gives the child VMA an anon_vma of its
+own and links it to all of its parent's, so that an old page is found in both and a new one only where
+it was made. All anon_vmas of one fork tree share their root's rwsem.
+
+Not modelled: file mappings (i_mmap), huge entries, mlock counts, the interval tree's O(log n) descent
+(an anon_vma's chains are scanned).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from host_mm import mmu_notifier
+from host_mm.arch.x86.pgtable import SWP_PFN_MASK, is_migration_entry, is_swap_pte, pte_pfn, pte_present
+from host_mm.arch.x86.pgtable import pte_to_swp_entry, swp_offset
+from host_mm.kernel.errors import BrokenTruth
+from host_mm.mm_types import VM_ACCESS_FLAGS, VM_LOCKED, VM_SOFTDIRTY, AnonVma, AnonVmaChain
+from host_mm.mm_types import MMF_HAS_PINNED, MMF_UNSTABLE
+from host_mm.page import GUP_PIN_COUNTING_BIAS, PG_anon, PG_anon_exclusive, PG_idle, PG_swapbacked, PG_young
+from host_mm.pgtable_generic import mm_find_pmd, pte_lockptr, pte_offset_map, pte_offset_map_lock
+from host_mm.pgtable_generic import ptep_get, ptep_test_and_clear_young
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+    from host_mm.mm_types import MmStruct, VmArea
+
+__all__ = [
+    "anon_vma_clone", "anon_vma_fork", "anon_vma_prepare", "find_mergeable_anon_vma",
+    "folio_add_anon_rmap_pte", "folio_add_new_anon_rmap", "folio_get_anon_vma", "folio_move_anon_rmap",
+    "folio_referenced", "folio_remove_rmap_pte", "folio_try_dup_anon_rmap_pte",
+    "folio_try_share_anon_rmap_pte", "page_vma_mapped_walk", "rmap_walk", "unlink_anon_vmas",
+]
+
+
+# -- anon_vma chains ----------------------------------------------------------------------------
+def _chain_link(vma: VmArea, anon_vma: AnonVma) -> None:
+    avc = AnonVmaChain(vma, anon_vma)
+    # Newest first, so that unlinking meets the root last.
+    vma.anon_vma_chain.insert(0, avc)
+    anon_vma.chains[id(avc)] = avc
+
+
+def anon_vma_prepare(vma: VmArea) -> None:
+    """See that the VMA has an anon_vma, a neighbour's if they could merge later."""
+    if vma.anon_vma is not None:
+        return
+    mm = vma.mm
+    anon_vma = find_mergeable_anon_vma(vma)
+    if anon_vma is None:
+        anon_vma = AnonVma(mm.host, None)
+        anon_vma.num_children += 1
+    anon_vma.root.rwsem.lock()
+    mm.page_table_lock.lock()
+    if vma.anon_vma is None:
+        vma.anon_vma = anon_vma
+        _chain_link(vma, anon_vma)
+        anon_vma.num_active_vmas += 1
+    mm.page_table_lock.unlock()
+    anon_vma.root.rwsem.unlock()
+
+
+def _compatible(a: VmArea, b: VmArea) -> bool:
+    return (
+        a.end == b.start and a.policy == b.policy and a.file is b.file
+        and not (a.flags ^ b.flags) & ~(VM_ACCESS_FLAGS | VM_SOFTDIRTY)
+        and b.pgoff == a.pgoff + ((b.start - a.start) >> 12)
+    )
+
+
+def _reusable(old: VmArea, a: VmArea, b: VmArea) -> AnonVma | None:
+    if _compatible(a, b) and old.anon_vma is not None and len(old.anon_vma_chain) == 1:
+        return old.anon_vma
+    return None
+
+
+def find_mergeable_anon_vma(vma: VmArea) -> AnonVma | None:
+    """The next or previous VMA's anon_vma, if the two differ in protection only."""
+    following = vma.mm.vma_lookup(vma.end)
+    if following is not None and (found := _reusable(following, vma, following)) is not None:
+        return found
+    previous = vma.mm.vma_lookup(vma.start - 1) if vma.start else None
+    return _reusable(previous, previous, vma) if previous is not None else None
+
+
+def anon_vma_clone(dst: VmArea, src: VmArea) -> None:
+    """Link `dst` to every anon_vma of `src`, under their root's lock."""
+    root = src.anon_vma_chain[0].anon_vma.root if src.anon_vma_chain else None
+    if root is not None:
+        root.rwsem.lock()
+    for pavc in reversed(src.anon_vma_chain):
+        anon_vma = pavc.anon_vma
+        _chain_link(dst, anon_vma)
+        # An anon_vma whose own VMA is gone is reused, or chains would grow with every fork.
+        if (dst.anon_vma is None and src.anon_vma is not None and anon_vma.num_children < 2
+                and anon_vma.num_active_vmas == 0):
+            dst.anon_vma = anon_vma
+    if dst.anon_vma is not None:
+        dst.anon_vma.num_active_vmas += 1
+    if root is not None:
+        root.rwsem.unlock()
+
+
+def anon_vma_fork(vma: VmArea, pvma: VmArea) -> None:
+    """A child's VMA: linked to the parent's anon_vmas, with one of its own for the pages it makes."""
+    if pvma.anon_vma is None:
+        return
+    vma.anon_vma = None
+    anon_vma_clone(vma, pvma)
+    if vma.anon_vma is not None:
+        return
+    anon_vma = AnonVma(vma.mm.host, pvma.anon_vma)
+    anon_vma.num_active_vmas += 1
+    vma.anon_vma = anon_vma
+    anon_vma.root.rwsem.lock()
+    _chain_link(vma, anon_vma)
+    anon_vma.parent.num_children += 1
+    anon_vma.root.rwsem.unlock()
+
+
+def unlink_anon_vmas(vma: VmArea) -> None:
+    """The VMA goes away: hide it from every rmap walk."""
+    if vma.anon_vma_chain:
+        root = vma.anon_vma_chain[0].anon_vma.root
+        root.rwsem.lock()
+        for avc in vma.anon_vma_chain:
+            anon_vma = avc.anon_vma
+            del anon_vma.chains[id(avc)]
+            if not anon_vma.chains:
+                anon_vma.parent.num_children -= 1
+        vma.anon_vma_chain = []
+        if vma.anon_vma is not None:
+            vma.anon_vma.num_active_vmas -= 1
+            vma.anon_vma = None
+        root.rwsem.unlock()
+
+
+# -- counting entries ---------------------------------------------------------------------------
+def folio_add_new_anon_rmap(host: HostMm, pfn: int, vma: VmArea, address: int, *, exclusive: bool = True) -> None:
+    """First mapping of a page nobody else knows."""
+    pages = host.pages
+    anon_vma = vma.anon_vma
+    if anon_vma is None:
+        raise BrokenTruth("anon-vma", f"an anonymous page at {address:#x} without an anon_vma")
+    # A page that is not exclusive may be found through any VMA of the tree: it hangs on the root.
+    pages.mapping[pfn] = anon_vma if exclusive else anon_vma.root
+    pages.index[pfn] = vma.page_index(address)
+    pages.flags[pfn] |= PG_anon | PG_swapbacked | (PG_anon_exclusive if exclusive else 0)
+    pages.mapcount[pfn] = 1
+    host.vmstat["nr_anon_pages"] += 1
+
+
+def folio_add_anon_rmap_pte(host: HostMm, pfn: int, vma: VmArea, address: int, *, exclusive: bool) -> None:
+    """One more entry maps a known anonymous page (swap-in, migration restore)."""
+    pages = host.pages
+    if not pages.mapcount[pfn]:
+        host.vmstat["nr_anon_pages"] += 1
+    pages.mapcount[pfn] += 1
+    if exclusive:
+        pages.flags[pfn] |= PG_anon_exclusive
+
+
+def folio_remove_rmap_pte(host: HostMm, pfn: int) -> None:
+    """One entry less maps the page."""
+    pages = host.pages
+    count = pages.mapcount[pfn] - 1
+    if count < 0:
+        raise BrokenTruth("page-mapcount", f"pfn {pfn:#x} loses an entry it does not have")
+    pages.mapcount[pfn] = count
+    if not count and pages.flags[pfn] & PG_anon:
+        host.vmstat["nr_anon_pages"] -= 1
+
+
+def folio_move_anon_rmap(host: HostMm, pfn: int, vma: VmArea) -> None:
+    """The page now belongs to this VMA's process alone; the folio lock is held."""
+    host.pages.mapping[pfn] = vma.anon_vma
+
+
+def _needs_cow_for_dma(vma: VmArea, host: HostMm, pfn: int) -> bool:
+    from_pinning = vma.mm.flags & MMF_HAS_PINNED
+    return bool(from_pinning) and host.pages.refcount[pfn] >= GUP_PIN_COUNTING_BIAS
+
+
+def folio_try_dup_anon_rmap_pte(host: HostMm, pfn: int, src_vma: VmArea) -> bool:
+    """Fork shares the page with the child; false if it may be pinned and must be copied."""
+    pages = host.pages
+    if pages.flags[pfn] & PG_anon_exclusive:
+        if _needs_cow_for_dma(src_vma, host, pfn):
+            return False
+        pages.flags[pfn] &= ~PG_anon_exclusive
+    pages.mapcount[pfn] += 1
+    return True
+
+
+def folio_try_share_anon_rmap_pte(host: HostMm, pfn: int) -> bool:
+    """Give up exclusivity before the page leaves its entry; false if it may be pinned.
+
+    The entry was cleared before: fast GUP re-reads it after it took its reference.
+    """
+    pages = host.pages
+    if pages.refcount[pfn] >= GUP_PIN_COUNTING_BIAS:
+        return False
+    pages.flags[pfn] &= ~PG_anon_exclusive
+    return True
+
+
+# -- walking ------------------------------------------------------------------------------------
+def folio_get_anon_vma(host: HostMm, pfn: int) -> AnonVma | None:
+    """The anon_vma of a mapped anonymous page."""
+    pages = host.pages
+    if not pages.flags[pfn] & PG_anon or pages.mapcount[pfn] <= 0:
+        return None
+    return pages.mapping.get(pfn)
+
+
+def page_vma_mapped_walk(
+    host: HostMm, pfn: int, vma: VmArea, address: int, *, migration: bool = False
+) -> int:
+    """The entry of `vma` at `address` that maps `pfn`, its table locked; 0 and no lock if none does.
+
+    With `migration` it looks for a migration entry of the page instead.
+    """
+    mm = vma.mm
+    pmd = mm_find_pmd(mm, address) if mm.pgd else 0
+    if not pmd:
+        return 0
+    pte = pte_offset_map(mm, pmd, address)
+    if not pte or not ptep_get(mm, pte):
+        return 0
+    pte = pte_offset_map_lock(mm, pmd, address)
+    if not pte:
+        return 0
+    entry = ptep_get(mm, pte)
+    if migration:
+        if is_swap_pte(entry):
+            swp = pte_to_swp_entry(entry)
+            if is_migration_entry(swp) and swp_offset(swp) & SWP_PFN_MASK == pfn:
+                return pte
+    elif pte_present(entry) and pte_pfn(entry) == pfn:
+        return pte
+    pte_lockptr(mm, pte).unlock()
+    return 0
+
+
+def rmap_walk(
+    host: HostMm, pfn: int, rmap_one: Callable[[VmArea, int], bool], *,
+    anon_vma: AnonVma | None = None, locked: bool = False, try_lock: bool = False,
+    done: Callable[[], bool] | None = None,
+) -> bool:
+    """Call `rmap_one(vma, address)` where the page may be mapped, until it says false.
+
+    Takes the anon_vma's lock for reading unless `locked`. False: `try_lock` and it was contended.
+    """
+    if anon_vma is None:
+        anon_vma = folio_get_anon_vma(host, pfn)
+        if anon_vma is None:
+            return True
+    rwsem = anon_vma.root.rwsem
+    if not locked:
+        if try_lock:
+            if not rwsem.read_trylock():
+                return False
+        else:
+            rwsem.read_lock()
+    index = host.pages.index[pfn]
+    hits: list[tuple[int, VmArea, int]] = []
+    for avc in anon_vma.chains.values():
+        address = avc.vma.address_of_index(index)
+        if address >= 0:
+            hits.append((avc.vma.pgoff, avc.vma, address))
+    hits.sort(key=lambda hit: hit[0])
+    sched = host.sched
+    for _, vma, address in hits:
+        if sched.preempt:
+            sched.point("cond_resched")
+        if not rmap_one(vma, address) or done is not None and done():
+            break
+    if not locked:
+        rwsem.read_unlock()
+    return True
+
+
+class _Referenced:
+    __slots__ = ("host", "mapcount", "pfn", "referenced", "vm_flags")
+
+    def __init__(self, host: HostMm, pfn: int) -> None:
+        self.host = host
+        self.pfn = pfn
+        self.mapcount = host.pages.mapcount[pfn]
+        self.referenced = 0
+        self.vm_flags = 0
+
+    def one(self, vma: VmArea, address: int) -> bool:
+        """folio_referenced_one."""
+        host, pfn, mm = self.host, self.pfn, vma.mm
+        pages = host.pages
+        pte = page_vma_mapped_walk(host, pfn, vma, address)
+        referenced = 0
+        if pte:
+            ptl = pte_lockptr(mm, pte)
+            if vma.flags & VM_LOCKED:
+                ptl.unlock()
+                self.vm_flags |= VM_LOCKED
+                return False
+            exiting = mm.mm_users == 0 or mm.flags & MMF_UNSTABLE
+            if exiting and pages.flags[pfn] & PG_swapbacked and pages.mapcount[pfn] == 1:
+                ptl.unlock()
+                self.referenced = -1
+                return False
+            referenced = _ptep_clear_flush_young_notify(mm, address, pte)
+            self.mapcount -= 1
+            ptl.unlock()
+        if referenced:
+            pages.flags[pfn] &= ~PG_idle
+        if pages.flags[pfn] & PG_young:
+            pages.flags[pfn] &= ~PG_young
+            referenced += 1
+        if referenced:
+            self.referenced += 1
+            self.vm_flags |= vma.flags & ~VM_LOCKED
+        return self.mapcount != 0
+
+
+def _ptep_clear_flush_young_notify(mm: MmStruct, address: int, pte: int) -> int:
+    young = int(ptep_test_and_clear_young(mm, address, pte))
+    return young | mmu_notifier.mmu_notifier_clear_flush_young(mm, address, address + 4096)
+
+
+def folio_referenced(host: HostMm, pfn: int) -> tuple[int, int]:
+    """How many mappings used the page since last asked, and their VM flags; clears what it counts.
+
+    -1: the lock was contended, or only an exiting process maps the page.
+    """
+    walk = _Referenced(host, pfn)
+    if not walk.mapcount or pfn not in host.pages.mapping:
+        return 0, 0
+    if not rmap_walk(host, pfn, walk.one, try_lock=True):
+        return -1, walk.vm_flags
+    return walk.referenced, walk.vm_flags
