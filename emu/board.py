@@ -1,0 +1,263 @@
+"""One VM: a VMM process, its guest memory, KVM, the vCPUs' threads and the devices.
+
+The VMM is small: each vCPU has a thread that enters KVM_RUN and serves what comes out. Ports go to
+the port bus, MMIO to the test device or the open bus, hypercalls to the host operations, memory
+faults to the protections that `protect` made. Everything else ends the vCPU or the VM.
+
+Not modelled: in-kernel irqchip and LAPIC (vCPU 0 takes the PIC's interrupts, others none), PCI,
+ACPI, firmware.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from emu.abi import EXIT_PORT, SERIAL_PORT, vmcall_by_number
+from emu.config import MachineConfig
+from emu.cpu.cpu import UnicornCpu
+from emu.devices.bus import PortBus, all_ones
+from emu.devices.exitport import ExitPort
+from emu.devices.mmio_test import MmioTestDevice
+from emu.devices.pic import PicPair
+from emu.devices.pit import Pit
+from emu.devices.serial import Serial
+from emu.hostops import OPERATIONS, TRACEPOINTS, perform
+from emu.memory import GuestMemory
+from emu.vmm import Vmm
+from host_mm.kernel.errors import KernelError
+from host_mm.kernel.sched import Task, WaitQueue
+from kvm_model.kvm_main import Kvm
+from kvm_model.x86 import UserExit, kvm_arch_vcpu_ioctl_run
+
+if TYPE_CHECKING:
+    from emu.host import Host
+    from emu.loaders.image import Image
+    from emu.operations.instrument import ArmedEntry
+    from kvm_model.vcpu import Vcpu
+
+__all__ = ["Board", "Stop"]
+
+COST_USER_EXIT = 2_000
+"""ns for a round trip from KVM to the VMM and back."""
+
+
+class Stop(msgspec.Struct):
+    """Why a VM stopped. `kind`: `exit` (the guest wrote `status` to the exit port), `halt` (every
+    started vCPU halted), `shutdown` (triple fault), `dead` (halted with interrupts off),
+    `error` (an exit the VMM cannot serve), `pause` (somebody asked)."""
+
+    kind: str
+    status: int = 0
+    why: str = ""
+
+
+class _VcpuThread:
+    """A vCPU's thread: whether it was started, whether it halted for good."""
+
+    __slots__ = ("error", "halted", "starting", "task", "vcpu", "wq")
+
+    def __init__(self, vcpu: Vcpu, wq: WaitQueue) -> None:
+        self.vcpu = vcpu
+        self.wq = wq
+        self.task: Task | None = None
+        self.starting = False
+        self.halted = True
+        self.error: BaseException | None = None
+
+
+class Board:
+    """A VM of `config` on `host`. `output` gets the guest's serial bytes."""
+
+    def __init__(
+        self, host: Host, config: MachineConfig, *, interpreted: bool = False,
+        output: Callable[[bytes], None] = lambda data: None,
+    ) -> None:
+        self.host = host
+        self.config = config
+        self.trace = host.stream.bind(TRACEPOINTS)
+        self.stop: Stop | None = None
+        self.stop_at_halt = False
+        self.serial_bytes = bytearray()
+        self.output = output
+        self.child: Vmm | None = None
+        self.protected: list[tuple[int, int]] = []
+        self.protection_faults = 0
+        self.armed: ArmedEntry | None = None
+        self.process = host.mm.create_process("vmm")
+        self.vmm = Vmm(host.mm, self.process)
+        self._make_devices()
+        self.cpu = UnicornCpu(host.mm, host.sched, interpreted=interpreted, params=config.params)
+        self.cpu.exit_filter = self._exit_filter
+        self.kvm = Kvm(
+            host.mm, self.process, self.cpu, params=config.params, breaks=frozenset(config.breaks),
+            checks=config.checks,
+        )
+        self.vcpus = [self.kvm.create_vcpu(n) for n in range(config.vcpus)]
+        self.vcpus[0].irq_source = self.pic
+        self.threads = [_VcpuThread(v, WaitQueue(host.sched, f"vcpu{v.vcpu_id} idle")) for v in self.vcpus]
+        self.memory = GuestMemory(self, config.memory)
+        host.boards.append(self)
+
+    def _make_devices(self) -> None:
+        self.pic = PicPair(self._interrupt)
+        self.pit = Pit(self.host.sched, lambda: self.pic.pulse(0))
+        self.serial = Serial(SERIAL_PORT, self._serial_output, lambda level: self.pic.set_irq(4, level))
+        self.mmio_test = MmioTestDevice()
+        bus = self.bus = PortBus()
+        bus.register(SERIAL_PORT, SERIAL_PORT + 7, self.serial)
+        bus.register(EXIT_PORT, EXIT_PORT + 3, ExitPort(self._guest_exit))
+        for first in (0x20, 0xA0):
+            bus.register(first, first + 1, self.pic)
+        bus.register(0x40, 0x43, self.pit)
+        bus.register(0x61, 0x61, self.pit)
+
+    def _serial_output(self, data: bytes) -> None:
+        self.serial_bytes += data
+        self.output(data)
+
+    def _interrupt(self) -> None:
+        self.kvm.kick_for_interrupt(self.vcpus[0])
+
+    def _guest_exit(self, status: int) -> None:
+        self.stop = Stop("exit", status, f"the guest wrote {status:#x} to its exit port")
+
+    def _exit_filter(self, vcpu: Vcpu, vmexit: object) -> bool:
+        return self.armed is not None and self.armed.filter(self, vcpu, vmexit)  # type: ignore[arg-type]
+
+    # -- loading and starting -----------------------------------------------------------------
+
+    def load(self, image: Image) -> None:
+        """Copy an image into guest memory and make vCPU 0 start at its entry."""
+
+        def copy() -> None:
+            for gpa, data in image.segments:
+                self.memory.write(gpa, data)
+
+        self.host.sched.run_task("vmm", copy)
+        self.cpu.start_image(self.vcpus[0], image)
+        self._start(self.threads[0])
+
+    def start_cpu(self, number: int, entry: int, stack: int, arg: int) -> None:
+        """Start vCPU `number` as the vmcall start_cpu says; KernelError(EINVAL or EBUSY)."""
+        if not 1 <= number < len(self.threads):
+            raise KernelError(errno.EINVAL, f"cpu {number}: want 1 to {len(self.threads) - 1}")
+        thread = self.threads[number]
+        if not thread.halted:
+            raise KernelError(errno.EBUSY, f"cpu {number} runs")
+        caller = self.host.sched.current.ctx.vcpu
+        self.cpu.start_like(thread.vcpu, self.vcpus[max(caller, 0)], entry, stack, (arg, number))
+        self._start(thread)
+
+    def _start(self, thread: _VcpuThread) -> None:
+        thread.halted = False
+        if thread.task is None:
+            number = thread.vcpu.vcpu_id
+            thread.task = self.host.sched.spawn(f"vcpu{number}", lambda: self._thread_body(thread), vcpu=number)
+        else:
+            thread.wq.wake_all()
+
+    def _thread_body(self, thread: _VcpuThread) -> None:
+        while True:
+            if thread.halted or self.stop is not None:
+                thread.wq.wait()
+                continue
+            self._serve(thread, kvm_arch_vcpu_ioctl_run(thread.vcpu))
+
+    # -- what comes out of KVM_RUN ------------------------------------------------------------
+
+    def _serve(self, thread: _VcpuThread, out: UserExit) -> None:
+        self.host.sched.advance(COST_USER_EXIT)
+        vcpu = thread.vcpu
+        if out.kind == "io":
+            self._serve_io(vcpu, out)
+        elif out.kind == "mmio":
+            self._serve_mmio(vcpu, out)
+        elif out.kind == "hypercall":
+            vcpu.complete_hypercall(self._hypercall(out) & 0xFFFF_FFFF_FFFF_FFFF)
+        elif out.kind == "hlt":
+            self._halted(thread)
+        elif out.kind == "memory-fault":
+            self._memory_fault(out)
+        elif out.kind == "shutdown":
+            self._stop_all("shutdown", f"triple fault on vCPU {vcpu.vcpu_id} at rip {self.cpu.get_reg(vcpu, 'rip'):#x}")
+        elif out.kind != "intr":
+            self._stop_all("error", f"KVM_EXIT_{out.kind.upper().replace('-', '_')} on vCPU {vcpu.vcpu_id}: {out.why}")
+
+    def _serve_io(self, vcpu: Vcpu, out: UserExit) -> None:
+        if out.write:
+            self.bus.write(out.port, out.size, out.data)
+        else:
+            vcpu.complete_io(self.bus.read(out.port, out.size))
+
+    def _serve_mmio(self, vcpu: Vcpu, out: UserExit) -> None:
+        device = self.mmio_test
+        if out.write:
+            if device.covers(out.gpa):
+                device.write(out.gpa, out.size, out.data)
+            return
+        value = device.read(out.gpa, out.size) if device.covers(out.gpa) else all_ones(out.size)
+        vcpu.complete_mmio(value)
+
+    def _hypercall(self, out: UserExit) -> int:
+        call = vmcall_by_number(out.nr)
+        if call is None or call.name not in OPERATIONS:
+            return -errno.ENOSYS
+        try:
+            return perform(self, call.name, *out.args[: len(call.args)])
+        except KernelError as exc:
+            return -(exc.errno or errno.EIO)
+
+    def _memory_fault(self, out: UserExit) -> None:
+        if not self.protected:
+            self._stop_all("error", f"KVM_RUN failed with EFAULT: no memory for gpa {out.gpa:#x}")
+            return
+        self.protection_faults += 1
+        pieces, self.protected = self.protected, []
+        for hva, length in pieces:
+            self.vmm.mprotect(hva, length, 7)
+
+    def _halted(self, thread: _VcpuThread) -> None:
+        thread.halted = True
+        if all(t.halted for t in self.threads):
+            self._stop_all("dead", "every vCPU halted with interrupts off")
+
+    def _stop_all(self, kind: str, why: str) -> None:
+        if self.stop is None:
+            self.stop = Stop(kind, 0, why)
+
+    # -- running ------------------------------------------------------------------------------
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> Stop:
+        """Run the host until this VM stops or `until()` is true; the reason it stopped."""
+        self.resume()
+        self.host.sched.run_until(lambda: self.stop is not None or until())
+        return self.stop or Stop("pause")
+
+    def resume(self) -> None:
+        """Let the vCPU threads go on after a stop that is not final."""
+        if self.stop is not None and self.stop.kind not in ("halt", "pause"):
+            return
+        self.stop = None
+        for thread in self.threads:
+            if thread.task is not None and not thread.halted:
+                thread.wq.wake_all()
+
+    def flush_all(self) -> None:
+        """Empty every vCPU's translations before its next entry."""
+        self.kvm.kvm_flush_remote_tlbs()
+
+    def close(self) -> None:
+        """Destroy the VM and its process."""
+        self.host.boards.remove(self)
+
+        def teardown() -> None:
+            if self.child is not None:
+                self.child.exit()
+            self.vmm.exit()
+            self.kvm.destroy()
+
+        self.host.sched.run_task("vmm-exit", teardown)

@@ -1,0 +1,70 @@
+"""One host: its RAM, its scheduler and clock, its event stream, its mm, and the VMs on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from host_mm.host import HostMm
+from host_mm.kernel.sched import RandomStrategy, Scheduler
+from trace_events.stream import TraceStream
+
+if TYPE_CHECKING:
+    from emu.board import Board
+    from emu.checker import Checker
+
+__all__ = ["Host"]
+
+
+class Host:
+    """A host with `ram` bytes of memory and `swap` bytes of swap file (None: no swap).
+
+    `params` are module parameters under the kernel's names plus `sched.strategy=random` and
+    `sched.period=N`, which make the scheduler switch at one point in N, decided by `seed`.
+    `breaks` are the protocol steps left out. With `checks` every truth is checked while running.
+    """
+
+    def __init__(
+        self,
+        *,
+        ram: int,
+        swap: int | None,
+        seed: int = 0,
+        nodes: int = 2,
+        params: dict[str, str] | None = None,
+        breaks: frozenset[str] = frozenset(),
+        checks: bool = False,
+        swap_path: str | None = None,
+    ) -> None:
+        self.seed = seed
+        self.params = dict(params or {})
+        self.breaks = breaks
+        self.stream = TraceStream()
+        self.sched = Scheduler(self.stream)
+        if self.params.get("sched.strategy") == "random":
+            self.sched.set_strategy(RandomStrategy(seed, int(self.params.get("sched.period", "8"))))
+        self.mm = HostMm(
+            self.sched,
+            self.stream,
+            ram_bytes=ram,
+            swap_bytes=swap,
+            swap_path=swap_path,
+            nodes=nodes,
+            seed=seed,
+            params=self.params,
+            breaks=breaks,
+            checks=checks,
+        )
+        self.mm.start_daemons()
+        self.boards: list[Board] = []
+        self.checker: Checker | None = None
+        if checks:
+            from emu.checker import Checker
+
+            self.checker = Checker(self)
+
+    def close(self) -> None:
+        """Destroy the VMs, kill every task, give the memory back."""
+        for board in list(self.boards):
+            board.close()
+        self.sched.close()
+        self.mm.close()

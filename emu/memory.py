@@ -1,0 +1,141 @@
+"""The guest's memory as its VMM keeps it: regions of the VMM's address space behind memory slots.
+
+RAM lies at gpa 0; above 3 GiB it continues at 4 GiB, so that devices and test slots have their
+place below. Slot 0 (and 1, where RAM is that large) are the board's; operations make more.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from host_mm.kernel.errors import KernelError
+from host_mm.ram import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from emu.board import Board
+
+__all__ = ["GuestMemory", "LOW_RAM_LIMIT", "Region"]
+
+LOW_RAM_LIMIT = 3 << 30
+HIGH_RAM_BASE = 4 << 30
+KVM_MEM_LOG_DIRTY_PAGES = 1
+PROT_ALL = 7
+
+
+class Region(msgspec.Struct):
+    """`size` bytes of the VMM at `hva`, shown to the guest at `gpa` by memory slot `slot`."""
+
+    slot: int
+    gpa: int
+    size: int
+    hva: int
+    flags: int = 0
+    deleted: bool = False
+
+
+class GuestMemory:
+    """The VMM's view. Reads and writes go through its own mapping, faulting pages in."""
+
+    def __init__(self, board: Board, size: int) -> None:
+        self.board = board
+        self.size = size
+        self.regions: list[Region] = []
+        low = min(size, LOW_RAM_LIMIT)
+        self._add(0, low)
+        if size > low:
+            self._add(HIGH_RAM_BASE, size - low)
+        self.first_test_slot = len(self.regions)
+
+    def _add(self, gpa: int, size: int) -> Region:
+        board = self.board
+        hva = board.vmm.mmap(size, PROT_ALL)
+        region = Region(len(self.regions), gpa, size, hva)
+        board.kvm.set_user_memory_region(region.slot, gpa, size, hva, 0)
+        self.regions.append(region)
+        return region
+
+    def region_at(self, gpa: int) -> Region | None:
+        """The live region that shows memory at `gpa`."""
+        for region in self.regions:
+            if not region.deleted and region.gpa <= gpa < region.gpa + region.size:
+                return region
+        return None
+
+    def hva(self, gpa: int) -> int:
+        """The VMM's address of `gpa`; KernelError(EFAULT) where there is no memory."""
+        region = self.region_at(gpa)
+        if region is None:
+            raise KernelError(errno.EFAULT, f"gpa {gpa:#x} is not in a memory slot")
+        return region.hva + gpa - region.gpa
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """`length` bytes at `gpa`, read by the VMM."""
+        board = self.board
+        parts: list[bytes] = []
+        while length > 0:
+            step = min(length, PAGE_SIZE - gpa % PAGE_SIZE)
+            parts.append(board.vmm.read(self.hva(gpa), step))
+            gpa += step
+            length -= step
+        return b"".join(parts)
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Store `data` at `gpa`, as the VMM."""
+        board = self.board
+        at = 0
+        while at < len(data):
+            step = min(len(data) - at, PAGE_SIZE - (gpa + at) % PAGE_SIZE)
+            board.vmm.write(self.hva(gpa + at), data[at : at + step])
+            at += step
+
+    def set_logging(self, region: Region, on: bool) -> None:
+        """KVM_MEM_LOG_DIRTY_PAGES of the region's slot."""
+        flags = region.flags | KVM_MEM_LOG_DIRTY_PAGES if on else region.flags & ~KVM_MEM_LOG_DIRTY_PAGES
+        self.board.kvm.set_user_memory_region(region.slot, region.gpa, region.size, region.hva, flags)
+        region.flags = flags
+
+    def _test_region(self, slot: int) -> Region:
+        if not self.first_test_slot <= slot < len(self.regions):
+            raise KernelError(errno.ENOENT, f"slot {slot} was not made by slot_create")
+        return self.regions[slot]
+
+    def _check_free(self, gpa: int, size: int, but: Region | None = None) -> None:
+        for other in self.regions:
+            if other is but or other.deleted:
+                continue
+            if gpa < other.gpa + other.size and other.gpa < gpa + size:
+                raise KernelError(errno.EEXIST, f"gpa {gpa:#x} overlaps slot {other.slot} at {other.gpa:#x}")
+
+    def create(self, gpa: int, size: int) -> Region:
+        """A new region at `gpa`; KernelError(EEXIST) where it overlaps another."""
+        self._check_free(gpa, size)
+        return self._add(gpa, size)
+
+    def delete(self, slot: int) -> None:
+        """KVM_SET_USER_MEMORY_REGION with size 0; the memory stays the VMM's."""
+        region = self._test_region(slot)
+        if region.deleted:
+            raise KernelError(errno.ENOENT, f"slot {slot} is deleted already")
+        self.board.kvm.set_user_memory_region(slot, region.gpa, 0, region.hva, 0)
+        region.deleted = True
+
+    def restore(self, slot: int) -> None:
+        """Bring a deleted slot back where it last was."""
+        region = self._test_region(slot)
+        if not region.deleted:
+            raise KernelError(errno.EEXIST, f"slot {slot} is not deleted")
+        self._check_free(region.gpa, region.size, region)
+        self.board.kvm.set_user_memory_region(slot, region.gpa, region.size, region.hva, region.flags)
+        region.deleted = False
+
+    def move(self, slot: int, gpa: int) -> None:
+        """The same memory at another gpa."""
+        region = self._test_region(slot)
+        if region.deleted:
+            raise KernelError(errno.ENOENT, f"slot {slot} is deleted")
+        self._check_free(gpa, region.size, region)
+        self.board.kvm.set_user_memory_region(slot, gpa, region.size, region.hva, region.flags)
+        region.gpa = gpa

@@ -1,0 +1,13 @@
+"""The host operations, by subject. Importing this package fills `emu.hostops.OPERATIONS`.
+
+| file | subject |
+|---|---|
+| `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
+| `process.py` | fork and exit |
+| `slots.py` | memory slots and the dirty log |
+| `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
+"""
+
+from emu.operations import instrument, memory, process, slots
+
+__all__ = ["instrument", "memory", "process", "slots"]

@@ -1,0 +1,118 @@
+"""The VMM's process on the host, by the system calls it makes.
+
+Each method is one entry into the host kernel in the name of this process, whatever task calls it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+    from host_mm.process import Process
+
+__all__ = ["Vmm"]
+
+
+class Vmm:
+    """One user process. `process` is the kernel's object; addresses are the process's own (hva)."""
+
+    def __init__(self, mm: HostMm, process: Process) -> None:
+        self.mm = mm
+        self.process = process
+
+    def mmap(self, length: int, prot: int, address: int = 0) -> int:
+        """Private anonymous memory; at `address` exactly if it is not 0 (MAP_FIXED). The address."""
+        from host_mm.mmap import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, do_mmap
+
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | (MAP_FIXED if address else 0)
+        return do_mmap(self.process.mm, address, length, prot, flags)
+
+    def munmap(self, address: int, length: int) -> None:
+        """munmap(2)."""
+        from host_mm.mmap import do_munmap
+
+        do_munmap(self.process.mm, address, length)
+
+    def mprotect(self, address: int, length: int, prot: int) -> None:
+        """mprotect(2)."""
+        from host_mm.mprotect import do_mprotect
+
+        do_mprotect(self.process.mm, address, length, prot)
+
+    def madvise(self, address: int, length: int, advice: int) -> None:
+        """madvise(2) with a MADV_* of host_mm.madvise."""
+        from host_mm.madvise import do_madvise
+
+        do_madvise(self.process.mm, address, length, advice)
+
+    def read(self, address: int, length: int) -> bytes:
+        """Load bytes, faulting pages in; KernelError(EFAULT)."""
+        from host_mm.uaccess import copy_from_user
+
+        return copy_from_user(self.process, address, length)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Store bytes, faulting pages in; KernelError(EFAULT)."""
+        from host_mm.uaccess import copy_to_user
+
+        copy_to_user(self.process, address, data)
+
+    def fork(self) -> Vmm:
+        """fork(2): the child as a Vmm of its own."""
+        from host_mm.fork import fork_process
+
+        return Vmm(self.mm, fork_process(self.process))
+
+    def exit(self) -> None:
+        """exit(2)."""
+        from host_mm.fork import exit_process
+
+        exit_process(self.process)
+
+    def clear_refs(self, kind: int) -> None:
+        """Write to /proc/PID/clear_refs."""
+        from host_mm.task_mmu import clear_refs_write
+
+        clear_refs_write(self.process.mm, kind)
+
+    def present_pfn(self, address: int) -> int:
+        """The frame that maps `address`, or -1: what /proc/PID/pagemap says."""
+        from host_mm.arch.x86.pgtable import pte_pfn, pte_present
+
+        entry, level = self.mm.lookup_address(self.process.mm, address)
+        return pte_pfn(entry) if level == 1 and pte_present(entry) else -1
+
+    def move_to_other_node(self, addresses: list[int]) -> int:
+        """move_pages(2) of every present page to the next NUMA node; how many moved."""
+        from host_mm.migrate import move_pages
+
+        nodes = []
+        present = []
+        before = []
+        for address in addresses:
+            pfn = self.present_pfn(address)
+            if pfn >= 0:
+                present.append(address)
+                before.append(pfn)
+                nodes.append((self.mm.nid_of(pfn) + 1) % self.mm.nr_nodes)
+        if present:
+            move_pages(self.process, present, nodes)
+        return sum(1 for a, pfn in zip(present, before, strict=True) if self.present_pfn(a) not in (pfn, -1))
+
+    def test_and_clear_young(self, address: int) -> bool:
+        """folio_referenced of the page at `address`: whether host or guest touched it since the last time."""
+        from host_mm.rmap import folio_referenced
+
+        pfn = self.present_pfn(address)
+        return pfn >= 0 and folio_referenced(self.mm, pfn)[0] > 0
+
+    def reclaim(self, pages: int) -> int:
+        """Proactive reclaim of `pages` frames over all nodes; how many came free."""
+        from host_mm.vmscan import try_to_free_pages
+
+        return try_to_free_pages(self.mm, pages)
+
+    def wait_for_writeback(self) -> None:
+        """Wait until no swap-out of the host is under way."""
+        self.mm.wait_for_writeback()
