@@ -35,7 +35,6 @@ from host_mm.mmu_notifier import (
     MMU_NOTIFY_RELEASE,
     MmuNotifierRange,
     MmuNotifierSubscriptions,
-    mmdrop,
     mmu_notifier_range_blockable,
     mmu_notifier_range_init,
     mmu_notifier_register_locked,
@@ -256,13 +255,13 @@ def mmu_interval_notifier_insert_locked(
 def _insert(sub: MmuIntervalNotifier, mm: MmStruct, start: int, length: int) -> int:
     if length == 0 or start + length - 1 > _ULONG_MAX:
         return -EOVERFLOW
-    if mm.users <= 0:
+    if mm.mm_users <= 0:
         return -EINVAL
     sub.mm = mm
     sub.start = start
     sub.last = start + length - 1
     sub.in_tree = False
-    mm.count += 1
+    mm.mm_count += 1
     tree = _itree(sub)
     subs = tree.subs
     with subs.lock:
@@ -302,4 +301,4 @@ def mmu_interval_notifier_remove(sub: MmuIntervalNotifier) -> None:
             tree.remove(sub)
     if seq:
         subs.wq.wait_event(lambda: subs.invalidate_seq != seq)
-    mmdrop(mm)
+    mm.mmdrop()

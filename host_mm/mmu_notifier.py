@@ -56,7 +56,6 @@ __all__ = [
     "MmuNotifierRange",
     "MmuNotifierSubscriptions",
     "mm_has_notifiers",
-    "mmdrop",
     "mmu_notifier_arch_invalidate_secondary_tlbs",
     "mmu_notifier_change_pte",
     "mmu_notifier_clear_flush_young",
@@ -466,7 +465,7 @@ def mmu_notifier_register_locked(
     itree: Callable[[MmuNotifierSubscriptions], IntervalTree] | None = None,
 ) -> int:
     """__mmu_notifier_register, under mmap_lock for write. Without `sub` it turns on `itree`."""
-    if mm.users <= 0:
+    if mm.mm_users <= 0:
         raise BrokenTruth("notifier-register", "registered with an mm that nobody uses")
     if sub is not None and sub.arch_invalidate_secondary_tlbs is not None and (
         sub.invalidate_range_start is not None or sub.invalidate_range_end is not None
@@ -478,7 +477,7 @@ def mmu_notifier_register_locked(
     taken = _mm_take_all_locks(mm)
     mm.notifier_subscriptions = subs
     if sub is not None:
-        mm.count += 1
+        mm.mm_count += 1
         sub.mm = mm
         sub.users = 1
         with subs.lock:
@@ -497,15 +496,6 @@ def _unhash(subs: MmuNotifierSubscriptions, sub: MmuNotifier) -> None:
         sub.hashed = False
 
 
-def mmdrop(mm: MmStruct) -> None:
-    """Drop one mm_count; the last takes the subscriptions with it (kernel/fork.c: __mmdrop)."""
-    mm.count -= 1
-    if mm.count < 0:
-        raise BrokenTruth("mm-count", "mmdrop of an mm that nobody holds")
-    if mm.count == 0:
-        mmu_notifier_subscriptions_destroy(mm)
-
-
 def mmu_notifier_unregister(sub: MmuNotifier, mm: MmStruct) -> None:
     """Detach `sub`: calls release unless mm's exit did; when it returns no callback can run."""
     subs = mm.notifier_subscriptions
@@ -520,7 +510,7 @@ def mmu_notifier_unregister(sub: MmuNotifier, mm: MmStruct) -> None:
         with subs.lock:
             _unhash(subs, sub)
     srcu.synchronize()
-    mmdrop(mm)
+    mm.mmdrop()
 
 
 def mmu_notifier_get(ops: type[MmuNotifier], mm: MmStruct) -> MmuNotifier | int:
@@ -563,7 +553,7 @@ def mmu_notifier_put(sub: MmuNotifier) -> None:
         srcu.synchronize()
         if sub.free_notifier is not None:
             sub.free_notifier()
-        mmdrop(mm)
+        mm.mmdrop()
 
     mm.host.sched.spawn("kworker/srcu", free_rcu)
 

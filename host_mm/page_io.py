@@ -49,7 +49,9 @@ def _fmt(pfn: int, slot: int) -> str:
 SWAP_WRITE_START = Tracepoint(
     "refault", "swap_write_start", ("pfn", "slot"), _fmt, doc="A folio goes under writeback."
 )
-SWAP_WRITE_END = Tracepoint("refault", "swap_write_end", ("pfn", "slot"), _fmt, doc="Its bytes are in the file.")
+SWAP_WRITE_END = Tracepoint(
+    "refault", "swap_write_end", ("pfn", "slot"), _fmt, doc="Its bytes are in the file."
+)
 SWAP_READ_START = Tracepoint(
     "refault", "swap_read_start", ("pfn", "slot"), _fmt, doc="A locked folio waits for its bytes."
 )
