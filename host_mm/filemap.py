@@ -38,6 +38,7 @@ __all__ = [
     "folio_trylock",
     "folio_unlock",
     "folio_wait_locked",
+    "folio_wait_unlock",
     "folio_wait_writeback",
 ]
 
@@ -93,6 +94,12 @@ def folio_wait_locked(host: HostMm, pfn: int) -> None:
     flags = host.pages.flags
     while flags[pfn] & PG_locked:
         _wait(host, pfn, "folio_lock")
+
+
+def folio_wait_unlock(host: HostMm, pfn: int) -> None:
+    """migration_entry_wait_on_locked: sleep until the next unlock. No reference is held or needed."""
+    if host.pages.flags[pfn] & PG_locked:
+        _wait(host, pfn, "migration_entry")
 
 
 def folio_lock_or_retry(host: HostMm, pfn: int, vmf: VmFault) -> int:

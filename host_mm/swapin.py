@@ -1,0 +1,256 @@
+"""Faults on entries that are not present: swap-in through the swap cache, and migration entries.
+
+Source of truth: mm/memory.c: do_swap_page, should_try_to_free_swap; mm/migrate.c:
+migration_entry_wait (Linux 6.18); mm/swapfile.c: reuse_swap_page for profiles without
+PG_anon_exclusive (Linux 5.10).
+
+The entry's exclusive marker, or being the only holder of the page, makes the new entry writable
+even on a read fault. A folio that is still under writeback is mapped like any other: what is
+written then makes the entry dirty, and the folio is written out again.
+
+Not modelled: devices without a swap cache (SWP_SYNCHRONOUS_IO), stable writes, KSM copies, device
+and hardware-poison entries beyond an error, per-VMA locks, large folios.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from host_mm.arch.x86.pgtable import (
+    _PAGE_SOFT_DIRTY,
+    _PAGE_SWP_EXCLUSIVE,
+    _PAGE_SWP_SOFT_DIRTY,
+    _PAGE_SWP_UFFD_WP,
+    _PAGE_UFFD_WP,
+    SWP_HWPOISON,
+    SWP_PFN_MASK,
+    is_migration_entry,
+    is_swap_pte,
+    mk_pte,
+    non_swap_entry,
+    pte_mkdirty,
+    pte_mksoft_dirty,
+    pte_mkwrite,
+    pte_to_swp_entry,
+    swp_offset,
+    swp_type,
+)
+from host_mm.filemap import folio_lock_or_retry, folio_unlock, folio_wait_unlock
+from host_mm.mm_types import (
+    FAULT_FLAG_WRITE,
+    MM_ANONPAGES,
+    MM_SWAPENTS,
+    VM_FAULT_ERROR,
+    VM_FAULT_HWPOISON,
+    VM_FAULT_MAJOR,
+    VM_FAULT_OOM,
+    VM_FAULT_RETRY,
+    VM_FAULT_SIGBUS,
+    VM_LOCKED,
+    VM_SOFTDIRTY,
+    VM_WRITE,
+)
+from host_mm.page import (
+    PG_anon,
+    PG_lru,
+    PG_mlocked,
+    PG_swapcache,
+    PG_uptodate,
+    PG_writeback,
+    put_page,
+    set_page_dirty,
+)
+from host_mm.page_io import swap_read_folio
+from host_mm.pgtable_generic import pte_lockptr, pte_offset_map_lock, ptep_get, set_pte
+from host_mm.rmap import folio_add_anon_rmap_pte, folio_add_new_anon_rmap
+from host_mm.swap_state import folio_free_swap, read_swap_cache, swap_cache_del_folio, swap_cache_get_folio
+from trace_events.tracepoint import Tracepoint
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+    from host_mm.mm_types import MmStruct, VmArea, VmFault
+
+__all__ = ["TRACEPOINTS", "do_swap_page", "migration_entry_wait"]
+
+SWAP_IN = Tracepoint(
+    "refault", "swap_in", ("pid", "address", "pfn", "slot", "major", "exclusive", "writable"),
+    lambda pid, address, pfn, slot, major, exclusive, writable: (
+        f"pid {pid} addr {address:#x} pfn {pfn:#x} slot {slot:#x}"
+        + (" major" if major else "") + (" exclusive" if exclusive else "") + (" writable" if writable else "")
+    ),
+    doc="A swap entry becomes a present entry again.",
+)
+MIGRATION_WAIT = Tracepoint(
+    "refault", "migration_entry_wait", ("pid", "address", "pfn"),
+    lambda pid, address, pfn: f"pid {pid} addr {address:#x} pfn {pfn:#x}",
+    doc="A fault waits until the page under migration has arrived.",
+)
+TRACEPOINTS = (SWAP_IN, MIGRATION_WAIT)
+
+
+def do_swap_page(vmf: VmFault) -> int:
+    """Handle a fault on a swap or migration entry, `vmf.orig_pte`; returns VM_FAULT_* bits.
+
+    mmap_lock is held for reading, the page table is not locked. When VM_FAULT_RETRY comes back,
+    mmap_lock was dropped unless the fault had FAULT_FLAG_RETRY_NOWAIT.
+    """
+    mm = vmf.mm
+    host = mm.host
+    entry = pte_to_swp_entry(vmf.orig_pte)
+    if non_swap_entry(entry):
+        return _non_swap_entry(vmf, entry)
+    ret = 0
+    pfn = swap_cache_get_folio(host, entry)
+    if pfn < 0:
+        nid = mm.process.home_node if mm.process is not None else 0
+        pfn = read_swap_cache(host, entry, nid, swap_read_folio)
+        if pfn < 0:
+            return _nothing_read(vmf)
+        ret = VM_FAULT_MAJOR
+        host.vmstat["pgmajfault"] += 1
+    ret |= folio_lock_or_retry(host, pfn, vmf)
+    if ret & VM_FAULT_RETRY:
+        put_page(host, pfn)
+        return ret
+    return _map_locked(vmf, pfn, entry, ret)
+
+
+def _nothing_read(vmf: VmFault) -> int:
+    # No memory, or somebody else faulted the page in and the entry is gone.
+    pte = pte_offset_map_lock(vmf.mm, vmf.pmd, vmf.address)
+    if not pte:
+        return 0
+    same = ptep_get(vmf.mm, pte) == vmf.orig_pte
+    pte_lockptr(vmf.mm, pte).unlock()
+    return VM_FAULT_OOM if same else 0
+
+
+def _give_up(vmf: VmFault, pfn: int, ret: int) -> int:
+    host = vmf.mm.host
+    folio_unlock(host, pfn)
+    put_page(host, pfn)
+    return ret
+
+
+def _map_locked(vmf: VmFault, pfn: int, entry: int, ret: int) -> int:
+    """From the locked folio to the present entry; the reference becomes the entry's."""
+    mm = vmf.mm
+    host = mm.host
+    pages = host.pages
+    flags = pages.flags
+    # The folio may have left the swap cache, and its slot another owner, while it was not locked.
+    if not flags[pfn] & PG_swapcache or pages.private[pfn] != entry:
+        return _give_up(vmf, pfn, ret)
+    if vmf.flags & FAULT_FLAG_WRITE and not flags[pfn] & PG_lru:
+        host.lru.lru_add_drain()
+    pte = pte_offset_map_lock(mm, vmf.pmd, vmf.address)
+    if not pte:
+        return _give_up(vmf, pfn, ret)
+    ptl = vmf.ptl = pte_lockptr(mm, pte)
+    vmf.pte = pte
+    if ptep_get(mm, pte) != vmf.orig_pte or not flags[pfn] & PG_uptodate:
+        same = ptep_get(mm, pte) == vmf.orig_pte
+        ptl.unlock()
+        return _give_up(vmf, pfn, VM_FAULT_SIGBUS if same else ret)
+    exclusive, new = _new_entry(vmf, pfn, entry)
+    if flags[pfn] & PG_anon:
+        folio_add_anon_rmap_pte(host, pfn, vmf.vma, vmf.address, exclusive=exclusive)
+    else:
+        folio_add_new_anon_rmap(host, pfn, vmf.vma, vmf.address, exclusive=exclusive)
+    set_pte(mm, vmf.address, pte, new)
+    vmf.orig_pte = new
+    if (t := host.trace.swap_in) is not None:
+        pid = mm.process.pid if mm.process is not None else 0
+        t(pid, vmf.address, pfn, swp_offset(entry), bool(ret & VM_FAULT_MAJOR), exclusive, bool(new & 2))
+    folio_unlock(host, pfn)
+    if vmf.flags & FAULT_FLAG_WRITE:
+        vmf.page = pfn
+        ret |= host.do_wp_page(vmf)
+        return ret & VM_FAULT_ERROR if ret & VM_FAULT_ERROR else ret
+    ptl.unlock()
+    return ret
+
+
+def _new_entry(vmf: VmFault, pfn: int, entry: int) -> tuple[bool, int]:
+    """Give the swap entry up and decide what the present one may: (exclusive, pte)."""
+    mm = vmf.mm
+    host = mm.host
+    vma = vmf.vma
+    old = vmf.orig_pte
+    assert host.swap is not None
+    exclusive = bool(old & _PAGE_SWP_EXCLUSIVE)
+    reuse = False
+    if not host.profile.anon_exclusive:
+        reuse = bool(vmf.flags & FAULT_FLAG_WRITE) and _reuse_swap_page(host, pfn, entry)
+    host.swap.swap_free(entry)
+    if _should_try_to_free_swap(host, pfn, vma, vmf.flags):
+        folio_free_swap(host, pfn)
+    mm.rss[MM_ANONPAGES] += 1
+    mm.rss[MM_SWAPENTS] -= 1
+    pte = mk_pte(pfn, vma.page_prot)
+    if old & _PAGE_SWP_SOFT_DIRTY:
+        pte = pte_mksoft_dirty(pte)
+    if old & _PAGE_SWP_UFFD_WP:
+        pte |= _PAGE_UFFD_WP
+    if host.profile.anon_exclusive:
+        reuse = exclusive or host.pages.refcount[pfn] == 1
+    if reuse and vma.flags & VM_WRITE and not pte & _PAGE_UFFD_WP and not _needs_soft_dirty_wp(vma, pte):
+        pte = pte_mkwrite(pte)
+        if vmf.flags & FAULT_FLAG_WRITE:
+            pte = pte_mkdirty(pte)
+            vmf.flags &= ~FAULT_FLAG_WRITE
+    return reuse, pte
+
+
+def _needs_soft_dirty_wp(vma: VmArea, pte: int) -> bool:
+    return not vma.flags & VM_SOFTDIRTY and not pte & _PAGE_SOFT_DIRTY
+
+
+def _should_try_to_free_swap(host: HostMm, pfn: int, vma: VmArea, fault_flags: int) -> bool:
+    pages = host.pages
+    flags = pages.flags[pfn]
+    if not flags & PG_swapcache:
+        return False
+    assert host.swap is not None
+    if host.swap.vm_swap_full() or vma.flags & VM_LOCKED or flags & PG_mlocked:
+        return True
+    # A write wants the page to itself: without the swap cache's reference it may have it.
+    return bool(fault_flags & FAULT_FLAG_WRITE) and pages.refcount[pfn] == 2
+
+
+def _reuse_swap_page(host: HostMm, pfn: int, entry: int) -> bool:
+    """Linux 5.10: whether this entry is the page's only user; if so it leaves the swap cache."""
+    assert host.swap is not None
+    if host.pages.mapcount[pfn] + host.swap.swap_count(swp_offset(entry)) > 1:
+        return False
+    if not host.pages.flags[pfn] & PG_writeback:
+        swap_cache_del_folio(host, pfn)
+        set_page_dirty(host, pfn)
+    return True
+
+
+def _non_swap_entry(vmf: VmFault, entry: int) -> int:
+    if is_migration_entry(entry):
+        migration_entry_wait(vmf.mm, vmf.pmd, vmf.address)
+        return 0
+    return VM_FAULT_HWPOISON if swp_type(entry) == SWP_HWPOISON else VM_FAULT_SIGBUS
+
+
+def migration_entry_wait(mm: MmStruct, pmd: int, address: int) -> None:
+    """Sleep until the page that the entry at `address` stands for was unlocked by its migration."""
+    pte = pte_offset_map_lock(mm, pmd, address)
+    if not pte:
+        return
+    value = ptep_get(mm, pte)
+    pfn = -1
+    if is_swap_pte(value):
+        entry = pte_to_swp_entry(value)
+        if is_migration_entry(entry):
+            pfn = swp_offset(entry) & SWP_PFN_MASK
+    pte_lockptr(mm, pte).unlock()
+    if pfn < 0:
+        return
+    host = mm.host
+    if (t := host.trace.migration_entry_wait) is not None:
+        t(mm.process.pid if mm.process is not None else 0, address, pfn)
+    folio_wait_unlock(host, pfn)
