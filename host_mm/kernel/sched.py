@@ -239,6 +239,11 @@ class Scheduler:
         self.on_point = hook
         self.preempt = hook is not None or self.strategy is not None
 
+    def freeze(self) -> None:
+        """Stop the current task where it is, for good; the hub goes on. For looking at a machine in mid-event."""
+        if self.current is not self.main:
+            self.hub.switch()
+
     # -- the hub ------------------------------------------------------------------------------
 
     def run_task(self, name: str, fn: Callable[[], Any]) -> Any:

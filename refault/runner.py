@@ -1,0 +1,164 @@
+"""`refault run`: one guest from load to verdict.
+
+Data (the guest's serial output) goes to stdout, talk to stderr. The exit code tells how it ended:
+see `refault.errors`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from host_mm.kernel.errors import BrokenTruth, OutOfMemory
+from refault.errors import EXIT_DIED, EXIT_FAILED, EXIT_OK, EXIT_SKIPPED, UsageError
+from refault.vm import VM
+from trace_events.ndjson import TraceWriter
+from trace_events.stream import Listener
+
+if TYPE_CHECKING:
+    from emu.board import Stop
+    from refault.options import RunOptions
+    from refault.summary import Observer
+
+__all__ = ["run", "start_host_script", "verdict"]
+
+STATUS_SKIPPED = 77
+
+
+def verdict(stop: Stop, serial: str) -> tuple[int, str]:
+    """(exit code, one sentence) for how a guest ended."""
+    if stop.kind == "exit":
+        failed = any(line.startswith(("FAIL", "ABORT")) for line in serial.splitlines())
+        if stop.status == 0 and not failed:
+            return EXIT_OK, "the guest passed"
+        if stop.status == STATUS_SKIPPED and not failed:
+            return EXIT_SKIPPED, "the guest skipped all its tests"
+        return EXIT_FAILED, f"the guest failed: it wrote {stop.status:#x} to its exit port"
+    return EXIT_DIED, f"the guest did not finish: {stop.why}"
+
+
+def start_host_script(vm: VM, text: str) -> None:
+    """Run a host script beside the guest: its function `main(vm, host)` in a task of its own.
+
+    `host` has the host operations and `host.sleep(ns)`, which waits in logical time.
+    """
+    scope: dict[str, Any] = {"__name__": "host_script"}
+    try:
+        exec(compile(text, "--host script", "exec"), scope)
+    except Exception as exc:
+        raise UsageError(f"--host script: {type(exc).__name__}: {exc}") from None
+    entry = scope.get("main")
+    if not callable(entry):
+        raise UsageError("--host script: it defines no function main(vm, host)")
+    sched = vm.board.host.sched
+
+    class _Host:
+        sleep = staticmethod(sched.sleep)
+
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            return getattr(vm.host, name)  # type: ignore[no-any-return]
+
+    def body() -> None:
+        try:
+            entry(vm, _Host())
+        except (BrokenTruth, OutOfMemory):
+            raise
+        except Exception as exc:
+            raise UsageError(f"--host script: {type(exc).__name__}: {exc}") from None
+
+    sched.spawn("host script", body)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C as a question asked between slices: an exception could strike inside a callback."""
+    pressed: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        pressed.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, on_signal)
+    except ValueError:
+        # Not the main thread: the caller's own handling stands.
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _build(options: RunOptions) -> VM:
+    out = sys.stderr if options.json else sys.stdout
+
+    def output(data: bytes) -> None:
+        out.write(data.decode("latin-1"))
+        out.flush()
+
+    return VM(
+        options.memory, host_ram=options.host_ram, swap=options.swap, vcpus=options.vcpus, mmu=options.mmu,
+        profile=options.profile, params=options.params, seed=options.seed, breaks=options.breaks,
+        check=options.check, interpreted=options.interpreted, output=output,
+    )
+
+
+def _script_text(options: RunOptions) -> str | None:
+    if options.host_script is None:
+        return None
+    try:
+        return Path(options.host_script).read_text()
+    except OSError as exc:
+        raise UsageError(f"--host {options.host_script}: {exc.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--host {options.host_script}: not a text file") from None
+
+
+def run(options: RunOptions) -> int:
+    """Run one guest; returns the exit code. UsageError for bad input."""
+    from refault.summary import Observer, print_summary
+
+    script = _script_text(options)
+    with ExitStack() as stack:
+        vm = stack.enter_context(_build(options))
+        stream = vm.board.host.stream
+        vm.extra = {k: v for k, v in (("host_script", script), ("max_insns", options.max_insns)) if v is not None}
+        image = vm.prepare(options.payload, *options.words)
+        observer = Observer(vm)
+        stream.listen(Listener(observer.globs, observer, ancestors=False))
+        writer = None
+        if options.trace is not None:
+            writer = TraceWriter(options.trace, vm.header(options.events)["machine"], options.events)
+            stack.callback(writer.close, "interrupted")
+            stream.listen(Listener(options.events, writer.write))
+        interrupted = stack.enter_context(_interruptible())
+        vm.board.load(image)
+        if script is not None:
+            start_host_script(vm, script)
+        stop = _run_until_end(vm, options, interrupted, observer)
+        vm.finish()
+        if writer is not None:
+            writer.close()
+        code, sentence = verdict(stop, vm.serial)
+        if not options.quiet:
+            print_summary(vm, observer, stop, sentence, as_json=options.json)
+        return code
+
+
+def _run_until_end(
+    vm: VM, options: RunOptions, interrupted: Callable[[], bool], observer: Observer
+) -> Stop:
+    def poll() -> bool:
+        if interrupted():
+            raise KeyboardInterrupt
+        observer.tick()
+        return False
+
+    try:
+        return vm.run(poll, max_insns=options.max_insns, timeout=options.timeout)
+    finally:
+        observer.done()

@@ -1,0 +1,283 @@
+"""`refault.VM`: a machine as a Python object.
+
+    vm = refault.VM(memory="64M", seed=1)
+    vm.load("swap-storm")
+    with vm.trace("kvm:*", "refault:*") as tr:
+        vm.run(until=refault.HALT)
+        vm.host.swap_out(gpa=0x200000, pages=16)
+        vm.run()
+    print(vm.walk(gva=0x400000))
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+from emu.board import Board, Stop
+from emu.config import MachineConfig
+from emu.hostops import OPERATIONS, perform
+from emu.inspector import WalkTree, walk_gpa, walk_gva
+from emu.loaders import load_image
+from host_mm.kernel.errors import KernelError
+from trace_events.ndjson import Trace, write_trace
+from trace_events.stream import Listener
+
+if TYPE_CHECKING:
+    from emu.loaders.image import Image
+    from refault.analysis import Analysis, Refault
+    from refault.host import Host
+    from trace_events.event import Event
+
+__all__ = ["HALT", "VM", "HostCalls", "Recording"]
+
+HALT = "halt"
+"""For `VM.run(until=HALT)`: stop when every started vCPU waits in HLT."""
+
+
+class Recording:
+    """The events of one `with vm.trace(...)` block. Equal recordings hold equal events."""
+
+    def __init__(self, header: dict[str, Any], globs: tuple[str, ...]) -> None:
+        self.header = header
+        self.globs = globs
+        self.events: list[Event] = []
+
+    def trace(self) -> Trace:
+        """The events as a trace, by number."""
+        return Trace(self.header, sorted(self.events, key=lambda e: e.seq))
+
+    def analysis(self) -> Analysis:
+        """Questions to the events."""
+        from refault.analysis import Analysis
+
+        return Analysis(self.events)
+
+    def refaults(self) -> list[Refault]:
+        """(zap, fault) pairs, in the order of the faults."""
+        return self.analysis().refaults()
+
+    def save(self, path: str | Path) -> None:
+        """Write a trace file."""
+        write_trace(path, self.trace())
+
+    def __iter__(self) -> Iterator[Event]:
+        return iter(self.events)
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recording) and self.trace().events == other.trace().events
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class HostCalls:
+    """The host operations as methods: `vm.host.swap_out(gpa=0x200000, pages=16)`."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        if name.startswith("_") or name not in OPERATIONS:
+            raise AttributeError(f"no host operation named {name!r}; see `refault list operations`")
+
+        def call(*args: Any, **kwargs: Any) -> int:
+            board = self._board
+            result: int = board.host.sched.run_task(
+                f"host {name}", lambda: perform(board, name, *args, **kwargs)
+            )
+            return result
+
+        call.__doc__ = OPERATIONS[name].summary
+        return call
+
+    def __dir__(self) -> list[str]:
+        return sorted(OPERATIONS)
+
+
+class VM:
+    """A VM. Without `on` it gets a private host of `host_ram` and `swap`.
+
+    Sizes are bytes or text such as "64M". `mmu` is "ept". `interpreted` runs the page walk in
+    Python: slower, the same bytes of trace. `output` gets the guest's serial bytes.
+    """
+
+    def __init__(
+        self,
+        memory: int | str = "64M",
+        *,
+        host_ram: int | str | None = None,
+        swap: int | str | None = "auto",
+        vcpus: int = 1,
+        mmu: str = "ept",
+        profile: str = "linux-6.18",
+        params: dict[str, str] | None = None,
+        seed: int = 1,
+        breaks: frozenset[str] | set[str] = frozenset(),
+        check: bool = False,
+        interpreted: bool = False,
+        output: Callable[[bytes], None] = lambda data: None,
+        on: Host | None = None,
+    ) -> None:
+        from refault.host import Host, _bytes
+
+        memory_bytes = _bytes(memory)
+        assert memory_bytes is not None
+        if mmu != "ept":
+            raise KernelError(errno.EINVAL, f"mmu {mmu!r}: want 'ept'")
+        if on is None:
+            swap = memory_bytes if swap == "auto" else swap
+            on = Host(host_ram or 2 * memory_bytes, swap, seed=seed, params=params, breaks=breaks, check=check)
+        machine = on.machine
+        self._host = on
+        self.config = MachineConfig(
+            memory=memory_bytes, host_ram=on.ram, swap=on.swap, vcpus=vcpus, mmu=mmu, profile=profile,
+            params=dict(machine.params), seed=machine.seed, breaks=tuple(sorted(machine.breaks)), checks=on.check,
+        )
+        self.board = Board(machine, self.config, interpreted=interpreted, output=output)
+        self.host = HostCalls(self.board)
+        self.payload: dict[str, Any] = {}
+        self.extra: dict[str, Any] = {}
+
+    # -- guest --------------------------------------------------------------------------------
+
+    def load(self, payload: str | bytes, *words: str) -> None:
+        """Load a payload by name, a file by path (ELF, multiboot, flat, FILE.s), or an image's bytes.
+
+        `words` are NAME=VALUE parameters for the payload's command line.
+        """
+        self.board.load(self.prepare(payload, *words))
+
+    def prepare(self, payload: str | bytes, *words: str) -> Image:
+        """The image of a payload, noted in this machine's header but not yet in guest memory."""
+        from refault.machine import read_payload
+
+        name, data = ("bytes", payload) if isinstance(payload, bytes) else (payload, read_payload(payload))
+        cmdline = " ".join((Path(name).name, *words))
+        self.payload = {"name": name, "sha256": hashlib.sha256(data).hexdigest(), "words": list(words)}
+        return load_image(data, self.config.memory, cmdline)
+
+    def run(
+        self, until: str | Callable[[], bool] | None = None, *, max_insns: int | None = None,
+        timeout: float | None = None,
+    ) -> Stop:
+        """Run until the guest stops, `until` holds, or a limit is met; say why.
+
+        `until` is HALT or a function asked between the tasks' turns. `max_insns` counts this
+        call's guest instructions over all vCPUs; `timeout` is seconds of real time.
+        """
+        board = self.board
+        deadline = None if timeout is None else time.monotonic() + timeout
+        budget = None if max_insns is None else board.cpu.instructions + max_insns
+        limit: list[Stop] = []
+
+        def done() -> bool:
+            if until == HALT:
+                if board.all_halted():
+                    limit.append(Stop("halt", why="every started vCPU is in HLT"))
+                    return True
+            elif callable(until) and until():
+                limit.append(Stop("pause", why="the caller's condition holds"))
+                return True
+            if budget is not None and board.cpu.instructions >= budget:
+                limit.append(Stop("limit", why=f"{max_insns} instructions"))
+                return True
+            if deadline is not None and time.monotonic() > deadline:
+                limit.append(Stop("limit", why=f"{timeout} s of real time"))
+                return True
+            return False
+
+        stop = board.run(done)
+        return stop if stop.kind != "pause" or not limit else limit[0]
+
+    def start_cpu(self, cpu: int, entry: int, stack: int, arg: int = 0) -> None:
+        """Start another vCPU in 64-bit mode with vCPU 0's control registers."""
+        self.board.start_cpu(cpu, entry, stack, arg)
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """Guest memory, read by the VMM: faults pages in as any access of the process does."""
+        data: bytes = self._host.machine.sched.run_task("host read", lambda: self.board.memory.read(gpa, length))
+        return data
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Write guest memory as the VMM."""
+        self._host.machine.sched.run_task("host write", lambda: self.board.memory.write(gpa, data))
+
+    @property
+    def serial(self) -> str:
+        """Everything the guest wrote to its serial port."""
+        return self.board.serial_bytes.decode("utf-8", "replace")
+
+    def regs(self, vcpu: int = 0) -> dict[str, int]:
+        """The general registers, rip and rflags of a vCPU."""
+        cpu, v = self.board.cpu, self.board.vcpus[vcpu]
+        names = "rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags cr0 cr2 cr3 cr4 efer"
+        return {name: cpu.get_reg(v, name) for name in names.split()}
+
+    # -- looking ------------------------------------------------------------------------------
+
+    def walk(self, *, gva: int | None = None, gpa: int | None = None, vcpu: int = 0) -> WalkTree:
+        """Translate an address through both stages (`gpa`: the second only) without touching anything."""
+        if (gva is None) == (gpa is None):
+            raise TypeError("walk() wants gva=... or gpa=...")
+        if gpa is not None:
+            return walk_gpa(self.board, gpa, vcpu)
+        assert gva is not None
+        return walk_gva(self.board, gva, vcpu)
+
+    @contextmanager
+    def trace(self, *globs: str) -> Iterator[Recording]:
+        """Record the events whose names match any of `globs` (none: all), with their causes."""
+        recording = Recording(self.header(globs or ("*",)), globs or ("*",))
+        listener = Listener(recording.globs, recording.events.append)
+        stream = self._host.machine.stream
+        stream.listen(listener)
+        try:
+            yield recording
+        finally:
+            stream.unlisten(listener)
+            recording.header = self.header(recording.globs)
+
+    def header(self, globs: tuple[str, ...] = ("*",)) -> dict[str, Any]:
+        """The trace header of this machine: all that is needed to build it again."""
+        from refault.machine import make_header
+
+        return make_header(self, globs)
+
+    @property
+    def stat(self) -> dict[str, int]:
+        """KVM's statistics under the kernel's names."""
+        return dict(self.board.kvm.stat)
+
+    @property
+    def vmstat(self) -> dict[str, int]:
+        """The host's /proc/vmstat counters."""
+        return dict(self._host.machine.mm.vmstat)
+
+    def finish(self) -> None:
+        """Check every truth once more, over everything; BrokenTruth if one does not hold."""
+        checker = self._host.machine.checker
+        if checker is not None:
+            checker.sweep()
+
+    def close(self) -> None:
+        """Destroy the VM and, if it is private, its host."""
+        self._host.close()
+
+    def __enter__(self) -> VM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        c = self.config
+        return f"<VM {c.memory >> 20} MiB on {c.host_ram >> 20} MiB, {c.vcpus} vCPU, {c.mmu}>"
