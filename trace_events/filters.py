@@ -77,7 +77,9 @@ def _compile_one(text: str) -> tuple[Callable[[str], bool], Predicate]:
     events, colon, expression = text.partition(":")
     globs = [part.strip().replace("/", ":") for part in events.split(",") if part.strip()]
     if not globs:
-        raise FilterError(f"filter {text!r}: it must begin with the events it applies to, as in 'kvm/kvm_exit : ...'")
+        raise FilterError(
+            f"filter {text!r}: it must begin with the events it applies to, as in 'kvm/kvm_exit : ...'"
+        )
     if not colon or not expression.strip():
         return compile_globs(globs), lambda event: True
     return compile_globs(globs), _Parser(text, expression).parse()
@@ -207,7 +209,9 @@ def _getter(field: str) -> Callable[[Event], Any]:
     return common if common is not None else lambda event: event.args.get(field)
 
 
-def _compared(get: Callable[[Event], Any], compare: Callable[[Any, Any], bool], wanted: int | str) -> Predicate:
+def _compared(
+    get: Callable[[Event], Any], compare: Callable[[Any, Any], bool], wanted: int | str
+) -> Predicate:
     def holds(event: Event) -> bool:
         value = get(event)
         if value is None:

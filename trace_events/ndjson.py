@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ class TraceWriter:
     run does not find out at its end.
     """
 
-    def __init__(self, path: str | os.PathLike[str], machine: dict[str, Any], globs: Iterable[str] = ("*",)) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], machine: dict[str, Any], globs: Iterable[str] = ("*",)
+    ) -> None:
         self.path = Path(path)
         self.count = 0
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
@@ -157,18 +160,26 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
         if end is not None:
             raise TraceError(f"{name}: line {number}: something follows the end record")
         try:
-            events.append(decode_event(line))
+            event = decode_event(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             end = _read_end(line)
             if end is None:
                 if number == len(lines):
                     raise TraceError(_cut(name, len(events))) from exc
                 raise TraceError(f"{name}: line {number} is not an event: {_why(exc)}") from exc
+            continue
+        if any(link is not None and link >= event.seq for link in (event.cause, event.killed_by)):
+            # Causes come first: with this checked, no reader can run in a circle.
+            raise TraceError(f"{name}: line {number}: event {event.seq} names a later event as its cause")
+        events.append(event)
     if end is None:
         raise TraceError(_cut(name, len(events)))
     if end.events != len(events):
         raise TraceError(f"{name}: the end record counts {end.events} events, the file holds {len(events)}")
     events.sort(key=lambda event: event.seq)
+    for one, other in pairwise(events):
+        if one.seq == other.seq:
+            raise TraceError(f"{name}: event {one.seq} is there twice")
     return Trace(header, events, end.end, name)
 
 

@@ -20,7 +20,7 @@ def holds(text: str, event: Event = ZAP) -> bool:
         "spte_zap : gfn == 0x200..0x210",
         "spte_zap : gfn != 0x0..0x20f",
         "*zap : why ~ 'mmu*' && !(level > 1)",
-        "spte_zap : why !~ \"ksm*\"",
+        'spte_zap : why !~ "ksm*"',
         "spte_zap : why == mmu-notifier",
         "spte_zap : gfn & 0x10",
         "spte_zap : bogus == 1 || COMM == kswapd0",

@@ -10,7 +10,9 @@ MACHINE = {"seed": 1, "memory": 64 << 20, "host": {"swap": 1, "ram": 2}}
 EVENTS = [
     Event(0, 10, "kvm:kvm_entry", "CPU 0/KVM", vcpu=0, args={"vcpu_id": 0, "guest_rip": (1 << 64) - 1}),
     Event(1, 20, "refault:host_op", "vmm", args={"op": "swap_out"}),
-    Event(2, 30, "kvm:kvm_page_fault", "CPU 0/KVM", vcpu=0, cause=0, killed_by=1, args={"x": None, "y": True}),
+    Event(
+        2, 30, "kvm:kvm_page_fault", "CPU 0/KVM", vcpu=0, cause=0, killed_by=1, args={"x": None, "y": True}
+    ),
 ]
 
 
@@ -89,7 +91,9 @@ def test_an_unwritable_destination_is_refused_before_the_run(tmp_path):
 def test_a_full_disk_is_a_trace_error():
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
-    writer = TraceWriter("/dev/shm/refault-never" if os.path.isdir("/dev/shm") else "/tmp/refault-never", MACHINE)
+    writer = TraceWriter(
+        "/dev/shm/refault-never" if os.path.isdir("/dev/shm") else "/tmp/refault-never", MACHINE
+    )
     writer._file.close()
     writer._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     with pytest.raises(TraceError, match="No space left"):
@@ -120,7 +124,7 @@ HEADER = b'{"format":"refault-trace","version":1,"machine":{},"events":["*"]}\n'
         (lambda data: data[: data.rindex(b'{"end"')], "cut off after 3 events"),
         (lambda data: HEADER, "cut off after 0 events"),
         (lambda data: data.replace(b'{"seq":1', b'{"seq":"one"', 1), "line 3 is not an event"),
-        (lambda data: data.replace(b'{"seq":1', b'nonsense', 1), "line 3 is not an event"),
+        (lambda data: data.replace(b'{"seq":1', b"nonsense", 1), "line 3 is not an event"),
         (lambda data: data.replace(b'"vmm"', b'"\xff\xfe"', 1), "line 3 is not an event"),
         (lambda data: data.replace(b'"events":3}', b'"events":4}'), "counts 4 events, the file holds 3"),
         (lambda data: data + b'{"end":"complete","events":3}\n', "something follows the end record"),

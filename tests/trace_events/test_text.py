@@ -20,7 +20,9 @@ def test_the_line_is_trace_cmds():
 
 
 def test_t_shows_nanoseconds():
-    assert " ..... 12.000000007: " in report(nanoseconds=True).line(event(ts=12_000_000_007)).replace(".....    ", "..... ")
+    assert " ..... 12.000000007: " in report(nanoseconds=True).line(event(ts=12_000_000_007)).replace(
+        ".....    ", "..... "
+    )
 
 
 def test_deltas_are_between_shown_lines():
@@ -30,7 +32,11 @@ def test_deltas_are_between_shown_lines():
 
 
 def test_an_unknown_event_shows_its_fields():
-    assert report().line(event(name="x:y", gfn=0x210, why="ksm")).endswith(": y:                    gfn=0x210 why=ksm")
+    assert (
+        report()
+        .line(event(name="x:y", gfn=0x210, why="ksm"))
+        .endswith(": y:                    gfn=0x210 why=ksm")
+    )
 
 
 def test_other_fields_than_declared_are_shown_as_they_are():

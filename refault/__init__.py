@@ -1,0 +1,66 @@
+"""refault: an x86-64 computer whose memory system you can see and break.
+
+    import refault
+    vm = refault.VM(memory="64M", seed=1)
+    vm.load("swap-storm")
+    with vm.trace("kvm:*", "refault:*") as tr:
+        vm.run(until=refault.HALT)
+    tr.refaults()
+
+Map of this room, the front door. It holds no model logic.
+
+| file | subject |
+|---|---|
+| `vm.py`, `host.py` | `VM` and `Host`: the machine as a Python object |
+| `machine.py` | the canonical configuration of a machine, and how a trace's header becomes a machine again |
+| `runner.py`, `summary.py` | `refault run` and the table it ends with |
+| `analysis.py`, `story.py` | what a trace says: refaults, cause chains, the story of one page |
+| `exitstat.py` | the table of `perf kvm stat report` |
+| `compare.py` | the first place where two traces part |
+| `registry.py` | which tracepoints, payloads and modules exist, found without importing them |
+| `cli.py`, `commands/` | the `refault` command, one file a verb |
+
+Names are imported when they are first used, so that `import refault` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refault.analysis import Analysis as Analysis
+    from refault.host import Host as Host
+    from refault.vm import HALT as HALT
+    from refault.vm import VM as VM
+    from trace_events.event import Event as Event
+    from trace_events.ndjson import Trace as Trace
+    from trace_events.ndjson import TraceError as TraceError
+    from trace_events.ndjson import read_trace as read_trace
+
+__all__ = ["HALT", "VM", "Analysis", "Event", "Host", "Trace", "TraceError", "__version__", "read_trace"]
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Analysis": "refault.analysis",
+    "Event": "trace_events.event",
+    "HALT": "refault.vm",
+    "Host": "refault.host",
+    "Trace": "trace_events.ndjson",
+    "TraceError": "trace_events.ndjson",
+    "VM": "refault.vm",
+    "read_trace": "trace_events.ndjson",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'refault' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

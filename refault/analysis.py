@@ -1,0 +1,181 @@
+"""What a trace says: which zap each refault answers, what caused what, and how often.
+
+A cause is the `seq` of the enclosing scope; `killed_by` on a fault names the zap that removed the
+gfn's last mapping. Everything here follows from these two links and from field names; nothing
+is guessed from times.
+
+Not modelled: links to events that a filter dropped; they are as if absent.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+
+import msgspec
+
+from trace_events.event import Event
+from trace_events.filters import compile_globs
+
+__all__ = ["PAGE_FAULT", "SPTE_ZAP", "Analysis", "Refault", "gfn_of"]
+
+PAGE_FAULT = "kvm:kvm_page_fault"
+SPTE_ZAP = "refault:spte_zap"
+HOST_OP = "refault:host_op"
+BRACKET = "refault:mmu_notifier_start"
+
+PAGE_SHIFT = 12
+LEVEL_BITS = 9
+
+
+class Refault(msgspec.Struct, frozen=True):
+    """A zap and the fault that answered it."""
+
+    gfn: int
+    zap: Event
+    fault: Event
+
+    @property
+    def gap(self) -> int:
+        """Nanoseconds from the zap to the fault: how long the page was left alone."""
+        return self.fault.ts - self.zap.ts
+
+
+def gfn_of(event: Event) -> int | None:
+    """The guest frame an event is about, or None."""
+    args = event.args
+    for name in ("gfn", "gpa", "fault_address"):
+        value = args.get(name)
+        if isinstance(value, int):
+            return value if name == "gfn" else value >> PAGE_SHIFT
+    return None
+
+
+class Analysis:
+    """Questions to the events of one trace. Answers are computed once, on demand."""
+
+    def __init__(self, events: Iterable[Event]) -> None:
+        self.events = sorted(events, key=lambda event: event.seq)
+        self.by_seq = {event.seq: event for event in self.events}
+
+    # -- links --------------------------------------------------------------------------------
+
+    @cached_property
+    def _children(self) -> dict[int, list[Event]]:
+        children: dict[int, list[Event]] = defaultdict(list)
+        for event in self.events:
+            if event.cause is not None:
+                children[event.cause].append(event)
+        return children
+
+    @cached_property
+    def _answers(self) -> dict[int, list[Event]]:
+        answers: dict[int, list[Event]] = defaultdict(list)
+        for event in self.events:
+            if event.killed_by is not None:
+                answers[event.killed_by].append(event)
+        return answers
+
+    def children(self, seq: int) -> list[Event]:
+        """The events whose direct cause is `seq`."""
+        return self._children.get(seq, [])
+
+    def descendants(self, seq: int) -> Iterator[Event]:
+        """All events below `seq`, in order of their numbers within each level's parent."""
+        for child in self.children(seq):
+            yield child
+            yield from self.descendants(child.seq)
+
+    def chain(self, event: Event) -> list[Event]:
+        """The causes of `event` from the root down to `event` itself."""
+        chain = [event]
+        seen = {event.seq}
+        while event.cause is not None and event.cause not in seen:
+            parent = self.by_seq.get(event.cause)
+            if parent is None:
+                break
+            seen.add(parent.seq)
+            chain.append(parent)
+            event = parent
+        return chain[::-1]
+
+    def root(self, event: Event) -> Event:
+        """What everything began with: a host operation, a daemon's bracket, a fault."""
+        return self.chain(event)[0]
+
+    def killer(self, event: Event) -> Event | None:
+        """The zap that a fault answers."""
+        return None if event.killed_by is None else self.by_seq.get(event.killed_by)
+
+    def answers(self, seq: int) -> list[Event]:
+        """The faults that a zap led to: none, or one for each gfn it had mapped."""
+        return self._answers.get(seq, [])
+
+    # -- refaults -----------------------------------------------------------------------------
+
+    @cached_property
+    def _refaults(self) -> list[Refault]:
+        found = []
+        for event in self.events:
+            zap = self.killer(event)
+            gfn = gfn_of(event)
+            if zap is not None and gfn is not None:
+                found.append(Refault(gfn, zap, event))
+        return found
+
+    def refaults(self) -> list[Refault]:
+        """Every zap that was answered, in the order of the answers."""
+        return self._refaults
+
+    def most_refaulted(self, limit: int = 10) -> list[tuple[int, int]]:
+        """(gfn, refaults) of the guest frames that lost their mapping most often."""
+        counts = Counter(refault.gfn for refault in self._refaults)
+        return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
+
+    def reason(self, zap: Event) -> str:
+        """Who is to blame for a zap, in a word or two: the operation, the daemon, or the bracket's event."""
+        for event in self.chain(zap):
+            if event.event == HOST_OP:
+                return str(event.args.get("op"))
+        if zap.vcpu < 0:
+            return zap.task
+        for event in reversed(self.chain(zap)):
+            if event.event == BRACKET:
+                return f"{event.args.get('event')} by {zap.task}"
+        return str(zap.args.get("why", zap.name))
+
+    # -- counting -----------------------------------------------------------------------------
+
+    def counters(self) -> dict[str, int]:
+        """Events by full name, most frequent first, then by name."""
+        counts = Counter(event.event for event in self.events)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+    def reasons(self) -> dict[str, int]:
+        """Refaults by who caused the zap, most frequent first."""
+        counts = Counter(self.reason(refault.zap) for refault in self._refaults)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+    def unanswered(self) -> list[Event]:
+        """The zaps that nobody has faulted on since."""
+        return [event for event in self.events if event.event == SPTE_ZAP and event.seq not in self._answers]
+
+    # -- selection ----------------------------------------------------------------------------
+
+    def about(self, gfn: int) -> list[Event]:
+        """The events about one guest frame; a large leaf is about every frame it covers."""
+        return [event for event in self.events if self._covers(event, gfn)]
+
+    def _covers(self, event: Event, gfn: int) -> bool:
+        found = gfn_of(event)
+        if found is None:
+            return False
+        level = event.args.get("level")
+        pages = 1 << (LEVEL_BITS * (level - 1)) if isinstance(level, int) and 1 <= level <= 3 else 1
+        return found <= gfn < found + pages
+
+    def select(self, *globs: str) -> list[Event]:
+        """The events whose full names match."""
+        match = compile_globs(globs)
+        return [event for event in self.events if match(event.event)]

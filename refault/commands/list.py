@@ -1,0 +1,94 @@
+"""What there is: guest payloads, host operations, trace events, protocol switches."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from refault.output import add_json_flag, print_json
+
+__all__ = ["KINDS", "configure", "main"]
+
+Entry = dict[str, object]
+
+_ANNOTATION = re.compile(r": '?[\w ]+(\| None)?'?(?=$| =)")
+
+
+def _payloads() -> Iterable[Entry]:
+    from guest_payloads.builder import payloads
+
+    for info in payloads():
+        yield {
+            "name": info.name,
+            "what": info.title,
+            "params": [f"{param.name}={param.default}" for param in info.params],
+            "vmcalls": list(info.vmcalls),
+        }
+
+
+def _operations() -> Iterable[Entry]:
+    import emu.operations  # noqa: F401  (fills the registry)
+    from emu.hostops import OPERATIONS
+
+    for name, operation in sorted(OPERATIONS.items()):
+        yield {
+            "name": f"{name}({', '.join(_ANNOTATION.sub('', arg) for arg in operation.args)})",
+            "what": operation.summary,
+            "notifier_events": list(operation.events),
+            "example": f"vm.host.{operation.example}",
+        }
+
+
+def _events() -> Iterable[Entry]:
+    from refault.registry import all_tracepoints
+
+    for tracepoint in all_tracepoints():
+        yield {
+            "name": tracepoint.full_name,
+            "what": tracepoint.doc or ", ".join(tracepoint.fields),
+            "fields": list(tracepoint.fields),
+        }
+
+
+def _switches() -> Iterable[Entry]:
+    from refault.registry import switches
+
+    for name, what in switches().items():
+        yield {"name": name, "what": what}
+
+
+KINDS: dict[str, Callable[[], Iterable[Entry]]] = {
+    "payloads": _payloads,
+    "operations": _operations,
+    "events": _events,
+    "switches": _switches,
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("kind", nargs="?", choices=tuple(KINDS), help="default: all of them")
+    parser.add_argument("glob", nargs="?", default="*", help="only names that match, e.g. 'kvm:*'")
+    add_json_flag(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """List."""
+    for kind in [args.kind] if args.kind else KINDS:
+        entries = [e for e in KINDS[kind]() if fnmatchcase(str(e["name"]), args.glob)]
+        if args.json:
+            for entry in entries:
+                print_json({"kind": kind, **entry})
+            continue
+        if not args.kind:
+            print(f"{kind}:")
+        _print_entries(entries, "  " if not args.kind else "")
+    return 0
+
+
+def _print_entries(entries: list[Entry], indent: str) -> None:
+    width = min(40, max((len(str(entry["name"])) for entry in entries), default=0))
+    for entry in entries:
+        print(f"{indent}{entry['name']!s:<{width}}  {entry['what']}".rstrip())

@@ -1,0 +1,130 @@
+"""What exists in this copy of refault, found in its sources without importing them.
+
+Tracepoints are declared beside the code that fires them, so that printing one trace would import
+the whole machine. The index here is read from the sources' text, and only the modules are imported
+whose events are asked for.
+
+Not modelled: packages that a user adds; only our own are searched.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+
+from trace_events.tracepoint import Tracepoint
+
+__all__ = [
+    "PACKAGES",
+    "Gap",
+    "all_tracepoints",
+    "find_tracepoint",
+    "gaps",
+    "modules",
+    "profiles",
+    "switches",
+    "tracepoint_index",
+]
+
+PACKAGES = ("trace_events", "host_mm", "kvm_model", "emu", "refault", "guest_payloads")
+
+_DECLARATION = re.compile(r'\bTracepoint\(\s*"(\w+)",\s*"(\w+)"')
+_TRACEPOINTS = re.compile(r"^TRACEPOINTS\b.*=", re.MULTILINE)
+
+
+class Gap(msgspec.Struct, frozen=True):
+    """One module's "Not modelled:" paragraph, as one line."""
+
+    module: str
+    text: str
+
+
+@cache
+def modules() -> tuple[tuple[str, Path], ...]:
+    """Every module of ours with its file, sorted within each package, ground floor first."""
+    found: list[tuple[str, Path]] = []
+    for package in PACKAGES:
+        spec = find_spec(package)
+        for place in (spec.submodule_search_locations or ()) if spec else ():
+            root = Path(place)
+            for path in sorted(root.rglob("*.py")):
+                parts = (package, *path.relative_to(root).with_suffix("").parts)
+                found.append((".".join(parts).removesuffix(".__init__"), path))
+    return tuple(found)
+
+
+@cache
+def _declaring() -> tuple[tuple[str, str], ...]:
+    """(module, source text) of the modules that declare tracepoints."""
+    texts = ((module, path.read_text(encoding="utf-8")) for module, path in modules())
+    return tuple((module, text) for module, text in texts if _TRACEPOINTS.search(text))
+
+
+@cache
+def tracepoint_index() -> dict[str, str]:
+    """Full event name -> the module that declares it."""
+    return {
+        f"{system}:{name}": module
+        for module, text in _declaring()
+        for system, name in _DECLARATION.findall(text)
+    }
+
+
+def _import_tracepoints(module: str) -> dict[str, Tracepoint]:
+    return {tp.full_name: tp for tp in importlib.import_module(module).TRACEPOINTS}
+
+
+@cache
+def find_tracepoint(full_name: str) -> Tracepoint | None:
+    """The tracepoint of that name, or None; imports only the module that declares it."""
+    module = tracepoint_index().get(full_name)
+    return None if module is None else _import_tracepoints(module).get(full_name)
+
+
+def all_tracepoints() -> list[Tracepoint]:
+    """Every tracepoint that can fire, by name. Imports the modules that declare them."""
+    found: dict[str, Tracepoint] = {}
+    for module, _ in _declaring():
+        found.update(_import_tracepoints(module))
+    return [found[name] for name in sorted(found)]
+
+
+def gaps() -> list[Gap]:
+    """The "Not modelled:" paragraph of every module docstring that has one."""
+    found: list[Gap] = []
+    for module, path in modules():
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        for paragraph in doc.split("\n\n"):
+            head, marker, text = " ".join(paragraph.split()).partition("Not modelled:")
+            if marker and not head:
+                found.append(Gap(module, text.strip()))
+    return found
+
+
+def switches() -> dict[str, str]:
+    """Every protocol switch that `--break` takes, with what it leaves out."""
+    from host_mm.breaks import BREAKS as HOST_BREAKS
+    from kvm_model.breaks import BREAKS as KVM_BREAKS
+
+    found: dict[str, str] = {}
+    for breaks in (HOST_BREAKS, KVM_BREAKS):
+        for name, what in breaks.items():
+            # One name may leave out the like step on both sides.
+            found[name] = f"{found[name]}; {what}" if name in found else what
+    return dict(sorted(found.items()))
+
+
+def profiles() -> list[str]:
+    """The kernel generations that both models know, newest first."""
+    import host_mm.profile
+    import kvm_model.profile
+
+    kvm = {p.name for p in vars(kvm_model.profile).values() if isinstance(p, kvm_model.profile.KvmProfile)}
+    mm = {p.name for p in vars(host_mm.profile).values() if isinstance(p, host_mm.profile.MmProfile)}
+    return sorted(kvm & mm, reverse=True)

@@ -1,0 +1,230 @@
+"""A trace in words: one sentence an event, the story of one guest page, the answer to "why".
+
+Sentences are written for somebody who knows what a page table is and has never read KVM. An event
+without a sentence of its own is told by its print format.
+
+Not modelled: any language but English.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvm_model.vmx.exits import EXIT_REASON_NAMES
+from refault.analysis import BRACKET, HOST_OP, PAGE_FAULT, SPTE_ZAP, Analysis
+from trace_events.event import Event
+from trace_events.text import format_args
+from trace_events.tracepoint import Tracepoint
+
+__all__ = ["STORY_LINES", "duration", "explain", "moment", "sentence", "story"]
+
+STORY_LINES = 10
+
+_BRACKETS = {
+    "UNMAP": "takes the range out of the address space",
+    "CLEAR": "is about to take pages away or replace them",
+    "PROTECTION_VMA": "changes the protection of the range",
+    "PROTECTION_PAGE": "write-protects pages",
+    "SOFT_DIRTY": "write-protects everything to see what gets written",
+    "RELEASE": "tears the address space down",
+    "MIGRATE": "moves pages to a device",
+    "EXCLUSIVE": "gives a page to a device alone",
+}
+
+
+def duration(ns: int) -> str:
+    """Logical time for people: three figures and a unit."""
+    for unit, size in (("s", 1_000_000_000), ("ms", 1_000_000), ("us", 1000)):
+        if abs(ns) >= size:
+            return f"{ns / size:.3g} {unit}" if ns < 999.5 * size else f"{ns / size:.0f} {unit}"
+    return f"{ns} ns"
+
+
+def moment(event: Event) -> str:
+    """When an event happened, as report lines give it."""
+    us = (event.ts + 500) // 1000
+    return f"{us // 1_000_000}.{us % 1_000_000:06d}"
+
+
+def _access(args: dict[str, Any]) -> str:
+    # The PFERR word of kvm_page_fault: bit 1 write, bit 4 fetch (asm/kvm_host.h: PFERR_*_MASK).
+    code = args.get("error_code", 0)
+    if not isinstance(code, int):
+        return "touched"
+    if code & 0x10:
+        return "fetched an instruction from"
+    return "wrote to" if code & 0x2 else "read from"
+
+
+def _page_fault(event: Event) -> str:
+    args = event.args
+    address = args.get("fault_address")
+    where = f"guest page {address >> 12:#x}" if isinstance(address, int) else "a page"
+    what = "not mapped" if not int(args.get("error_code", 0)) & 1 else "mapped without that right"
+    return f"vCPU {args.get('vcpu_id', event.vcpu)} {_access(args)} {where}, which KVM had {what}"
+
+
+def _zap(event: Event) -> str:
+    args = event.args
+    size = {1: "4K", 2: "2M", 3: "1G"}.get(args.get("level", 1), "")
+    why = args.get("why", "no reason")
+    return f"KVM dropped its {size} mapping of guest page {args.get('gfn', 0):#x} ({why})"
+
+
+def _bracket(event: Event) -> str:
+    args = event.args
+    name = str(args.get("event", ""))
+    pages = max(1, (int(args.get("end", 0)) - int(args.get("start", 0))) >> 12)
+    what = _BRACKETS.get(name, "is about to change mappings")
+    return f"{event.task} {what} ({name} bracket, {pages} page{'s' * (pages != 1)})"
+
+
+def _spte_changed(event: Event) -> str:
+    args = event.args
+    old, new = (int(args.get(name, 0)) & 7 for name in ("old_spte", "new_spte"))
+    gfn = f"guest page {args.get('gfn', 0):#x}"
+    if not new:
+        return f"the EPT entry of {gfn} was cleared"
+    rights = "".join(c if new & bit else "-" for c, bit in (("r", 1), ("w", 2), ("x", 4)))
+    return f"KVM {'changed' if old else 'installed'} the EPT entry of {gfn}, rights {rights}"
+
+
+def _exit(event: Event) -> str:
+    reason = event.args.get("exit_reason")
+    name = EXIT_REASON_NAMES.get(reason & 0xFFFF, reason) if isinstance(reason, int) else reason
+    return f"vCPU {event.args.get('vcpu_id', event.vcpu)} left the guest ({name})"
+
+
+SENTENCES: dict[str, Callable[[Event], str]] = {
+    PAGE_FAULT: _page_fault,
+    SPTE_ZAP: _zap,
+    BRACKET: _bracket,
+    HOST_OP: lambda event: f"the host was asked to {event.args.get('op')}({event.args.get('args')})",
+    "kvm:kvm_exit": _exit,
+    "kvm:kvm_entry": lambda event: f"vCPU {event.args.get('vcpu_id', event.vcpu)} entered the guest",
+    "kvmmmu:kvm_tdp_mmu_spte_changed": _spte_changed,
+    "refault:mmu_notifier_end": lambda event: f"{event.task} closed its {event.args.get('event')} bracket",
+}
+
+
+def sentence(event: Event, find: Callable[[str], Tracepoint | None] = lambda name: None) -> str:
+    """What happened, as a clause without a full stop."""
+    tell = SENTENCES.get(event.event)
+    if tell is None:
+        return f"{event.task}: {event.name} {format_args(event, find(event.event))}".rstrip()
+    try:
+        return tell(event)
+    except (TypeError, ValueError):
+        # A trace from elsewhere may hold other types under the same names.
+        return f"{event.task}: {event.name} {format_args(event, None)}".rstrip()
+
+
+_IN_A_STORY = (PAGE_FAULT, SPTE_ZAP, "kvmmmu:kvm_tdp_mmu_spte_changed")
+
+
+def story(analysis: Analysis, gfn: int) -> list[str]:
+    """The life of one guest page in at most ten lines: first and last things, zaps with their reasons."""
+    told = [event for event in analysis.about(gfn) if event.event in _IN_A_STORY]
+    # A zap is told by the clearing of its entry too; once is enough.
+    told = [e for e in told if not (e.event == _IN_A_STORY[2] and not int(e.args.get("new_spte", 1)) & 7)]
+    if not told:
+        return [f"Nothing in this trace is about guest page {gfn:#x}."]
+    lines = [_story_line(analysis, event) for event in told]
+    refaults = [refault for refault in analysis.refaults() if refault.gfn == gfn]
+    closing = f"In all: {len(refaults)} refault{'s' * (len(refaults) != 1)} of guest page {gfn:#x}"
+    if refaults:
+        closing += f", {duration(sum(r.gap for r in refaults) // len(refaults))} after the zap on average"
+    room = STORY_LINES - 1
+    if len(lines) > room:
+        left_out = len(lines) - (room - 1)
+        lines = [*lines[: room - 3], f"   ... {left_out} more like these ...", *lines[-2:]]
+    return [*lines, closing + "."]
+
+
+def _story_line(analysis: Analysis, event: Event) -> str:
+    line = f"{moment(event)}  #{event.seq}  {sentence(event)}"
+    if event.event == SPTE_ZAP:
+        return f"{line}, because of {analysis.reason(event)}."
+    zap = analysis.killer(event)
+    return (
+        f"{line}: lost {duration(event.ts - zap.ts)} before, at #{zap.seq}."
+        if zap is not None
+        else f"{line}."
+    )
+
+
+def explain(
+    analysis: Analysis, event: Event, find: Callable[[str], Tracepoint | None] = lambda name: None
+) -> list[str]:
+    """Why an event happened and what came of it: a paragraph, the chain back, the chain forward."""
+    lines = [f"#{event.seq} {event.event} at {moment(event)} in {event.task}", f"  {_text(event, find)}", ""]
+    lines += [_prose(analysis, event, find), ""]
+    lines.append("Back to where it began:")
+    lines += _back(analysis, event, find, indent=2)
+    forward = _forward(analysis, event, find)
+    if forward:
+        lines += ["", "What came of it:", *forward]
+    return lines
+
+
+def _text(event: Event, find: Callable[[str], Tracepoint | None]) -> str:
+    return format_args(event, find(event.event))
+
+
+def _prose(analysis: Analysis, event: Event, find: Callable[[str], Tracepoint | None]) -> str:
+    said = [sentence(event, find)]
+    zap = analysis.killer(event) or (event if event.event == SPTE_ZAP else None)
+    if zap is not None and zap is not event:
+        earlier = duration(event.ts - zap.ts)
+        said.append(f"the mapping had been there until {earlier} earlier, when {sentence(zap, find)}")
+    begin = analysis.root(zap or event)
+    if begin is not event and begin is not zap:
+        said.append(f"it began with #{begin.seq}: {sentence(begin, find)}")
+    elif zap is None and event.event == PAGE_FAULT:
+        said.append(
+            "nothing in this trace had taken a mapping away: it is the first touch, or a missing right"
+        )
+    answers = analysis.answers(event.seq)
+    if event.event == SPTE_ZAP:
+        said.append(
+            f"the page was wanted again {duration(answers[0].ts - event.ts)} later (#{answers[0].seq})"
+            if answers
+            else "nobody has touched the page since"
+        )
+    return " ".join(f"{_capital(clause)}." for clause in said)
+
+
+def _capital(clause: str) -> str:
+    return clause if clause.startswith("vCPU") else clause[0].upper() + clause[1:]
+
+
+def _back(
+    analysis: Analysis, event: Event, find: Callable[[str], Tracepoint | None], indent: int
+) -> list[str]:
+    lines: list[str] = []
+    zap = analysis.killer(event)
+    if zap is not None:
+        lines += _back(analysis, zap, find, indent)
+        lines.append(" " * indent + f"... {duration(event.ts - zap.ts)} later, its mapping gone:")
+    for depth, link in enumerate(analysis.chain(event)):
+        lead = " " * indent + ("   " * depth) + ("" if depth == 0 else "-> ")
+        lines.append(f"{lead}#{link.seq} {link.event}  {_text(link, find)}  [{link.task}]")
+    return lines
+
+
+def _forward(analysis: Analysis, event: Event, find: Callable[[str], Tracepoint | None]) -> list[str]:
+    below = list(analysis.descendants(event.seq))
+    zaps = [e for e in (event, *below) if e.event == SPTE_ZAP]
+    lines = [f"  #{e.seq} {e.event}  {_text(e, find)}" for e in below[:STORY_LINES]]
+    if len(below) > STORY_LINES:
+        lines.append(f"  ... and {len(below) - STORY_LINES} more events below it")
+    answers = [(zap, fault) for zap in zaps for fault in analysis.answers(zap.seq)]
+    for zap, fault in answers[:STORY_LINES]:
+        later = duration(fault.ts - zap.ts)
+        lines.append(f"  refault of zap #{zap.seq} {later} later: #{fault.seq} {sentence(fault, find)}")
+    if len(answers) > STORY_LINES:
+        lines.append(f"  ... and {len(answers) - STORY_LINES} more refaults")
+    if zaps:
+        lines.append(f"  {len(zaps)} zap{'s' * (len(zaps) != 1)}, {len(answers)} answered by a refault")
+    return lines
