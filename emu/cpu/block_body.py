@@ -17,7 +17,7 @@ Not modelled: nothing of the architecture; it is the emulator's clock.
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+from emu.cpu.words import Words
 
 __all__ = [
     "B_BLOCKS", "B_BUDGET", "B_COUNT", "B_ESTIMATED", "B_LAST_ICOUNT", "B_LAST_PC", "B_LAST_SIZE", "B_MASK",
@@ -39,10 +39,8 @@ B_SIZE = 16
 
 _HASH = 0x9E3779B1
 
-Column = MutableSequence[int]
 
-
-def learn_block(table: Column, mask: int, pc: int, icount: int, size: int) -> None:
+def learn_block(table: Words, mask: int, pc: int, icount: int, size: int) -> None:
     """Remember that the block of `size` bytes at `pc` has `icount` instructions."""
     first = (pc * _HASH & mask) * 4
     at = first
@@ -58,7 +56,7 @@ def learn_block(table: Column, mask: int, pc: int, icount: int, size: int) -> No
     table[at + 1] = size << 16 | icount
 
 
-def count_block(state: Column, table: Column, pc: int, size: int) -> int:
+def count_block(state: Words, table: Words, pc: int, size: int) -> int:
     """Note that a block starts; 1 where the budget is used up and it must not run."""
     if state[B_COUNT] >= state[B_BUDGET]:
         state[B_STOPPED] = 1

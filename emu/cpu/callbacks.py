@@ -40,7 +40,7 @@ _I64 = types.CPointer(types.int64)
 _U8 = types.CPointer(types.uint8)
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def words_at(typingctx: Any, address: Any) -> Any:
     """An int64 address as a pointer to int64."""
 
@@ -50,7 +50,7 @@ def words_at(typingctx: Any, address: Any) -> Any:
     return _I64(types.int64), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def bytes_at(typingctx: Any, address: Any) -> Any:
     """An int64 address as a pointer to bytes."""
 
@@ -60,7 +60,7 @@ def bytes_at(typingctx: Any, address: Any) -> Any:
     return _U8(types.int64), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def call_with_pointer(typingctx: Any, function: Any, argument: Any) -> Any:
     """Call the C function at an int64 address with one pointer; its int result is dropped.
 

@@ -12,8 +12,8 @@ Not modelled: nothing of the architecture; this is bookkeeping of the emulator.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import MutableSequence
 
+from emu.cpu.words import Words
 from host_mm.ram import column
 
 __all__ = ["CodePages", "code_page_known"]
@@ -24,7 +24,7 @@ _HASH_VPN = 0x9E3779B1
 _HASH_PFN = 0x85EBCA77
 
 
-def code_page_known(table: MutableSequence[int], mask: int, gva: int, pfn: int) -> bool:
+def code_page_known(table: Words, mask: int, gva: int, pfn: int) -> bool:
     """Whether the page of `gva` backed by frame `pfn` is in the set. Compiled by Numba as well."""
     vpn = gva >> 12 & _VPN_MASK
     key = (pfn << _VPN_BITS | vpn) + 1

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 __all__ = ["Native", "native"]
 
@@ -66,7 +66,7 @@ def native() -> Native:
             for name, signature in signatures.items()
         }
         i8 = numba.types.int64
-        outer = numba.njit((i8[::1], *[i8] * 8), cache=cache is not None)(_copy(walk.walk, scope))
+        outer = numba.njit((i8[::1], *[i8] * 8), cache=cache is not None)(_copy(cast(FunctionType, walk.walk), scope))
     return Native(callbacks, outer)
 
 

@@ -29,11 +29,11 @@ from unicorn import x86_const as x86
 
 __all__ = [
     "CC_OP", "CR", "CSTAR", "DF", "EFER", "EFLAGS", "EIP", "ENV_SIZE", "ERROR_CODE",
-    "EXCEPTION_INDEX_IS_INT", "EXCEPTION_NEXT_EIP", "FMASK", "Env", "HFLAGS", "HF_ADDSEG", "HF_CPL",
-    "HF_CS32", "HF_CS64", "HF_INHIBIT_IRQ", "HF_LMA", "HF_PE", "HF_SS32", "IDT", "GDT",
-    "KERNEL_GS_BASE", "LDT", "LSTAR", "OLD_EXCEPTION", "REGS", "R_CS", "R_DS", "R_ES", "R_FS",
-    "R_GS", "R_SS", "SEGS", "SEG_SIZE", "STAR", "SYSENTER_CS", "SYSENTER_EIP", "SYSENTER_ESP", "TR",
-    "TSC_AUX", "UC_INVALID_ADDR",
+    "EXCEPTION_INDEX_IS_INT", "EXCEPTION_NEXT_EIP", "FMASK", "GDT", "HFLAGS", "HF_ADDSEG", "HF_CPL",
+    "HF_CS32", "HF_CS64", "HF_INHIBIT_IRQ", "HF_LMA", "HF_PE", "HF_SS32", "IDT", "KERNEL_GS_BASE",
+    "LDT", "LSTAR", "OLD_EXCEPTION", "REGS", "R_CS", "R_DS", "R_ES", "R_FS", "R_GS", "R_SS", "SEGS",
+    "SEG_SIZE", "STAR", "SYSENTER_CS", "SYSENTER_EIP", "SYSENTER_ESP", "TR", "TSC_AUX", "UC_INVALID_ADDR",
+    "Env",
 ]
 
 REGS = 0
@@ -204,7 +204,7 @@ class Env:
         return self.i[EXCEPTION_INDEX_IS_INT // 4] != 0
 
     def clear_old_exception(self) -> None:
-        """Forget the exception under delivery; Unicorn never does, and makes the second one a double fault."""
+        """Forget the exception under delivery: Unicorn never does, and makes the next one a double fault."""
         self.i[OLD_EXCEPTION // 4] = -1
 
     def reg(self, index: int) -> int:

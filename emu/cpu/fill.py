@@ -37,7 +37,8 @@ from host_mm.ram import Ram, column
 __all__ = ["Fill", "FillResult", "add_hook", "signed"]
 
 _INTERPRETED = ctypes.CFUNCTYPE(
-    ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p
+    ctypes.c_bool,
+    ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p,
 )
 
 
@@ -128,7 +129,8 @@ class Fill:
                 self.params, self._env, self.ram.i64, self.ram.fetched, self.fill_epoch, self.write_epoch,
                 self.code.table, gva, kind,
             )
-        except BaseException as error:  # a Python exception cannot pass through C: emu_start's caller looks here
+        except BaseException as error:
+            # A Python exception cannot pass through C: emu_start's caller looks at `error`.
             self.error = error
             return False
         if granted == 0:

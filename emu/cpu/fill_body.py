@@ -26,8 +26,6 @@ A and D updates of guest tables that lie in frames with code do not invalidate t
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
-
 from emu.cpu.code_pages import code_page_known
 from emu.cpu.env import CR, EFER, EFLAGS, GDT, HF_CPL, HFLAGS, IDT, LDT, TR
 from emu.cpu.paging import EFLAGS_AC
@@ -45,6 +43,7 @@ from emu.cpu.walk import (
     RIGHT_X,
     walk,
 )
+from emu.cpu.words import Words
 
 __all__ = [
     "CODE_WRITE", "FRAME_CODE", "FRAME_DATA", "FRAME_MIXED", "NEW_CODE", "NO_PAGE", "P_A", "P_ACCESS",
@@ -92,10 +91,8 @@ FRAME_MIXED = 2
 _UC_MEM_WRITE = 17
 _UC_MEM_FETCH = 18
 
-Column = MutableSequence[int]
 
-
-def in_descriptor_tables(env: Column, page: int) -> bool:
+def in_descriptor_tables(env: Words, page: int) -> bool:
     """Whether `page` holds part of the GDT, LDT, IDT or TSS."""
     for table in (GDT, LDT, TR, IDT):
         base = env[(table + 8) // 8]
@@ -106,8 +103,8 @@ def in_descriptor_tables(env: Column, page: int) -> bool:
 
 
 def tlb_fill(
-    params: Column, env: Column, mem: Column, fetched: Column, fill_epoch: Column, write_epoch: Column,
-    code: Column, gva: int, kind: int,
+    params: Words, env: Words, mem: Words, fetched: Words, fill_epoch: Words, write_epoch: Words,
+    code: Words, gva: int, kind: int,
 ) -> int:
     """Answer one miss at page `gva` of uc_mem_type `kind`: permissions to cache, or 0 to refuse."""
     access = ACCESS_READ
@@ -150,8 +147,8 @@ def tlb_fill(
             if granted & RIGHT_W:
                 write_epoch[pfn] = params[P_EPOCH]
     descriptor = 0
-    if status == PAGE_FAULT and access & ACCESS_USER and kind != _UC_MEM_FETCH and in_descriptor_tables(env, gva):
-        descriptor = 1
+    if status == PAGE_FAULT and access & ACCESS_USER and kind != _UC_MEM_FETCH:
+        descriptor = int(in_descriptor_tables(env, gva))
     params[P_STATUS] = status
     params[P_GVA] = gva
     params[P_ACCESS] = access

@@ -35,8 +35,6 @@ mode-based execute control; page-modification logging; memory types; paging-stru
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
-
 from emu.cpu.paging import (
     CR0_PG,
     CR0_WP,
@@ -62,6 +60,7 @@ from emu.cpu.paging import (
     pte_reserved,
     table_index,
 )
+from emu.cpu.words import Words
 from kvm_model.vmx.ept import (
     EPT_ACCESSED,
     EPT_ADDR_MASK,
@@ -114,7 +113,6 @@ RIGHT_R = 1
 RIGHT_W = 2
 RIGHT_X = 4
 
-Memory = MutableSequence[int]
 Walk = tuple[int, int, int, int, int, int]
 
 _CR3_MASK = PTE_ADDR_MASK & ((1 << MAXPHYADDR) - 1)
@@ -122,7 +120,7 @@ _EPTP_MASK = _CR3_MASK
 _READ_WRITE = EPT_ACC_READ | EPT_ACC_WRITE
 
 
-def ept_set_accessed_dirty(mem: Memory, eptp: int, gpa: int, leaf_level: int, write: int) -> None:
+def ept_set_accessed_dirty(mem: Words, eptp: int, gpa: int, leaf_level: int, write: int) -> None:
     """Set A in every EPT entry that translates `gpa`, and D in the leaf for a write (SDM 29.3.5)."""
     table = eptp & _EPTP_MASK
     level = 4
@@ -140,7 +138,7 @@ def ept_set_accessed_dirty(mem: Memory, eptp: int, gpa: int, leaf_level: int, wr
     mem[slot] = entry
 
 
-def ept_translate(mem: Memory, nr_frames: int, eptp: int, gpa: int, access: int) -> tuple[int, int, int, int]:
+def ept_translate(mem: Words, nr_frames: int, eptp: int, gpa: int, access: int) -> tuple[int, int, int, int]:
     """(status, hpa, rights, EPT level) of a guest-physical access; `access` in EPT_ACC_* bits.
 
     On EPT_VIOLATION `rights` is the AND of the entries' R, W and X, as the qualification wants it;
@@ -216,7 +214,7 @@ def guest_rights(combined: int, xd: int, cr0: int, cr4: int, access: int) -> int
 
 
 def walk(
-    mem: Memory, nr_frames: int, cr0: int, cr3: int, cr4: int, efer: int, eptp: int, gva: int, access: int
+    mem: Words, nr_frames: int, cr0: int, cr3: int, cr4: int, efer: int, eptp: int, gva: int, access: int
 ) -> Walk:
     """Translate `gva` for `access` (ACCESS_* bits), updating A and D flags; see the module for the result."""
     need, ept_access = RIGHT_R, EPT_ACC_READ

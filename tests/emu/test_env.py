@@ -16,7 +16,7 @@ def uc() -> Uc:
 
 def test_general_registers_are_in_encoding_order(uc: Uc) -> None:
     env = E.Env(uc)
-    names = "RAX RCX RDX RBX RSP RBP RSI RDI R8 R9 R10 R11 R12 R13 R14 R15".split()
+    names = ["RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{n}" for n in range(8, 16))]
     for i, name in enumerate(names):
         env.set_reg(i, 0x1000 + i)
         assert uc.reg_read(getattr(x86, f"UC_X86_REG_{name}")) == 0x1000 + i
