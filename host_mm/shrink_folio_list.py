@@ -1,0 +1,280 @@
+"""What becomes of folios that reclaim isolated: freed, written, kept or activated.
+
+Source of truth: mm/vmscan.c: shrink_folio_list, folio_check_references, pageout, writeout,
+__remove_mapping; Linux 6.18, order-0 anonymous folios.
+
+The protocol, in the order of class 2: try_to_unmap replaces every page-table entry by the swap entry
+inside its own bracket and only notes that a flush is due; before the bytes go out a folio that may
+have been written through a stale writable translation waits for try_to_unmap_flush_dirty, and
+before any frame is given back try_to_unmap_flush has run.
+
+    break skip-batched-flush           neither flush runs
+    break no-flush-before-io           only the first is left out
+    break free-before-batched-flush    frames are freed before the last flush
+    break skip-dirty-check             a folio that is dirty again is dropped
+
+Not modelled: large folios and their splits, the page cache, demotion to slower nodes, memcg.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from host_mm.filemap import folio_trylock, folio_unlock
+from host_mm.kernel.costs import COST_SCAN_PAGE
+from host_mm.mm_types import VM_EXEC, VM_LOCKED
+from host_mm.page import (
+    PG_active,
+    PG_anon,
+    PG_dirty,
+    PG_mlocked,
+    PG_reclaim,
+    PG_referenced,
+    PG_swapbacked,
+    PG_swapcache,
+    PG_unevictable,
+    PG_writeback,
+    folio_maybe_dma_pinned,
+    folio_ref_freeze,
+    folio_ref_unfreeze,
+    set_page_dirty,
+)
+from host_mm.page_io import swap_writeout
+from host_mm.rmap import folio_referenced
+from host_mm.rmap_unmap import TTU_BATCH_FLUSH, try_to_unmap
+from host_mm.swap_state import folio_alloc_swap, folio_free_swap, swap_cache_del_frozen
+from host_mm.tlb import try_to_unmap_flush, try_to_unmap_flush_dirty
+from host_mm.vmscan_trace import ReclaimStat, trace_reclaim_flags
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+
+__all__ = ["BREAKS", "FREE_BATCH", "ScanControl", "shrink_folio_list"]
+
+BREAKS: dict[str, str] = {
+    "skip-batched-flush": "reclaim never flushes what try_to_unmap left pending",
+    "no-flush-before-io": "reclaim starts I/O on a folio that stale writable translations still reach",
+    "free-before-batched-flush": "reclaim frees its frames before the batched flush",
+    "skip-dirty-check": "reclaim drops a folio although it is dirty again",
+}
+
+FREE_BATCH = 31
+"""Frames freed together after one flush: FOLIO_BATCH_SIZE."""
+
+# enum folio_references, and what may become of a folio.
+_RECLAIM, _RECLAIM_CLEAN, _KEEP, _ACTIVATE = range(4)
+_KEPT_LOCKED, _KEPT, _ACTIVATED, _FREED = range(4)
+
+
+class ScanControl:
+    """struct scan_control."""
+
+    __slots__ = (
+        "force_deactivate", "gfp_mask", "is_kswapd", "may_deactivate", "may_swap", "may_unmap",
+        "may_writepage", "nr_congested", "nr_immediate", "nr_reclaimed", "nr_scanned", "nr_taken",
+        "nr_to_reclaim", "nr_writeback", "order", "priority", "skipped_deactivate",
+    )
+
+    def __init__(self, gfp_mask: int, *, order: int = 0, nr_to_reclaim: int = 0) -> None:
+        self.gfp_mask = gfp_mask
+        self.order = order
+        self.nr_to_reclaim = nr_to_reclaim
+        self.priority = 12
+        self.is_kswapd = False
+        self.may_writepage = True
+        self.may_unmap = True
+        self.may_swap = True
+        self.may_deactivate = 0
+        self.force_deactivate = False
+        self.skipped_deactivate = False
+        self.nr_scanned = self.nr_reclaimed = self.nr_taken = 0
+        self.nr_writeback = self.nr_congested = self.nr_immediate = 0
+
+
+class _Shrink:
+    """One call of shrink_folio_list."""
+
+    __slots__ = ("free", "host", "ignore_references", "sc", "stat")
+
+    def __init__(self, host: HostMm, sc: ScanControl, ignore_references: bool) -> None:
+        self.host = host
+        self.sc = sc
+        self.ignore_references = ignore_references
+        self.stat = ReclaimStat()
+        self.free: list[int] = []
+
+    def check_references(self, pfn: int) -> int:
+        """folio_check_references: a mapped folio gets a second trip, one used twice is activated."""
+        host = self.host
+        referenced_ptes, vm_flags = folio_referenced(host, pfn)
+        if vm_flags & VM_LOCKED:
+            return _ACTIVATE
+        if referenced_ptes == -1:
+            return _KEEP
+        flags = host.pages.flags
+        referenced_folio = flags[pfn] & PG_referenced
+        flags[pfn] &= ~PG_referenced
+        file = not flags[pfn] & PG_swapbacked
+        if referenced_ptes:
+            flags[pfn] |= PG_referenced
+            if referenced_folio or referenced_ptes > 1 or (vm_flags & VM_EXEC and file):
+                return _ACTIVATE
+            return _KEEP
+        return _RECLAIM_CLEAN if referenced_folio and file else _RECLAIM
+
+    def one(self, pfn: int) -> int:
+        """What becomes of one isolated, locked folio."""
+        host = self.host
+        flags = host.pages.flags
+        self.sc.nr_scanned += 1
+        if flags[pfn] & PG_mlocked:
+            return _ACTIVATED
+        if flags[pfn] & PG_writeback:
+            return self._under_writeback(pfn)
+        references = _RECLAIM
+        if not self.ignore_references:
+            references = self.check_references(pfn)
+        if references == _ACTIVATE:
+            return _ACTIVATED
+        if references == _KEEP:
+            self.stat.nr_ref_keep += 1
+            return _KEPT_LOCKED
+        if flags[pfn] & PG_swapbacked and not flags[pfn] & PG_swapcache:
+            if folio_maybe_dma_pinned(host.pages, pfn):
+                return _KEPT_LOCKED
+            if folio_alloc_swap(host, pfn):
+                return _ACTIVATED
+            set_page_dirty(host, pfn)
+        if host.pages.mapcount[pfn] and not self._unmap(pfn):
+            return _ACTIVATED
+        if folio_maybe_dma_pinned(host.pages, pfn):
+            return _ACTIVATED
+        if flags[pfn] & PG_dirty and flags[pfn] & PG_swapbacked:
+            kept = self._pageout(pfn, references)
+            if kept != _FREED:
+                return kept
+        return self._remove(pfn)
+
+    def _under_writeback(self, pfn: int) -> int:
+        flags = self.host.pages.flags
+        if self.sc.is_kswapd and flags[pfn] & PG_reclaim and self.sc.nr_immediate:
+            self.stat.nr_immediate += 1
+        else:
+            flags[pfn] |= PG_reclaim
+            self.stat.nr_writeback += 1
+        return _ACTIVATED
+
+    def _unmap(self, pfn: int) -> bool:
+        host = self.host
+        was_swapbacked = host.pages.flags[pfn] & PG_swapbacked
+        try_to_unmap(host, pfn, TTU_BATCH_FLUSH)
+        if not host.pages.mapcount[pfn]:
+            return True
+        self.stat.nr_unmap_fail += 1
+        if not was_swapbacked and host.pages.flags[pfn] & PG_swapbacked:
+            self.stat.nr_lazyfree_fail += 1
+        return False
+
+    def _pageout(self, pfn: int, references: int) -> int:
+        """pageout: _FREED means that the folio is clean now and locked."""
+        host = self.host
+        pages = host.pages
+        if references == _RECLAIM_CLEAN or not self.sc.may_writepage:
+            return _KEPT_LOCKED
+        if not host.breaks & {"skip-batched-flush", "no-flush-before-io"}:
+            try_to_unmap_flush_dirty(host)
+        # is_page_cache_freeable: the isolation's reference and the swap cache's.
+        if pages.refcount[pfn] != 2 or not pages.flags[pfn] & PG_swapcache:
+            return _KEPT_LOCKED
+        pages.flags[pfn] = (pages.flags[pfn] & ~PG_dirty) | PG_reclaim
+        swap_writeout(host, pfn)
+        if not pages.flags[pfn] & PG_writeback:
+            pages.flags[pfn] &= ~PG_reclaim
+        if (t := host.trace.mm_vmscan_write_folio) is not None:
+            t(pfn, trace_reclaim_flags(False))
+        host.vmstat["nr_vmscan_write"] += 1
+        self.stat.nr_pageout += 1
+        if pages.flags[pfn] & (PG_writeback | PG_dirty):
+            return _KEPT
+        if not folio_trylock(host, pfn):
+            return _KEPT
+        if pages.flags[pfn] & (PG_writeback | PG_dirty):
+            return _KEPT_LOCKED
+        return _FREED
+
+    def _remove(self, pfn: int) -> int:
+        """__remove_mapping: freeze the references, look at PG_dirty after that, drop the swap cache."""
+        host = self.host
+        pages = host.pages
+        flags = pages.flags[pfn]
+        if flags & PG_anon and not flags & PG_swapbacked:
+            if not folio_ref_freeze(pages, pfn, 1):
+                return _KEPT_LOCKED
+            host.vmstat["pglazyfreed"] += 1
+        else:
+            if not flags & PG_swapcache or not folio_ref_freeze(pages, pfn, 2):
+                return _KEPT_LOCKED
+            if pages.flags[pfn] & PG_dirty and "skip-dirty-check" not in host.breaks:
+                folio_ref_unfreeze(pages, pfn, 2)
+                return _KEPT_LOCKED
+            if host.checks is not None:
+                host.checks.folio_dropped_clean(pfn)
+            swap_cache_del_frozen(host, pfn)
+        folio_unlock(host, pfn)
+        self.free.append(pfn)
+        if len(self.free) >= FREE_BATCH:
+            self.free_batch()
+        return _FREED
+
+    def free_batch(self) -> None:
+        """Flush what is pending, then give the frames back."""
+        host = self.host
+        early = "free-before-batched-flush" in host.breaks
+        if not early and "skip-batched-flush" not in host.breaks:
+            try_to_unmap_flush(host)
+        frames, self.free = self.free, []
+        for pfn in frames:
+            host.pages.flags[pfn] &= ~(PG_active | PG_unevictable)
+            host.allocator.free_frozen_pages(pfn, 0)
+        if early:
+            try_to_unmap_flush(host)
+
+
+def shrink_folio_list(
+    host: HostMm, folios: list[int], sc: ScanControl, *, ignore_references: bool = False
+) -> tuple[int, ReclaimStat, list[int]]:
+    """Reclaim isolated folios: (frames freed, what was met, the folios that stay, still isolated)."""
+    shrink = _Shrink(host, sc, ignore_references)
+    sched = host.sched
+    kept: list[int] = []
+    reclaimed = 0
+    for pfn in folios:
+        sched.advance(COST_SCAN_PAGE)
+        if sched.preempt:
+            sched.point("cond_resched")
+        if not folio_trylock(host, pfn):
+            kept.append(pfn)
+            continue
+        fate = shrink.one(pfn)
+        if fate == _FREED:
+            reclaimed += 1
+            continue
+        if fate == _ACTIVATED:
+            _activate_locked(host, pfn, shrink.stat)
+        if fate != _KEPT:
+            folio_unlock(host, pfn)
+        kept.append(pfn)
+    shrink.free_batch()
+    host.vmstat["pgactivate"] += sum(shrink.stat.nr_activate)
+    return reclaimed, shrink.stat, kept
+
+
+def _activate_locked(host: HostMm, pfn: int, stat: ReclaimStat) -> None:
+    flags = host.pages.flags
+    swap = host.swap
+    if flags[pfn] & PG_swapcache and swap is not None and (swap.vm_swap_full() or flags[pfn] & PG_mlocked):
+        folio_free_swap(host, pfn)
+    if not flags[pfn] & PG_mlocked:
+        flags[pfn] |= PG_active
+        stat.nr_activate[0 if flags[pfn] & PG_swapbacked else 1] += 1
+

@@ -1,0 +1,410 @@
+"""Reclaim: aging and shrinking the LRU lists, by kswapd, by who allocates, and by MADV_PAGEOUT.
+
+Source of truth: mm/vmscan.c: isolate_lru_folios, shrink_inactive_list, shrink_active_list,
+move_folios_to_lru, inactive_is_low, shrink_lruvec, do_try_to_free_pages, balance_pgdat, kswapd,
+reclaim_throttle, reclaim_pages; Linux 6.18, classic LRU.
+
+Folios enter the inactive list; one found referenced there once stays, twice is activated; the tail
+of the active list is deactivated while the inactive one is small. Priority goes from 12 to 0: a pass
+looks at size >> priority of each list.
+
+A reclaimer that made no progress while I/O is in flight waits for some of it to complete (the
+kernel's VMSCAN_THROTTLE_WRITEBACK), so that out of memory means that nothing is left.
+
+Not modelled: MGLRU, swappiness and the anon/file cost balance (the file lists hold only MADV_FREE
+pages and go first), workingset refaults, memcg, compaction, watermark boost, slab shrinkers,
+too_many_isolated, pfmemalloc throttling, node reclaim.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import TYPE_CHECKING
+
+from host_mm.kernel.costs import COST_SCAN_PAGE
+from host_mm.kernel.sched import WaitQueue
+from host_mm.lru import (
+    LRU_ACTIVE_ANON,
+    LRU_ACTIVE_FILE,
+    LRU_INACTIVE_ANON,
+    LRU_INACTIVE_FILE,
+    LRU_NAMES,
+    Lruvec,
+)
+from host_mm.mm_types import VM_EXEC
+from host_mm.page import (
+    PG_active,
+    PG_lru,
+    PG_mlocked,
+    PG_swapbacked,
+    PG_workingset,
+    put_page,
+    try_get_page,
+)
+from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, GFP_KERNEL
+from host_mm.rmap import folio_referenced
+from host_mm.shrink_folio_list import BREAKS, ScanControl, shrink_folio_list
+from host_mm.vmscan_trace import TRACEPOINTS, VMSCAN_THROTTLE_WRITEBACK, ZONE_NORMAL, trace_reclaim_flags
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+
+__all__ = [
+    "BREAKS",
+    "DEF_PRIORITY",
+    "MAX_RECLAIM_RETRIES",
+    "SWAP_CLUSTER_MAX",
+    "TRACEPOINTS",
+    "Kswapd",
+    "kswapd",
+    "reclaim_pages",
+    "try_to_free_pages",
+    "wakeup_kswapd",
+]
+
+DEF_PRIORITY = 12
+SWAP_CLUSTER_MAX = 32
+MAX_RECLAIM_RETRIES = 16
+_THROTTLE_NS = 100_000_000
+"""HZ / 10: how long a reclaimer waits at most for writeback."""
+
+_FILE = 1 << 1
+_ANON = 1 << 0
+
+
+# -- lists --------------------------------------------------------------------------------------
+
+
+def _isolate_lru_folios(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc: ScanControl) -> list[int]:
+    """Take up to `nr_to_scan` folios from the tail of a list; under lru_lock."""
+    source = vec.lists[lru]
+    flags = host.pages.flags
+    taken: list[int] = []
+    scanned = 0
+    while scanned < nr_to_scan and source:
+        scanned += 1
+        pfn = next(iter(source))
+        if not try_get_page(host, pfn):
+            # On its way to be freed: whoever frees it takes it off the list.
+            source.move_to_end(pfn)
+            continue
+        del source[pfn]
+        flags[pfn] &= ~PG_lru
+        taken.append(pfn)
+    sc.nr_taken += len(taken)
+    if (t := host.trace.mm_vmscan_lru_isolate) is not None:
+        t(ZONE_NORMAL, sc.order, nr_to_scan, scanned, 0, len(taken), LRU_NAMES[lru])
+    host.vmstat["pgrefill" if lru & 1 else f"pgscan_{_reclaimer(sc)}"] += scanned
+    host.sched.advance(COST_SCAN_PAGE * len(taken))
+    return taken
+
+
+def _reclaimer(sc: ScanControl) -> str:
+    return "kswapd" if sc.is_kswapd else "direct"
+
+
+def _move_folios_to_lru(host: HostMm, vec: Lruvec, folios: list[int]) -> int:
+    """Put isolated folios back at the heads of their lists and drop the isolation's references."""
+    flags = host.pages.flags
+    refcount = host.pages.refcount
+    moved = 0
+    for pfn in folios:
+        if flags[pfn] & PG_mlocked:
+            host.lru.folio_putback_lru(pfn)
+            continue
+        if refcount[pfn] == 1:
+            flags[pfn] &= ~PG_active
+            put_page(host, pfn)
+            continue
+        with vec.lock:
+            flags[pfn] |= PG_lru
+            vec.add(pfn, flags[pfn])
+        moved += 1
+        put_page(host, pfn)
+    return moved
+
+
+def _shrink_inactive_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc: ScanControl) -> int:
+    host.lru.lru_add_drain()
+    with vec.lock:
+        folios = _isolate_lru_folios(host, vec, lru, nr_to_scan, sc)
+    if not folios:
+        return 0
+    reclaimed, stat, kept = shrink_folio_list(host, folios, sc)
+    _move_folios_to_lru(host, vec, kept)
+    host.vmstat[f"pgsteal_{_reclaimer(sc)}"] += reclaimed
+    sc.nr_writeback += stat.nr_writeback + stat.nr_pageout
+    sc.nr_congested += stat.nr_congested
+    sc.nr_immediate += stat.nr_immediate
+    if (t := host.trace.mm_vmscan_lru_shrink_inactive) is not None:
+        file = lru >= LRU_INACTIVE_FILE
+        t(vec.nid, len(folios), reclaimed, *stat.args(), sc.priority, trace_reclaim_flags(file))
+    return reclaimed
+
+
+def _shrink_active_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc: ScanControl) -> None:
+    sched = host.sched
+    flags = host.pages.flags
+    host.lru.lru_add_drain()
+    with vec.lock:
+        folios = _isolate_lru_folios(host, vec, lru, nr_to_scan, sc)
+    active: list[int] = []
+    inactive: list[int] = []
+    for pfn in folios:
+        if sched.preempt:
+            sched.point("cond_resched")
+        if flags[pfn] & PG_mlocked:
+            host.lru.folio_putback_lru(pfn)
+            continue
+        referenced, vm_flags = folio_referenced(host, pfn)
+        if referenced and vm_flags & VM_EXEC and not flags[pfn] & PG_swapbacked:
+            active.append(pfn)
+            continue
+        flags[pfn] = (flags[pfn] & ~PG_active) | PG_workingset
+        inactive.append(pfn)
+    nr_active = _move_folios_to_lru(host, vec, active)
+    nr_deactivated = _move_folios_to_lru(host, vec, inactive)
+    host.vmstat["pgdeactivate"] += nr_deactivated
+    if (t := host.trace.mm_vmscan_lru_shrink_active) is not None:
+        file = lru >= LRU_INACTIVE_FILE
+        t(
+            vec.nid, len(folios), nr_active, nr_deactivated, len(active), sc.priority,
+            trace_reclaim_flags(file),
+        )
+
+
+def _inactive_is_low(vec: Lruvec, inactive_lru: int) -> bool:
+    """The inactive list should hold 1 / sqrt(10 * GiB) of both, half of them below 1 GiB."""
+    inactive, active = len(vec.lists[inactive_lru]), len(vec.lists[inactive_lru + 1])
+    gb = (inactive + active) >> (30 - 12)
+    ratio = isqrt(10 * gb) if gb else 1
+    return inactive * ratio < active
+
+
+def _scan_counts(host: HostMm, vec: Lruvec, sc: ScanControl) -> list[int]:
+    """get_scan_count: how many folios of each list this pass looks at."""
+    swappable = sc.may_swap and host.swap is not None and host.swap.nr_free > 0
+    nr = []
+    for lru in range(4):
+        size = len(vec.lists[lru])
+        scan = size >> sc.priority
+        if lru <= LRU_ACTIVE_ANON and not swappable:
+            # Without free slots only folios that have one already can go.
+            scan = min(scan, size) if host.swap is not None and sc.priority == 0 else 0
+        nr.append(scan)
+    return nr
+
+
+def _shrink_lruvec(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
+    nr = _scan_counts(host, vec, sc)
+    sched = host.sched
+    while nr[LRU_INACTIVE_ANON] or nr[LRU_ACTIVE_FILE] or nr[LRU_INACTIVE_FILE]:
+        for lru in (LRU_INACTIVE_FILE, LRU_ACTIVE_FILE, LRU_INACTIVE_ANON, LRU_ACTIVE_ANON):
+            if not nr[lru]:
+                continue
+            nr_to_scan = min(nr[lru], SWAP_CLUSTER_MAX)
+            nr[lru] -= nr_to_scan
+            if not lru & 1:
+                sc.nr_reclaimed += _shrink_inactive_list(host, vec, lru, nr_to_scan, sc)
+            elif sc.may_deactivate & (_FILE if lru == LRU_ACTIVE_FILE else _ANON):
+                _shrink_active_list(host, vec, lru, nr_to_scan, sc)
+            else:
+                sc.skipped_deactivate = True
+        if sched.preempt:
+            sched.point("cond_resched")
+        if sc.nr_reclaimed >= sc.nr_to_reclaim:
+            break
+    if host.swap is not None and _inactive_is_low(vec, LRU_INACTIVE_ANON):
+        _shrink_active_list(host, vec, LRU_ACTIVE_ANON, SWAP_CLUSTER_MAX, sc)
+
+
+def _shrink_node(host: HostMm, nid: int, sc: ScanControl) -> None:
+    vec = host.lru.vecs[nid]
+    sc.may_deactivate = _ANON | _FILE
+    if not sc.force_deactivate:
+        if not _inactive_is_low(vec, LRU_INACTIVE_ANON):
+            sc.may_deactivate &= ~_ANON
+        if not _inactive_is_low(vec, LRU_INACTIVE_FILE):
+            sc.may_deactivate &= ~_FILE
+    _shrink_lruvec(host, vec, sc)
+
+
+# -- who reclaims -------------------------------------------------------------------------------
+
+
+def _reclaim_throttle(host: HostMm, nid: int) -> None:
+    """Wait until a cluster of folios was written, or HZ / 10."""
+    sched = host.sched
+    queue = host.reclaim_wait
+    begin = sched.now
+    woken = False
+
+    def timeout() -> None:
+        nonlocal woken
+        if not woken:
+            queue.wake_all()
+
+    sched.after(_THROTTLE_NS, timeout)
+    queue.wait()
+    woken = True
+    host.vmstat["nr_throttled"] += 1
+    if (t := host.trace.mm_vmscan_throttled) is not None:
+        t(nid, _THROTTLE_NS // 1000, (sched.now - begin) // 1000, 1 << VMSCAN_THROTTLE_WRITEBACK)
+
+
+def _zonelist(host: HostMm, nid: int) -> list[int]:
+    nodes = [node.nid for node in host.allocator.nodes]
+    return nodes[nid:] + nodes[:nid]
+
+
+def _do_try_to_free_pages(host: HostMm, nid: int, sc: ScanControl) -> int:
+    retried = False
+    while True:
+        sc.priority = DEF_PRIORITY
+        while sc.priority >= 0:
+            sc.nr_scanned = 0
+            for node in _zonelist(host, nid):
+                _shrink_node(host, node, sc)
+            if sc.nr_reclaimed >= sc.nr_to_reclaim:
+                break
+            sc.priority -= 1
+        if sc.nr_reclaimed:
+            return sc.nr_reclaimed
+        if sc.skipped_deactivate and not sc.force_deactivate:
+            sc.force_deactivate, sc.skipped_deactivate = True, False
+            continue
+        if host.swap_device is not None and host.swap_device.inflight and not retried:
+            _reclaim_throttle(host, nid)
+            # Once more for what was just written; if nothing at all is in flight then, give up.
+            retried = not host.swap_device.inflight
+            continue
+        return 0
+
+
+def try_to_free_pages(host: HostMm, order: int, nid: int, gfp: int = GFP_HIGHUSER_MOVABLE) -> int:
+    """Direct reclaim for an allocation from `nid`; how many frames came free. May sleep."""
+    sc = ScanControl(gfp, order=order, nr_to_reclaim=SWAP_CLUSTER_MAX)
+    task = host.sched.current
+    ctx = host.stream.ctx
+    saved = ctx.cause
+    if (t := host.trace.mm_vmscan_direct_reclaim_begin) is not None:
+        ctx.cause = t(order, gfp)
+    host.allocator.memalloc.add(task)
+    try:
+        reclaimed = _do_try_to_free_pages(host, nid, sc)
+        if (t := host.trace.mm_vmscan_direct_reclaim_end) is not None:
+            t(reclaimed)
+        return reclaimed
+    finally:
+        host.allocator.memalloc.discard(task)
+        ctx.cause = saved
+
+
+def reclaim_pages(host: HostMm, pfns: list[int]) -> int:
+    """MADV_PAGEOUT: reclaim folios that the caller isolated, whatever their age; frames freed."""
+    task = host.sched.current
+    nested = task in host.allocator.memalloc
+    host.allocator.memalloc.add(task)
+    flags = host.pages.flags
+    total = 0
+    try:
+        for nid in sorted({host.allocator.nid_of(pfn) for pfn in pfns}):
+            folios = [pfn for pfn in pfns if host.allocator.nid_of(pfn) == nid]
+            for pfn in folios:
+                flags[pfn] &= ~PG_active
+            sc = ScanControl(GFP_KERNEL)
+            reclaimed, stat, kept = shrink_folio_list(host, folios, sc, ignore_references=True)
+            for pfn in kept:
+                host.lru.folio_putback_lru(pfn)
+            if (t := host.trace.mm_vmscan_reclaim_pages) is not None:
+                t(nid, sc.nr_scanned, reclaimed, *stat.args())
+            total += reclaimed
+    finally:
+        if not nested:
+            host.allocator.memalloc.discard(task)
+    return total
+
+
+# -- kswapd -------------------------------------------------------------------------------------
+
+
+class Kswapd:
+    """What struct pglist_data keeps for its kswapd."""
+
+    __slots__ = ("cause", "failures", "order", "wait", "woken")
+
+    def __init__(self, host: HostMm, nid: int) -> None:
+        self.wait = WaitQueue(host.sched, f"kswapd{nid}")
+        self.order = 0
+        self.woken = False
+        self.failures = 0
+        self.cause: int | None = None
+
+
+def _balanced(host: HostMm, nid: int, order: int) -> bool:
+    zone = host.allocator.nodes[nid].zone
+    return bool(zone.watermark_ok(zone.wmark_high, order))
+
+
+def wakeup_kswapd(host: HostMm, nid: int, order: int, gfp: int = GFP_HIGHUSER_MOVABLE) -> None:
+    """Wake the node's kswapd if it runs at all, the node is short and reclaim is not hopeless."""
+    state = host.allocator.nodes[nid].vmscan
+    if not isinstance(state, Kswapd):
+        return
+    state.order = max(state.order, order)
+    if state.woken or not state.wait.waiters:
+        return
+    if state.failures >= MAX_RECLAIM_RETRIES or _balanced(host, nid, order):
+        return
+    if (t := host.trace.mm_vmscan_wakeup_kswapd) is not None:
+        t(nid, ZONE_NORMAL, order, gfp)
+    state.woken = True
+    state.cause = host.stream.ctx.cause
+    state.wait.wake_all()
+
+
+def _balance_pgdat(host: HostMm, nid: int, state: Kswapd, order: int) -> None:
+    """Reclaim until the node is above its high watermark or priority runs out."""
+    zone = host.allocator.nodes[nid].zone
+    sc = ScanControl(GFP_KERNEL, order=order)
+    sc.is_kswapd = True
+    host.vmstat["pageoutrun"] += 1
+    while sc.priority >= 1:
+        if _balanced(host, nid, order):
+            state.failures = 0
+            return
+        before = sc.nr_reclaimed
+        sc.nr_scanned = 0
+        sc.nr_to_reclaim = before + max(zone.wmark_high, SWAP_CLUSTER_MAX)
+        sc.nr_writeback = sc.nr_taken = 0
+        _shrink_node(host, nid, sc)
+        progress = sc.nr_reclaimed - before
+        if not progress and sc.nr_writeback and host.swap_device.inflight:
+            _reclaim_throttle(host, nid)
+        if not progress or sc.nr_scanned < sc.nr_to_reclaim - before:
+            sc.priority -= 1
+    if sc.nr_reclaimed:
+        state.failures = 0
+    else:
+        state.failures += 1
+
+
+def kswapd(host: HostMm, nid: int) -> None:
+    """The body of a node's kswapd task: sleep until woken, balance, sleep again. Never returns."""
+    state = Kswapd(host, nid)
+    host.allocator.nodes[nid].vmscan = state
+    task = host.sched.current
+    host.allocator.memalloc.add(task)
+    ctx = task.ctx
+    while True:
+        if (t := host.trace.mm_vmscan_kswapd_sleep) is not None:
+            t(nid)
+        ctx.cause = None
+        while not state.woken:
+            state.wait.wait()
+        state.woken = False
+        order, state.order = state.order, 0
+        ctx.cause = state.cause
+        if (t := host.trace.mm_vmscan_kswapd_wake) is not None:
+            ctx.cause = t(nid, ZONE_NORMAL, order)
+        _balance_pgdat(host, nid, state, order)
