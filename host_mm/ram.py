@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 
-__all__ = ["PAGE_MASK", "PAGE_SHIFT", "PAGE_SIZE", "POISON", "Ram", "column"]
+__all__ = ["PAGE_MASK", "PAGE_SHIFT", "PAGE_SIZE", "POISON", "Ram", "StaleFrames", "column"]
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
@@ -29,6 +29,30 @@ def column(typecode: str, length: int) -> memoryview:
     """A zeroed typed array of `length` items that takes memory only where it is touched."""
     size = memoryview(bytes(8)).cast(typecode).itemsize  # type: ignore[call-overload]
     return memoryview(mmap.mmap(-1, max(length, 1) * size, flags=_FLAGS)).cast(typecode)  # type: ignore[call-overload,no-any-return]
+
+
+class StaleFrames:
+    """Frames whose code changed, told to every CPU that subscribed; each empties its own set."""
+
+    __slots__ = ("_subscribers",)
+
+    def __init__(self) -> None:
+        self._subscribers: list[set[int]] = []
+
+    def subscribe(self) -> set[int]:
+        """A set that gets every frame from now on."""
+        frames: set[int] = set()
+        self._subscribers.append(frames)
+        return frames
+
+    def unsubscribe(self, frames: set[int]) -> None:
+        """Stop adding to a set that `subscribe` gave; unknown ones are ignored."""
+        self._subscribers = [s for s in self._subscribers if s is not frames]
+
+    def add(self, pfn: int) -> None:
+        """The frame's bytes changed."""
+        for frames in self._subscribers:
+            frames.add(pfn)
 
 
 class Ram:
@@ -48,7 +72,7 @@ class Ram:
         self.i64 = self.b.cast("q")
         self.ptr = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.fetched = column("B", nr_frames)
-        self.stale: set[int] = set()
+        self.stale = StaleFrames()
 
     def flush_icache_page(self, pfn: int) -> None:
         """The frame's bytes changed other than by the fetching CPU's own stores."""
