@@ -182,16 +182,15 @@ def _inactive_is_low(vec: Lruvec, inactive_lru: int) -> bool:
 
 
 def _scan_counts(host: HostMm, vec: Lruvec, sc: ScanControl) -> list[int]:
-    """get_scan_count: how many folios of each list this pass looks at."""
+    """get_scan_count: how many folios of each list this pass looks at.
+
+    Without a free slot not even folios that have theirs are looked at; Linux does the same.
+    """
     swappable = sc.may_swap and host.swap is not None and host.swap.nr_free > 0
     nr = []
     for lru in range(4):
-        size = len(vec.lists[lru])
-        scan = size >> sc.priority
-        if lru <= LRU_ACTIVE_ANON and not swappable:
-            # Without free slots only folios that have one already can go.
-            scan = min(scan, size) if host.swap is not None and sc.priority == 0 else 0
-        nr.append(scan)
+        anon = lru <= LRU_ACTIVE_ANON
+        nr.append(0 if anon and not swappable else len(vec.lists[lru]) >> sc.priority)
     return nr
 
 

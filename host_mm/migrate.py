@@ -1,0 +1,361 @@
+"""Page migration: a folio's contents move to another frame and its mappings follow.
+
+Source of truth: mm/migrate.c: migrate_folio_unmap, migrate_folio_move, __migrate_folio,
+folio_migrate_flags, migrate_pages_batch, migrate_pages_sync, migrate_pages; Linux 6.18, order 0.
+
+A batch first replaces every mapping by migration entries (asynchronously, one flush for all), then
+moves what could be unmapped. A folio with more references than its mappings, the swap cache and the
+caller explain is in use by somebody who would not notice the move: it is tried again, then left.
+Who faults on a migration entry waits for the source folio's lock.
+
+    break migrate-ignore-refs     move folios although somebody holds a reference
+
+Not modelled: large folios and splits, hugetlb, movable_ops pages, file mappings, devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from errno import EAGAIN, EBUSY, ENOMEM
+from typing import TYPE_CHECKING
+
+from host_mm.filemap import folio_lock, folio_trylock, folio_unlock, folio_wait_writeback
+from host_mm.kernel.costs import COST_MIGRATE_PAGE
+from host_mm.kernel.errors import BrokenTruth
+from host_mm.page import (
+    PG_active,
+    PG_anon,
+    PG_dirty,
+    PG_idle,
+    PG_mlocked,
+    PG_referenced,
+    PG_swapbacked,
+    PG_swapcache,
+    PG_unevictable,
+    PG_uptodate,
+    PG_workingset,
+    PG_writeback,
+    PG_young,
+    folio_ref_freeze,
+    folio_ref_unfreeze,
+    get_page,
+    put_page,
+)
+from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, __GFP_NORETRY, __GFP_THISNODE, alloc_pages
+from host_mm.rmap_unmap import TTU_BATCH_FLUSH, remove_migration_ptes, try_to_migrate
+from host_mm.swap_state import swap_cache_replace_folio
+from host_mm.tlb import try_to_unmap_flush
+from trace_events.tracepoint import Tracepoint
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+    from host_mm.mm_types import AnonVma
+
+__all__ = [
+    "BREAKS",
+    "MIGRATE_ASYNC",
+    "MIGRATE_SYNC",
+    "MIGRATE_SYNC_LIGHT",
+    "MR_COMPACTION",
+    "MR_LONGTERM_PIN",
+    "MR_MEMPOLICY_MBIND",
+    "MR_NUMA_MISPLACED",
+    "MR_SYSCALL",
+    "TRACEPOINTS",
+    "migrate_pages",
+    "putback_movable_pages",
+]
+
+BREAKS: dict[str, str] = {
+    "migrate-ignore-refs": "migration moves a folio although somebody else holds a reference to it",
+}
+
+MIGRATE_ASYNC = 0
+MIGRATE_SYNC_LIGHT = 1
+MIGRATE_SYNC = 2
+_MODES = ("MIGRATE_ASYNC", "MIGRATE_SYNC_LIGHT", "MIGRATE_SYNC")
+
+MR_COMPACTION = 0
+MR_SYSCALL = 3
+MR_MEMPOLICY_MBIND = 4
+MR_NUMA_MISPLACED = 5
+MR_LONGTERM_PIN = 7
+_REASONS = (
+    "compaction", "memory_failure", "memory_hotplug", "syscall_or_cpuset", "mempolicy_mbind",
+    "numa_misplaced", "contig_range", "longterm_pin", "demotion", "damon",
+)
+
+_NR_MAX_BATCHED = 512
+_NR_RETRY = 10
+_NR_ASYNC_RETRY = 3
+_NR_SYNC_RETRY = _NR_RETRY - _NR_ASYNC_RETRY
+
+_COPIED_FLAGS = (
+    PG_referenced | PG_uptodate | PG_active | PG_unevictable | PG_workingset | PG_swapbacked
+    | PG_mlocked | PG_young | PG_idle | PG_anon
+)
+
+
+MM_MIGRATE_PAGES = Tracepoint(
+    "migrate", "mm_migrate_pages",
+    ("succeeded", "failed", "thp_succeeded", "thp_failed", "thp_split", "large_folio_split", "mode", "reason"),
+    lambda ok, bad, thp_ok, thp_bad, thp_split, split, mode, reason: (
+        f"nr_succeeded={ok} nr_failed={bad} nr_thp_succeeded={thp_ok} nr_thp_failed={thp_bad} "
+        f"nr_thp_split={thp_split} nr_split={split} mode={_MODES[mode]} reason={_REASONS[reason]}"
+    ),
+)
+MM_MIGRATE_PAGES_START = Tracepoint(
+    "migrate", "mm_migrate_pages_start", ("mode", "reason"),
+    lambda mode, reason: f"mode={_MODES[mode]} reason={_REASONS[reason]}", scope=True,
+)
+MIGRATE_FOLIO = Tracepoint(
+    "refault", "migrate_folio", ("src", "dst", "result"),
+    lambda src, dst, result: f"pfn {src:#x} to {dst:#x} {result}",
+    doc="One attempt to move one folio, after it was unmapped: moved, again (extra references), undone.",
+)
+TRACEPOINTS = (MM_MIGRATE_PAGES, MM_MIGRATE_PAGES_START, MIGRATE_FOLIO)
+
+NewFolio = Callable[[int], int]
+"""From the source pfn to a new frame with one reference, or -1."""
+
+
+class _Unmapped:
+    """A source that was replaced by migration entries, with its destination; both locked."""
+
+    __slots__ = ("anon_vma", "dst", "src", "was_mapped")
+
+    def __init__(self, src: int, dst: int, anon_vma: AnonVma | None, was_mapped: bool) -> None:
+        self.src = src
+        self.dst = dst
+        self.anon_vma = anon_vma
+        self.was_mapped = was_mapped
+
+
+class _Batch:
+    """One call of migrate_pages: its counts and the folios that failed for good."""
+
+    __slots__ = ("get_new_folio", "host", "nr_failed", "nr_succeeded", "reason", "ret_folios")
+
+    def __init__(self, host: HostMm, get_new_folio: NewFolio, reason: int) -> None:
+        self.host = host
+        self.get_new_folio = get_new_folio
+        self.reason = reason
+        self.ret_folios: list[int] = []
+        self.nr_succeeded = 0
+        self.nr_failed = 0
+
+    # -- one folio ----------------------------------------------------------------------------
+
+    def _lock_source(self, src: int, mode: int) -> bool:
+        host = self.host
+        if folio_trylock(host, src):
+            return True
+        if mode == MIGRATE_ASYNC or host.sched.current in host.allocator.memalloc:
+            return False
+        if mode == MIGRATE_SYNC_LIGHT and not host.pages.flags[src] & PG_uptodate:
+            return False
+        folio_lock(host, src)
+        return True
+
+    def unmap(self, src: int, mode: int) -> _Unmapped | int:
+        """migrate_folio_unmap: lock both, install migration entries; or a negative errno."""
+        host = self.host
+        pages = host.pages
+        dst = self.get_new_folio(src)
+        if dst < 0:
+            return -ENOMEM
+        if not self._lock_source(src, mode):
+            put_page(host, dst)
+            return -EAGAIN
+        if pages.flags[src] & PG_writeback:
+            if mode != MIGRATE_SYNC:
+                folio_unlock(host, src)
+                put_page(host, dst)
+                return -EBUSY
+            folio_wait_writeback(host, src)
+        if not folio_trylock(host, dst):
+            raise BrokenTruth("migrate", f"the new frame {dst:#x} is locked by somebody else")
+        anon_vma = pages.mapping.get(src) if pages.mapcount[src] else None
+        item = _Unmapped(src, dst, anon_vma, False)
+        if pages.mapcount[src]:
+            try_to_migrate(host, src, TTU_BATCH_FLUSH if mode == MIGRATE_ASYNC else 0)
+            item.was_mapped = True
+        if not pages.mapcount[src]:
+            return item
+        self.undo(item)
+        return -EAGAIN
+
+    def undo(self, item: _Unmapped) -> None:
+        """migrate_folio_undo_src and _dst: mappings back to the source, the new frame back."""
+        host = self.host
+        if item.was_mapped:
+            remove_migration_ptes(host, item.src, item.src, item.anon_vma)
+        folio_unlock(host, item.src)
+        folio_unlock(host, item.dst)
+        put_page(host, item.dst)
+
+    def _move_to_new_folio(self, src: int, dst: int) -> int:
+        """__migrate_folio: copy, then give the new frame the old one's identity."""
+        host = self.host
+        pages = host.pages
+        flags = pages.flags
+        expected = 1 + bool(flags[src] & PG_swapcache) + pages.mapcount[src]
+        ignore = "migrate-ignore-refs" in host.breaks
+        if pages.refcount[src] != expected and not ignore:
+            return -EAGAIN
+        host.ram.copy_page(dst, src)
+        host.sched.advance(COST_MIGRATE_PAGE)
+        if host.sched.preempt:
+            host.sched.point("migrate-copy")
+        if flags[src] & PG_swapcache and not self._replace_in_swap_cache(src, dst, expected, ignore):
+            return -EAGAIN
+        pages.index[dst] = pages.index[src]
+        mapping = pages.mapping.get(src)
+        if mapping is not None:
+            pages.mapping[dst] = mapping
+        flags[dst] |= flags[src] & (_COPIED_FLAGS | PG_dirty)
+        flags[src] &= ~(PG_active | PG_unevictable | PG_dirty)
+        return 0
+
+    def _replace_in_swap_cache(self, src: int, dst: int, expected: int, ignore: bool) -> bool:
+        host = self.host
+        pages = host.pages
+        count = pages.refcount[src] if ignore else expected
+        if not folio_ref_freeze(pages, src, count):
+            return False
+        get_page(host, dst)
+        swap_cache_replace_folio(host, src, dst)
+        folio_ref_unfreeze(pages, src, count - 1)
+        return True
+
+    def move(self, item: _Unmapped) -> int:
+        """migrate_folio_move: 0, or -EAGAIN and nothing changed."""
+        host = self.host
+        src, dst = item.src, item.dst
+        rc = self._move_to_new_folio(src, dst)
+        if (t := host.trace.migrate_folio) is not None:
+            t(src, dst, "again" if rc else "moved")
+        if rc:
+            return rc
+        host.lru.folio_add_lru(dst)
+        if host.pages.flags[dst] & PG_mlocked:
+            host.lru.lru_add_drain()
+        if item.was_mapped:
+            remove_migration_ptes(host, src, dst, item.anon_vma)
+        folio_unlock(host, dst)
+        put_page(host, dst)
+        folio_unlock(host, src)
+        put_page(host, src)
+        self.nr_succeeded += 1
+        return 0
+
+    # -- batches ------------------------------------------------------------------------------
+
+    def run(self, folios: list[int], mode: int, nr_pass: int) -> tuple[int, list[int]]:
+        """migrate_pages_batch: (failed or a negative errno, those worth another try)."""
+        host = self.host
+        sched = host.sched
+        left = folios
+        unmapped: list[_Unmapped] = []
+        saved = failed = 0
+        for _ in range(nr_pass):
+            again: list[int] = []
+            for index, src in enumerate(left):
+                if sched.preempt:
+                    sched.point("cond_resched")
+                if host.pages.refcount[src] == 1:
+                    # Freed from under us: only the isolation's reference is left.
+                    host.pages.flags[src] &= ~(PG_active | PG_unevictable)
+                    put_page(host, src)
+                    self.nr_succeeded += 1
+                    continue
+                item = self.unmap(src, mode)
+                if isinstance(item, _Unmapped):
+                    unmapped.append(item)
+                elif item == -EAGAIN:
+                    again.append(src)
+                elif item == -ENOMEM:
+                    saved = item
+                    again += left[index:]
+                    break
+                else:
+                    failed += 1
+                    self.ret_folios.append(src)
+            left = again
+            if saved or not left:
+                break
+        if "skip-batched-flush" not in host.breaks:
+            try_to_unmap_flush(host)
+        for _ in range(nr_pass):
+            unmapped = [item for item in unmapped if self.move(item)]
+            if not unmapped:
+                break
+        for item in unmapped:
+            if (t := host.trace.migrate_folio) is not None:
+                t(item.src, item.dst, "undone")
+            self.undo(item)
+        left += [item.src for item in unmapped]
+        return saved or failed + len(left), left
+
+    def sync(self, folios: list[int], mode: int) -> int:
+        """migrate_pages_sync: all at once without waiting, then the rest one by one."""
+        rc, left = self.run(folios, MIGRATE_ASYNC, _NR_ASYNC_RETRY)
+        left += self.ret_folios
+        self.ret_folios = []
+        if rc < 0:
+            self.ret_folios = left
+            return rc
+        failed = 0
+        for index, src in enumerate(left):
+            rc, again = self.run([src], mode, _NR_SYNC_RETRY)
+            self.ret_folios += again
+            if rc < 0:
+                self.ret_folios += left[index + 1 :]
+                return rc
+            failed += rc
+        return failed
+
+
+def alloc_migration_target(host: HostMm, nid: int) -> int:
+    """A frame on exactly this node, or -1; no process dies for it."""
+    return alloc_pages(host, GFP_HIGHUSER_MOVABLE | __GFP_THISNODE | __GFP_NORETRY, 0, nid)
+
+
+def putback_movable_pages(host: HostMm, pfns: list[int]) -> None:
+    """Give folios that stay where they are back to their lists."""
+    for pfn in pfns:
+        host.lru.folio_putback_lru(pfn)
+    pfns.clear()
+
+
+def migrate_pages(host: HostMm, pfns: list[int], target_nid: int, reason: int, mode: int) -> int:
+    """Move isolated folios to a node. How many stayed, or -ENOMEM; those are left in `pfns`.
+
+    The caller isolated them from the LRU and gives what stays to putback_movable_pages.
+    """
+    ctx = host.stream.ctx
+    saved = ctx.cause
+    if (t := host.trace.mm_migrate_pages_start) is not None:
+        ctx.cause = t(mode, reason)
+    batch = _Batch(host, lambda src: alloc_migration_target(host, target_nid), reason)
+    rc_gather = 0
+    todo, pfns[:] = list(pfns), []
+    while todo:
+        folios, todo = todo[:_NR_MAX_BATCHED], todo[_NR_MAX_BATCHED:]
+        if mode == MIGRATE_ASYNC:
+            rc, left = batch.run(folios, mode, _NR_RETRY)
+            batch.ret_folios += left
+        else:
+            rc = batch.sync(folios, mode)
+        if rc < 0:
+            rc_gather = rc
+            break
+        rc_gather += rc
+    pfns += batch.ret_folios + todo
+    batch.nr_failed = len(pfns)
+    host.vmstat["pgmigrate_success"] += batch.nr_succeeded
+    host.vmstat["pgmigrate_fail"] += batch.nr_failed
+    if (t := host.trace.mm_migrate_pages) is not None:
+        t(batch.nr_succeeded, batch.nr_failed, 0, 0, 0, 0, mode, reason)
+    ctx.cause = saved
+    return rc_gather
