@@ -22,7 +22,7 @@ from trace_events.stream import Listener
 if TYPE_CHECKING:
     from emu.board import Stop
     from refault.options import RunOptions
-    from refault.summary import Observer
+    from refault.observer import Observer
 
 __all__ = ["run", "start_host_script", "verdict"]
 
@@ -120,7 +120,9 @@ def _script_text(options: RunOptions) -> str | None:
 
 def run(options: RunOptions) -> int:
     """Run one guest; returns the exit code. UsageError for bad input."""
-    from refault.summary import Observer, print_summary
+    from refault.observer import Observer
+    from refault.output import print_json
+    from refault.summary import print_summary
 
     script = _script_text(options)
     with ExitStack() as stack:
@@ -145,7 +147,13 @@ def run(options: RunOptions) -> int:
             writer.close()
         code, sentence = verdict(stop, vm.serial)
         if not options.quiet:
-            print_summary(vm, observer, stop, sentence, as_json=options.json)
+            summary = observer.summary(
+                sentence, code, trace=options.trace, trace_events=writer.count if writer is not None else 0
+            )
+            if options.json:
+                print_json(summary)
+            else:
+                print_summary(summary)
         return code
 
 

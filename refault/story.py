@@ -123,18 +123,22 @@ def sentence(event: Event, find: Callable[[str], Tracepoint | None] = lambda nam
 _IN_A_STORY = (PAGE_FAULT, SPTE_ZAP, "kvmmmu:kvm_tdp_mmu_spte_changed")
 
 
-def story(analysis: Analysis, gfn: int) -> list[str]:
-    """The life of one guest page in at most ten lines: first and last things, zaps with their reasons."""
+def story(analysis: Analysis, gfn: int, *, refaults: int | None = None) -> list[str]:
+    """The life of one guest page in at most ten lines: first and last things, zaps with their reasons.
+
+    `refaults` is how many there were in all, where `analysis` holds only some of them.
+    """
     told = [event for event in analysis.about(gfn) if event.event in _IN_A_STORY]
     # A zap is told by the clearing of its entry too; once is enough.
     told = [e for e in told if not (e.event == _IN_A_STORY[2] and not int(e.args.get("new_spte", 1)) & 7)]
     if not told:
         return [f"Nothing in this trace is about guest page {gfn:#x}."]
     lines = [_story_line(analysis, event) for event in told]
-    refaults = [refault for refault in analysis.refaults() if refault.gfn == gfn]
-    closing = f"In all: {len(refaults)} refault{'s' * (len(refaults) != 1)} of guest page {gfn:#x}"
-    if refaults:
-        closing += f", {duration(sum(r.gap for r in refaults) // len(refaults))} after the zap on average"
+    known = [refault for refault in analysis.refaults() if refault.gfn == gfn]
+    count = len(known) if refaults is None else refaults
+    closing = f"In all: {count} refault{'s' * (count != 1)} of guest page {gfn:#x}"
+    if known and count == len(known):
+        closing += f", {duration(sum(r.gap for r in known) // len(known))} after the zap on average"
     room = STORY_LINES - 1
     if len(lines) > room:
         left_out = len(lines) - (room - 1)

@@ -29,7 +29,10 @@ from trace_events.event import Event
 from trace_events.filters import compile_globs
 from trace_events.tracepoint import Tracepoint
 
-__all__ = ["Binding", "Listener", "TaskContext", "TraceStream"]
+__all__ = ["SCOPES_KEPT", "Binding", "Listener", "TaskContext", "TraceStream"]
+
+SCOPES_KEPT = 1 << 17
+"""How many of the newest scope events can still be named as late ancestors."""
 
 
 class TaskContext:
@@ -68,7 +71,9 @@ class Listener:
         self.globs = tuple(globs)
         self.match = compile_globs(self.globs)
         self.sink = sink
-        self.ancestors = ancestors
+        # A listener that takes everything has had the ancestors already, and may listen for hours.
+        takes_all = any(part.strip() in ("*", "*:*") for glob in self.globs for part in glob.split(","))
+        self.ancestors = ancestors and not takes_all
         self.seen: set[int] = set()
 
 
@@ -112,10 +117,6 @@ class TraceStream:
         """Whether anybody listens."""
         return bool(self._listeners)
 
-    def ancestor(self, seq: int | None) -> Event | None:
-        """The scope event numbered `seq`, if it was fired while somebody listened."""
-        return None if seq is None else self._scopes.get(seq)
-
     def _rebind_all(self) -> None:
         self._wanted.clear()
         for binding in self._bindings:
@@ -130,24 +131,32 @@ class TraceStream:
         fields, full_name, scope = tp.fields, tp.full_name, tp.scope
         wanted = self._wanted[full_name]
         scopes = self._scopes
+        # Kept for good, so only while somebody may ask for them.
+        keep = scope and any(listener.ancestors for listener in self._listeners)
 
         def emit(*args: Any, killed_by: int | None = None) -> int:
             seq = self.seq
             self.seq = seq + 1
-            if not wanted and not scope:
+            if not wanted and not keep:
                 return seq
             ctx = self.ctx
             event = Event(
                 seq, self.now(), full_name, ctx.name, ctx.vcpu, ctx.cause, killed_by,
                 dict(zip(fields, args, strict=True)),
             )
-            if scope:
+            if keep:
                 scopes[seq] = event
             for listener in wanted:
                 self._deliver(listener, event)
             return seq
 
         return emit
+
+    def _forget_old_scopes(self) -> None:
+        for seq in list(self._scopes)[:SCOPES_KEPT]:
+            del self._scopes[seq]
+        for listener in self._listeners:
+            listener.seen.intersection_update(self._scopes)
 
     def _deliver(self, listener: Listener, event: Event) -> None:
         if listener.ancestors:

@@ -1,0 +1,31 @@
+"""Scenarios: claims about Linux as small programs that run on the emulator and on a real KVM.
+
+| file | subject |
+|---|---|
+| `api.py` | what a scenario can do: guest accesses, host operations, steps |
+| `emulator.py` | the back end that runs it here |
+| `recordings.py` | what the real kernel did |
+| `normal.py` | the form in which the two are compared |
+| `linux_mm.py` | the scenarios of host memory management |
+| `recorded/linux-6.18/` | the real kernel's traces |
+
+Not modelled: a live `/dev/kvm` as a back end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from refault.scenarios.api import Scenario
+
+__all__ = ["SCENARIOS", "scenario"]
+
+SCENARIOS: dict[str, Callable[[Scenario], None]] = {}
+
+
+def scenario(fn: Callable[[Scenario], None]) -> Callable[[Scenario], None]:
+    """Register a scenario under its function's name; its docstring is its claim."""
+    SCENARIOS[fn.__name__] = fn
+    return fn

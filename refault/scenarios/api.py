@@ -1,0 +1,138 @@
+"""What a scenario can do.
+
+The machine: one vCPU at CPL 3 in long mode; the data slot of 8 MiB at gpa 0x10000000, written `D`,
+which the guest maps with 4 KiB pages and the host without huge pages; slot 0 with code and tables.
+Offsets count from `D`, in the guest and in the VMM alike. Each guest access is one KVM_RUN.
+
+A step has a title, which is part of what is compared, and a result.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+__all__ = ["DATA_GPA", "DATA_SIZE", "PAGE", "PROT_NONE", "PROT_READ", "PROT_RW", "Backend", "Scenario"]
+
+DATA_GPA = 0x1000_0000
+DATA_SIZE = 0x80_0000
+PAGE = 4096
+PROT_NONE, PROT_READ, PROT_RW = 0, 1, 3
+
+
+class Backend(Protocol):
+    """A machine that does what a scenario asks. Every method returns what the step's mark shows."""
+
+    def mark(self, text: str) -> None:
+        """Put a line into the event sequence."""
+        ...
+
+    def load(self, offset: int) -> Any:
+        """A guest load of 8 bytes at D + offset: the value, or the exit that came instead."""
+        ...
+
+    def store(self, offset: int, value: int) -> Any:
+        """A guest store of 8 bytes."""
+        ...
+
+    def read_modify_write(self, offset: int) -> Any:
+        """A guest `inc qword`."""
+        ...
+
+    def host_write(self, offset: int, value: int) -> Any:
+        """The VMM stores 8 bytes."""
+        ...
+
+    def host_read(self, offset: int) -> Any:
+        """The VMM loads 8 bytes."""
+        ...
+
+    def madvise(self, offset: int, length: int, advice: str) -> Any:
+        """madvise(2) with MADV_<advice>."""
+        ...
+
+    def mprotect(self, offset: int, length: int, prot: int) -> Any:
+        """mprotect(2)."""
+        ...
+
+    def munmap(self, offset: int, length: int) -> Any:
+        """munmap(2)."""
+        ...
+
+    def mmap_fixed(self, offset: int, length: int) -> Any:
+        """Fresh private anonymous memory at D + offset."""
+        ...
+
+    def fork(self) -> Any:
+        """fork(2); the child sleeps."""
+        ...
+
+    def child_exit(self) -> Any:
+        """The child exits and is reaped."""
+        ...
+
+    def clear_refs(self, kind: int) -> Any:
+        """Write to /proc/self/clear_refs."""
+        ...
+
+
+class Scenario:
+    """The steps, told to a back end. Titles follow the recordings'."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def _step(self, title: str, method: str, *args: Any) -> Any:
+        self.backend.mark(f">> {title}")
+        result = getattr(self.backend, method)(*args)
+        self.backend.mark(f"<< {title}: {result}")
+        return result
+
+    def ld(self, offset: int, note: str = "") -> Any:
+        """A guest load."""
+        return self._step(f"guest ld D+{offset:#x} {note}", "load", offset)
+
+    def st(self, offset: int, value: int, note: str = "") -> Any:
+        """A guest store."""
+        return self._step(f"guest st D+{offset:#x}={value:#x} {note}", "store", offset, value)
+
+    def rmw(self, offset: int) -> Any:
+        """A guest read-modify-write."""
+        return self._step(f"guest rmw D+{offset:#x}", "read_modify_write", offset)
+
+    def hw(self, offset: int, value: int) -> Any:
+        """The VMM writes."""
+        return self._step(f"host write D+{offset:#x}={value:#x}", "host_write", offset, value)
+
+    def hr(self, offset: int) -> Any:
+        """The VMM reads."""
+        return self._step(f"host read D+{offset:#x}", "host_read", offset)
+
+    def madv(self, offset: int, length: int, advice: str, title: str = "") -> Any:
+        """madvise."""
+        return self._step(
+            title or f"host madvise(D+{offset:#x},{length:#x},{advice})", "madvise", offset, length, advice
+        )
+
+    def mprotect(self, offset: int, length: int, prot: int, title: str = "") -> Any:
+        """mprotect."""
+        return self._step(title or f"mprotect(D+{offset:#x},{length:#x},{prot})", "mprotect", offset, length, prot)
+
+    def munmap(self, offset: int, length: int, title: str) -> Any:
+        """munmap."""
+        return self._step(title, "munmap", offset, length)
+
+    def mmap_fixed(self, offset: int, length: int, title: str) -> Any:
+        """mmap(MAP_FIXED)."""
+        return self._step(title, "mmap_fixed", offset, length)
+
+    def fork(self) -> Any:
+        """fork."""
+        return self._step("host fork()", "fork")
+
+    def child_exit(self) -> Any:
+        """The child's exit."""
+        return self._step("child exit", "child_exit")
+
+    def clear_refs(self, kind: int) -> Any:
+        """clear_refs."""
+        return self._step(f"clear_refs {kind}", "clear_refs", kind)

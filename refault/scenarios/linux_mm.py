@@ -1,0 +1,141 @@
+"""Scenarios of Linux mm against KVM, as they were run on a real Linux 6.18."""
+
+from __future__ import annotations
+
+from refault.scenarios import scenario
+from refault.scenarios.api import PAGE, PROT_NONE, PROT_READ, PROT_RW, Scenario
+
+__all__: list[str] = []
+
+
+@scenario
+def first_touch(s: Scenario) -> None:
+    """A read maps the zero page, a write over it is refused, copied and faulted again."""
+    s.ld(0x3000, "unpopulated: zero page")
+    s.st(0x3000, 1, "COW of zero page")
+    s.st(0x3000, 2)
+    s.st(0x4000, 3, "unpopulated write")
+    s.ld(0x4000)
+    s.hw(0x5000, 7)
+    s.ld(0x5000, "host-populated, read fault maps rw?")
+    s.st(0x5000, 8)
+    s.rmw(0x6000)
+
+
+@scenario
+def dontneed(s: Scenario) -> None:
+    """MADV_DONTNEED drops the requested range in one bracket; what comes back is zeros."""
+    for i in range(4):
+        s.st(0x3000 + i * PAGE, i)
+    s.madv(0x3000, PAGE, "DONTNEED")
+    s.ld(0x3000)
+    s.st(0x3000, 5)
+    s.madv(0x4000, 3 * PAGE, "DONTNEED")
+    s.st(0x4000, 5)
+    s.st(0x5000, 6)
+    s.madv(0x100000, PAGE, "DONTNEED")
+    s.madv(0x200000, 0x200000, "DONTNEED")
+
+
+@scenario
+def fork_cow(s: Scenario) -> None:
+    """fork takes write access from the whole VMA; the first write of either side copies."""
+    s.st(0x3000, 1)
+    s.st(0x4000, 1)
+    s.ld(0x5000)
+    s.fork()
+    s.ld(0x3000, "after fork")
+    s.st(0x3000, 2, "COW break")
+    s.ld(0x4000)
+    s.hw(0x4000, 3)
+    s.ld(0x4000, "after host COW")
+    s.st(0x4000, 4)
+    s.child_exit()
+    s.st(0x5000, 1)
+
+
+@scenario
+def mprotect(s: Scenario) -> None:
+    """mprotect of one page splits its VMA, which brackets the aligned 2 MiB first."""
+    s.st(0x3000, 1)
+    s.st(0x4000, 1)
+    s.mprotect(0x3000, PAGE, PROT_READ, "mprotect(D+0x3000,PROT_READ)")
+    s.ld(0x3000)
+    s.st(0x3000, 2, "ro vma")
+    s.mprotect(0x3000, PAGE, PROT_RW, "mprotect(D+0x3000,RW)")
+    s.ld(0x3000)
+    s.st(0x3000, 3)
+    s.mprotect(0x4000, PAGE, PROT_NONE, "mprotect(D+0x4000,NONE)")
+    s.ld(0x4000, "PROT_NONE")
+    s.mprotect(0x4000, PAGE, PROT_RW, "mprotect(D+0x4000,RW)")
+    s.ld(0x4000)
+
+
+@scenario
+def vma_split(s: Scenario) -> None:
+    """A split fires the 2 MiB bracket only if those 2 MiB lie wholly in the VMA being split."""
+    s.mprotect(0x101000, PAGE, PROT_READ)
+    s.mprotect(0x181000, PAGE, PROT_READ)
+    s.mprotect(0x3FF000, 0x2000, PROT_READ)
+    s.mprotect(0x600000, 0x100000, PROT_READ)
+    s.mprotect(0x601000, PAGE, PROT_NONE)
+    s.madv(0x4C0000, PAGE, "DONTFORK", "madvise DONTFORK 4K at 0x4c0000")
+    s.st(0x4C0000, 1)
+    s.madv(0x4C0000, PAGE, "DOFORK", "madvise DOFORK (merge back)")
+    s.st(0x4C0000, 2)
+
+
+@scenario
+def pageout_swapfile(s: Scenario) -> None:
+    """MADV_PAGEOUT fires one bracket a page and skips the zero page; a page comes back writable."""
+    s.st(0x3000, 0x11)
+    s.st(0x4000, 0x22)
+    s.st(0x5000, 0x33)
+    s.ld(0x6000)
+    s.madv(0x3000, PAGE, "PAGEOUT")
+    s.ld(0x3000, "swap in by read")
+    s.st(0x3000, 0x12)
+    s.madv(0x4000, 3 * PAGE, "PAGEOUT")
+    s.st(0x4000, 0x23, "swap in by write")
+    s.hr(0x5000)
+    s.ld(0x5000)
+
+
+@scenario
+def free_cold(s: Scenario) -> None:
+    """MADV_COLD takes no mapping away; MADV_FREE does, and keeps the bytes until reclaim."""
+    s.st(0x3000, 1)
+    s.st(0x4000, 2)
+    s.madv(0x3000, PAGE, "COLD")
+    s.st(0x3000, 3)
+    s.madv(0x4000, PAGE, "FREE")
+    s.ld(0x4000)
+    s.st(0x4000, 4)
+
+
+@scenario
+def munmap_middle(s: Scenario) -> None:
+    """munmap of the middle leaves both sides; the hole is EFAULT until something is mapped there."""
+    for offset in (0x300000, 0x310000, 0x31F000, 0x320000):
+        s.st(offset, 1)
+    s.munmap(0x310000, 0x10000, "munmap [D+0x310000,+64K)")
+    s.ld(0x300000, "left stays")
+    s.ld(0x310000, "hole")
+    s.ld(0x320000, "right")
+    s.mmap_fixed(0x310000, 0x10000, "mmap FIXED back")
+    s.ld(0x310000)
+    s.st(0x31F000, 2)
+    s.ld(0x300000)
+    s.munmap(0x200000, 0x200000, "munmap [D+0x200000,+2M) aligned")
+    s.ld(0x300000)
+
+
+@scenario
+def clear_refs(s: Scenario) -> None:
+    """Clearing referenced bits takes nothing away; clearing soft-dirty brackets the whole mm."""
+    s.st(0x3000, 1)
+    s.ld(0x4000)
+    s.clear_refs(1)
+    s.ld(0x3000)
+    s.clear_refs(4)
+    s.st(0x3000, 2)

@@ -1,0 +1,22 @@
+"""The recordings of the real kernel, as package data."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+__all__ = ["recorded_names", "recording"]
+
+
+def _folder(kernel: str):  # type: ignore[no-untyped-def]
+    return files("refault.scenarios") / "recorded" / kernel
+
+
+def recorded_names(kernel: str = "linux-6.18") -> list[str]:
+    """The scenarios that were recorded on `kernel`."""
+    return sorted(entry.name.removesuffix(".txt") for entry in _folder(kernel).iterdir() if entry.name.endswith(".txt"))
+
+
+def recording(name: str, kernel: str = "linux-6.18") -> str:
+    """The text of one recording. Raises FileNotFoundError."""
+    text: str = (_folder(kernel) / f"{name}.txt").read_text()
+    return text
