@@ -30,14 +30,14 @@ from keystone import KS_ARCH_X86, KS_MODE_32, KS_MODE_64, Ks, KsError
 from guest_payloads.expr import RESERVED, ExpressionError, evaluate, substitute
 from guest_payloads.preprocess import AssemblyError, Equate, Statement, split_arguments
 
-__all__ = ["Assembler", "Line", "Program", "SECTIONS"]
+__all__ = ["SECTIONS", "Assembler", "Line", "Program"]
 
 SECTIONS = ("text", "rodata", "data", "bss")
 _PARTS = ("multiboot", *SECTIONS)
 _PAGE = 4096
 _MAX_IMAGE = 1 << 28
 _MAX_PASSES = 50
-_PREFIXES = frozenset("lock rep repe repne repz repnz".split())
+_PREFIXES = frozenset(["lock", "rep", "repe", "repne", "repz", "repnz"])
 _SIZES = {"byte": 1, "word": 2, "long": 4, "dword": 4, "quad": 8, "qword": 8}
 _CONDITIONS = {name: code for code, names in enumerate(
     ("o", "no", "b c nae", "ae nb nc", "e z", "ne nz", "be na", "a nbe", "s", "ns", "p pe", "np po",
@@ -181,7 +181,8 @@ class Assembler:
 
     @staticmethod
     def _is_branch(name: str, argument: str) -> bool:
-        direct = name in ("jmp", "call") or name in _SHORT_ONLY or (name[:1] == "j" and name[1:] in _CONDITIONS)
+        conditional = name[:1] == "j" and name[1:] in _CONDITIONS
+        direct = name in ("jmp", "call") or name in _SHORT_ONLY or conditional
         first = argument.split(None, 1)[0].lower() if argument else ""
         return direct and "[" not in argument and first not in RESERVED
 
@@ -324,10 +325,9 @@ class Assembler:
     @staticmethod
     def _absolute(match: re.Match[str]) -> str:
         inside = match.group(1)
-        registers = [word for word in _WORD.findall(re.sub(r"0[xX][0-9a-fA-F]+", "0", inside))]
-        constant = re.sub(r"[A-Za-z]\w*(\s*\*\s*[1248])?", "0", re.sub(r"(0[xX][0-9a-fA-F]+)",
-                          lambda m: str(int(m.group(1), 16)), inside))
-        offset = evaluate(constant, {})
+        decimal = re.sub(r"0[xX][0-9a-fA-F]+", lambda m: str(int(m.group(0), 16)), inside)
+        registers = _WORD.findall(decimal)
+        offset = evaluate(re.sub(r"[A-Za-z]\w*(\s*\*\s*[1248])?", "0", decimal), {})
         if not -(1 << 31) <= offset < 1 << 31:
             raise ExpressionError("a displacement has 32 signed bits (use a register)")
         return f"[riz*1 + {offset}]" if not registers else match.group(0)
@@ -389,7 +389,7 @@ class Assembler:
 
     def _finish(self, entry: str, source: str) -> Program:
         if entry not in self._labels:
-            raise AssemblyError(f"{source}:1: no label '{entry}': a payload includes \"runtime.inc\" and defines main")
+            raise AssemblyError(f"{source}:1: no '{entry}': a payload needs .include \"runtime.inc\"")
         listing: list[Line] = []
         blobs: dict[str, bytes] = {}
         for name, items in self._parts.items():

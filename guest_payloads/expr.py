@@ -13,7 +13,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 
-__all__ = ["ExpressionError", "IDENTIFIER", "RESERVED", "evaluate", "substitute"]
+__all__ = ["IDENTIFIER", "RESERVED", "ExpressionError", "evaluate", "substitute"]
 
 IDENTIFIER = re.compile(r"(?<![\w.$\\])\.?[A-Za-z_][\w.]*")
 _CHARACTER = re.compile(r"'(\\.|[^\\'])'")
@@ -22,16 +22,18 @@ _ESCAPES = {"n": 10, "t": 9, "r": 13, "0": 0, "\\": 92, "'": 39, '"': 34}
 
 _SIZES = "byte word dword qword xmmword tbyte fword oword ptr offset short near far st"
 _GENERAL = "ax bx cx dx si di bp sp"
+_BYTES = "al ah bl bh cl ch dl dh sil dil bpl spl"
+_OTHERS = "cs ds es fs gs ss rip eip riz eiz"
 
 
 def _register_names() -> frozenset[str]:
-    names = set(_SIZES.split()) | set("al ah bl bh cl ch dl dh sil dil bpl spl".split())
+    names = set(_SIZES.split()) | set(_BYTES.split())
     for name in _GENERAL.split():
         names |= {name, "e" + name, "r" + name}
     for number in range(8, 16):
         names |= {f"r{number}{suffix}" for suffix in ("", "b", "w", "d")}
     names |= {f"{kind}{number}" for kind in ("cr", "dr", "xmm") for number in range(16)}
-    names |= set("cs ds es fs gs ss rip eip riz eiz".split())
+    names |= set(_OTHERS.split())
     return frozenset(names)
 
 

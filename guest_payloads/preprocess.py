@@ -141,14 +141,14 @@ class Preprocessor:
         while position < len(lines):
             line = lines[position]
             match = _DIRECTIVE.match(line.text)
-            name = match.group(1) if match else ""
+            name = match.group(1) if match and not line.text.endswith(":") else ""
+            rest = (match.group(2) if match else None) or ""
             if name in ("macro", "rept", "if"):
                 end = self._block_end(lines, position, name)
-                rest = (match.group(2) if match else None) or ""
                 self._block(name, rest, lines, position, end, folder, depth)
                 position = end + 1
                 continue
-            self._line(line, name if not line.text.endswith(":") else "", (match.group(2) if match else None) or "", folder, depth)
+            self._line(line, name, rest, folder, depth)
             position += 1
 
     @staticmethod
