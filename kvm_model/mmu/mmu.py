@@ -1,0 +1,252 @@
+"""The fault path: from a TDP fault to an SPTE, a retry, or emulation.
+
+Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): kvm_mmu_page_fault, kvm_mmu_do_page_fault,
+kvm_tdp_mmu_page_fault, kvm_mmu_faultin_pfn, kvm_handle_noslot_fault, kvm_handle_error_pfn,
+is_page_fault_stale, kvm_mmu_hugepage_adjust, kvm_mmu_max_mapping_level, host_pfn_mapping_level,
+kvm_mmu_finish_page_fault.
+
+KVM holds its reference to the page only until the SPTE is in place. What keeps the frame from being
+freed under the mapping is that every change of the host's translation is bracketed, that
+range_start zaps, and that `is_page_fault_stale` is asked under mmu_lock.
+
+Not modelled: private memory, async page faults, write tracking (nothing shadows guest tables),
+the APIC access page.
+"""
+
+from __future__ import annotations
+
+from errno import EAGAIN, EFAULT, EINTR
+from typing import TYPE_CHECKING
+
+from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_PSE, lookup_address_in_mm
+from host_mm.gup import FOLL_INTERRUPTIBLE, FOLL_NOWAIT, FOLL_WRITE
+from kvm_model.follow_pfn import kvm_faultin_pfn, kvm_release_faultin_page
+from kvm_model.memslots import (
+    KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS,
+    KVM_MEMSLOT_INVALID,
+    KvmMemorySlot,
+    kvm_slot_dirty_track_enabled,
+    lpage_disallowed,
+)
+from kvm_model.mmu.fast_page_fault import fast_page_fault
+from kvm_model.mmu.invalidate import mmu_invalidate_retry_gfn, mmu_invalidate_retry_gfn_unsafe
+from kvm_model.mmu.mmio import handle_mmio_page_fault
+from kvm_model.mmu.mmu_internal import (
+    INVALID_PAGE,
+    KVM_MAX_HUGEPAGE_LEVEL,
+    KVM_PFN_ERR_HWPOISON,
+    KVM_PFN_ERR_NEEDS_IO,
+    KVM_PFN_ERR_RO_FAULT,
+    KVM_PFN_ERR_SIGPENDING,
+    KVM_PFN_NOSLOT,
+    PFERR_RSVD_MASK,
+    RET_PF_CONTINUE,
+    RET_PF_EMULATE,
+    RET_PF_FIXED,
+    RET_PF_INVALID,
+    RET_PF_RETRY,
+    RET_PF_SPURIOUS,
+    KvmPageFault,
+    is_error_noslot_pfn,
+    is_error_pfn,
+)
+from kvm_model.mmu.mmu_roots import is_obsolete_sp, mmu_topup_memory_caches
+from kvm_model.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, kvm_pages_per_hpage
+from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
+from kvm_model.mmu.tdp_mmu import kvm_tdp_mmu_map, root_to_sp
+from trace_events.tracepoint import Tracepoint
+
+if TYPE_CHECKING:
+    from kvm_model.kvm_main import Kvm
+    from kvm_model.vcpu import Vcpu
+
+__all__ = ["TRACEPOINTS", "host_pfn_mapping_level", "kvm_mmu_max_mapping_level", "kvm_mmu_page_fault"]
+
+FAULT_RETRY = Tracepoint(
+    "refault", "fault_retry", ("gfn", "reason", "mmu_seq", "seq", "in_progress"),
+    lambda gfn, reason, mmu_seq, seq, in_progress:
+        f"gfn {gfn:x} {reason} mmu_seq {mmu_seq} seq {seq} in_progress {in_progress}",
+    doc="A fault gives up and the guest will fault again: RET_PF_RETRY, with its reason.",
+)
+TRACEPOINTS = (FAULT_RETRY,)
+
+
+def _retry(kvm: Kvm, fault: KvmPageFault, reason: str) -> int:
+    if (t := kvm.trace.fault_retry) is not None:
+        t(fault.gfn, reason, fault.mmu_seq, kvm.mmu_invalidate_seq, kvm.mmu_invalidate_in_progress)
+    return RET_PF_RETRY
+
+
+# -- levels -------------------------------------------------------------------------------------
+
+
+def host_pfn_mapping_level(kvm: Kvm, gfn: int, slot: KvmMemorySlot) -> int:
+    """The level at which the host maps `gfn`, read from its tables without locks; 4K if not at all."""
+    entry, level = lookup_address_in_mm(kvm.mm, slot.gfn_to_hva(gfn))
+    if entry & _PAGE_PRESENT and entry & _PAGE_PSE and level in (PG_LEVEL_2M, PG_LEVEL_1G):
+        return level
+    return PG_LEVEL_4K
+
+
+def kvm_mmu_max_mapping_level(
+    kvm: Kvm, slot: KvmMemorySlot, gfn: int, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
+) -> int:
+    """The highest level that the slot's alignment and the host's mapping allow; mmu_lock held."""
+    while max_level > PG_LEVEL_4K and lpage_disallowed(slot, gfn, max_level):
+        max_level -= 1
+    if max_level == PG_LEVEL_4K:
+        return PG_LEVEL_4K
+    return min(host_pfn_mapping_level(kvm, gfn, slot), max_level)
+
+
+def _kvm_mmu_hugepage_adjust(kvm: Kvm, fault: KvmPageFault) -> None:
+    fault.huge_page_disallowed = fault.exec and fault.nx_huge_page_workaround_enabled
+    slot = fault.slot
+    if fault.max_level == PG_LEVEL_4K or slot is None or is_error_noslot_pfn(fault.pfn):
+        return
+    if kvm_slot_dirty_track_enabled(slot):
+        return
+    fault.req_level = kvm_mmu_max_mapping_level(kvm, slot, fault.gfn, fault.max_level)
+    if fault.req_level == PG_LEVEL_4K or fault.huge_page_disallowed:
+        return
+    # Not stale and mmu_lock held: the host's huge mapping cannot be split from under us.
+    fault.goal_level = fault.req_level
+    fault.pfn &= ~(kvm_pages_per_hpage(fault.goal_level) - 1)
+
+
+# -- the frame ----------------------------------------------------------------------------------
+
+
+def _kvm_handle_error_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
+    if fault.pfn == KVM_PFN_ERR_SIGPENDING:
+        return -EINTR
+    if fault.pfn == KVM_PFN_ERR_RO_FAULT:
+        return RET_PF_EMULATE
+    if fault.pfn == KVM_PFN_ERR_HWPOISON:
+        assert fault.slot is not None
+        vcpu.kvm.hwpoison_signals.append(fault.slot.gfn_to_hva(fault.gfn))
+        return _retry(vcpu.kvm, fault, "hwpoison")
+    vcpu.fault_gpa = fault.addr
+    return -EFAULT
+
+
+def _kvm_handle_noslot_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
+    kvm = vcpu.kvm
+    generation = kvm.slots().generation
+    if not generation & KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS:
+        vcpu.mmio_gva = 0
+        vcpu.mmio_gfn = fault.gfn
+        vcpu.mmio_gen = generation
+    fault.slot = None
+    fault.pfn = KVM_PFN_NOSLOT
+    fault.map_writable = False
+    if not kvm.spte.mmio_value or fault.gfn >= TDP_MMU_MAX_GFN_EXCLUSIVE:
+        return RET_PF_EMULATE
+    return RET_PF_CONTINUE
+
+
+def _gup(kvm: Kvm, fault: KvmPageFault, slot: KvmMemorySlot) -> None:
+    foll = (FOLL_WRITE if fault.write else 0) | FOLL_NOWAIT
+    fault.pfn, fault.map_writable, fault.refcounted_page = kvm_faultin_pfn(kvm, slot, fault.gfn, foll)
+    if fault.pfn == KVM_PFN_ERR_NEEDS_IO:
+        foll = foll & ~FOLL_NOWAIT | FOLL_INTERRUPTIBLE
+        fault.pfn, fault.map_writable, fault.refcounted_page = kvm_faultin_pfn(kvm, slot, fault.gfn, foll)
+
+
+def _kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
+    kvm = vcpu.kvm
+    slot = fault.slot
+    breaks = kvm.breaks
+    fault.mmu_seq = kvm.mmu_invalidate_seq
+    if kvm.sched.preempt:
+        kvm.sched.point("seq")
+    if slot is None:
+        return _kvm_handle_noslot_fault(vcpu, fault)
+    if slot.flags & KVM_MEMSLOT_INVALID:
+        if "ignore-invalid-slot" in breaks:
+            return _kvm_handle_noslot_fault(vcpu, fault)
+        if fault.prefetch:
+            return -EAGAIN
+        return _retry(kvm, fault, "invalid-slot")
+    unlocked = kvm.profile.unlocked_retry_check and "no-retry" not in breaks
+    if unlocked and mmu_invalidate_retry_gfn_unsafe(kvm, fault.mmu_seq, fault.gfn):
+        return _retry(kvm, fault, "stale-before-gup")
+    _gup(kvm, fault, slot)
+    if is_error_pfn(fault.pfn):
+        return _kvm_handle_error_pfn(vcpu, fault)
+    if fault.pfn == KVM_PFN_NOSLOT:
+        return _kvm_handle_noslot_fault(vcpu, fault)
+    if (
+        unlocked and "retry-before-gup-only" not in breaks
+        and mmu_invalidate_retry_gfn_unsafe(kvm, fault.mmu_seq, fault.gfn)
+    ):
+        kvm_release_faultin_page(kvm, fault.refcounted_page, unused=True, dirty=False)
+        return _retry(kvm, fault, "stale-after-gup")
+    return RET_PF_CONTINUE
+
+
+# -- the fault ----------------------------------------------------------------------------------
+
+
+def _stale_reason(vcpu: Vcpu, fault: KvmPageFault) -> str:
+    """is_page_fault_stale, under mmu_lock: why the fault may not be mapped, or nothing."""
+    kvm = vcpu.kvm
+    if is_obsolete_sp(root_to_sp(kvm, vcpu.root_hpa)):
+        return "stale-root"
+    if fault.slot is None or "no-retry" in kvm.breaks or "retry-before-gup-only" in kvm.breaks:
+        return ""
+    return "stale-under-lock" if mmu_invalidate_retry_gfn(kvm, fault.mmu_seq, fault.gfn) else ""
+
+
+def _kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
+    kvm = vcpu.kvm
+    r = fast_page_fault(vcpu, fault)
+    if r != RET_PF_INVALID:
+        return r
+    r = mmu_topup_memory_caches(vcpu)
+    if r:
+        return r
+    r = _kvm_mmu_faultin_pfn(vcpu, fault)
+    if r != RET_PF_CONTINUE:
+        return r
+    kvm.mmu_lock.read_lock()
+    reason = _stale_reason(vcpu, fault)
+    if reason:
+        r = _retry(kvm, fault, reason)
+    else:
+        _kvm_mmu_hugepage_adjust(kvm, fault)
+        r = kvm_tdp_mmu_map(vcpu, fault)
+        if r == RET_PF_RETRY:
+            _retry(kvm, fault, "spte-changed")
+    kvm_release_faultin_page(kvm, fault.refcounted_page, unused=r == RET_PF_RETRY, dirty=fault.map_writable)
+    kvm.mmu_lock.read_unlock()
+    return r
+
+
+def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
+    """Handle a TDP fault at `gpa` with PFERR word `error_code`.
+
+    A negative errno, RET_PF_EMULATE if the caller must emulate the instruction, or another RET_PF_*
+    if the guest can go on.
+    """
+    kvm = vcpu.kvm
+    if vcpu.root_hpa == INVALID_PAGE:
+        return RET_PF_RETRY
+    stat = vcpu.stat
+    r = RET_PF_INVALID
+    if error_code & PFERR_RSVD_MASK:
+        r = handle_mmio_page_fault(vcpu, gpa)
+        if r == RET_PF_EMULATE:
+            return r
+    if r == RET_PF_INVALID:
+        stat["pf_taken"] += 1
+        fault = KvmPageFault(gpa, error_code, nx_workaround=kvm.spte.nx_huge_pages)
+        fault.slot = kvm.slots().gfn_to_memslot(fault.gfn)
+        r = _kvm_tdp_mmu_page_fault(vcpu, fault)
+    if r == RET_PF_FIXED:
+        stat["pf_fixed"] += 1
+    elif r == RET_PF_EMULATE:
+        stat["pf_emulate"] += 1
+    elif r == RET_PF_SPURIOUS:
+        stat["pf_spurious"] += 1
+    return r

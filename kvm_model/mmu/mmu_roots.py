@@ -1,0 +1,150 @@
+"""A vCPU's root: loading, dropping, making it obsolete; and the page cache that feeds its faults.
+
+Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): mmu_topup_memory_caches, kvm_mmu_load,
+kvm_mmu_unload, kvm_mmu_free_obsolete_roots, is_obsolete_sp, kvm_mmu_zap_all_fast,
+kvm_arch_flush_shadow_memslot, kvm_mmu_invalidate_mmio_sptes, kvm_mmu_zap_all; mmu.h: kvm_mmu_reload.
+
+Not modelled: previous roots, nested MMUs, KVM_X86_QUIRK_SLOT_ZAP_ALL switched off (every delete or
+move invalidates all roots), shadow paging's active pages.
+"""
+
+from __future__ import annotations
+
+from errno import ENOMEM
+from typing import TYPE_CHECKING
+
+from host_mm.page import put_page
+from host_mm.page_alloc import GFP_KERNEL, alloc_pages
+from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage
+from kvm_model.mmu.spte import MMIO_SPTE_GEN_MASK
+from kvm_model.mmu.tdp_mmu import init_spt, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root, root_to_sp
+from kvm_model.mmu.tdp_zap import (
+    kvm_tdp_mmu_invalidate_roots,
+    kvm_tdp_mmu_zap_all,
+    kvm_tdp_mmu_zap_invalidated_roots,
+)
+from kvm_model.requests import (
+    KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    KVM_REQ_TLB_FLUSH_CURRENT,
+    kvm_check_request,
+    kvm_clear_request,
+    kvm_make_all_cpus_request,
+)
+from trace_events.tracepoint import Tracepoint
+
+if TYPE_CHECKING:
+    from kvm_model.kvm_main import Kvm
+    from kvm_model.memslots import KvmMemorySlot
+    from kvm_model.vcpu import Vcpu
+
+__all__ = [
+    "TRACEPOINTS", "is_obsolete_sp", "kvm_arch_flush_shadow_memslot", "kvm_mmu_free_obsolete_roots",
+    "kvm_mmu_invalidate_mmio_sptes", "kvm_mmu_load", "kvm_mmu_reload", "kvm_mmu_unload", "kvm_mmu_zap_all",
+    "kvm_mmu_zap_all_fast", "mmu_free_memory_caches", "mmu_topup_memory_caches",
+]
+
+KVM_MMU_ZAP_ALL_FAST = Tracepoint(
+    "kvmmmu", "kvm_mmu_zap_all_fast", ("mmu_valid_gen", "mmu_used_pages"),
+    lambda gen, used: f"kvm-mmu-valid-gen {gen} used_pages {used:x}",
+)
+TRACEPOINTS = (KVM_MMU_ZAP_ALL_FAST,)
+
+
+def mmu_topup_memory_caches(vcpu: Vcpu) -> int:
+    """Have enough table pages for one fault, since none can be allocated under mmu_lock. 0 or -ENOMEM."""
+    kvm = vcpu.kvm
+    cache = vcpu.mmu_shadow_page_cache
+    if len(cache) >= kvm.profile.mmu_cache_min:
+        return 0
+    while len(cache) < kvm.profile.mmu_cache_objects:
+        pfn = alloc_pages(kvm.host, GFP_KERNEL, 0, vcpu.kvm.process.home_node)
+        if pfn < 0:
+            return 0 if len(cache) >= kvm.profile.mmu_cache_min else -ENOMEM
+        init_spt(kvm, pfn)
+        cache.append(pfn)
+    return 0
+
+
+def mmu_free_memory_caches(vcpu: Vcpu) -> None:
+    """Give the cached table pages back."""
+    while vcpu.mmu_shadow_page_cache:
+        put_page(vcpu.kvm.host, vcpu.mmu_shadow_page_cache.pop())
+
+
+def is_obsolete_sp(sp: KvmMmuPage) -> bool:
+    """Whether a root was invalidated; the TDP MMU does not use the MMU generation."""
+    return sp.invalid
+
+
+def kvm_mmu_load(vcpu: Vcpu) -> int:
+    """Give the vCPU a valid root and an empty TLB. 0 or a negative errno."""
+    r = mmu_topup_memory_caches(vcpu)
+    if r:
+        return r
+    vcpu.root_hpa = kvm_tdp_mmu_alloc_root(vcpu)
+    cpu = vcpu.kvm.cpu
+    cpu.load_mmu_pgd(vcpu, vcpu.root_hpa)
+    # Roots are not flushed when they are dropped, so a new one starts with a flush.
+    vcpu.stat["tlb_flush"] += 1
+    cpu.flush_tlb(vcpu)
+    kvm_clear_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu)
+    return 0
+
+
+def kvm_mmu_reload(vcpu: Vcpu) -> int:
+    """Before an entry: drop an obsolete root, load one if there is none."""
+    if kvm_check_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu):
+        kvm_mmu_free_obsolete_roots(vcpu)
+    if vcpu.root_hpa != INVALID_PAGE:
+        return 0
+    return kvm_mmu_load(vcpu)
+
+
+def kvm_mmu_unload(vcpu: Vcpu) -> None:
+    """Drop the vCPU's root."""
+    kvm = vcpu.kvm
+    if vcpu.root_hpa != INVALID_PAGE:
+        kvm.mmu_lock.read_lock()
+        kvm_tdp_mmu_put_root(kvm, root_to_sp(kvm, vcpu.root_hpa))
+        vcpu.root_hpa = INVALID_PAGE
+        kvm.mmu_lock.read_unlock()
+    vcpu.mmio_gva = 0
+
+
+def kvm_mmu_free_obsolete_roots(vcpu: Vcpu) -> None:
+    """Drop the vCPU's root if it was invalidated."""
+    if vcpu.root_hpa != INVALID_PAGE and is_obsolete_sp(root_to_sp(vcpu.kvm, vcpu.root_hpa)):
+        kvm_mmu_unload(vcpu)
+
+
+def kvm_mmu_zap_all_fast(kvm: Kvm) -> None:
+    """Invalidate all roots, make vCPUs drop them, zap them; slots_lock held. Complete on return."""
+    kvm.mmu_lock.lock()
+    if (t := kvm.trace.kvm_mmu_zap_all_fast) is not None:
+        t(kvm.mmu_valid_gen, 0)
+    kvm.mmu_valid_gen ^= 1
+    kvm_tdp_mmu_invalidate_roots(kvm)
+    # In the same critical section: a vCPU must not see the roots valid after the request.
+    kvm_make_all_cpus_request(kvm, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
+    kvm.mmu_lock.unlock()
+    # Before the caller goes on: notifiers could not find the SPTEs of a slot that is gone.
+    kvm_tdp_mmu_zap_invalidated_roots(kvm, shared=True)
+
+
+def kvm_arch_flush_shadow_memslot(kvm: Kvm, slot: KvmMemorySlot) -> None:
+    """Leave nothing mapped of a slot that is being deleted or moved."""
+    kvm_mmu_zap_all_fast(kvm)
+
+
+def kvm_mmu_invalidate_mmio_sptes(kvm: Kvm, gen: int) -> None:
+    """When the 19 bits of the generation that MMIO SPTEs keep wrap, zap all of them."""
+    gen &= MMIO_SPTE_GEN_MASK & ~(kvm.profile.nr_memslot_as_ids - 1)
+    if gen == 0:
+        kvm_mmu_zap_all_fast(kvm)
+
+
+def kvm_mmu_zap_all(kvm: Kvm) -> None:
+    """Drop every SPTE, without a flush: the VM is going away."""
+    kvm.mmu_lock.lock()
+    kvm_tdp_mmu_zap_all(kvm)
+    kvm.mmu_lock.unlock()
