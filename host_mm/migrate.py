@@ -41,7 +41,7 @@ from host_mm.page import (
     get_page,
     put_page,
 )
-from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, __GFP_NORETRY, __GFP_THISNODE, alloc_pages
+from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, GFP_NORETRY, GFP_THISNODE, alloc_pages
 from host_mm.rmap_unmap import TTU_BATCH_FLUSH, remove_migration_ptes, try_to_migrate
 from host_mm.swap_state import swap_cache_replace_folio
 from host_mm.tlb import try_to_unmap_flush
@@ -98,7 +98,10 @@ _COPIED_FLAGS = (
 
 MM_MIGRATE_PAGES = Tracepoint(
     "migrate", "mm_migrate_pages",
-    ("succeeded", "failed", "thp_succeeded", "thp_failed", "thp_split", "large_folio_split", "mode", "reason"),
+    (
+        "succeeded", "failed", "thp_succeeded", "thp_failed", "thp_split", "large_folio_split", "mode",
+        "reason",
+    ),
     lambda ok, bad, thp_ok, thp_bad, thp_split, split, mode, reason: (
         f"nr_succeeded={ok} nr_failed={bad} nr_thp_succeeded={thp_ok} nr_thp_failed={thp_bad} "
         f"nr_thp_split={thp_split} nr_split={split} mode={_MODES[mode]} reason={_REASONS[reason]}"
@@ -318,7 +321,7 @@ class _Batch:
 
 def alloc_migration_target(host: HostMm, nid: int) -> int:
     """A frame on exactly this node, or -1; no process dies for it."""
-    return alloc_pages(host, GFP_HIGHUSER_MOVABLE | __GFP_THISNODE | __GFP_NORETRY, 0, nid)
+    return alloc_pages(host, GFP_HIGHUSER_MOVABLE | GFP_THISNODE | GFP_NORETRY, 0, nid)
 
 
 def putback_movable_pages(host: HostMm, pfns: list[int]) -> None:

@@ -76,7 +76,8 @@ SWAP_IN = Tracepoint(
     "refault", "swap_in", ("pid", "address", "pfn", "slot", "major", "exclusive", "writable"),
     lambda pid, address, pfn, slot, major, exclusive, writable: (
         f"pid {pid} addr {address:#x} pfn {pfn:#x} slot {slot:#x}"
-        + (" major" if major else "") + (" exclusive" if exclusive else "") + (" writable" if writable else "")
+        + (" major" if major else "") + (" exclusive" if exclusive else "")
+        + (" writable" if writable else "")
     ),
     doc="A swap entry becomes a present entry again.",
 )
@@ -107,7 +108,6 @@ def do_swap_page(vmf: VmFault) -> int:
         if pfn < 0:
             return _nothing_read(vmf)
         ret = VM_FAULT_MAJOR
-        host.vmstat["pgmajfault"] += 1
     ret |= folio_lock_or_retry(host, pfn, vmf)
     if ret & VM_FAULT_RETRY:
         put_page(host, pfn)
@@ -164,8 +164,7 @@ def _map_locked(vmf: VmFault, pfn: int, entry: int, ret: int) -> int:
         t(pid, vmf.address, pfn, swp_offset(entry), bool(ret & VM_FAULT_MAJOR), exclusive, bool(new & 2))
     folio_unlock(host, pfn)
     if vmf.flags & FAULT_FLAG_WRITE:
-        vmf.page = pfn
-        ret |= host.do_wp_page(vmf)
+        ret |= host.do_wp_page(vmf)[1]
         return ret & VM_FAULT_ERROR if ret & VM_FAULT_ERROR else ret
     ptl.unlock()
     return ret
