@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from host_mm import tlb as _tlb
 from host_mm.page import PG_swapcache, put_page
 from host_mm.pgtable_generic import free_tables
+from host_mm.swap_state import free_swap_cache
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct
@@ -84,7 +85,7 @@ class MmuGather:
         flags = host.pages.flags
         for pfn in pages:
             if flags[pfn] & PG_swapcache:
-                host.free_swap_cache(pfn)
+                free_swap_cache(host, pfn)
             put_page(host, pfn)
         tables, self.tables = self.tables, []
         free_tables(self.mm, tables)

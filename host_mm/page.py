@@ -152,7 +152,7 @@ def put_page(host: HostMm, pfn: int, nr: int = 1) -> None:
 def __folio_put(host: HostMm, pfn: int) -> None:
     pages = host.pages
     if pages.flags[pfn] & PG_lru:
-        host.lru_del(pfn)
+        host.lru.lru_del(pfn)
     host.allocator.free_frozen_pages(pfn, pages.order[pfn])
 
 

@@ -1,0 +1,377 @@
+"""Page faults: from handle_mm_fault to a present entry.
+
+Source of truth: mm/memory.c (handle_mm_fault, handle_pte_fault, do_anonymous_page, do_wp_page,
+wp_can_reuse_anon_folio, wp_page_reuse, wp_page_copy, do_numa_page), mm/internal.h: vmf_anon_prepare;
+Linux 6.18. Swap faults are in swapin.py, zapping in memory_zap.py, fork's copy in memory_copy.py.
+
+A read of an empty entry maps the zero page; a write takes a page of its own, which is exclusive and
+stays so until fork shares it. A write to a shared page copies it: the copy is made before the bracket
+opens, and under the page-table lock the old entry is cleared and flushed before the new one is set.
+
+Not modelled: file and shmem faults (a VMA with `ops` brings its own `fault(vmf)`), huge pages,
+userfaultfd, memcg charges, NUMA balancing's migration (a hinting fault only restores the rights).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from host_mm import mmu_notifier
+from host_mm import tlb as _tlb
+from host_mm.arch.x86.pgtable import _PAGE_SOFT_DIRTY, _PAGE_SPECIAL, mk_pte, pte_mkdirty, pte_mkwrite
+from host_mm.arch.x86.pgtable import pte_mkyoung, pte_modify, pte_pfn, pte_present, pte_protnone, pte_write
+from host_mm.filemap import folio_trylock, folio_unlock
+from host_mm.kernel.costs import COST_COPY_PAGE, COST_FAULT
+from host_mm.mm_types import FAULT_FLAG_UNSHARE, FAULT_FLAG_WRITE, MM_ANONPAGES, MMF_UNSTABLE
+from host_mm.mm_types import VM_ACCESS_FLAGS, VM_FAULT_MAJOR, VM_FAULT_OOM, VM_FAULT_RETRY
+from host_mm.mm_types import VM_FAULT_SIGBUS, VM_FAULT_SIGSEGV, VM_MAYSHARE, VM_SHARED
+from host_mm.mm_types import VM_WRITE, VmFault
+from host_mm.page import PG_anon, PG_anon_exclusive, PG_ksm, PG_lru, PG_swapcache, PG_uptodate
+from host_mm.page import get_page, put_page
+from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, GFP_ZERO
+from host_mm.pgtable_generic import pmd_alloc, pte_alloc, pte_lockptr, pte_offset_map, pte_offset_map_lock
+from host_mm.pgtable_generic import ptep_clear_flush, ptep_get, ptep_set_access_flags, set_pte
+from host_mm.rmap import anon_vma_prepare, folio_add_new_anon_rmap, folio_move_anon_rmap
+from host_mm.rmap import folio_remove_rmap_pte
+from host_mm.swap_state import folio_free_swap, free_swap_cache
+from trace_events.tracepoint import Tracepoint
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+    from host_mm.mm_types import VmArea
+
+__all__ = [
+    "TRACEPOINTS", "do_wp_page", "folio_prealloc", "handle_mm_fault", "is_zero_pfn", "maybe_mkwrite",
+    "vm_normal_page",
+]
+
+_RET = (
+    (VM_FAULT_OOM, "oom"), (VM_FAULT_SIGBUS, "sigbus"), (VM_FAULT_SIGSEGV, "sigsegv"),
+    (VM_FAULT_RETRY, "retry"), (VM_FAULT_MAJOR, "major"),
+)
+
+
+def _describe(ret: int) -> str:
+    return "|".join(name for bit, name in _RET if ret & bit) or "ok"
+
+
+HOST_FAULT = Tracepoint(
+    "refault", "host_fault", ("pid", "address", "access"),
+    lambda pid, address, access: f"pid {pid} address {address:#x} {access}",
+    scope=True, doc="The host resolves a fault on its own page tables, for a user access or for GUP.",
+)
+HOST_FAULT_DONE = Tracepoint(
+    "refault", "host_fault_done", ("pid", "address", "kind", "result"),
+    lambda pid, address, kind, result: f"pid {pid} address {address:#x} {kind} {result}",
+    doc="What that fault did: zero-page, anon, cow, reuse, swap-in, numa, spurious.",
+)
+TRACEPOINTS = (HOST_FAULT, HOST_FAULT_DONE)
+
+
+def is_zero_pfn(host: HostMm, pfn: int) -> bool:
+    """Whether the frame is the zero page."""
+    return pfn == host.zero_pfn
+
+
+def vm_normal_page(host: HostMm, pte: int) -> int:
+    """The frame of a present entry if a struct page counts its mappings, else -1 (zero page, PFNMAP)."""
+    if pte & _PAGE_SPECIAL:
+        return -1
+    pfn = pte_pfn(pte)
+    return -1 if pfn == host.zero_pfn else pfn
+
+
+def maybe_mkwrite(pte: int, vma: VmArea) -> int:
+    """Writable if the VMA is (a forced COW in a read-only VMA stays read-only)."""
+    return pte_mkwrite(pte) if vma.flags & VM_WRITE else pte
+
+
+def folio_prealloc(host: HostMm, vma: VmArea, *, zero: bool) -> int:
+    """A page for this VMA by its memory policy, or -1."""
+    nid = vma.policy.preferred_node() if vma.policy is not None else vma.mm.process.home_node
+    pfn = host.allocator.alloc_pages(GFP_HIGHUSER_MOVABLE | (GFP_ZERO if zero else 0), 0, nid)
+    if pfn >= 0:
+        host.pages.flags[pfn] |= PG_uptodate
+    return pfn
+
+
+# -- entry ----------------------------------------------------------------------------------------
+def handle_mm_fault(vma: VmArea, address: int, flags: int) -> int:
+    """Resolve one fault under mmap_lock; VM_FAULT_* bits. VM_FAULT_RETRY may have dropped the lock.
+
+    The VMA's rights were checked by the caller, but for an instruction fetch of a VMA without VM_EXEC
+    and other misuse, which is VM_FAULT_SIGSEGV.
+    """
+    mm = vma.mm
+    host = mm.host
+    host.sched.advance(COST_FAULT)
+    host.vmstat["pgfault"] += 1
+    ctx = host.stream.ctx
+    saved = ctx.cause
+    if (t := host.trace.host_fault) is not None:
+        access = "write" if flags & FAULT_FLAG_WRITE else ("unshare" if flags & FAULT_FLAG_UNSHARE else "read")
+        ctx.cause = t(mm.process.pid, address & ~0xFFF, access)
+    try:
+        vmf = VmFault(vma, address, flags)
+        kind, ret = _handle_pte_fault(vmf)
+        if ret & VM_FAULT_MAJOR:
+            host.vmstat["pgmajfault"] += 1
+        if (t := host.trace.host_fault_done) is not None:
+            t(mm.process.pid, vmf.address, kind, _describe(ret))
+        return ret
+    finally:
+        ctx.cause = saved
+
+
+def _handle_pte_fault(vmf: VmFault) -> tuple[str, int]:
+    mm = vmf.mm
+    vmf.pmd = pmd_alloc(mm, vmf.address)
+    if not vmf.pmd:
+        return "table", VM_FAULT_OOM
+    vmf.pte = pte_offset_map(mm, vmf.pmd, vmf.address)
+    if vmf.pte:
+        vmf.orig_pte = ptep_get(mm, vmf.pte)
+    if not vmf.pte or not vmf.orig_pte:
+        vmf.orig_pte = 0
+        if vmf.vma.ops is not None:
+            return "file", vmf.vma.ops.fault(vmf)
+        return _do_anonymous_page(vmf)
+    entry = vmf.orig_pte
+    if not pte_present(entry):
+        return "swap-in", mm.host.do_swap_page(vmf)
+    if pte_protnone(entry) and vmf.vma.flags & VM_ACCESS_FLAGS:
+        return _do_numa_page(vmf)
+    return _handle_present(vmf, entry)
+
+
+def _handle_present(vmf: VmFault, entry: int) -> tuple[str, int]:
+    mm = vmf.mm
+    if mm.host.sched.preempt:
+        mm.host.sched.point("pte")
+    vmf.ptl = pte_lockptr(mm, vmf.pte)
+    vmf.ptl.lock()
+    if ptep_get(mm, vmf.pte) != entry:
+        vmf.ptl.unlock()
+        return "spurious", 0
+    if vmf.flags & (FAULT_FLAG_WRITE | FAULT_FLAG_UNSHARE):
+        if not pte_write(entry):
+            return do_wp_page(vmf)
+        if vmf.flags & FAULT_FLAG_WRITE:
+            entry = pte_mkdirty(entry)
+    changed = ptep_set_access_flags(mm, vmf.address, vmf.pte, pte_mkyoung(entry), True)
+    vmf.ptl.unlock()
+    return ("access-flags" if changed else "spurious"), 0
+
+
+# -- anonymous pages ------------------------------------------------------------------------------
+def _map_locked(vmf: VmFault) -> bool:
+    """Lock the entry; false if it is not the one the fault started from, and then nothing is locked."""
+    pte = pte_offset_map_lock(vmf.mm, vmf.pmd, vmf.address)
+    if not pte:
+        return False
+    vmf.pte = pte
+    vmf.ptl = pte_lockptr(vmf.mm, pte)
+    if ptep_get(vmf.mm, pte) == vmf.orig_pte:
+        return True
+    vmf.ptl.unlock()
+    return False
+
+
+def _do_anonymous_page(vmf: VmFault) -> tuple[str, int]:
+    vma, mm = vmf.vma, vmf.mm
+    host = mm.host
+    if vma.flags & VM_SHARED:
+        return "anon", VM_FAULT_SIGBUS
+    if not pte_alloc(mm, vmf.pmd):
+        return "anon", VM_FAULT_OOM
+    if not vmf.flags & FAULT_FLAG_WRITE:
+        if not _map_locked(vmf):
+            return "spurious", 0
+        ret = VM_FAULT_SIGBUS if mm.flags & MMF_UNSTABLE else 0
+        if not ret:
+            set_pte(mm, vmf.address, vmf.pte, mk_pte(host.zero_pfn, vma.page_prot) | _PAGE_SPECIAL)
+        assert vmf.ptl is not None
+        vmf.ptl.unlock()
+        return "zero-page", ret
+    anon_vma_prepare(vma)
+    pfn = folio_prealloc(host, vma, zero=True)
+    if pfn < 0:
+        return "anon", VM_FAULT_OOM
+    entry = pte_mkyoung(mk_pte(pfn, vma.page_prot))
+    if vma.flags & VM_WRITE:
+        entry = pte_mkwrite(pte_mkdirty(entry))
+    if not _map_locked(vmf):
+        put_page(host, pfn)
+        return "spurious", 0
+    assert vmf.ptl is not None
+    if mm.flags & MMF_UNSTABLE:
+        vmf.ptl.unlock()
+        put_page(host, pfn)
+        return "anon", VM_FAULT_SIGBUS
+    mm.rss[MM_ANONPAGES] += 1
+    folio_add_new_anon_rmap(host, pfn, vma, vmf.address)
+    host.lru.folio_add_lru_vma(pfn, vma)
+    set_pte(mm, vmf.address, vmf.pte, entry)
+    vmf.ptl.unlock()
+    return "anon", 0
+
+
+def _do_numa_page(vmf: VmFault) -> tuple[str, int]:
+    mm, vma = vmf.mm, vmf.vma
+    vmf.ptl = pte_lockptr(mm, vmf.pte)
+    vmf.ptl.lock()
+    old = ptep_get(mm, vmf.pte)
+    if old != vmf.orig_pte:
+        vmf.ptl.unlock()
+        return "spurious", 0
+    entry = pte_mkyoung(pte_modify(old, vma.page_prot))
+    pfn = vm_normal_page(mm.host, old)
+    if pfn >= 0 and vma.flags & VM_WRITE and mm.host.pages.flags[pfn] & PG_anon_exclusive:
+        entry = pte_mkwrite(entry)
+    set_pte(mm, vmf.address, vmf.pte, entry)
+    vmf.ptl.unlock()
+    mm.host.vmstat["numa_hint_faults"] += 1
+    return "numa", 0
+
+
+# -- write faults on mapped pages -----------------------------------------------------------------
+def do_wp_page(vmf: VmFault) -> tuple[str, int]:
+    """A write (or unshare) on a read-only entry, its table locked; the lock is dropped on return."""
+    vma, host = vmf.vma, vmf.mm.host
+    pfn = vm_normal_page(host, vmf.orig_pte)
+    vmf.page = pfn
+    assert vmf.ptl is not None
+    if vma.flags & (VM_SHARED | VM_MAYSHARE):
+        return _wp_shared(vmf)
+    if pfn >= 0 and host.pages.flags[pfn] & PG_anon and _may_reuse(host, vma, pfn):
+        if vmf.flags & FAULT_FLAG_UNSHARE:
+            vmf.ptl.unlock()
+            return "reuse", 0
+        _wp_page_reuse(vmf)
+        return "reuse", 0
+    if pfn >= 0:
+        get_page(host, pfn)
+    vmf.ptl.unlock()
+    return "cow", _wp_page_copy(vmf)
+
+
+def _wp_shared(vmf: VmFault) -> tuple[str, int]:
+    assert vmf.ptl is not None
+    if vmf.vma.ops is not None:
+        return "file", vmf.vma.ops.page_mkwrite(vmf)
+    _wp_page_reuse(vmf)
+    return "reuse", 0
+
+
+def _may_reuse(host: HostMm, vma: VmArea, pfn: int) -> bool:
+    flags = host.pages.flags
+    if host.profile.anon_exclusive and flags[pfn] & PG_anon_exclusive:
+        return True
+    if _wp_can_reuse_anon_folio(host, vma, pfn):
+        flags[pfn] |= PG_anon_exclusive
+        return True
+    return False
+
+
+def _wp_can_reuse_anon_folio(host: HostMm, vma: VmArea, pfn: int) -> bool:
+    """Whether this entry holds the only reference, the swap cache's and an LRU batch's apart."""
+    pages = host.pages
+    if pages.flags[pfn] & PG_ksm or pages.refcount[pfn] > 3:
+        return False
+    if not pages.flags[pfn] & PG_lru:
+        host.lru.lru_add_drain()
+    if pages.refcount[pfn] > 1 + bool(pages.flags[pfn] & PG_swapcache):
+        return False
+    if not folio_trylock(host, pfn):
+        return False
+    if pages.flags[pfn] & PG_swapcache:
+        folio_free_swap(host, pfn)
+    alone = not pages.flags[pfn] & PG_ksm and pages.refcount[pfn] == 1
+    if alone:
+        folio_move_anon_rmap(host, pfn, vma)
+    folio_unlock(host, pfn)
+    return alone
+
+
+def _wp_page_reuse(vmf: VmFault) -> None:
+    """Make the entry writable: no flush on x86, no bracket."""
+    entry = maybe_mkwrite(pte_mkdirty(pte_mkyoung(vmf.orig_pte)), vmf.vma)
+    ptep_set_access_flags(vmf.mm, vmf.address, vmf.pte, entry, True)
+    assert vmf.ptl is not None
+    vmf.ptl.unlock()
+    vmf.mm.host.vmstat["pgreuse"] += 1
+
+
+def _wp_page_copy(vmf: VmFault) -> int:
+    vma, mm, old = vmf.vma, vmf.mm, vmf.page
+    host = mm.host
+    anon_vma_prepare(vma)
+    zero = is_zero_pfn(host, pte_pfn(vmf.orig_pte))
+    new = folio_prealloc(host, vma, zero=zero)
+    if new < 0:
+        if old >= 0:
+            put_page(host, old)
+        return VM_FAULT_OOM
+    if not zero:
+        host.ram.copy_page(new, pte_pfn(vmf.orig_pte))
+        host.sched.advance(COST_COPY_PAGE)
+    range_ = mmu_notifier.mmu_notifier_range_init(
+        mmu_notifier.MMU_NOTIFY_CLEAR, mm, vmf.address, vmf.address + 4096, order=mmu_notifier.ORDER_UNDER_PTL
+    )
+    mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+    if host.sched.preempt:
+        host.sched.point("pte")
+    copied = _install_copy(vmf, new)
+    if host.profile.invalidate_range and copied:
+        mmu_notifier.mmu_notifier_invalidate_range_only_end(range_)
+    else:
+        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+    if not copied:
+        put_page(host, new)
+    elif old >= 0:
+        # The reference that the old entry held, given up with it.
+        put_page(host, old)
+    if old >= 0:
+        if copied:
+            free_swap_cache(host, old)
+        put_page(host, old)
+    return 0
+
+
+def _install_copy(vmf: VmFault, new: int) -> bool:
+    """The half of wp_page_copy under the page-table lock: recheck, clear, flush, set."""
+    vma, mm, old = vmf.vma, vmf.mm, vmf.page
+    host = mm.host
+    vmf.pte = pte_offset_map_lock(mm, vmf.pmd, vmf.address)
+    if not vmf.pte:
+        return False
+    vmf.ptl = pte_lockptr(mm, vmf.pte)
+    if ptep_get(mm, vmf.pte) != vmf.orig_pte and "no-fault-recheck" not in host.breaks:
+        vmf.ptl.unlock()
+        return False
+    if old < 0:
+        mm.rss[MM_ANONPAGES] += 1
+    entry = pte_mkyoung(mk_pte(new, vma.page_prot))
+    if vmf.flags & FAULT_FLAG_UNSHARE:
+        entry |= vmf.orig_pte & _PAGE_SOFT_DIRTY
+    else:
+        entry = maybe_mkwrite(pte_mkdirty(entry), vma)
+    late_flush = "flush-after-unlock" in host.breaks
+    if not late_flush:
+        ptep_clear_flush(mm, vmf.address, vmf.pte)
+    if host.profile.invalidate_range:
+        mmu_notifier.mmu_notifier_invalidate_range(mm, vmf.address, vmf.address + 4096)
+    folio_add_new_anon_rmap(host, new, vma, vmf.address)
+    host.lru.folio_add_lru_vma(new, vma)
+    if host.profile.change_pte:
+        mmu_notifier.mmu_notifier_change_pte(mm, vmf.address, entry)
+    set_pte(mm, vmf.address, vmf.pte, entry)
+    if old >= 0:
+        # Only now: whoever saw one mapping less could reuse a page that this entry still reached.
+        folio_remove_rmap_pte(host, old)
+    host.vmstat["cow_break"] += 1
+    vmf.ptl.unlock()
+    if late_flush:
+        _tlb.flush_tlb_page(mm, vmf.address)
+    return True
+

@@ -1,0 +1,154 @@
+"""Zapping: entries out, pages into a gather.
+
+Source of truth: mm/memory.c (zap_pte_range, zap_present_ptes, zap_nonpresent_ptes, unmap_vmas,
+zap_page_range_single_batched, free_pgtables); Linux 6.18.
+
+The bracket's class is mmu_gather: start, entries cleared and pages queued, end, then the flush and the
+free; but a full gather flushes and frees within the bracket.
+
+Not modelled: huge entries, pte markers of userfaultfd, PT_RECLAIM, delayed rmap.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from host_mm import mmu_notifier
+from host_mm import tlb as _tlb
+from host_mm.arch.x86.pgtable import is_migration_entry, non_swap_entry, pte_dirty, pte_present
+from host_mm.arch.x86.pgtable import pte_to_swp_entry
+from host_mm.memory import vm_normal_page
+from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES, MM_SWAPENTS
+from host_mm.mmu_gather import MmuGather
+from host_mm.page import PG_anon, set_page_dirty
+from host_mm.pgtable_generic import free_pgd_range, pmd_entries, pte_clear, pte_lockptr, pte_offset_map_lock
+from host_mm.pgtable_generic import ptep_get_and_clear
+from host_mm.rmap import folio_remove_rmap_pte, unlink_anon_vmas
+from host_mm.swap_state import free_swap_and_cache
+
+if TYPE_CHECKING:
+    from host_mm.mm_types import MmStruct, VmArea
+
+__all__ = ["free_pgtables", "unmap_page_range", "unmap_vmas", "zap_page_range_single", "zap_page_range_single_batched"]
+
+
+def unmap_page_range(tlb: MmuGather, vma: VmArea, start: int, end: int) -> None:
+    """Clear every entry of [start, end), inside the caller's bracket."""
+    mm = vma.mm
+    sched = mm.host.sched
+    for pmd, address, following in pmd_entries(mm, start, end):
+        at = address
+        while at < following:
+            at = _zap_pte_range(tlb, vma, pmd, at, following)
+            if sched.preempt:
+                sched.point("cond_resched")
+
+
+def _zap_pte_range(tlb: MmuGather, vma: VmArea, pmd: int, address: int, end: int) -> int:
+    """Clear entries until `end` or until the gather is full; returns the first address not done."""
+    mm = vma.mm
+    pte = pte_offset_map_lock(mm, pmd, address)
+    if not pte:
+        return end
+    ptl = pte_lockptr(mm, pte)
+    _tlb.flush_tlb_batched_pending(mm)
+    force_flush = False
+    u64 = mm.host.ram.u64
+    while address < end:
+        entry = u64[pte >> 3]
+        if entry:
+            if pte_present(entry):
+                force_flush = _zap_present(tlb, mm, address, pte)
+            else:
+                _zap_nonpresent(mm, address, pte, entry)
+        pte += 8
+        address += 4096
+        if force_flush:
+            break
+    if force_flush:
+        tlb.flush_tlbonly()
+    ptl.unlock()
+    if force_flush:
+        tlb.flush()
+    return address
+
+
+def _zap_present(tlb: MmuGather, mm: MmStruct, address: int, pte: int) -> bool:
+    host = mm.host
+    old = ptep_get_and_clear(mm, address, pte)
+    tlb.remove_tlb_entry(address)
+    pfn = vm_normal_page(host, old)
+    if pfn < 0:
+        return False
+    if host.pages.flags[pfn] & PG_anon:
+        mm.rss[MM_ANONPAGES] -= 1
+    else:
+        mm.rss[MM_FILEPAGES] -= 1
+        if pte_dirty(old):
+            set_page_dirty(host, pfn)
+    folio_remove_rmap_pte(host, pfn)
+    return tlb.remove_page(pfn)
+
+
+def _zap_nonpresent(mm: MmStruct, address: int, pte: int, old: int) -> None:
+    entry = pte_to_swp_entry(old)
+    if not non_swap_entry(entry):
+        mm.rss[MM_SWAPENTS] -= 1
+        free_swap_and_cache(mm.host, entry)
+    elif is_migration_entry(entry):
+        mm.rss[MM_ANONPAGES] -= 1
+    pte_clear(mm, address, pte)
+
+
+def unmap_vmas(tlb: MmuGather, vmas: list[VmArea], start: int, end: int) -> None:
+    """munmap and exit: one bracket over [start, end), then each VMA's part of it."""
+    mm = tlb.mm
+    range_ = mmu_notifier.mmu_notifier_range_init(
+        mmu_notifier.MMU_NOTIFY_UNMAP, mm, start, end, order=mmu_notifier.ORDER_GATHER
+    )
+    late = "start-after-clear" in mm.host.breaks
+    if not late:
+        mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+    for vma in vmas:
+        first, last = max(vma.start, start), min(vma.end, end)
+        if first < last:
+            unmap_page_range(tlb, vma, first, last)
+    if late:
+        mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+
+
+def zap_page_range_single_batched(tlb: MmuGather, vma: VmArea, address: int, size: int) -> None:
+    """Clear a part of one VMA inside a bracket, into the caller's gather."""
+    mm = vma.mm
+    range_ = mmu_notifier.mmu_notifier_range_init(
+        mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, address + size, order=mmu_notifier.ORDER_GATHER
+    )
+    late = "start-after-clear" in mm.host.breaks
+    if not late:
+        mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+    unmap_page_range(tlb, vma, address, address + size)
+    if late:
+        mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+
+
+def zap_page_range_single(vma: VmArea, address: int, size: int) -> None:
+    """Clear a part of one VMA, flush and free."""
+    tlb = MmuGather(vma.mm)
+    zap_page_range_single_batched(tlb, vma, address, size)
+    tlb.finish()
+
+
+def free_pgtables(tlb: MmuGather, vmas: list[VmArea], floor: int, ceiling: int) -> None:
+    """Hide the VMAs from rmap and unhook the tables that only they used; ceiling 0 is the top."""
+    mm = tlb.mm
+    for index, vma in enumerate(vmas):
+        unlink_anon_vmas(vma)
+        below = vmas[index - 1].end if index else floor
+        above = vmas[index + 1].start if index + 1 < len(vmas) else ceiling
+        tables: list[int] = []
+        free_pgd_range(mm, tables, vma.start, vma.end, min(below, floor), above)
+        for pfn in tables:
+            tlb.remove_table(pfn, vma.start)
+

@@ -1,0 +1,259 @@
+"""Taking a page out of every page table: swap entries, migration entries, and back.
+
+Source of truth: mm/rmap.c (try_to_unmap_one, try_to_migrate_one, try_to_unmap, try_to_migrate,
+should_defer_flush), mm/migrate.c (remove_migration_pte); Linux 6.18.
+
+One bracket per VMA per folio. With TTU_BATCH_FLUSH the entry is cleared and the flush only noted, so
+that the bracket ends before the primary flush: the caller flushes (try_to_unmap_flush) before it
+frees the page or starts I/O.
+
+Not modelled: file and huge pages, hugetlb, device-private entries, mlock restore (the VMA's VM_LOCKED
+alone stops the walk), should_defer_flush's look at the CPU mask (a flush is always deferred when asked).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from host_mm import mmu_notifier
+from host_mm import tlb as _tlb
+from host_mm.arch.x86.pgtable import SWP_HWPOISON, SWP_MIGRATION_READ, SWP_MIGRATION_READ_EXCLUSIVE
+from host_mm.arch.x86.pgtable import SWP_MIGRATION_WRITE, SWP_MIG_DIRTY, SWP_MIG_YOUNG, _PAGE_ACCESSED
+from host_mm.arch.x86.pgtable import _PAGE_SOFT_DIRTY, _PAGE_SWP_EXCLUSIVE, _PAGE_SWP_SOFT_DIRTY
+from host_mm.arch.x86.pgtable import make_migration_entry, mk_pte, pte_dirty, pte_mkdirty, pte_mkold
+from host_mm.arch.x86.pgtable import pte_mkwrite, pte_to_swp_entry, pte_write, swp_entry, swp_entry_to_pte
+from host_mm.arch.x86.pgtable import swp_offset, swp_type
+from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_LOCKED
+from host_mm.page import PG_anon, PG_anon_exclusive, PG_dirty, PG_hwpoison, PG_swapbacked, PG_swapcache
+from host_mm.page import get_page, put_page, set_page_dirty
+from host_mm.pgtable_generic import pte_lockptr, ptep_clear_flush, ptep_get, ptep_get_and_clear, set_pte
+from host_mm.rmap import folio_add_anon_rmap_pte, folio_get_anon_vma, folio_remove_rmap_pte
+from host_mm.rmap import folio_try_share_anon_rmap_pte, page_vma_mapped_walk, rmap_walk
+from trace_events.tracepoint import Tracepoint
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+    from host_mm.mm_types import AnonVma, MmStruct, VmArea
+
+__all__ = [
+    "TRACEPOINTS", "TTU_BATCH_FLUSH", "TTU_HWPOISON", "TTU_IGNORE_MLOCK", "TTU_RMAP_LOCKED", "TTU_SYNC",
+    "remove_migration_ptes", "try_to_migrate", "try_to_unmap",
+]
+
+TTU_IGNORE_MLOCK = 0x8
+TTU_SYNC = 0x10
+TTU_HWPOISON = 0x20
+TTU_BATCH_FLUSH = 0x40
+TTU_RMAP_LOCKED = 0x80
+
+SET_MIGRATION_PTE = Tracepoint(
+    "migrate", "set_migration_pte", ("addr", "pte", "order"),
+    lambda addr, pte, order: f"addr={addr:x}, pte={pte:x} order={order}",
+)
+REMOVE_MIGRATION_PTE = Tracepoint(
+    "migrate", "remove_migration_pte", ("addr", "pte", "order"),
+    lambda addr, pte, order: f"addr={addr:x}, pte={pte:x} order={order}",
+)
+TRACEPOINTS = (SET_MIGRATION_PTE, REMOVE_MIGRATION_PTE)
+
+
+def _clear_entry(mm: MmStruct, address: int, pte: int, flags: int) -> int:
+    """Empty the entry, the flush now or noted for later; the page is dirty if the entry was."""
+    if flags & TTU_BATCH_FLUSH:
+        old = ptep_get_and_clear(mm, address, pte)
+        _tlb.set_tlb_ubc_flush_pending(mm, pte_dirty(old))
+        return old
+    return ptep_clear_flush(mm, address, pte)
+
+
+class _Unmap:
+    """try_to_unmap_one over the VMAs of one page."""
+
+    __slots__ = ("flags", "host", "pfn")
+
+    def __init__(self, host: HostMm, pfn: int, flags: int) -> None:
+        self.host = host
+        self.pfn = pfn
+        self.flags = flags
+
+    def one(self, vma: VmArea, address: int) -> bool:
+        """Unmap from one VMA, inside a bracket of its own; false ends the walk."""
+        mm = vma.mm
+        range_ = mmu_notifier.mmu_notifier_range_init(
+            mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, address + 4096,
+            order=mmu_notifier.ORDER_BATCHED if self.flags & TTU_BATCH_FLUSH else mmu_notifier.ORDER_UNDER_PTL,
+        )
+        mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+        ret = True
+        pte = page_vma_mapped_walk(self.host, self.pfn, vma, address)
+        if pte:
+            ptl = pte_lockptr(mm, pte)
+            if vma.flags & VM_LOCKED and not self.flags & TTU_IGNORE_MLOCK:
+                ret = False
+            else:
+                ret = self._locked(mm, address, pte)
+            ptl.unlock()
+        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+        return ret
+
+    def _locked(self, mm: MmStruct, address: int, pte: int) -> bool:
+        host, pfn = self.host, self.pfn
+        pages = host.pages
+        exclusive = pages.flags[pfn] & (PG_anon | PG_anon_exclusive) == PG_anon | PG_anon_exclusive
+        old = _clear_entry(mm, address, pte, self.flags)
+        if pte_dirty(old):
+            set_page_dirty(host, pfn)
+        flags = pages.flags[pfn]
+        if flags & PG_hwpoison and self.flags & TTU_HWPOISON:
+            set_pte(mm, address, pte, swp_entry_to_pte(swp_entry(SWP_HWPOISON, pfn)))
+            mm.rss[MM_ANONPAGES] -= 1
+        elif bool(flags & PG_swapbacked) != bool(flags & PG_swapcache):
+            set_pte(mm, address, pte, old)
+            return False
+        elif not flags & PG_swapbacked:
+            if not self._discard_lazyfree(mm, address, pte, old):
+                return False
+        elif not self._set_swap_entry(mm, address, pte, old, bool(exclusive)):
+            return False
+        folio_remove_rmap_pte(host, pfn)
+        put_page(host, pfn)
+        return True
+
+    def _discard_lazyfree(self, mm: MmStruct, address: int, pte: int, old: int) -> bool:
+        """A MADV_FREE page goes without a copy, unless it was written or somebody holds it."""
+        pages = self.host.pages
+        pfn = self.pfn
+        if pages.flags[pfn] & PG_dirty:
+            set_pte(mm, address, pte, old)
+            pages.flags[pfn] |= PG_swapbacked
+            return False
+        if pages.refcount[pfn] != 1 + pages.mapcount[pfn]:
+            set_pte(mm, address, pte, old)
+            return False
+        mm.rss[MM_ANONPAGES] -= 1
+        return True
+
+    def _set_swap_entry(self, mm: MmStruct, address: int, pte: int, old: int, exclusive: bool) -> bool:
+        host, pfn = self.host, self.pfn
+        entry = host.pages.private[pfn]
+        if host.swap.swap_duplicate(entry) < 0:
+            set_pte(mm, address, pte, old)
+            return False
+        if exclusive and not folio_try_share_anon_rmap_pte(host, pfn):
+            host.swap.swap_free(entry)
+            set_pte(mm, address, pte, old)
+            return False
+        mm.rss[MM_ANONPAGES] -= 1
+        mm.rss[MM_SWAPENTS] += 1
+        value = swp_entry_to_pte(entry)
+        if exclusive:
+            value |= _PAGE_SWP_EXCLUSIVE
+        if old & _PAGE_SOFT_DIRTY:
+            value |= _PAGE_SWP_SOFT_DIRTY
+        set_pte(mm, address, pte, value)
+        return True
+
+    def migrate_one(self, vma: VmArea, address: int) -> bool:
+        """try_to_migrate_one: replace the entry of one VMA by a migration entry."""
+        mm = vma.mm
+        range_ = mmu_notifier.mmu_notifier_range_init(
+            mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, address + 4096,
+            order=mmu_notifier.ORDER_BATCHED if self.flags & TTU_BATCH_FLUSH else mmu_notifier.ORDER_UNDER_PTL,
+        )
+        mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+        ret = True
+        pte = page_vma_mapped_walk(self.host, self.pfn, vma, address)
+        if pte:
+            ptl = pte_lockptr(mm, pte)
+            ret = self._set_migration_entry(mm, address, pte)
+            ptl.unlock()
+        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+        return ret
+
+    def _set_migration_entry(self, mm: MmStruct, address: int, pte: int) -> bool:
+        host, pfn = self.host, self.pfn
+        flags = host.pages.flags[pfn]
+        exclusive = flags & (PG_anon | PG_anon_exclusive) == PG_anon | PG_anon_exclusive
+        old = _clear_entry(mm, address, pte, self.flags)
+        if pte_dirty(old):
+            set_page_dirty(host, pfn)
+        if exclusive and not folio_try_share_anon_rmap_pte(host, pfn):
+            set_pte(mm, address, pte, old)
+            return False
+        if pte_write(old):
+            kind = SWP_MIGRATION_WRITE
+        else:
+            kind = SWP_MIGRATION_READ_EXCLUSIVE if exclusive else SWP_MIGRATION_READ
+        entry = make_migration_entry(kind, pfn, young=bool(old & _PAGE_ACCESSED), dirty=pte_dirty(old))
+        value = swp_entry_to_pte(entry)
+        if old & _PAGE_SOFT_DIRTY:
+            value |= _PAGE_SWP_SOFT_DIRTY
+        set_pte(mm, address, pte, value)
+        if (t := host.trace.set_migration_pte) is not None:
+            t(address, value, 0)
+        folio_remove_rmap_pte(host, pfn)
+        put_page(host, pfn)
+        return True
+
+
+def try_to_unmap(host: HostMm, pfn: int, flags: int = 0) -> bool:
+    """Replace every entry that maps a locked page; true if none is left.
+
+    The page is in the swap cache, or is a MADV_FREE page that just goes.
+    """
+    unmap = _Unmap(host, pfn, flags)
+    pages = host.pages
+    rmap_walk(host, pfn, unmap.one, locked=bool(flags & TTU_RMAP_LOCKED), done=lambda: not pages.mapcount[pfn])
+    return not pages.mapcount[pfn]
+
+
+def try_to_migrate(host: HostMm, pfn: int, flags: int = 0) -> bool:
+    """Replace every entry that maps a locked page by a migration entry; true if none is left."""
+    unmap = _Unmap(host, pfn, flags)
+    pages = host.pages
+    rmap_walk(
+        host, pfn, unmap.migrate_one, locked=bool(flags & TTU_RMAP_LOCKED), done=lambda: not pages.mapcount[pfn]
+    )
+    return not pages.mapcount[pfn]
+
+
+def remove_migration_ptes(host: HostMm, src: int, dst: int, anon_vma: AnonVma | None = None, *, locked: bool = False) -> None:
+    """Point the migration entries of `src` at `dst` (the same page if the migration failed).
+
+    `anon_vma` is what the caller pinned before unmapping; by default dst's own. No bracket: nothing
+    was mapped.
+    """
+    pages = host.pages
+
+    def one(vma: VmArea, address: int) -> bool:
+        mm = vma.mm
+        pte = page_vma_mapped_walk(host, src, vma, address, migration=True)
+        if not pte:
+            return True
+        old = ptep_get(mm, pte)
+        entry = pte_to_swp_entry(old)
+        kind = swp_type(entry)
+        bits = swp_offset(entry)
+        get_page(host, dst)
+        value = mk_pte(dst, vma.page_prot)
+        value = value | _PAGE_ACCESSED if bits & SWP_MIG_YOUNG else pte_mkold(value)
+        if pages.flags[dst] & PG_dirty and bits & SWP_MIG_DIRTY:
+            value = pte_mkdirty(value)
+        if old & _PAGE_SWP_SOFT_DIRTY:
+            value |= _PAGE_SOFT_DIRTY
+        else:
+            value &= ~_PAGE_SOFT_DIRTY
+        if kind == SWP_MIGRATION_WRITE:
+            value = pte_mkwrite(value)
+        folio_add_anon_rmap_pte(host, dst, vma, address, exclusive=kind != SWP_MIGRATION_READ)
+        set_pte(mm, address, pte, value)
+        if (t := host.trace.remove_migration_pte) is not None:
+            t(address, value, 0)
+        pte_lockptr(mm, pte).unlock()
+        return True
+
+    if anon_vma is None:
+        anon_vma = pages.mapping.get(dst) or folio_get_anon_vma(host, dst)
+        if anon_vma is None:
+            return
+    rmap_walk(host, dst, one, anon_vma=anon_vma, locked=locked)
