@@ -49,9 +49,9 @@ class GuestMemory:
             self._add(HIGH_RAM_BASE, size - low)
         self.first_test_slot = len(self.regions)
 
-    def _add(self, gpa: int, size: int) -> Region:
+    def _add(self, gpa: int, size: int, hva: int = 0) -> Region:
         board = self.board
-        hva = board.vmm.mmap(size, PROT_ALL)
+        hva = board.vmm.mmap(size, PROT_ALL, hva)
         region = Region(len(self.regions), gpa, size, hva)
         board.kvm.set_user_memory_region(region.slot, gpa, size, hva, 0)
         self.regions.append(region)
@@ -109,10 +109,10 @@ class GuestMemory:
             if gpa < other.gpa + other.size and other.gpa < gpa + size:
                 raise KernelError(errno.EEXIST, f"gpa {gpa:#x} overlaps slot {other.slot} at {other.gpa:#x}")
 
-    def create(self, gpa: int, size: int) -> Region:
-        """A new region at `gpa`; KernelError(EEXIST) where it overlaps another."""
+    def create(self, gpa: int, size: int, hva: int = 0) -> Region:
+        """A new region at `gpa`, at the VMM's `hva` if that is not 0; KernelError(EEXIST) on overlap."""
         self._check_free(gpa, size)
-        return self._add(gpa, size)
+        return self._add(gpa, size, hva)
 
     def delete(self, slot: int) -> None:
         """KVM_SET_USER_MEMORY_REGION with size 0; the memory stays the VMM's."""

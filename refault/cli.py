@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "walk": "translate an address through both stages at some point of a trace",
     "diff": "the first place where two traces part",
     "check": "run a recorded trace again and compare",
+    "compare": "a scenario here beside what a real kernel did",
     "build": "assemble a guest payload into an image that refault and QEMU run",
     "list": "payloads, host operations, events, scenarios, protocol switches",
     "gaps": "what is not modelled",

@@ -1,4 +1,4 @@
-"""What there is: guest payloads, host operations, trace events, protocol switches."""
+"""What there is: guest payloads, host operations, trace events, scenarios, protocol switches."""
 
 from __future__ import annotations
 
@@ -52,6 +52,14 @@ def _events() -> Iterable[Entry]:
         }
 
 
+def _scenarios() -> Iterable[Entry]:
+    import refault.scenarios.linux_mm  # noqa: F401  (fills the registry)
+    from refault.scenarios import SCENARIOS
+
+    for name, function in sorted(SCENARIOS.items()):
+        yield {"name": name, "what": (function.__doc__ or "").strip().splitlines()[0]}
+
+
 def _switches() -> Iterable[Entry]:
     from refault.registry import switches
 
@@ -59,10 +67,23 @@ def _switches() -> Iterable[Entry]:
         yield {"name": name, "what": what}
 
 
+def _scenarios() -> Iterable[Entry]:
+    from refault.scenarios import SCENARIOS, load
+    from refault.scenarios.recordings import recorded_names
+
+    load()
+    recorded = set(recorded_names())
+    for name, scenario in sorted(SCENARIOS.items()):
+        claim = " ".join((scenario.__doc__ or "").split("\n\n")[0].split())
+        yield {"name": name, "what": claim, "recorded": name in recorded}
+
+
 KINDS: dict[str, Callable[[], Iterable[Entry]]] = {
     "payloads": _payloads,
     "operations": _operations,
     "events": _events,
+    "scenarios": _scenarios,
+    "scenarios": _scenarios,
     "switches": _switches,
 }
 

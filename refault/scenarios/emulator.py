@@ -1,0 +1,209 @@
+"""Scenarios on the emulator.
+
+The guest is a handful of instructions in slot 0, each followed by `out 0xf4, al`; a guest access
+sets the registers, enters, and reads what came out. EPT accessed/dirty flags are off, so that the
+walk reads guest tables as shadow paging does, which the recordings were made with.
+
+    slot 0, 2 MiB at gpa 0:  0x1000 code   0x2000 PML4   0x3000 PDPT   0x4000 PD   0x10000 PTs of D
+    slot 1, 8 MiB at gpa 0x10000000: D, whose hva is 0xa00000 below slot 0's
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any
+
+from emu.loaders.image import BOOT_CR3, BOOT_GDT, Image
+from host_mm.kernel.errors import KernelError
+from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
+from refault.scenarios.normal import HOST_EVENTS, SLOT0_OFFSET, SLOT0_SIZE, format_range
+from refault.vm import VM
+from trace_events.stream import Listener
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from emu.vmm import Vmm
+    from trace_events.event import Event
+
+__all__ = ["EmulatorBackend", "run_on_emulator"]
+
+CODE = 0x1000
+PDPT, PD, PTS = 0x3000, 0x4000, 0x10000
+USER_STACK = 0x8000
+IRET_FRAME = 0x7000
+RFLAGS_IOPL3 = 0x3002
+USER_CS, USER_SS = 0x1B, 0x13
+
+SNIPPETS = {
+    "load": bytes.fromhex("488b06e6f4"),  # mov rax,[rsi]; out 0xf4,al
+    "store": bytes.fromhex("488907e6f4"),  # mov [rdi],rax; out 0xf4,al
+    "read_modify_write": bytes.fromhex("48ff07e6f4"),  # inc qword [rdi]; out 0xf4,al
+    "nop": bytes.fromhex("e6f4"),
+    "to_user": bytes.fromhex("48cf"),  # iretq
+}
+ENTRY = {name: CODE + 0x40 * index for index, name in enumerate(SNIPPETS)}
+
+
+def _image() -> Image:
+    gdt = struct.pack("<4Q", 0, 0x00AF9B000000FFFF, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF)
+    directory = [i << 21 | 0xE7 for i in range(512)]
+    tables: list[tuple[int, bytes]] = []
+    for i in range(DATA_SIZE >> 21):
+        directory[(DATA_GPA >> 21) + i] = (PTS + i * PAGE) | 7
+        entries = [(DATA_GPA + (i << 21) + j * PAGE) | 0x67 for j in range(512)]
+        tables.append((PTS + i * PAGE, struct.pack("<512Q", *entries)))
+    frame = struct.pack("<5Q", ENTRY["nop"], USER_CS, RFLAGS_IOPL3, USER_STACK, USER_SS)
+    segments = [
+        (BOOT_GDT, gdt),
+        *((ENTRY[name], code) for name, code in SNIPPETS.items()),
+        (BOOT_CR3, struct.pack("<Q", PDPT | 7)),
+        (PDPT, struct.pack("<Q", PD | 7)),
+        (PD, struct.pack("<512Q", *directory)),
+        (IRET_FRAME, frame),
+        *tables,
+    ]
+    return Image(
+        kind="scenario", mode="long", entry=ENTRY["to_user"], end=SLOT0_SIZE, segments=segments,
+        registers={"rsp": IRET_FRAME},
+    )
+
+
+class EmulatorBackend:
+    """One machine for one scenario. `lines` is the normalised sequence, `events` the trace."""
+
+    def __init__(self, **options: Any) -> None:
+        params = {"kvm_intel.eptad": "0", **options.pop("params", {})}
+        self.vm = VM("2M", host_ram="64M", swap="64M", params=params, **options)
+        board = self.board = self.vm.board
+        slot0 = board.memory.regions[0]
+        self.data_hva = slot0.hva - SLOT0_OFFSET
+        self.vm.host._board.host.sched.run_task(
+            "vmm", lambda: board.memory.create(DATA_GPA, DATA_SIZE, self.data_hva)
+        )
+        board.load(_image())
+        self.vm.run()
+        self._run("nop")
+        self.lines: list[str] = []
+        self.events: list[Event] = []
+        self.child: Vmm | None = None
+        board.host.stream.listen(Listener(("*",), self._note))
+
+    def close(self) -> None:
+        """Destroy the machine."""
+        self.vm.finish()
+        if self.child is not None:
+            self._host(self.child.exit)
+        self.vm.close()
+
+    def _note(self, event: Event) -> None:
+        self.events.append(event)
+        if event.system != "kvm" or event.name not in HOST_EVENTS:
+            return
+        start = event.args["start"]
+        end = event.args.get("end", start)
+        first, last = start - self.data_hva, end - self.data_hva
+        if (start, end) != (0, (1 << 64) - 1) and not (
+            (last > 0 and first < DATA_SIZE) or (last > SLOT0_OFFSET and first < SLOT0_OFFSET + SLOT0_SIZE)
+        ):
+            return
+        absolute = (start, end) == (0, (1 << 64) - 1)
+        self.lines.append(format_range(event.name, start if absolute else first, end if absolute else last))
+
+    # -- guest --------------------------------------------------------------------------------
+
+    def _run(self, snippet: str, **registers: int) -> str:
+        board = self.board
+        cpu, vcpu = board.cpu, board.vcpus[0]
+        for name, value in {"rip": ENTRY[snippet], "rsp": USER_STACK, **registers}.items():
+            cpu.set_reg(vcpu, name, value)
+        board.stop = None
+        stop = board.run(lambda: False)
+        if stop.kind == "exit":
+            return "ok"
+        return "EFAULT" if "EFAULT" in stop.why else stop.kind
+
+    def load(self, offset: int) -> Any:
+        """A guest load."""
+        result = self._run("load", rsi=DATA_GPA + offset)
+        return self.board.cpu.get_reg(self.board.vcpus[0], "rax") if result == "ok" else result
+
+    def store(self, offset: int, value: int) -> Any:
+        """A guest store."""
+        return self._run("store", rdi=DATA_GPA + offset, rax=value)
+
+    def read_modify_write(self, offset: int) -> Any:
+        """A guest inc."""
+        return "IO" if self._run("read_modify_write", rdi=DATA_GPA + offset) == "ok" else "EFAULT"
+
+    # -- host ---------------------------------------------------------------------------------
+
+    def mark(self, text: str) -> None:
+        """A step's mark."""
+        self.lines.append(text.rstrip())
+
+    def _host(self, call: Callable[[], Any]) -> Any:
+        try:
+            return self.board.host.sched.run_task("vmm", call)
+        except KernelError as exc:
+            return f"errno {exc.name}"
+
+    def host_write(self, offset: int, value: int) -> Any:
+        """The VMM stores."""
+        vmm = self.board.vmm
+        return self._host(lambda: vmm.write(self.data_hva + offset, struct.pack("<Q", value)))
+
+    def host_read(self, offset: int) -> Any:
+        """The VMM loads."""
+        vmm = self.board.vmm
+        return self._host(lambda: struct.unpack("<Q", vmm.read(self.data_hva + offset, 8))[0])
+
+    def madvise(self, offset: int, length: int, advice: str) -> Any:
+        """madvise(2): the recordings show "ok", and 0 for the fork advices."""
+        from host_mm import madvise
+
+        number = getattr(madvise, f"MADV_{advice}")
+        result = self._host(lambda: self.board.vmm.madvise(self.data_hva + offset, length, number))
+        if isinstance(result, str):
+            return result
+        self._host(self.board.vmm.wait_for_writeback)
+        return 0 if advice in ("DONTFORK", "DOFORK") else "ok"
+
+    def mprotect(self, offset: int, length: int, prot: int) -> Any:
+        """mprotect(2)."""
+        return self._host(lambda: self.board.vmm.mprotect(self.data_hva + offset, length, prot)) or 0
+
+    def munmap(self, offset: int, length: int) -> Any:
+        """munmap(2)."""
+        return self._host(lambda: self.board.vmm.munmap(self.data_hva + offset, length)) or 0
+
+    def mmap_fixed(self, offset: int, length: int) -> Any:
+        """mmap(MAP_FIXED): the offset it is at."""
+        at = self._host(lambda: self.board.vmm.mmap(length, 3, self.data_hva + offset))
+        return at if isinstance(at, str) else hex(at - self.data_hva)
+
+    def fork(self) -> Any:
+        """fork(2)."""
+        self.child = self._host(self.board.vmm.fork)
+        return "child"
+
+    def child_exit(self) -> Any:
+        """The child's exit."""
+        assert self.child is not None
+        self._host(self.child.exit)
+        self.child = None
+        return 0
+
+    def clear_refs(self, kind: int) -> Any:
+        """clear_refs."""
+        return self._host(lambda: self.board.vmm.clear_refs(kind))
+
+
+def run_on_emulator(scenario: Callable[[Scenario], None], **options: Any) -> EmulatorBackend:
+    """Run a scenario to its end; `lines` of the result is its normalised sequence."""
+    backend = EmulatorBackend(**options)
+    try:
+        scenario(Scenario(backend))
+    finally:
+        backend.close()
+    return backend
