@@ -18,10 +18,11 @@ import msgspec
 from trace_events.event import Event
 from trace_events.filters import compile_globs
 
-__all__ = ["PAGE_FAULT", "SPTE_ZAP", "Analysis", "Refault", "gfn_of"]
+__all__ = ["PAGE_FAULT", "SPTE_INSTALL", "SPTE_ZAP", "Analysis", "Refault", "gfn_of"]
 
 PAGE_FAULT = "kvm:kvm_page_fault"
 SPTE_ZAP = "refault:spte_zap"
+SPTE_INSTALL = "refault:spte_install"
 HOST_OP = "refault:host_op"
 BRACKET = "refault:mmu_notifier_start"
 
@@ -30,16 +31,25 @@ LEVEL_BITS = 9
 
 
 class Refault(msgspec.Struct, frozen=True):
-    """A zap and the fault that answered it."""
+    """A zap, the fault that answered it, and the install that repaired it (None: not in the trace).
+
+    Where a filter dropped the faults, `fault` is the install itself.
+    """
 
     gfn: int
     zap: Event
     fault: Event
+    install: Event | None = None
 
     @property
     def gap(self) -> int:
         """Nanoseconds from the zap to the fault: how long the page was left alone."""
         return self.fault.ts - self.zap.ts
+
+    @property
+    def cost(self) -> int | None:
+        """Nanoseconds from the fault to the new mapping, or None where that is not in the trace."""
+        return None if self.install is None else self.install.ts - self.fault.ts
 
 
 def gfn_of(event: Event) -> int | None:
@@ -72,9 +82,8 @@ class Analysis:
     @cached_property
     def _answers(self) -> dict[int, list[Event]]:
         answers: dict[int, list[Event]] = defaultdict(list)
-        for event in self.events:
-            if event.killed_by is not None:
-                answers[event.killed_by].append(event)
+        for refault in self._refaults:
+            answers[refault.zap.seq].append(refault.fault)
         return answers
 
     def children(self, seq: int) -> list[Event]:
@@ -116,13 +125,23 @@ class Analysis:
 
     @cached_property
     def _refaults(self) -> list[Refault]:
-        found = []
+        faults: dict[tuple[int, int], Event] = {}
+        installs: dict[tuple[int, int], Event] = {}
         for event in self.events:
-            zap = self.killer(event)
             gfn = gfn_of(event)
-            if zap is not None and gfn is not None:
-                found.append(Refault(gfn, zap, event))
-        return found
+            if event.killed_by is None or event.killed_by not in self.by_seq or gfn is None:
+                continue
+            # A fault may come again before its mapping does; the first one is the refault. A
+            # neighbour that was mapped along answers nothing.
+            if event.event == PAGE_FAULT:
+                faults.setdefault((event.killed_by, gfn), event)
+            elif event.event == SPTE_INSTALL and not event.args.get("prefetch"):
+                installs.setdefault((event.killed_by, gfn), event)
+        found = [
+            Refault(key[1], self.by_seq[key[0]], event, installs.get(key))
+            for key, event in {**installs, **faults}.items()
+        ]
+        return sorted(found, key=lambda refault: refault.fault.seq)
 
     def refaults(self) -> list[Refault]:
         """Every zap that was answered, in the order of the answers."""

@@ -24,15 +24,12 @@ __all__ = ["make_header", "read_payload", "replay"]
 
 
 def read_payload(name: str) -> bytes:
-    """The image of a payload by name, a file, or assembler source; UsageError in one line."""
-    from guest_payloads.builder import BuildError, build, payload_names
+    """The image of a payload by name, a file, or assembler source; an error of one line otherwise."""
+    from guest_payloads.builder import build, payload_names
 
     path = Path(name)
     if name in payload_names() or path.suffix == ".s":
-        try:
-            return build(name)
-        except BuildError as exc:
-            raise UsageError(str(exc)) from None
+        return build(name)
     try:
         data = path.read_bytes()
     except FileNotFoundError:

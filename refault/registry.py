@@ -84,7 +84,14 @@ def _import_tracepoints(module: str) -> dict[str, Tracepoint]:
 def find_tracepoint(full_name: str) -> Tracepoint | None:
     """The tracepoint of that name, or None; imports only the module that declares it."""
     module = tracepoint_index().get(full_name)
-    return None if module is None else _import_tracepoints(module).get(full_name)
+    if module is not None:
+        return _import_tracepoints(module).get(full_name)
+    # Declared by way of a helper function, or not ours: the modules that the index says nothing of.
+    indexed = set(tracepoint_index().values())
+    for other, _ in _declaring():
+        if other not in indexed and full_name in (found := _import_tracepoints(other)):
+            return found[full_name]
+    return None
 
 
 def all_tracepoints() -> list[Tracepoint]:

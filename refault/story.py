@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvm_model.vmx.exits import EXIT_REASON_NAMES
-from refault.analysis import BRACKET, HOST_OP, PAGE_FAULT, SPTE_ZAP, Analysis
+from refault.analysis import BRACKET, HOST_OP, PAGE_FAULT, SPTE_INSTALL, SPTE_ZAP, Analysis
 from trace_events.event import Event
 from trace_events.text import format_args
 from trace_events.tracepoint import Tracepoint
@@ -82,12 +82,24 @@ def _bracket(event: Event) -> str:
 
 def _spte_changed(event: Event) -> str:
     args = event.args
-    old, new = (int(args.get(name, 0)) & 7 for name in ("old_spte", "new_spte"))
+    old, new = (int(args.get(name, 0)) for name in ("old_spte", "new_spte"))
     gfn = f"guest page {args.get('gfn', 0):#x}"
-    if not new:
+    if not new & 7:
         return f"the EPT entry of {gfn} was cleared"
-    rights = "".join(c if new & bit else "-" for c, bit in (("r", 1), ("w", 2), ("x", 4)))
-    return f"KVM {'changed' if old else 'installed'} the EPT entry of {gfn}, rights {rights}"
+    return f"KVM {'changed' if old & 7 else 'installed'} the EPT entry of {gfn}, rights {_rights(new)}"
+
+
+def _install(event: Event) -> str:
+    args = event.args
+    gfn = f"guest page {args.get('gfn', 0):#x}"
+    along = " along with its neighbour" if args.get("prefetch") else ""
+    rights = _rights(args.get("spte", 0))
+    return f"KVM mapped {gfn} to host frame {args.get('pfn', 0):#x}{along}, rights {rights}"
+
+
+def _rights(spte: int) -> str:
+    # EPT entries have R, W, X in bits 0 to 2.
+    return "".join(letter if spte & bit else "-" for letter, bit in (("r", 1), ("w", 2), ("x", 4)))
 
 
 def _exit(event: Event) -> str:
@@ -99,6 +111,7 @@ def _exit(event: Event) -> str:
 SENTENCES: dict[str, Callable[[Event], str]] = {
     PAGE_FAULT: _page_fault,
     SPTE_ZAP: _zap,
+    SPTE_INSTALL: _install,
     BRACKET: _bracket,
     HOST_OP: lambda event: f"the host was asked to {event.args.get('op')}({event.args.get('args')})",
     "kvm:kvm_exit": _exit,
@@ -120,7 +133,7 @@ def sentence(event: Event, find: Callable[[str], Tracepoint | None] = lambda nam
         return f"{event.task}: {event.name} {format_args(event, None)}".rstrip()
 
 
-_IN_A_STORY = (PAGE_FAULT, SPTE_ZAP, "kvmmmu:kvm_tdp_mmu_spte_changed")
+_IN_A_STORY = (PAGE_FAULT, SPTE_ZAP, SPTE_INSTALL)
 
 
 def story(analysis: Analysis, gfn: int, *, refaults: int | None = None) -> list[str]:
@@ -129,8 +142,6 @@ def story(analysis: Analysis, gfn: int, *, refaults: int | None = None) -> list[
     `refaults` is how many there were in all, where `analysis` holds only some of them.
     """
     told = [event for event in analysis.about(gfn) if event.event in _IN_A_STORY]
-    # A zap is told by the clearing of its entry too; once is enough.
-    told = [e for e in told if not (e.event == _IN_A_STORY[2] and not int(e.args.get("new_spte", 1)) & 7)]
     if not told:
         return [f"Nothing in this trace is about guest page {gfn:#x}."]
     lines = [_story_line(analysis, event) for event in told]
@@ -150,7 +161,7 @@ def _story_line(analysis: Analysis, event: Event) -> str:
     line = f"{moment(event)}  #{event.seq}  {sentence(event)}"
     if event.event == SPTE_ZAP:
         return f"{line}, because of {analysis.reason(event)}."
-    zap = analysis.killer(event)
+    zap = analysis.killer(event) if event.event == PAGE_FAULT else None
     return (
         f"{line}: lost {duration(event.ts - zap.ts)} before, at #{zap.seq}."
         if zap is not None

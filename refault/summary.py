@@ -3,127 +3,30 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
-from kvm_model.vmx.exits import EXIT_REASON_NAMES
-from refault.output import print_json
 from refault.story import duration
 
-if TYPE_CHECKING:
-    from emu.board import Stop
-    from refault.vm import VM
-    from trace_events.event import Event
-
-__all__ = ["Observer", "RunSummary", "print_summary", "render", "summarise"]
+__all__ = ["RunSummary", "print_summary", "render"]
 
 TOP = 6
-PROGRESS_SECONDS = 0.25
-REMEMBERED = 4096
-KVM_SHOWN = ("pf_taken", "pf_fixed", "pf_spurious", "pf_fast", "remote_tlb_flush", "exits")
+KVM_SHOWN = ("pf_taken", "pf_fixed", "pf_spurious", "pf_fast", "remote_tlb_flush")
 HOST_SHOWN = ("pgfault", "pgmajfault", "pswpin", "pswpout", "cow_break", "pgmigrate_success", "oom_kill")
-
-
-class Observer:
-    """A sink that counts while a machine runs, and shows on a terminal that it does.
-
-    `exits` counts VM exits by reason, `zaps` dropped leaf mappings by who wanted them gone,
-    `refaults` page faults on a gfn whose mapping had been taken away.
-    """
-
-    globs = (
-        "kvm:kvm_exit",
-        "kvm:kvm_page_fault",
-        "refault:spte_zap",
-        "refault:host_op",
-        "refault:mmu_notifier_start",
-    )
-
-    def __init__(self, vm: VM) -> None:
-        self.vm = vm
-        self.exits: Counter[str] = Counter()
-        self.zaps: Counter[str] = Counter()
-        self.faults = 0
-        self.refaults = 0
-        self.started = time.monotonic()
-        self.seconds = 0.0
-        self._who: dict[int, str] = {}
-        self._shown = self.started
-        self._live = sys.stderr.isatty()
-        self._count = {
-            "kvm:kvm_exit": self._exit,
-            "kvm:kvm_page_fault": self._fault,
-            "refault:spte_zap": self._zap,
-            "refault:host_op": self._scope,
-            "refault:mmu_notifier_start": self._scope,
-        }
-
-    def __call__(self, event: Event) -> None:
-        """Count one event."""
-        self._count[event.event](event)
-
-    def _exit(self, event: Event) -> None:
-        reason = event.args["exit_reason"]
-        self.exits[EXIT_REASON_NAMES.get(reason & 0xFFFF, str(reason))] += 1
-
-    def _fault(self, event: Event) -> None:
-        self.faults += 1
-        if event.killed_by is not None:
-            self.refaults += 1
-
-    def _scope(self, event: Event) -> None:
-        who = self._who
-        if event.event == "refault:host_op":
-            name = str(event.args["op"])
-        else:
-            # A bracket that a vCPU opens within its own fault is a copy-on-write or its own reclaim.
-            mine = "a fault's own bracket" if event.vcpu >= 0 else event.task
-            name = who.get(event.cause, mine) if event.cause is not None else mine
-        who[event.seq] = name
-        if len(who) > REMEMBERED:
-            # Causes are open scopes: the oldest are closed long since.
-            del who[next(iter(who))]
-
-    def _zap(self, event: Event) -> None:
-        who = None if event.cause is None else self._who.get(event.cause)
-        self.zaps[who or str(event.args["why"])] += 1
-
-    def tick(self) -> None:
-        """Called between the tasks' turns: now and then, tell a terminal how far it is."""
-        if not self._live:
-            return
-        now = time.monotonic()
-        if now - self._shown < PROGRESS_SECONDS:
-            return
-        self._shown = now
-        board = self.vm.board
-        sys.stderr.write(
-            f"\r{duration(board.host.sched.now)}, {board.cpu.instructions:,} instructions, "
-            f"{self.refaults:,} refaults\x1b[K"
-        )
-        sys.stderr.flush()
-
-    def done(self) -> None:
-        """The run is over: stop the watch, clear the line."""
-        self.seconds = time.monotonic() - self.started
-        if self._live and self._shown != self.started:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
 
 
 class RunSummary(msgspec.Struct, kw_only=True):
     """What a run came to. Counters keep the names that KVM's statistics and vmstat give them.
 
-    `truths` tells what was checked; None where nothing was.
+    `exits` counts VM exits by reason, `violations` EPT violations by access, `brackets` notifier
+    brackets by event, `operations` host operations; `top` are the (gfn, refaults) that refaulted
+    most, `story` the life of the first of them. `truths` tells what was checked, None if nothing.
     """
 
     payload: str
     outcome: str
-    stop: str
-    status: int
+    exit_code: int
     seed: int
     instructions: int
     logical_ns: int
@@ -131,52 +34,29 @@ class RunSummary(msgspec.Struct, kw_only=True):
     memory: int
     host_ram: int
     swap: int | None
-    faults: int
-    refaults: int
-    exits: dict[str, int]
-    zaps: dict[str, int]
-    kvm: dict[str, int]
-    host: dict[str, int]
+    exits: dict[str, int] = {}
+    violations: dict[str, int] = {}
+    brackets: dict[str, int] = {}
+    operations: dict[str, int] = {}
+    kvm: dict[str, int] = {}
+    host: dict[str, int] = {}
+    refaults: int = 0
+    top: list[tuple[int, int]] = []
+    story: list[str] = []
     truths: dict[str, int] | None = None
     trace: str | None = None
-
-
-def summarise(vm: VM, observer: Observer, stop: Stop, outcome: str, trace: str | None = None) -> RunSummary:
-    """The summary of a run of `vm` that ended with `stop`."""
-    config, board = vm.config, vm.board
-    checker = board.host.checker
-    return RunSummary(
-        payload=str(vm.payload.get("name", "")),
-        outcome=outcome,
-        stop=stop.kind,
-        status=stop.status,
-        seed=config.seed,
-        instructions=board.cpu.instructions,
-        logical_ns=board.host.sched.now,
-        wall_seconds=observer.seconds,
-        memory=config.memory,
-        host_ram=config.host_ram,
-        swap=config.swap,
-        faults=observer.faults,
-        refaults=observer.refaults,
-        exits=dict(observer.exits.most_common()),
-        zaps=dict(observer.zaps.most_common()),
-        kvm={name: value for name, value in vm.stat.items() if value},
-        host={name: value for name, value in vm.vmstat.items() if value},
-        truths=None if checker is None else dict(getattr(checker, "counters", {})),
-        trace=trace,
-    )
+    trace_events: int = 0
 
 
 def render(summary: RunSummary) -> Any:
     """The summary as a rich table of two columns."""
     from rich.table import Table
 
-    good = summary.stop == "exit" and summary.status == 0
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    table.add_row("guest", f"{summary.payload}: [{'green' if good else 'red'}]{summary.outcome}[/]")
+    colour = "green" if summary.exit_code == 0 else "red"
+    table.add_row("guest", f"{summary.payload}: [{colour}]{summary.outcome}[/]")
     table.add_row("machine", _machine(summary))
     mips = summary.instructions / summary.wall_seconds / 1e6 if summary.wall_seconds > 0 else 0.0
     table.add_row(
@@ -185,30 +65,41 @@ def render(summary: RunSummary) -> Any:
         f"{summary.wall_seconds:.1f} s here ({mips:.1f} MIPS)",
     )
     table.add_row("VM exits", _counts(summary.exits))
-    table.add_row("faults", f"{summary.faults:,}, of which {summary.refaults:,} refaults: the host had taken the page")
-    table.add_row("mappings dropped", _counts(summary.zaps))
-    table.add_row("KVM", _counts({name: summary.kvm[name] for name in KVM_SHOWN if name in summary.kvm}))
-    table.add_row("host", _counts({name: summary.host[name] for name in HOST_SHOWN if name in summary.host}))
+    if summary.violations:
+        table.add_row("EPT violations", _counts(summary.violations))
+    if summary.operations:
+        table.add_row("host operations", _counts(summary.operations))
+    table.add_row("notifier brackets", _counts(summary.brackets))
+    what = "faults on a page whose mapping the host had taken away"
+    table.add_row("refaults", f"[bold]{summary.refaults:,}[/] {what}")
+    if summary.top:
+        most = (f"gfn {gfn:#x} {count:,} times" for gfn, count in summary.top)
+        table.add_row("refaulted most", ", ".join(most))
+    table.add_row("KVM", _counts(_chosen(summary.kvm, KVM_SHOWN), order=False))
+    table.add_row("host", _counts(_chosen(summary.host, HOST_SHOWN), order=False))
     if summary.truths is not None:
-        counts = ", ".join(f"{name} {count:,}" for name, count in summary.truths.items())
-        table.add_row("truths", f"all hold{f' ({counts})' if counts else ''}")
+        table.add_row("truths", f"all hold: {_counts(summary.truths, order=False)}")
     if summary.trace is not None:
-        table.add_row("trace", summary.trace)
+        table.add_row("trace", f"{summary.trace}, {summary.trace_events:,} events")
     return table
 
 
-def print_summary(
-    vm: VM, observer: Observer, stop: Stop, sentence: str, *, as_json: bool = False, trace: str | None = None
-) -> None:
-    """The summary as a table on stderr, or as one JSON object on stdout."""
-    summary = summarise(vm, observer, stop, sentence, trace)
-    if as_json:
-        print_json(summary)
-        return
+def print_summary(summary: RunSummary) -> None:
+    """The table on stderr, and the story of the page that refaulted most."""
     from rich.console import Console
 
     sys.stdout.flush()
-    Console(stderr=True, highlight=False).print(render(summary))
+    console = Console(stderr=True, highlight=False)
+    console.print()
+    console.print(render(summary))
+    if summary.story:
+        console.print(f"\n[bold]the story of guest page {summary.top[0][0]:#x}[/]")
+        for line in summary.story:
+            console.print(line, markup=False, soft_wrap=True)
+
+
+def _chosen(counts: dict[str, int], names: tuple[str, ...]) -> dict[str, int]:
+    return {name: counts[name] for name in names if counts.get(name)}
 
 
 def _machine(summary: RunSummary) -> str:
@@ -223,9 +114,11 @@ def _size(value: int) -> str:
     return str(value)
 
 
-def _counts(counts: dict[str, int]) -> str:
+def _counts(counts: dict[str, int], *, order: bool = True) -> str:
     shown = [(name, count) for name, count in counts.items() if count]
+    if order:
+        shown.sort(key=lambda item: (-item[1], item[0]))
     text = ", ".join(f"{name} {count:,}" for name, count in shown[:TOP])
     if len(shown) > TOP:
-        text += f", and {len(shown) - TOP} more kinds"
+        text += f", and {len(shown) - TOP} more"
     return text or "none"

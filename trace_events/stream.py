@@ -117,6 +117,10 @@ class TraceStream:
         """Whether anybody listens."""
         return bool(self._listeners)
 
+    def ancestor(self, seq: int | None) -> Event | None:
+        """The scope event numbered `seq`, if it was fired while somebody listened and not long ago."""
+        return None if seq is None else self._scopes.get(seq)
+
     def _rebind_all(self) -> None:
         self._wanted.clear()
         for binding in self._bindings:
@@ -131,21 +135,21 @@ class TraceStream:
         fields, full_name, scope = tp.fields, tp.full_name, tp.scope
         wanted = self._wanted[full_name]
         scopes = self._scopes
-        # Kept for good, so only while somebody may ask for them.
-        keep = scope and any(listener.ancestors for listener in self._listeners)
 
         def emit(*args: Any, killed_by: int | None = None) -> int:
             seq = self.seq
             self.seq = seq + 1
-            if not wanted and not keep:
+            if not wanted and not scope:
                 return seq
             ctx = self.ctx
             event = Event(
                 seq, self.now(), full_name, ctx.name, ctx.vcpu, ctx.cause, killed_by,
                 dict(zip(fields, args, strict=True)),
             )
-            if keep:
+            if scope:
                 scopes[seq] = event
+                if len(scopes) > 2 * SCOPES_KEPT:
+                    self._forget_old_scopes()
             for listener in wanted:
                 self._deliver(listener, event)
             return seq

@@ -68,10 +68,15 @@ def _switches() -> Iterable[Entry]:
 
 
 def _scenarios() -> Iterable[Entry]:
-    from refault.scenarios import SCENARIOS, load
+    from importlib import import_module
+
+    from refault.registry import modules
+    from refault.scenarios import SCENARIOS
     from refault.scenarios.recordings import recorded_names
 
-    load()
+    for module, path in modules():
+        if module.startswith("refault.scenarios.") and "\n@scenario\n" in path.read_text(encoding="utf-8"):
+            import_module(module)
     recorded = set(recorded_names())
     for name, scenario in sorted(SCENARIOS.items()):
         claim = " ".join((scenario.__doc__ or "").split("\n\n")[0].split())
