@@ -1,0 +1,195 @@
+"""KVM's mmu notifier: what the host's brackets and aging do to a VM.
+
+Source of truth: virt/kvm/kvm_main.c (Linux 6.18): kvm_handle_hva_range, kvm_mmu_notifier_*,
+kvm_age_hva_range; arch/x86/kvm/mmu/mmu.c: kvm_unmap_gfn_range, kvm_age_gfn.
+
+range_start: count the bracket, drop pfn caches, find the memslots that overlap, and at the first one
+take mmu_lock; note the range, zap, flush, unlock. range_end: the same walk, only to move the sequence and
+the count. Both find the same slots because a memslot update waits for open brackets. KVM ignores the
+event and its owner, never refuses, and takes no mmu_lock if no slot is hit.
+
+Not modelled: SEV's cache flush on reclaim, the APIC access page, guest_memfd invalidation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from host_mm.mmu_notifier import MmuNotifier, MmuNotifierRange, mmu_notifier_range_blockable
+from kvm_model.memslots import KvmMemorySlot, hva_to_gfn_memslot
+from kvm_model.mmu.invalidate import (
+    kvm_mmu_invalidate_begin,
+    kvm_mmu_invalidate_end,
+    kvm_mmu_invalidate_range_add,
+)
+from kvm_model.mmu.mmu_roots import kvm_mmu_zap_all
+from kvm_model.mmu.tdp_age import kvm_tdp_mmu_age_gfn_range, kvm_tdp_mmu_test_age_gfn
+from kvm_model.mmu.tdp_zap import kvm_tdp_mmu_unmap_gfn_range
+from kvm_model.pfncache import gfn_to_pfn_cache_invalidate_start
+from kvm_model.requests import kvm_flush_remote_tlbs
+from trace_events.tracepoint import Tracepoint
+
+if TYPE_CHECKING:
+    from host_mm.mm_types import MmStruct
+    from kvm_model.kvm_main import Kvm
+
+__all__ = ["TRACEPOINTS", "KvmMmuNotifier", "kvm_handle_hva_range"]
+
+Handler = Callable[["Kvm", KvmMemorySlot, int, int, bool], bool]
+OnLock = Callable[["Kvm"], None]
+
+KVM_UNMAP_HVA_RANGE = Tracepoint(
+    "kvm", "kvm_unmap_hva_range", ("start", "end"),
+    lambda start, end: f"mmu notifier unmap range: {start:#016x} -- {end:#016x}",
+)
+KVM_AGE_HVA = Tracepoint(
+    "kvm", "kvm_age_hva", ("start", "end"),
+    lambda start, end: f"mmu notifier age hva: {start:#016x} -- {end:#016x}",
+)
+KVM_TEST_AGE_HVA = Tracepoint(
+    "kvm", "kvm_test_age_hva", ("hva",), lambda hva: f"mmu notifier test age hva: {hva:#016x}"
+)
+TRACEPOINTS = (KVM_UNMAP_HVA_RANGE, KVM_AGE_HVA, KVM_TEST_AGE_HVA)
+
+
+def kvm_handle_hva_range(
+    kvm: Kvm, start: int, end: int, *, handler: Handler | None, on_lock: OnLock | None,
+    flush_on_ret: bool, may_block: bool, lockless: bool,
+) -> tuple[bool, bool]:
+    """Run `handler` on the gfns behind [start, end) of each memslot; (its answers or'ed, whether a slot was hit).
+
+    mmu_lock is taken for write at the first slot, then `on_lock` runs; without a handler that is all.
+    """
+    ret = found = False
+    late_flush = False
+    idx = kvm.srcu.read_lock()
+    for slots in kvm.memslots:
+        for slot in slots.in_hva_range(start, end - 1):
+            hva_start = max(start, slot.userspace_addr)
+            hva_end = min(end, slot.userspace_addr + (slot.npages << 12))
+            gfn_start = hva_to_gfn_memslot(hva_start, slot)
+            gfn_end = hva_to_gfn_memslot(hva_end + 0xFFF, slot)
+            if not found:
+                found = True
+                if not lockless:
+                    kvm.mmu_lock.lock()
+                    if on_lock is not None:
+                        on_lock(kvm)
+            if handler is None:
+                break
+            ret |= handler(kvm, slot, gfn_start, gfn_end, may_block)
+        if found and handler is None:
+            break
+    if flush_on_ret and ret:
+        late_flush = "flush-after-unlock" in kvm.breaks
+        if not late_flush and "no-flush" not in kvm.breaks:
+            kvm_flush_remote_tlbs(kvm)
+    if found and not lockless:
+        if flush_on_ret and kvm.truths is not None:
+            kvm.truths.note_start_unlock()
+        kvm.mmu_lock.unlock()
+    if late_flush:
+        kvm_flush_remote_tlbs(kvm)
+    kvm.srcu.read_unlock(idx)
+    return ret, found
+
+
+def _kvm_mmu_unmap_gfn_range(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, may_block: bool) -> bool:
+    kvm_mmu_invalidate_range_add(kvm, start, end)
+    return kvm_tdp_mmu_unmap_gfn_range(kvm, start, end, may_block=may_block, why="unmap")
+
+
+def _kvm_age_gfn(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, may_block: bool) -> bool:
+    return kvm_tdp_mmu_age_gfn_range(kvm, start, end)
+
+
+def _kvm_test_age_gfn(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, may_block: bool) -> bool:
+    return kvm_tdp_mmu_test_age_gfn(kvm, start, end)
+
+
+class KvmMmuNotifier(MmuNotifier):
+    """kvm_mmu_notifier_ops for one VM."""
+
+    def __init__(self, kvm: Kvm) -> None:
+        self.kvm = kvm
+
+    def invalidate_range_start(self, range_: MmuNotifierRange) -> int:  # type: ignore[override]
+        """kvm_mmu_notifier_invalidate_range_start: unmap, and keep unmapped until the end."""
+        kvm = self.kvm
+        if (t := kvm.trace.kvm_unmap_hva_range) is not None:
+            t(range_.start, range_.end)
+        if "skip-start" in kvm.breaks:
+            if kvm.truths is not None:
+                kvm.truths.note_skipped_start(range_)
+            return 0
+        with kvm.mn_invalidate_lock:
+            kvm.mn_active_invalidate_count += 1
+        # Before mmu_lock, and thus before mmu_invalidate_in_progress: the caches look at the count above.
+        gfn_to_pfn_cache_invalidate_start(kvm, range_.start, range_.end)
+        _, found = kvm_handle_hva_range(
+            kvm, range_.start, range_.end, handler=_kvm_mmu_unmap_gfn_range, on_lock=kvm_mmu_invalidate_begin,
+            flush_on_ret=True, may_block=mmu_notifier_range_blockable(range_), lockless=False,
+        )
+        if kvm.profile.lock_on_every_start and not found:
+            with kvm.mmu_lock:
+                kvm_mmu_invalidate_begin(kvm)
+        if kvm.truths is not None:
+            kvm.truths.note_start_returned(range_, found)
+        return 0
+
+    def invalidate_range_end(self, range_: MmuNotifierRange) -> None:  # type: ignore[override]
+        """kvm_mmu_notifier_invalidate_range_end: faults may map again."""
+        kvm = self.kvm
+        if "skip-start" in kvm.breaks or "skip-end" in kvm.breaks:
+            if kvm.truths is not None:
+                kvm.truths.note_end_returned(range_, None)
+            return
+        if kvm.truths is not None:
+            kvm.truths.note_end_called(range_)
+        _, found = kvm_handle_hva_range(
+            kvm, range_.start, range_.end, handler=None, on_lock=kvm_mmu_invalidate_end, flush_on_ret=False,
+            may_block=mmu_notifier_range_blockable(range_), lockless=False,
+        )
+        if kvm.profile.lock_on_every_start and not found:
+            with kvm.mmu_lock:
+                kvm_mmu_invalidate_end(kvm)
+        with kvm.mn_invalidate_lock:
+            kvm.mn_active_invalidate_count -= 1
+            wake = kvm.mn_active_invalidate_count == 0
+        if kvm.truths is not None:
+            kvm.truths.note_end_returned(range_, found)
+        if wake:
+            kvm.mn_memslots_update_wait.wake_all()
+
+    def _age(self, start: int, end: int, handler: Handler, *, flush: bool) -> int:
+        return int(kvm_handle_hva_range(
+            self.kvm, start, end, handler=handler, on_lock=None, flush_on_ret=flush, may_block=False,
+            lockless=self.kvm.profile.lockless_aging,
+        )[0])
+
+    def clear_flush_young(self, mm: MmStruct, start: int, end: int) -> int:  # type: ignore[override]
+        """kvm_mmu_notifier_clear_flush_young."""
+        kvm = self.kvm
+        if (t := kvm.trace.kvm_age_hva) is not None:
+            t(start, end)
+        return self._age(start, end, _kvm_age_gfn, flush=kvm.profile.flush_on_young)
+
+    def clear_young(self, mm: MmStruct, start: int, end: int) -> int:  # type: ignore[override]
+        """kvm_mmu_notifier_clear_young; a trace cannot tell it from clear_flush_young."""
+        if (t := self.kvm.trace.kvm_age_hva) is not None:
+            t(start, end)
+        return self._age(start, end, _kvm_age_gfn, flush=False)
+
+    def test_young(self, mm: MmStruct, address: int) -> int:  # type: ignore[override]
+        """kvm_mmu_notifier_test_young."""
+        if (t := self.kvm.trace.kvm_test_age_hva) is not None:
+            t(address)
+        return self._age(address, address + 1, _kvm_test_age_gfn, flush=False)
+
+    def release(self, mm: MmStruct) -> None:  # type: ignore[override]
+        """kvm_mmu_notifier_release: the address space goes away; drop everything."""
+        kvm = self.kvm
+        idx = kvm.srcu.read_lock()
+        kvm_mmu_zap_all(kvm)
+        kvm.srcu.read_unlock(idx)
