@@ -11,9 +11,14 @@ from __future__ import annotations
 __all__ = ["BREAKS"]
 
 BREAKS: dict[str, str] = {
-    "free-before-flush": "mmu_gather frees its pages before it flushes the primary TLB",
     "flush-after-unlock": "a COW flushes the old translation only after the page-table lock is dropped",
+    "free-before-batched-flush": "reclaim frees its frames before the batched flush",
+    "free-before-flush": "mmu_gather frees its pages before it flushes the primary TLB",
+    "migrate-ignore-refs": "migration moves a folio although somebody else holds a reference to it",
     "no-fault-recheck": "a COW does not compare the PTE again under the page-table lock",
+    "no-flush-before-io": "reclaim starts I/O on a folio that stale writable translations still reach",
     "no-primary-flush": "flush_tlb_* do nothing: the host's own stale translations survive",
+    "skip-batched-flush": "reclaim and migration never flush what try_to_unmap and try_to_migrate left pending",
+    "skip-dirty-check": "reclaim drops a folio although it is dirty again",
     "start-after-clear": "a zap opens its bracket only after the PTEs are cleared",
 }

@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from host_mm.mm_types import AnonVma
 
 __all__ = [
-    "BREAKS",
     "MIGRATE_ASYNC",
     "MIGRATE_SYNC",
     "MIGRATE_SYNC_LIGHT",
@@ -65,10 +64,6 @@ __all__ = [
     "migrate_pages",
     "putback_movable_pages",
 ]
-
-BREAKS: dict[str, str] = {
-    "migrate-ignore-refs": "migration moves a folio although somebody else holds a reference to it",
-}
 
 MIGRATE_ASYNC = 0
 MIGRATE_SYNC_LIGHT = 1

@@ -3,10 +3,10 @@
 Source of truth: mm/oom_kill.c: oom_badness, select_bad_process, __oom_kill_process,
 __oom_reap_task_mm; Linux 6.18.
 
-The process with the most memory dies. A process that mm notifiers watch is a VM's: without it there
-is no machine to go on with, so its death is the end of the run, OutOfMemory with the kernel's line. Any other victim is
-reaped on the spot: its private memory is unmapped in brackets that may not sleep, and whoever
-touches it later gets SIGBUS.
+The process with the most memory dies. A process that is nobody's child is what the machine is for (a
+VM's, most often), so its death is the end of the run: OutOfMemory with the kernel's line. A forked
+child is reaped on the spot: its private memory is unmapped in brackets that may not sleep, and
+whoever touches it later gets SIGBUS.
 
 Not modelled: memcg and cpuset constraints, the victim's own exit and its signal, the delayed reaper
 thread (reaping is done by who ran out), process_mrelease, panic_on_oom.
@@ -93,7 +93,7 @@ def _oom_reap_task_mm(process: Process) -> bool:
     if not mm.mmap_lock.read_trylock():
         return False
     reaped = True
-    for vma in list(mm.vmas):
+    for vma in reversed(mm.vmas):
         if vma.flags & VM_PFNMAP or (vma.file is not None and vma.flags & VM_SHARED):
             continue
         range_ = mmu_notifier_range_init(MMU_NOTIFY_UNMAP, mm, vma.start, vma.end, order=ORDER_GATHER)
@@ -112,7 +112,7 @@ def _oom_reap_task_mm(process: Process) -> bool:
 def out_of_memory(host: HostMm, order: int) -> bool:
     """Kill something. True: memory came free. False: nobody is left to kill.
 
-    Raises OutOfMemory when the victim is a VM.
+    Raises OutOfMemory when the victim is not a forked child.
     """
     while True:
         victim = _select_bad_process(host)
@@ -124,7 +124,7 @@ def out_of_memory(host: HostMm, order: int) -> bool:
         saved = ctx.cause
         if (t := host.trace.oom_kill) is not None:
             ctx.cause = t(process.pid, process.name, points, order)
-        if process.mm.notifier_subscriptions is not None:
+        if process.parent is None or process.mm.notifier_subscriptions is not None:
             raise OutOfMemory(_kill_line(process))
         free = host.allocator.nr_free_pages()
         _oom_reap_task_mm(process)

@@ -130,6 +130,8 @@ def swap_writeout(host: HostMm, pfn: int) -> None:
         folio_unlock(host, pfn)
         return
     swap.zeromap[slot] = 0
+    if host.checks is not None:
+        host.checks.writeback_starts(pfn)
     host.vmstat["pswpout"] += 1
     folio_start_writeback(host, pfn)
     if (t := host.trace.swap_write_start) is not None:

@@ -49,14 +49,7 @@ from host_mm.vmscan_trace import ReclaimStat, trace_reclaim_flags
 if TYPE_CHECKING:
     from host_mm.host import HostMm
 
-__all__ = ["BREAKS", "FREE_BATCH", "ScanControl", "shrink_folio_list"]
-
-BREAKS: dict[str, str] = {
-    "skip-batched-flush": "reclaim never flushes what try_to_unmap left pending",
-    "no-flush-before-io": "reclaim starts I/O on a folio that stale writable translations still reach",
-    "free-before-batched-flush": "reclaim frees its frames before the batched flush",
-    "skip-dirty-check": "reclaim drops a folio although it is dirty again",
-}
+__all__ = ["FREE_BATCH", "ScanControl", "shrink_folio_list"]
 
 FREE_BATCH = 31
 """Frames freed together after one flush: FOLIO_BATCH_SIZE."""

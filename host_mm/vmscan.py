@@ -43,14 +43,13 @@ from host_mm.page import (
 )
 from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, GFP_KERNEL
 from host_mm.rmap import folio_referenced
-from host_mm.shrink_folio_list import BREAKS, ScanControl, shrink_folio_list
+from host_mm.shrink_folio_list import ScanControl, shrink_folio_list
 from host_mm.vmscan_trace import TRACEPOINTS, VMSCAN_THROTTLE_WRITEBACK, ZONE_NORMAL, trace_reclaim_flags
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
 
 __all__ = [
-    "BREAKS",
     "DEF_PRIORITY",
     "MAX_RECLAIM_RETRIES",
     "SWAP_CLUSTER_MAX",

@@ -1,0 +1,247 @@
+"""What must hold of the host's mm, checked while it runs and at rest.
+
+Source of truth: the rules themselves; in Linux they are spread over mm/page_alloc.c: bad_page,
+mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifier.rst.
+
+    freed-frame-translated   no host TLB entry reaches a frame that is being freed
+    io-while-writable        no writable host TLB entry reaches a folio whose write-out begins
+    dirty-dropped            a folio dropped as clean has the bytes that its swap slot has
+    interval-publish         nothing is published under a sequence number that has moved on
+    frame-refcount           at rest, a frame is free or has exactly the references that exist
+    frame-mapcount, rss      ... and the mappings, per frame and per process
+    swap-count, swap-cache   ... and a swap slot the entries and the cache that hold it
+    lru                      ... and PG_lru says where the folio is
+    tlb-stale                ... and every host TLB entry is what the tables say
+
+The first four raise from the place where they break; `audit` checks the others when nobody is
+inside mm. References that are neither mappings, page tables, swap cache nor LRU batches come from
+`host.frame_holders`: callables that give a dict of pfn to count (KVM's tables, pins).
+
+Not modelled: file pages, huge entries.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from host_mm.arch.x86.pgtable import (
+    _PAGE_RW,
+    _PAGE_SPECIAL,
+    PFN_MASK,
+    is_migration_entry,
+    non_swap_entry,
+    pte_pfn,
+    pte_present,
+    pte_to_swp_entry,
+    swp_offset,
+    walk_lockless,
+)
+from host_mm.kernel.errors import BrokenTruth
+from host_mm.lru import LRU_NAMES
+from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS
+from host_mm.page import PG_anon, PG_buddy, PG_lru, PG_reserved, PG_swapcache, decode_page_flags
+from host_mm.pgtable_generic import pmd_entries
+from host_mm.ram import PAGE_SIZE
+from host_mm.swapfile import SWAP_MAP_BAD
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+    from host_mm.interval_notifier import MmuIntervalNotifier
+    from host_mm.mm_types import MmStruct
+
+__all__ = ["HostTruths", "audit"]
+
+
+class HostTruths:
+    """The checks that models call where the rule could break; `host.checks` when they are on."""
+
+    __slots__ = ("host",)
+
+    def __init__(self, host: HostMm) -> None:
+        self.host = host
+
+    def frame_freed(self, pfn: int, order: int) -> None:
+        """A free hook: whoever still translates to the frame will read or write another's memory."""
+        last = pfn + (1 << order)
+        for mm in _mms(self.host):
+            for vpn, entry in mm.tlb.entries.items():
+                if pfn <= entry >> 1 < last:
+                    raise BrokenTruth(
+                        "freed-frame-translated",
+                        f"pfn {entry >> 1:#x} is freed, but pid {_pid(mm)} translates {vpn << 12:#x} to it",
+                        self.host.stream.ctx.cause,
+                    )
+
+    def writeback_starts(self, pfn: int) -> None:
+        """Bytes written through a stale translation from now on would be lost."""
+        for mm in _mms(self.host):
+            for vpn, entry in mm.tlb.entries.items():
+                if entry >> 1 == pfn and entry & 1:
+                    raise BrokenTruth(
+                        "io-while-writable",
+                        f"pfn {pfn:#x} is written out, but pid {_pid(mm)} can write it at {vpn << 12:#x}",
+                        self.host.stream.ctx.cause,
+                    )
+
+    def folio_dropped_clean(self, pfn: int) -> None:
+        """The folio goes; what it holds must be in its swap slot."""
+        host = self.host
+        swap = host.swap
+        if swap is None:
+            raise BrokenTruth("dirty-dropped", f"pfn {pfn:#x} is dropped on a host without swap")
+        slot = swp_offset(host.pages.private[pfn])
+        kept = bytes(PAGE_SIZE) if swap.zeromap[slot] else swap.pread(slot)
+        if host.ram.b[pfn << 12 : (pfn + 1) << 12] != kept:
+            raise BrokenTruth(
+                "dirty-dropped", f"pfn {pfn:#x} is dropped as clean, slot {slot:#x} has other bytes",
+                host.stream.ctx.cause,
+            )
+
+    def interval_published(self, sub: MmuIntervalNotifier, seq: int) -> None:
+        """A user of an interval notifier publishes what it read since mmu_interval_read_begin."""
+        if sub.invalidate_seq != seq:
+            raise BrokenTruth(
+                "interval-publish",
+                f"{sub.start:#x} -- {sub.last:#x}: published under seq {seq}, now {sub.invalidate_seq}",
+                self.host.stream.ctx.cause,
+            )
+
+
+def _mms(host: HostMm) -> list[MmStruct]:
+    return [process.mm for process in host.processes if process.mm.pgd]
+
+
+def _pid(mm: MmStruct) -> int:
+    return mm.process.pid if mm.process is not None else 0
+
+
+class _Audit:
+    """One audit: what the tables of all processes hold, to be compared with the counts."""
+
+    def __init__(self, host: HostMm) -> None:
+        self.host = host
+        self.maps: Counter[int] = Counter()
+        self.refs: Counter[int] = Counter()
+        self.slots: Counter[int] = Counter()
+
+    def tables(self, mm: MmStruct) -> None:
+        """Every page table holds one reference to itself."""
+        u64 = self.host.ram.u64
+        level = [mm.pgd]
+        for depth in range(3, -1, -1):
+            self.refs.update(table >> 12 for table in level)
+            if depth:
+                words = [word for at in level for word in u64[at >> 3 : (at >> 3) + 512].tolist()]
+                level = [word & PFN_MASK for word in words if word & 1]
+
+    def entries(self, mm: MmStruct) -> None:
+        """Count present entries, swap entries and migration entries, and compare with rss."""
+        host = self.host
+        u64 = host.ram.u64
+        anon = swapents = 0
+        for vma in mm.vmas:
+            for pmd, address, following in pmd_entries(mm, vma.start, vma.end):
+                first = ((u64[pmd >> 3] & PFN_MASK) >> 3) + ((address >> 12) & 511)
+                for entry in u64[first : first + ((following - address) >> 12)].tolist():
+                    if not entry:
+                        continue
+                    if pte_present(entry):
+                        anon += self._present(entry)
+                    elif not non_swap_entry(swp := pte_to_swp_entry(entry)):
+                        self.slots[swp_offset(swp)] += 1
+                        swapents += 1
+                    elif is_migration_entry(swp):
+                        raise BrokenTruth("frame-mapcount", f"a migration entry is left in pid {_pid(mm)}")
+        for name, index, found in (("anon", MM_ANONPAGES, anon), ("swap", MM_SWAPENTS, swapents)):
+            if mm.rss[index] != found:
+                raise BrokenTruth("rss", f"pid {_pid(mm)} counts {mm.rss[index]} {name} pages, has {found}")
+
+    def _present(self, entry: int) -> int:
+        pfn = pte_pfn(entry)
+        if entry & _PAGE_SPECIAL or self.host.pages.flags[pfn] & PG_reserved:
+            return 0
+        self.maps[pfn] += 1
+        return 1 if self.host.pages.flags[pfn] & PG_anon else 0
+
+    def tlb(self, mm: MmStruct) -> None:
+        """At rest no flush is pending, so that the TLB has no right that the tables have not."""
+        for vpn, cached in mm.tlb.entries.items():
+            entry, level = walk_lockless(self.host.ram, mm.pgd, vpn << 12)
+            writable = not cached & 1 or entry & _PAGE_RW
+            if level != 1 or not entry & 1 or pte_pfn(entry) != cached >> 1 or not writable:
+                raise BrokenTruth(
+                    "tlb-stale", f"pid {_pid(mm)} {vpn << 12:#x}: TLB {cached:#x}, entry {entry:#x}"
+                )
+
+    def frames(self) -> None:
+        """Walk all frames that are not free."""
+        host = self.host
+        pages = host.pages
+        refs = self.refs
+        refs.update(self.maps)
+        refs.update(host.lru.batched())
+        for holder in host.frame_holders:
+            refs.update(holder())
+        for node in host.allocator.nodes:
+            pfn = node.zone.start
+            while pfn < node.zone.end:
+                flags = pages.flags[pfn]
+                if flags & PG_buddy:
+                    pfn += 1 << pages.order[pfn]
+                    continue
+                if not flags & PG_reserved:
+                    self._frame(pfn, flags)
+                pfn += 1
+
+    def _frame(self, pfn: int, flags: int) -> None:
+        pages = self.host.pages
+        if pages.tail[pfn]:
+            return
+        who = f"pfn {pfn:#x} ({decode_page_flags(flags)})"
+        expected = self.refs[pfn] + (1 if flags & PG_swapcache else 0)
+        count, maps = pages.refcount[pfn], pages.mapcount[pfn]
+        if count != expected or not expected:
+            raise BrokenTruth("frame-refcount", f"{who} has refcount {count}, {expected} references exist")
+        if maps != self.maps[pfn]:
+            raise BrokenTruth("frame-mapcount", f"{who} has mapcount {maps}, {self.maps[pfn]} entries map it")
+        lists = self.host.lru.lruvec(pfn).lists
+        listed = [name for name, entries in zip(LRU_NAMES, lists, strict=True) if pfn in entries]
+        if len(listed) != (1 if flags & PG_lru else 0):
+            raise BrokenTruth("lru", f"{who} is on {listed}")
+
+    def swap(self) -> None:
+        """Compare every slot's count and cache with the entries that were found."""
+        swap = self.host.swap
+        if swap is None:
+            if self.slots:
+                raise BrokenTruth("swap-count", "there are swap entries but no swap")
+            return
+        pages = self.host.pages
+        used = 0
+        for offset, value in enumerate(swap.swap_map):
+            if value == SWAP_MAP_BAD:
+                continue
+            used += bool(value)
+            count, found = swap.swap_count(offset), self.slots[offset]
+            if count != found:
+                raise BrokenTruth("swap-count", f"slot {offset:#x} counts {count}, {found} entries hold it")
+            cached = swap.cache[offset]
+            if bool(cached) != swap.has_cache(offset):
+                raise BrokenTruth("swap-cache", f"slot {offset:#x}: swap_map {value:#x}, table {cached:#x}")
+            pfn = cached - 1
+            if cached and (not pages.flags[pfn] & PG_swapcache or swp_offset(pages.private[pfn]) != offset):
+                raise BrokenTruth("swap-cache", f"slot {offset:#x} holds pfn {pfn:#x}, which says otherwise")
+        if used != swap.inuse_pages:
+            raise BrokenTruth("swap-count", f"{swap.inuse_pages} slots are counted as in use, {used} are")
+
+
+def audit(host: HostMm) -> None:
+    """Check the host at rest: nobody is inside a fault, reclaim or migration. Raises BrokenTruth."""
+    check = _Audit(host)
+    for mm in _mms(host):
+        check.tables(mm)
+        check.entries(mm)
+        check.tlb(mm)
+    check.frames()
+    check.swap()
