@@ -13,11 +13,12 @@ Map of this room, the front door. It holds no model logic.
 |---|---|
 | `vm.py`, `host.py` | `VM` and `Host`: the machine as a Python object |
 | `machine.py` | the canonical configuration of a machine, and how a trace's header becomes a machine again |
-| `runner.py`, `options.py`, `observer.py`, `summary.py` | `refault run`, what it notes, the table it ends with |
+| `options.py`, `runner.py` | `refault run`: what was asked, and doing it |
+| `observer.py`, `summary.py` | what a run notes, and the table it ends with |
 | `scenarios/` | claims about Linux as small programs, and what the real kernel did |
 | `analysis.py`, `story.py` | what a trace says: refaults, cause chains, the story of one page |
 | `exitstat.py` | the table of `perf kvm stat report` |
-| `compare.py` | the first place where two traces part |
+| `compare.py` | differences: the first place where two traces part |
 | `registry.py` | which tracepoints, payloads and modules exist, found without importing them |
 | `cli.py`, `commands/` | the `refault` command, one file a verb |
 

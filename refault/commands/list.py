@@ -52,14 +52,6 @@ def _events() -> Iterable[Entry]:
         }
 
 
-def _scenarios() -> Iterable[Entry]:
-    import refault.scenarios.linux_mm  # noqa: F401  (fills the registry)
-    from refault.scenarios import SCENARIOS
-
-    for name, function in sorted(SCENARIOS.items()):
-        yield {"name": name, "what": (function.__doc__ or "").strip().splitlines()[0]}
-
-
 def _switches() -> Iterable[Entry]:
     from refault.registry import switches
 
@@ -87,7 +79,6 @@ KINDS: dict[str, Callable[[], Iterable[Entry]]] = {
     "payloads": _payloads,
     "operations": _operations,
     "events": _events,
-    "scenarios": _scenarios,
     "scenarios": _scenarios,
     "switches": _switches,
 }
