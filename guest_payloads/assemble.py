@@ -6,6 +6,7 @@ data and layout are done here. So each error has its line, and keystone's traps 
 - `[0x101000]` becomes RIP-relative or moffs, and `[riz + x]` becomes [rsp + x]: rewritten to [riz*1 + x];
 - displacements from 2^31 and `push` of more than 31 bits are cut silently: refused;
 - `iret`, `pushf`, `popf` are the 16-bit forms in 64-bit code: refused (iretq, pushfq, popfq);
+- a high byte register (ah) with a REX prefix ends the whole process: refused;
 - it drops `;` and what follows: the preprocessor has taken comments out before;
 - `lgdt`, `ljmp` in 32-bit code get a 16-bit operand size: encoded here; so is `movsd` (string).
 
@@ -44,6 +45,8 @@ _CONDITIONS = {name: code for code, names in enumerate(
      "l nge", "ge nl", "le ng", "g nle")) for name in names.split()}
 _SHORT_ONLY = {"loop": b"\xe2", "jrcxz": b"\xe3", "loope": b"\xe1", "loopne": b"\xe0"}
 _WRONG_SIZE = {"iret": "iretq", "pushf": "pushfq", "popf": "popfq"}
+_HIGH_BYTE = re.compile(r"\b[abcd]h\b", re.IGNORECASE)
+_NEEDS_REX = re.compile(r"\b(r(8|9|1[0-5])[bwd]?|sil|dil|bpl|spl)\b|^r\w+\s*,", re.IGNORECASE)
 _MEMORY = re.compile(r"\[([^\]]*)\]")
 _WORD = re.compile(r"[A-Za-z]\w*")
 
@@ -315,6 +318,8 @@ class Assembler:
                 replaced = _MEMORY.sub(self._absolute, replaced)
         except ExpressionError as error:
             raise self._fail(item, error) from error
+        if _HIGH_BYTE.search(operands) and _NEEDS_REX.search(operands):
+            raise AssemblyError(f"{item.where}: a high byte register cannot be used with REX: {item.text}")
         if mnemonic == "movsd" and not operands:
             return (b"\xf3" if start else b"") + b"\xa5"
         if mnemonic == "push" and "[" not in operands and re.match(r"[(\-0-9]", replaced):

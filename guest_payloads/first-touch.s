@@ -11,6 +11,7 @@
 
 main:
     PARAM r12, "mib", 8
+    AT_LEAST r12, 1
     shl r12, 8                           ; pages
     mov rdi, r12
     call pages_alloc
