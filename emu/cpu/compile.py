@@ -65,8 +65,9 @@ def native() -> Native:
             name: numba.cfunc(signature, cache=cache is not None)(_copy(getattr(entry, name), scope))
             for name, signature in signatures.items()
         }
-        i8 = numba.types.int64
-        outer = numba.njit((i8[::1], *[i8] * 8), cache=cache is not None)(_copy(cast(FunctionType, walk.walk), scope))
+        word = numba.types.int64
+        compile_walk = numba.njit((word[::1], *[word] * 8), cache=cache is not None)
+        outer = compile_walk(_copy(cast(FunctionType, walk.walk), scope))
     return Native(callbacks, outer)
 
 
