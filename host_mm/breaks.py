@@ -18,7 +18,7 @@ BREAKS: dict[str, str] = {
     "no-fault-recheck": "a COW does not compare the PTE again under the page-table lock",
     "no-flush-before-io": "reclaim starts I/O on a folio that stale writable translations still reach",
     "no-primary-flush": "flush_tlb_* do nothing: the host's own stale translations survive",
-    "skip-batched-flush": "reclaim and migration never flush what try_to_unmap and try_to_migrate left pending",
+    "skip-batched-flush": "reclaim and migration never flush what their unmapping left pending",
     "skip-dirty-check": "reclaim drops a folio although it is dirty again",
     "start-after-clear": "a zap opens its bracket only after the PTEs are cleared",
 }
