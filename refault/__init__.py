@@ -11,8 +11,9 @@ Map of this room, the front door. It holds no model logic.
 
 | file | subject |
 |---|---|
-| `vm.py`, `host.py` | `VM` and `Host`: the machine as a Python object |
-| `machine.py` | the canonical configuration of a machine, and how a trace's header becomes a machine again |
+| `vm.py`, `host.py`, `host_machine.py` | `VM` and `Host`: the machine as a Python object |
+| `header.py`, `machine.py` | what a trace's header says of a machine, and the machine made from it again |
+| `host_script.py` | `--host SCRIPT.py` |
 | `options.py`, `runner.py` | `refault run`: what was asked, and doing it |
 | `observer.py`, `summary.py` | what a run notes, and the table it ends with |
 | `scenarios/` | claims about Linux as small programs, and what the real kernel did |

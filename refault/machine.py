@@ -1,64 +1,27 @@
-"""From a trace's header to a machine, and back.
-
-The header's `machine` object is the MachineConfig plus the payload (name, hash, words), the host
-script's text and the instruction limit: everything that decides the trace's bytes.
-"""
+"""From a trace's header (see header.py) to a machine again."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from emu.config import MachineConfig
 from refault.errors import UsageError
+from refault.header import read_payload
+from refault.host_script import start_host_script
+from refault.vm import VM
 
 if TYPE_CHECKING:
-    from refault.vm import VM
     from trace_events.event import Event
     from trace_events.stream import Listener
 
-__all__ = ["make_header", "read_payload", "replay"]
-
-
-def read_payload(name: str) -> bytes:
-    """The image of a payload by name, a file, or assembler source; an error of one line otherwise."""
-    from guest_payloads.builder import build, payload_names
-
-    path = Path(name)
-    if name in payload_names() or path.suffix == ".s":
-        return build(name)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, payload_names(), 1)
-        hint = f"did you mean {near[0]!r}?" if near else "see refault list payloads"
-        raise UsageError(f"no payload and no file {name!r}; {hint}") from None
-    except OSError as exc:
-        raise UsageError(f"{name}: cannot be read: {exc.strerror}") from None
-    if not data:
-        raise UsageError(f"{name}: the file is empty")
-    return data
-
-
-def make_header(vm: VM, globs: tuple[str, ...]) -> dict[str, Any]:
-    """The header of traces of `vm`."""
-    from trace_events.ndjson import FORMAT, VERSION
-
-    machine = msgspec.to_builtins(vm.config)
-    machine["payload"] = vm.payload
-    machine.update(vm.extra)
-    return {"format": FORMAT, "version": VERSION, "machine": machine, "events": list(globs)}
+__all__ = ["replay"]
 
 
 def vm_from_header(header: dict[str, Any]) -> VM:
     """An unstarted VM as the header describes it, its payload not yet loaded."""
-    from refault.vm import VM
-
     machine = dict(header["machine"])
     try:
         config = msgspec.convert(
@@ -80,7 +43,6 @@ def replay(header: dict[str, Any], until_event: int | None = None, listener: Lis
 
     At an event the machine is frozen between two instructions of the model: for looking only.
     """
-    from refault.runner import start_host_script
     from trace_events.stream import Listener
 
     payload = header["machine"].get("payload", {})

@@ -11,7 +11,13 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from kvm_model.vmx.exits import EPT_ACC_EXEC, EPT_ACC_WRITE, EPT_GVA_TRANSLATED, EPT_GVA_VALID, EXIT_REASON_NAMES
+from kvm_model.vmx.exits import (
+    EPT_ACC_EXEC,
+    EPT_ACC_WRITE,
+    EPT_GVA_TRANSLATED,
+    EPT_GVA_VALID,
+    EXIT_REASON_NAMES,
+)
 from refault.analysis import BRACKET, HOST_OP, PAGE_FAULT, SPTE_ZAP, Analysis, gfn_of
 from refault.story import story
 from refault.summary import RunSummary

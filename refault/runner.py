@@ -11,20 +11,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from host_mm.kernel.errors import BrokenTruth, OutOfMemory
 from refault.errors import EXIT_DIED, EXIT_FAILED, EXIT_OK, EXIT_SKIPPED, UsageError
+from refault.host_script import start_host_script
 from refault.vm import VM
 from trace_events.ndjson import TraceWriter
 from trace_events.stream import Listener
 
 if TYPE_CHECKING:
     from emu.board import Stop
-    from refault.options import RunOptions
     from refault.observer import Observer
+    from refault.options import RunOptions
 
-__all__ = ["run", "start_host_script", "verdict"]
+__all__ = ["run", "verdict"]
 
 STATUS_SKIPPED = 77
 
@@ -39,38 +39,6 @@ def verdict(stop: Stop, serial: str) -> tuple[int, str]:
             return EXIT_SKIPPED, "the guest skipped all its tests"
         return EXIT_FAILED, f"the guest failed: it wrote {stop.status:#x} to its exit port"
     return EXIT_DIED, f"the guest did not finish: {stop.why}"
-
-
-def start_host_script(vm: VM, text: str) -> None:
-    """Run a host script beside the guest: its function `main(vm, host)` in a task of its own.
-
-    `host` has the host operations and `host.sleep(ns)`, which waits in logical time.
-    """
-    scope: dict[str, Any] = {"__name__": "host_script"}
-    try:
-        exec(compile(text, "--host script", "exec"), scope)
-    except Exception as exc:
-        raise UsageError(f"--host script: {type(exc).__name__}: {exc}") from None
-    entry = scope.get("main")
-    if not callable(entry):
-        raise UsageError("--host script: it defines no function main(vm, host)")
-    sched = vm.board.host.sched
-
-    class _Host:
-        sleep = staticmethod(sched.sleep)
-
-        def __getattr__(self, name: str) -> Callable[..., int]:
-            return getattr(vm.host, name)  # type: ignore[no-any-return]
-
-    def body() -> None:
-        try:
-            entry(vm, _Host())
-        except (BrokenTruth, OutOfMemory):
-            raise
-        except Exception as exc:
-            raise UsageError(f"--host script: {type(exc).__name__}: {exc}") from None
-
-    sched.spawn("host script", body)
 
 
 @contextmanager
@@ -128,7 +96,8 @@ def run(options: RunOptions) -> int:
     with ExitStack() as stack:
         vm = stack.enter_context(_build(options))
         stream = vm.board.host.stream
-        vm.extra = {k: v for k, v in (("host_script", script), ("max_insns", options.max_insns)) if v is not None}
+        extra = {"host_script": script, "max_insns": options.max_insns}
+        vm.extra = {name: value for name, value in extra.items() if value is not None}
         image = vm.prepare(options.payload, *options.words)
         observer = Observer(vm)
         stream.listen(Listener(observer.globs, observer, ancestors=False))

@@ -19,20 +19,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from emu.board import Board, Stop
 from emu.config import MachineConfig
 from emu.hostops import OPERATIONS, perform
 from emu.inspector import WalkTree, walk_gpa, walk_gva
 from emu.loaders import load_image
 from host_mm.kernel.errors import KernelError
+from refault.header import make_header, read_payload
+from refault.host_machine import HostMachine, as_bytes
 from trace_events.ndjson import Trace, write_trace
 from trace_events.stream import Listener
 
 if TYPE_CHECKING:
     from emu.loaders.image import Image
     from refault.analysis import Analysis, Refault
-    from refault.host import Host
     from trace_events.event import Event
 
 __all__ = ["HALT", "VM", "HostCalls", "Recording"]
@@ -125,22 +125,23 @@ class VM:
         check: bool = False,
         interpreted: bool = False,
         output: Callable[[bytes], None] = lambda data: None,
-        on: Host | None = None,
+        on: HostMachine | None = None,
     ) -> None:
-        from refault.host import Host, _bytes
-
-        memory_bytes = _bytes(memory)
+        memory_bytes = as_bytes(memory)
         assert memory_bytes is not None
         if mmu != "ept":
             raise KernelError(errno.EINVAL, f"mmu {mmu!r}: want 'ept'")
         if on is None:
             swap = memory_bytes if swap == "auto" else swap
-            on = Host(host_ram or 2 * memory_bytes, swap, seed=seed, params=params, breaks=breaks, check=check)
+            on = HostMachine(
+                host_ram or 2 * memory_bytes, swap, seed=seed, params=params, breaks=breaks, check=check
+            )
         machine = on.machine
         self._host = on
         self.config = MachineConfig(
             memory=memory_bytes, host_ram=on.ram, swap=on.swap, vcpus=vcpus, mmu=mmu, profile=profile,
-            params=dict(machine.params), seed=machine.seed, breaks=tuple(sorted(machine.breaks)), checks=on.check,
+            params=dict(machine.params), seed=machine.seed, breaks=tuple(sorted(machine.breaks)),
+            checks=on.check,
         )
         self.board = Board(machine, self.config, interpreted=interpreted, output=output)
         self.host = HostCalls(self.board)
@@ -158,8 +159,6 @@ class VM:
 
     def prepare(self, payload: str | bytes, *words: str) -> Image:
         """The image of a payload, noted in this machine's header but not yet in guest memory."""
-        from refault.machine import read_payload
-
         name, data = ("bytes", payload) if isinstance(payload, bytes) else (payload, read_payload(payload))
         cmdline = " ".join((Path(name).name, *words))
         self.payload = {"name": name, "sha256": hashlib.sha256(data).hexdigest(), "words": list(words)}
@@ -204,7 +203,8 @@ class VM:
 
     def read(self, gpa: int, length: int) -> bytes:
         """Guest memory, read by the VMM: faults pages in as any access of the process does."""
-        data: bytes = self._host.machine.sched.run_task("host read", lambda: self.board.memory.read(gpa, length))
+        sched = self._host.machine.sched
+        data: bytes = sched.run_task("host read", lambda: self.board.memory.read(gpa, length))
         return data
 
     def write(self, gpa: int, data: bytes) -> None:
@@ -217,10 +217,10 @@ class VM:
         return self.board.serial_bytes.decode("utf-8", "replace")
 
     def regs(self, vcpu: int = 0) -> dict[str, int]:
-        """The general registers, rip and rflags of a vCPU."""
+        """The general registers, rip, rflags and control registers of a vCPU."""
         cpu, v = self.board.cpu, self.board.vcpus[vcpu]
-        names = "rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags cr0 cr2 cr3 cr4 efer"
-        return {name: cpu.get_reg(v, name) for name in names.split()}
+        names = "rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags"
+        return {name: cpu.get_reg(v, name) for name in (*names.split(), "cr0", "cr2", "cr3", "cr4", "efer")}
 
     # -- looking ------------------------------------------------------------------------------
 
@@ -248,8 +248,6 @@ class VM:
 
     def header(self, globs: tuple[str, ...] = ("*",)) -> dict[str, Any]:
         """The trace header of this machine: all that is needed to build it again."""
-        from refault.machine import make_header
-
         return make_header(self, globs)
 
     @property

@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scenario", nargs="?", help="see refault list scenarios")
     parser.add_argument("--all", action="store_true", help="every recorded scenario, a line each")
     parser.add_argument(
-        "--against", default="recorded", choices=("recorded",), help="what to compare with (default: recorded)"
+        "--against", default="recorded", choices=("recorded",), help="with what (default: recorded)"
     )
     parser.add_argument("--check", action="store_true", help="check the model's truths while it runs")
     add_json_flag(parser)

@@ -115,7 +115,8 @@ class Scenario:
 
     def mprotect(self, offset: int, length: int, prot: int, title: str = "") -> Any:
         """mprotect."""
-        return self._step(title or f"mprotect(D+{offset:#x},{length:#x},{prot})", "mprotect", offset, length, prot)
+        title = title or f"mprotect(D+{offset:#x},{length:#x},{prot})"
+        return self._step(title, "mprotect", offset, length, prot)
 
     def munmap(self, offset: int, length: int, title: str) -> Any:
         """munmap."""

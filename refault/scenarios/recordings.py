@@ -13,7 +13,8 @@ def _folder(kernel: str):  # type: ignore[no-untyped-def]
 
 def recorded_names(kernel: str = "linux-6.18") -> list[str]:
     """The scenarios that were recorded on `kernel`."""
-    return sorted(entry.name.removesuffix(".txt") for entry in _folder(kernel).iterdir() if entry.name.endswith(".txt"))
+    names = (entry.name for entry in _folder(kernel).iterdir())
+    return sorted(name.removesuffix(".txt") for name in names if name.endswith(".txt"))
 
 
 def recording(name: str, kernel: str = "linux-6.18") -> str:

@@ -1,0 +1,51 @@
+"""What a trace's header says of a machine, and where a payload's bytes come from.
+
+The header's `machine` object is the MachineConfig plus the payload (name, hash, words), the host
+script's text and the instruction limit: everything that decides the trace's bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from refault.errors import UsageError
+
+if TYPE_CHECKING:
+    from refault.vm import VM
+
+__all__ = ["make_header", "read_payload"]
+
+
+def read_payload(name: str) -> bytes:
+    """The image of a payload by name, a file, or assembler source; an error of one line otherwise."""
+    from guest_payloads.builder import build, payload_names
+
+    path = Path(name)
+    if name in payload_names() or path.suffix == ".s":
+        return build(name)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, payload_names(), 1)
+        hint = f"did you mean {near[0]!r}?" if near else "see refault list payloads"
+        raise UsageError(f"no payload and no file {name!r}; {hint}") from None
+    except OSError as exc:
+        raise UsageError(f"{name}: cannot be read: {exc.strerror}") from None
+    if not data:
+        raise UsageError(f"{name}: the file is empty")
+    return data
+
+
+def make_header(vm: VM, globs: tuple[str, ...]) -> dict[str, Any]:
+    """The header of traces of `vm`."""
+    from trace_events.ndjson import FORMAT, VERSION
+
+    machine = msgspec.to_builtins(vm.config)
+    machine["payload"] = vm.payload
+    machine.update(vm.extra)
+    return {"format": FORMAT, "version": VERSION, "machine": machine, "events": list(globs)}

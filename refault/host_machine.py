@@ -1,0 +1,44 @@
+"""The host as a Python object, but for making VMs: what a VM needs of it."""
+
+from __future__ import annotations
+
+from emu.host import Host
+from refault.numbers import size
+
+__all__ = ["HostMachine", "as_bytes"]
+
+
+def as_bytes(value: int | str | None) -> int | None:
+    """A size given as bytes or as text such as "24M"; None stays None."""
+    return size(value) if isinstance(value, str) else value
+
+
+class HostMachine:
+    """A host with `ram` and `swap` (bytes, or text such as "24M"; swap None: none).
+
+    `seed` decides all chance; `params` are module parameters under the kernel's names; `breaks`
+    names protocol steps to leave out; `check` turns the truths on.
+    """
+
+    def __init__(
+        self,
+        ram: int | str = "256M",
+        swap: int | str | None = "256M",
+        *,
+        seed: int = 1,
+        params: dict[str, str] | None = None,
+        breaks: frozenset[str] | set[str] = frozenset(),
+        check: bool = False,
+    ) -> None:
+        ram_bytes = as_bytes(ram)
+        assert ram_bytes is not None
+        self.ram = ram_bytes
+        self.swap = as_bytes(swap)
+        self.check = check
+        self.machine = Host(
+            ram=ram_bytes, swap=self.swap, seed=seed, params=params, breaks=frozenset(breaks), checks=check
+        )
+
+    def close(self) -> None:
+        """Destroy the VMs and the host."""
+        self.machine.close()
