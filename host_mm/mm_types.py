@@ -27,7 +27,7 @@ __all__ = [
     "VM_FAULT_ERROR", "VM_FAULT_FALLBACK", "VM_FAULT_HWPOISON", "VM_FAULT_MAJOR", "VM_FAULT_NOPAGE",
     "VM_FAULT_OOM", "VM_FAULT_RETRY", "VM_FAULT_SIGBUS", "VM_FAULT_SIGSEGV", "VM_HUGEPAGE", "VM_IO",
     "VM_LOCKED", "VM_MAYEXEC", "VM_MAYREAD", "VM_MAYSHARE", "VM_MAYWRITE", "VM_MERGEABLE", "VM_NOHUGEPAGE",
-    "VM_NORESERVE", "VM_PFNMAP", "VM_READ", "VM_SHARED", "VM_SOFTDIRTY", "VM_SPECIAL", "VM_WIPEONFORK", "VM_WRITE",
+    "VM_NORESERVE", "VM_PFNMAP", "VM_RAND_READ", "VM_READ", "VM_SEQ_READ", "VM_SHARED", "VM_SOFTDIRTY", "VM_SPECIAL", "VM_WIPEONFORK", "VM_WRITE",
     "VmArea", "VmFault",
 ]
 
@@ -212,6 +212,11 @@ class MmStruct:
         if index and self.vmas[index - 1].end > address:
             return self.vmas[index - 1]
         return None
+
+    def vma_lookup_below(self, address: int) -> int:
+        """Where the last VMA below `address` ends, or 0."""
+        index = bisect_right(self.starts, address - 1)
+        return self.vmas[index - 1].end if index else 0
 
     def find_vma_intersection(self, start: int, end: int) -> VmArea | None:
         """The first VMA that overlaps [start, end)."""

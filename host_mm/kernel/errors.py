@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import errno as _errno
 
-__all__ = ["BrokenTruth", "KernelError", "OutOfMemory"]
+__all__ = ["EHWPOISON", "BrokenTruth", "KernelError", "OutOfMemory"]
+
+EHWPOISON = 133
+"""Python's errno module does not have it everywhere."""
 
 
 class KernelError(OSError):

@@ -1,0 +1,302 @@
+"""get_user_pages: a page and a reference to it, for whoever is not the CPU.
+
+Source of truth: mm/gup.c (gup_fast_pte_range, follow_page_pte, can_follow_write_pte, faultin_page,
+__get_user_pages_locked, check_vma_flags, try_grab_folio), include/linux/mm.h: gup_must_unshare,
+include/linux/mm_types.h: FOLL_*; Linux 6.18.
+
+Fast GUP reads the entry without locks, takes the reference, and reads the entry again: a page that left
+it in between is given back. It never takes the zero page. Slow GUP faults under mmap_lock. A pin
+(FOLL_PIN) counts 1024 references at once and must hold an exclusive page; a read-only long-term pin
+of anything else first makes one (unshare).
+
+Not modelled: huge pages, more than one page in a call, FOLL_LONGTERM's migration out of movable zones
+(there are none), pages of devices, signals (FOLL_INTERRUPTIBLE never interrupts).
+"""
+
+from __future__ import annotations
+
+from errno import EAGAIN, EBUSY, EFAULT, EMLINK, ENOENT, ENOMEM
+from typing import TYPE_CHECKING
+
+from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, _PAGE_SPECIAL, _PAGE_USER, pte_dirty, pte_pfn
+from host_mm.arch.x86.pgtable import pte_present, pte_protnone, pte_write, walk_lockless
+from host_mm.kernel.costs import COST_WALK
+from host_mm.kernel.errors import EHWPOISON, BrokenTruth
+from host_mm.memory import handle_mm_fault, vm_normal_page
+from host_mm.memory_copy import is_cow_mapping
+from host_mm.mm_types import FAULT_FLAG_ALLOW_RETRY, FAULT_FLAG_INTERRUPTIBLE, FAULT_FLAG_KILLABLE
+from host_mm.mm_types import FAULT_FLAG_REMOTE, FAULT_FLAG_RETRY_NOWAIT, FAULT_FLAG_TRIED, FAULT_FLAG_UNSHARE
+from host_mm.mm_types import FAULT_FLAG_WRITE, MMF_HAS_PINNED, VM_ACCESS_FLAGS, VM_FAULT_ERROR
+from host_mm.mm_types import VM_FAULT_HWPOISON, VM_FAULT_OOM, VM_FAULT_RETRY, VM_IO, VM_MAYREAD, VM_MAYWRITE
+from host_mm.mm_types import VM_PFNMAP, VM_READ, VM_WRITE
+from host_mm.page import GUP_PIN_COUNTING_BIAS, PG_anon, PG_anon_exclusive, PG_dirty, PG_hwpoison
+from host_mm.page import PG_referenced, put_page, set_page_dirty, try_get_page
+from host_mm.pgtable_generic import pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get
+from trace_events.tracepoint import Tracepoint
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+    from host_mm.mm_types import MmStruct, VmArea
+
+__all__ = [
+    "FOLL_FORCE", "FOLL_GET", "FOLL_HONOR_NUMA_FAULT", "FOLL_HWPOISON", "FOLL_INTERRUPTIBLE",
+    "FOLL_LONGTERM", "FOLL_NOFAULT", "FOLL_NOWAIT", "FOLL_PIN", "FOLL_WRITE", "TRACEPOINTS",
+    "faultin_page_range", "get_user_page_fast_only", "get_user_pages_unlocked", "pin_user_page",
+    "unpin_user_page",
+]
+
+FOLL_WRITE = 1 << 0
+FOLL_GET = 1 << 1
+FOLL_FORCE = 1 << 3
+FOLL_NOWAIT = 1 << 4
+FOLL_NOFAULT = 1 << 5
+FOLL_HWPOISON = 1 << 6
+FOLL_LONGTERM = 1 << 8
+FOLL_INTERRUPTIBLE = 1 << 11
+FOLL_HONOR_NUMA_FAULT = 1 << 12
+FOLL_TOUCH = 1 << 16
+FOLL_TRIED = 1 << 17
+FOLL_REMOTE = 1 << 18
+FOLL_PIN = 1 << 19
+
+_NAMES = (
+    (FOLL_WRITE, "write"), (FOLL_NOWAIT, "nowait"), (FOLL_LONGTERM, "longterm"), (FOLL_PIN, "pin"),
+    (FOLL_HWPOISON, "hwpoison"), (FOLL_INTERRUPTIBLE, "interruptible"), (FOLL_FORCE, "force"),
+)
+
+
+def _flag_names(flags: int) -> str:
+    return "|".join(name for bit, name in _NAMES if flags & bit) or "read"
+
+
+GUP = Tracepoint(
+    "refault", "gup", ("pid", "address", "flags", "path", "pfn", "zero"),
+    lambda pid, address, flags, path, pfn, zero:
+        f"pid {pid} address {address:#x} {flags} {path} " + (f"pfn {pfn:#x}" if pfn >= 0 else f"error {pfn}")
+        + (" zero-page" if zero else ""),
+    doc="What get_user_pages answered: a frame (and a reference to it) or a negative errno.",
+)
+TRACEPOINTS = (GUP,)
+
+
+def _trace(mm: MmStruct, address: int, flags: int, path: str, answer: int) -> int:
+    if (t := mm.host.trace.gup) is not None:
+        t(mm.process.pid, address & ~0xFFF, _flag_names(flags), path, answer, answer == mm.host.zero_pfn)
+    return answer
+
+
+# -- references -----------------------------------------------------------------------------------
+def _grab(host: HostMm, pfn: int, flags: int) -> bool:
+    """try_grab_folio: one reference, or a pin; the zero page is never pinned."""
+    if flags & FOLL_PIN:
+        return pfn == host.zero_pfn or try_get_page(host, pfn, GUP_PIN_COUNTING_BIAS)
+    return try_get_page(host, pfn)
+
+
+def _ungrab(host: HostMm, pfn: int, flags: int) -> None:
+    if not flags & FOLL_PIN:
+        put_page(host, pfn)
+    elif pfn != host.zero_pfn:
+        put_page(host, pfn, GUP_PIN_COUNTING_BIAS)
+
+
+def _must_unshare(host: HostMm, vma: VmArea | None, flags: int, pfn: int) -> bool:
+    """gup_must_unshare: a read-only pin of a page that a later write would COW away from it."""
+    if flags & (FOLL_WRITE | FOLL_PIN) != FOLL_PIN:
+        return False
+    page_flags = host.pages.flags[pfn]
+    if not page_flags & PG_anon:
+        if not flags & FOLL_LONGTERM:
+            return False
+        return vma is None or is_cow_mapping(vma.flags)
+    return not page_flags & PG_anon_exclusive
+
+
+# -- fast -----------------------------------------------------------------------------------------
+def get_user_page_fast_only(mm: MmStruct, addr: int, gup_flags: int) -> int:
+    """The frame at `addr` with a reference, or -1, without locks, faults or sleep."""
+    return _trace(mm, addr, gup_flags, "fast", _gup_fast(mm, addr, gup_flags))
+
+
+def _gup_fast(mm: MmStruct, addr: int, flags: int) -> int:
+    host = mm.host
+    host.sched.advance(COST_WALK)
+    seq = mm.write_protect_seq
+    if flags & FOLL_PIN and seq & 1:
+        return -1
+    entry, level = walk_lockless(host.ram, mm.pgd, addr)
+    wanted = _PAGE_PRESENT | _PAGE_USER | (_PAGE_RW if flags & FOLL_WRITE else 0)
+    if level != 1 or entry & wanted != wanted or entry & _PAGE_SPECIAL:
+        return -1
+    pfn = pte_pfn(entry)
+    if host.sched.preempt:
+        host.sched.point("gup-fast")
+    if not _grab(host, pfn, flags):
+        return -1
+    if walk_lockless(host.ram, mm.pgd, addr) != (entry, 1):
+        _ungrab(host, pfn, flags)
+        return -1
+    if not pte_write(entry) and _must_unshare(host, None, flags, pfn):
+        _ungrab(host, pfn, flags)
+        return -1
+    if flags & FOLL_PIN and mm.write_protect_seq != seq:
+        _ungrab(host, pfn, flags)
+        return -1
+    host.pages.flags[pfn] |= PG_referenced
+    return pfn
+
+
+# -- slow -----------------------------------------------------------------------------------------
+def get_user_pages_unlocked(mm: MmStruct, addr: int, gup_flags: int) -> int:
+    """The frame at `addr` with a reference, or a negative errno; faults and sleeps as needed.
+
+    -EAGAIN is what the kernel answers with 0 pages: FOLL_NOWAIT and the fault would have to wait.
+    """
+    return _trace(mm, addr, gup_flags, "slow", _gup_slow(mm, addr, gup_flags | FOLL_TOUCH))
+
+
+def _gup_slow(mm: MmStruct, addr: int, flags: int) -> int:
+    mm.mmap_lock.read_lock()
+    while True:
+        answer, locked = _get_user_page(mm, addr, flags)
+        if locked:
+            mm.mmap_lock.read_unlock()
+            return answer
+        # The fault dropped mmap_lock to wait; from now on it may not do so again.
+        flags |= FOLL_TRIED
+        mm.mmap_lock.read_lock()
+
+
+def _check_vma_flags(vma: VmArea, flags: int) -> bool:
+    if vma.flags & (VM_IO | VM_PFNMAP):
+        return False
+    if flags & FOLL_WRITE:
+        return bool(vma.flags & VM_WRITE or flags & FOLL_FORCE and is_cow_mapping(vma.flags))
+    if vma.flags & VM_READ:
+        return True
+    return bool(flags & FOLL_FORCE and vma.flags & VM_MAYREAD)
+
+
+def _get_user_page(mm: MmStruct, addr: int, flags: int) -> tuple[int, bool]:
+    """(answer, mmap_lock still held); not held: ask again."""
+    vma = mm.vma_lookup(addr)
+    if vma is None or not _check_vma_flags(vma, flags):
+        return -EFAULT, True
+    while True:
+        answer = _follow_page_pte(vma, addr, flags)
+        if answer >= 0 or answer not in (-ENOENT, -EMLINK):
+            return answer, True
+        ret = _faultin_page(vma, addr, flags, unshare=answer == -EMLINK)
+        if ret == -EBUSY:
+            return -EAGAIN, bool(flags & FOLL_NOWAIT)
+        if ret:
+            return ret, True
+
+
+def _follow_page_pte(vma: VmArea, addr: int, flags: int) -> int:
+    """The mapped frame with its reference; -ENOENT: fault it in; -EMLINK: unshare it first."""
+    mm = vma.mm
+    host = mm.host
+    pmd = pmd_offset(mm, addr)
+    pte = pte_offset_map_lock(mm, pmd, addr) if pmd else 0
+    if not pte:
+        return -ENOENT
+    ptl = pte_lockptr(mm, pte)
+    entry = ptep_get(mm, pte)
+    answer = _follow_locked(vma, entry, flags)
+    if answer >= 0 and flags & FOLL_TOUCH:
+        if flags & FOLL_WRITE and not pte_dirty(entry) and not host.pages.flags[answer] & PG_dirty:
+            set_page_dirty(host, answer)
+        if answer != host.zero_pfn:
+            host.lru.folio_mark_accessed(answer)
+    ptl.unlock()
+    return answer
+
+
+def _follow_locked(vma: VmArea, entry: int, flags: int) -> int:
+    host = vma.mm.host
+    if not pte_present(entry):
+        return -ENOENT
+    if pte_protnone(entry) and flags & FOLL_HONOR_NUMA_FAULT and vma.flags & VM_ACCESS_FLAGS:
+        return -ENOENT
+    pfn = vm_normal_page(host, entry)
+    if flags & FOLL_WRITE and not pte_write(entry) and not _can_follow_write_pte(vma, entry, pfn, flags):
+        return -ENOENT
+    if pfn < 0:
+        pfn = pte_pfn(entry)
+        if pfn != host.zero_pfn:
+            return -EFAULT
+    elif host.pages.flags[pfn] & PG_hwpoison:
+        return -EHWPOISON
+    if not pte_write(entry) and _must_unshare(host, vma, flags, pfn):
+        return -EMLINK
+    return pfn if _grab(host, pfn, flags) else -ENOMEM
+
+
+def _can_follow_write_pte(vma: VmArea, entry: int, pfn: int, flags: int) -> bool:
+    """A forced write may use a read-only entry once the COW for it was done."""
+    if not flags & FOLL_FORCE or vma.flags & VM_WRITE or not vma.flags & VM_MAYWRITE or pfn < 0:
+        return False
+    return bool(vma.mm.host.pages.flags[pfn] & PG_anon_exclusive) and pte_dirty(entry)
+
+
+def _faultin_page(vma: VmArea, addr: int, flags: int, *, unshare: bool) -> int:
+    if flags & FOLL_NOFAULT:
+        return -EFAULT
+    fault = FAULT_FLAG_WRITE if flags & FOLL_WRITE else 0
+    if unshare:
+        fault |= FAULT_FLAG_UNSHARE
+    if flags & FOLL_REMOTE:
+        fault |= FAULT_FLAG_REMOTE
+    fault |= FAULT_FLAG_ALLOW_RETRY | FAULT_FLAG_KILLABLE
+    if flags & FOLL_INTERRUPTIBLE:
+        fault |= FAULT_FLAG_INTERRUPTIBLE
+    if flags & FOLL_NOWAIT:
+        fault |= FAULT_FLAG_RETRY_NOWAIT
+    if flags & FOLL_TRIED:
+        fault |= FAULT_FLAG_TRIED
+    ret = handle_mm_fault(vma, addr, fault)
+    if ret & VM_FAULT_ERROR:
+        if ret & VM_FAULT_OOM:
+            return -ENOMEM
+        if ret & VM_FAULT_HWPOISON and flags & FOLL_HWPOISON:
+            return -EHWPOISON
+        return -EFAULT
+    return -EBUSY if ret & VM_FAULT_RETRY else 0
+
+
+def faultin_page_range(mm: MmStruct, start: int, end: int, *, write: bool) -> int:
+    """MADV_POPULATE_*: fault every page in, keep no reference; 0 or a negative errno."""
+    flags = FOLL_HWPOISON | (FOLL_WRITE if write else 0)
+    for addr in range(start, end, 4096):
+        pfn = _gup_slow(mm, addr, flags)
+        if pfn < 0:
+            return pfn
+        put_page(mm.host, pfn)
+    return 0
+
+
+# -- pins -----------------------------------------------------------------------------------------
+def pin_user_page(mm: MmStruct, addr: int, flags: int) -> int:
+    """Pin the page at `addr` (fast, then slow); its frame or a negative errno. See unpin_user_page."""
+    flags |= FOLL_PIN
+    mm.flags |= MMF_HAS_PINNED
+    pfn = _gup_fast(mm, addr, flags)
+    path = "fast"
+    if pfn < 0:
+        path = "slow"
+        pfn = _gup_slow(mm, addr, flags | FOLL_TOUCH)
+    if pfn >= 0 and pfn != mm.host.zero_pfn:
+        mm.host.pins[pfn] += 1
+    return _trace(mm, addr, flags, path, pfn)
+
+
+def unpin_user_page(host: HostMm, pfn: int, *, dirty: bool = False) -> None:
+    """Give a pin back; `dirty` first marks the page written (unpin_user_pages_dirty_lock)."""
+    if dirty and pfn != host.zero_pfn:
+        set_page_dirty(host, pfn)
+    if pfn != host.zero_pfn:
+        if not host.pins[pfn]:
+            raise BrokenTruth("page-pins", f"pfn {pfn:#x} is unpinned but has no pin")
+        host.pins[pfn] -= 1
+    _ungrab(host, pfn, FOLL_PIN)

@@ -1,0 +1,179 @@
+"""HostMm: one host's memory, wired together.
+
+Source of truth: the kernel's boot (mm/mm_init.c) and, for the seams below, the calls between
+mm/page_alloc.c, mm/memory.c, mm/madvise.c, mm/vmscan.c, mm/swapfile.c and mm/oom_kill.c; Linux 6.18.
+
+Linux's mm is mutually recursive; imports here may not be. The lower files call upward by methods of
+HostMm, which this file, at the top of the room, passes on:
+
+    page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory
+    memory      ->  do_swap_page             swapin  ->  do_wp_page
+    madvise     ->  reclaim_pages
+    mm_types    ->  free_mm
+
+Not modelled: memory hotplug, more than one zone in a node, cgroups.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from host_mm import fork, gup, interval_notifier, lru, memory, migrate, mmu_notifier, oom_kill, page_alloc, page_io
+from host_mm import rmap_unmap, swap_state, swapin, tlb, truths, vmscan, vmscan_trace
+from host_mm.kernel.locks import Srcu
+from host_mm.kernel.sched import WaitQueue
+from host_mm.page import GUP_PIN_COUNTING_BIAS, PG_reserved, Pages
+from host_mm.page_alloc import PageAllocator
+from host_mm.process import Process
+from host_mm.profile import LINUX_6_18, MmProfile
+from host_mm.ram import PAGE_SHIFT, Ram
+from host_mm.swapfile import SwapInfo
+
+if TYPE_CHECKING:
+    from host_mm.kernel.sched import Scheduler, Task
+    from host_mm.mm_types import MmStruct, VmFault
+    from trace_events.stream import TraceStream
+
+__all__ = ["HostMm", "ZERO_PFN"]
+
+ZERO_PFN = 1
+"""Frame 0 is nobody's, so that 0 can mean none; frame 1 is empty_zero_page."""
+_RESERVED = 2
+_MODULES = (
+    fork, gup, interval_notifier, lru, memory, migrate, mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state,
+    swapin, tlb, vmscan, vmscan_trace,
+)
+
+
+class HostMm:
+    """The host kernel's memory management. Any number of processes, any number of VMs among them.
+
+    `pte_hooks` are called as (mm, address, old, new) with each store to a level-1 entry; `free_hooks`
+    as (pfn, order) with each block that goes back to the allocator; `frame_holders` tell which frames
+    their owners hold how many references to (truths.py). `checks` is the checker or None.
+    `frame_holders` give, as pfn to count, the references that no page table, swap cache or LRU batch
+    explains: pins, and frames that upper rooms allocated (for truths.audit).
+    """
+
+    def __init__(
+        self, sched: Scheduler, stream: TraceStream, *, ram_bytes: int, swap_bytes: int | None,
+        swap_path: str | None = None, nodes: int = 2, seed: int = 0, profile: MmProfile = LINUX_6_18,
+        params: dict[str, str] | None = None, breaks: frozenset[str] = frozenset(), checks: bool = False,
+    ) -> None:
+        self.sched = sched
+        self.stream = stream
+        self.profile = profile
+        self.params: dict[str, str] = dict(params or {})
+        self.breaks = breaks
+        self.seed = seed
+        self.vmstat: defaultdict[str, int] = defaultdict(int)
+        self.trace: Any = stream.bind(_tracepoints())
+        nr_frames = ram_bytes >> PAGE_SHIFT
+        if nr_frames < 64:
+            raise ValueError("a host needs 256 KiB of RAM at least")
+        self.ram = Ram(nr_frames)
+        self.pages = Pages(nr_frames)
+        self.zero_pfn = ZERO_PFN
+        for pfn in range(_RESERVED):
+            self.pages.flags[pfn] = PG_reserved
+            self.pages.refcount[pfn] = 1
+        self.pte_hooks: list[Callable[[MmStruct, int, int, int], None]] = []
+        self.free_hooks: list[Callable[[int, int], None]] = []
+        self.frame_holders: list[Callable[[], dict[int, int]]] = []
+        self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
+        self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
+        self.folio_waitqueues: dict[int, WaitQueue] = {}
+        self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
+        self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
+        self.lru = lru.Lru(self)
+        self.swap: SwapInfo | None = SwapInfo(sched, swap_bytes, swap_path) if swap_bytes else None
+        self.swap_device = page_io.SwapDevice(self)
+        self.processes: list[Process] = []
+        self.next_pid = 1
+        self.daemons: list[Task] = []
+        self.checks: Any = None
+        if checks:
+            self._turn_checks_on()
+
+    def _turn_checks_on(self) -> None:
+        self.checks = truths.HostTruths(self)
+        self.free_hooks.append(self.checks.frame_freed)
+
+    @property
+    def nodes(self) -> list[page_alloc.PgData]:
+        """The NUMA nodes."""
+        return self.allocator.nodes
+
+    @property
+    def zones(self) -> list[page_alloc.Zone]:
+        """The zones, one a node."""
+        return [node.zone for node in self.allocator.nodes]
+
+    # -- processes ----------------------------------------------------------------------------
+
+    def new_process(self, name: str, parent: Process | None = None) -> Process:
+        """A process without an address space yet: fork's half of create_process."""
+        process = Process(self, self.next_pid, name, parent)
+        self.next_pid += 1
+        self.processes.append(process)
+        return process
+
+    def create_process(self, name: str) -> Process:
+        """A process with an empty address space. KernelError(ENOMEM)."""
+        process = self.new_process(name)
+        fork.mm_init(self, process)
+        return process
+
+    def free_mm(self, mm: MmStruct) -> None:
+        """mm_types -> fork: the last reference to the mm is gone."""
+        fork.free_mm(mm)
+        self.mms.remove(mm)
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def start_daemons(self) -> None:
+        """Start kswapd on every node; each sleeps until an allocation finds its node short."""
+        for node in self.allocator.nodes:
+            self.daemons.append(self.sched.spawn(f"kswapd{node.nid}", lambda nid=node.nid: vmscan.kswapd(self, nid)))
+
+    def close(self) -> None:
+        """Give up what the machine underneath holds for us: the swap file."""
+        if self.swap is not None:
+            self.swap.close()
+
+    # -- seams --------------------------------------------------------------------------------
+
+    def reclaim(self, order: int, nid: int) -> int:
+        """page_alloc -> vmscan: direct reclaim; frames freed."""
+        return vmscan.try_to_free_pages(self, order, nid)
+
+    def wakeup_kswapd(self, nid: int, order: int) -> None:
+        """page_alloc -> vmscan."""
+        vmscan.wakeup_kswapd(self, nid, order)
+
+    def out_of_memory(self, order: int) -> bool:
+        """page_alloc -> oom_kill: whether anything was killed."""
+        return oom_kill.out_of_memory(self, order)
+
+    def reclaim_pages(self, pfns: list[int]) -> int:
+        """madvise -> vmscan: reclaim these isolated pages; frames freed."""
+        return vmscan.reclaim_pages(self, pfns)
+
+    def do_swap_page(self, vmf: VmFault) -> int:
+        """memory -> swapin."""
+        return swapin.do_swap_page(vmf)
+
+    def do_wp_page(self, vmf: VmFault) -> tuple[str, int]:
+        """swapin -> memory."""
+        return memory.do_wp_page(vmf)
+
+    def mark_page_accessed(self, pfn: int) -> None:
+        """folio_mark_accessed, for holders of a reference outside mm."""
+        if pfn != self.zero_pfn:
+            self.lru.folio_mark_accessed(pfn)
+
+
+def _tracepoints() -> list[Any]:
+    return [tp for module in _MODULES for tp in getattr(module, "TRACEPOINTS", ())]

@@ -1,0 +1,290 @@
+"""madvise: dropping, ageing, paging out and populating ranges; fork flags.
+
+Source of truth: mm/madvise.c (madvise_walk_vmas, madvise_dontneed_free, madvise_free_pte_range,
+madvise_cold_or_pageout_pte_range, madvise_vma_behavior, madvise_populate); Linux 6.18.
+
+DONTNEED and FREE bracket each VMA's part (CLEAR) and share one gather, which is flushed at the end.
+COLD and PAGEOUT open no bracket of their own; PAGEOUT's reclaim brackets page by page.
+
+Not modelled: REMOVE, MERGEABLE, COLLAPSE, HWPOISON, guard pages, huge pages, file pages, VMA names.
+"""
+
+from __future__ import annotations
+
+from errno import EAGAIN, EFAULT, EINVAL, ENOMEM
+from typing import TYPE_CHECKING
+
+from host_mm import mmu_notifier
+from host_mm import tlb as _tlb
+from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, SWP_HWPOISON, non_swap_entry, pte_dirty, pte_mkclean
+from host_mm.arch.x86.pgtable import pte_mkold, pte_present, pte_to_swp_entry, swp_type
+from host_mm.filemap import folio_trylock, folio_unlock
+from host_mm.gup import faultin_page_range
+from host_mm.kernel.costs import COST_SYSCALL
+from host_mm.kernel.errors import EHWPOISON, KernelError
+from host_mm.memory import vm_normal_page
+from host_mm.memory_zap import zap_page_range_single_batched
+from host_mm.mm_types import MM_SWAPENTS, VM_DONTCOPY, VM_HUGEPAGE, VM_IO, VM_LOCKED, VM_NOHUGEPAGE, VM_PFNMAP
+from host_mm.mm_types import VM_RAND_READ, VM_SEQ_READ, VM_SHARED, VM_WIPEONFORK
+from host_mm.mmu_gather import MmuGather
+from host_mm.page import PG_active, PG_dirty, PG_lru, PG_referenced, PG_swapcache, PG_unevictable, PG_workingset
+from host_mm.page import PG_young, put_page
+from host_mm.page_io import swap_read_folio
+from host_mm.pgtable_generic import pmd_entries, pte_clear, pte_lockptr, pte_offset_map_lock, set_pte
+from host_mm.swap_state import folio_free_swap, free_swap_and_cache, read_swap_cache
+from host_mm.vma import vm_get_page_prot, vma_modify_flags
+
+if TYPE_CHECKING:
+    from host_mm.mm_types import MmStruct, VmArea
+
+__all__ = [
+    "MADV_COLD", "MADV_DOFORK", "MADV_DONTFORK", "MADV_DONTNEED", "MADV_FREE", "MADV_HUGEPAGE",
+    "MADV_KEEPONFORK", "MADV_NOHUGEPAGE", "MADV_NORMAL", "MADV_PAGEOUT", "MADV_POPULATE_READ",
+    "MADV_POPULATE_WRITE", "MADV_RANDOM", "MADV_SEQUENTIAL", "MADV_WILLNEED", "MADV_WIPEONFORK", "do_madvise",
+]
+
+MADV_NORMAL = 0
+MADV_RANDOM = 1
+MADV_SEQUENTIAL = 2
+MADV_WILLNEED = 3
+MADV_DONTNEED = 4
+MADV_FREE = 8
+MADV_DONTFORK = 10
+MADV_DOFORK = 11
+MADV_HUGEPAGE = 14
+MADV_NOHUGEPAGE = 15
+MADV_WIPEONFORK = 18
+MADV_KEEPONFORK = 19
+MADV_COLD = 20
+MADV_PAGEOUT = 21
+MADV_POPULATE_READ = 22
+MADV_POPULATE_WRITE = 23
+
+_READERS = frozenset({MADV_WILLNEED, MADV_DONTNEED, MADV_FREE, MADV_COLD, MADV_PAGEOUT})
+_VMA_FLAGS = {
+    MADV_NORMAL: (0, VM_RAND_READ | VM_SEQ_READ), MADV_SEQUENTIAL: (VM_SEQ_READ, VM_RAND_READ),
+    MADV_RANDOM: (VM_RAND_READ, VM_SEQ_READ), MADV_DONTFORK: (VM_DONTCOPY, 0), MADV_DOFORK: (0, VM_DONTCOPY),
+    MADV_WIPEONFORK: (VM_WIPEONFORK, 0), MADV_KEEPONFORK: (0, VM_WIPEONFORK),
+    MADV_HUGEPAGE: (VM_HUGEPAGE, VM_NOHUGEPAGE), MADV_NOHUGEPAGE: (VM_NOHUGEPAGE, VM_HUGEPAGE),
+}
+"""Advice -> (VM flags set, VM flags cleared)."""
+
+
+def do_madvise(mm: MmStruct, start: int, length: int, advice: int) -> None:
+    """madvise(2). KernelError: EINVAL, ENOMEM (holes; the rest is done), EFAULT, EAGAIN."""
+    mm.host.sched.advance(COST_SYSCALL)
+    end = start + ((length + 4095) & ~4095)
+    if start & 4095 or end < start:
+        raise KernelError(EINVAL, f"{start:#x}+{length:#x} is not a page range")
+    if advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE):
+        _populate(mm, start, end, advice == MADV_POPULATE_WRITE)
+        return
+    if advice not in _READERS and advice not in _VMA_FLAGS:
+        raise KernelError(EINVAL, f"no advice {advice}")
+    if start == end:
+        return
+    reader = advice in _READERS
+    if reader:
+        mm.mmap_lock.read_lock()
+    else:
+        mm.mmap_lock.lock()
+    tlb = MmuGather(mm) if advice in (MADV_DONTNEED, MADV_FREE) else None
+    try:
+        _walk_vmas(mm, start, end, advice, tlb)
+    finally:
+        if tlb is not None:
+            tlb.finish()
+        if reader:
+            mm.mmap_lock.read_unlock()
+        else:
+            mm.mmap_lock.unlock()
+
+
+def _walk_vmas(mm: MmStruct, start: int, end: int, advice: int, tlb: MmuGather | None) -> None:
+    address = start
+    hole = False
+    while address < end:
+        vma = mm.find_vma_intersection(address, end)
+        if vma is None:
+            hole = True
+            break
+        if address < vma.start:
+            hole = True
+            address = vma.start
+        following = min(vma.end, end)
+        _vma_behavior(vma, address, following, advice, tlb)
+        address = following
+    if hole:
+        raise KernelError(ENOMEM, f"part of {start:#x}+{end - start:#x} is not mapped")
+
+
+def _vma_behavior(vma: VmArea, start: int, end: int, advice: int, tlb: MmuGather | None) -> None:
+    if advice == MADV_DONTNEED:
+        assert tlb is not None
+        if vma.flags & (VM_LOCKED | VM_PFNMAP):
+            raise KernelError(EINVAL, f"{vma!r} is locked or not made of pages")
+        zap_page_range_single_batched(tlb, vma, start, end - start)
+    elif advice == MADV_FREE:
+        assert tlb is not None
+        _free(tlb, vma, start, end)
+    elif advice in (MADV_COLD, MADV_PAGEOUT):
+        if vma.flags & (VM_LOCKED | VM_PFNMAP):
+            raise KernelError(EINVAL, f"{vma!r} is locked or not made of pages")
+        _cold_or_pageout(vma, start, end, pageout=advice == MADV_PAGEOUT)
+    elif advice == MADV_WILLNEED:
+        _willneed(vma, start, end)
+    else:
+        _set_vma_flags(vma, start, end, advice)
+
+
+def _set_vma_flags(vma: VmArea, start: int, end: int, advice: int) -> None:
+    if advice == MADV_WIPEONFORK and (vma.file is not None or vma.flags & VM_SHARED):
+        raise KernelError(EINVAL, "only private anonymous memory can be wiped on fork")
+    if advice == MADV_DOFORK and vma.flags & VM_IO:
+        raise KernelError(EINVAL, "a device mapping is never copied on fork")
+    add, drop = _VMA_FLAGS[advice]
+    flags = (vma.flags | add) & ~drop
+    if flags != vma.flags:
+        vma = vma_modify_flags(vma, start, end, flags)
+        vma.flags = (vma.flags | add) & ~drop
+        vma.page_prot = vm_get_page_prot(vma.flags)
+
+
+def _populate(mm: MmStruct, start: int, end: int, write: bool) -> None:
+    ret = faultin_page_range(mm, start, end, write=write)
+    if ret:
+        known = {-EFAULT: EFAULT, -EHWPOISON: EHWPOISON, -EAGAIN: EAGAIN}
+        mapped = all(mm.vma_lookup(at) is not None for at in (start, end - 1))
+        errno = known.get(ret, ENOMEM)
+        if ret == -EFAULT:
+            errno = EINVAL if mapped else ENOMEM
+        raise KernelError(errno, f"cannot populate {start:#x}+{end - start:#x}")
+
+
+def _willneed(vma: VmArea, start: int, end: int) -> None:
+    """swapin_walk_pmd_entry: start reading what is in swap."""
+    mm = vma.mm
+    for pmd, address, following in pmd_entries(mm, start, end):
+        for at in range(address, following, 4096):
+            pte = pte_offset_map_lock(mm, pmd, at)
+            if not pte:
+                break
+            entry = mm.host.ram.u64[pte >> 3]
+            pte_lockptr(mm, pte).unlock()
+            if entry and not pte_present(entry):
+                swp = pte_to_swp_entry(entry)
+                if not non_swap_entry(swp):
+                    pfn = read_swap_cache(mm.host, swp, mm.process.home_node, swap_read_folio)
+                    if pfn >= 0:
+                        put_page(mm.host, pfn)
+
+
+# -- MADV_FREE ------------------------------------------------------------------------------------
+def _free(tlb: MmuGather, vma: VmArea, start: int, end: int) -> None:
+    if vma.file is not None or vma.ops is not None or vma.flags & VM_SHARED:
+        raise KernelError(EINVAL, "only private anonymous memory can be freed lazily")
+    mm = vma.mm
+    range_ = mmu_notifier.mmu_notifier_range_init(
+        mmu_notifier.MMU_NOTIFY_CLEAR, mm, start, end, order=mmu_notifier.ORDER_GATHER
+    )
+    mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+    for pmd, address, following in pmd_entries(mm, start, end):
+        pte = pte_offset_map_lock(mm, pmd, address)
+        if not pte:
+            continue
+        ptl = pte_lockptr(mm, pte)
+        _tlb.flush_tlb_batched_pending(mm)
+        while address < following:
+            entry = mm.host.ram.u64[pte >> 3]
+            if entry:
+                if pte_present(entry):
+                    _free_present(tlb, mm, address, pte, entry)
+                else:
+                    _free_nonpresent(mm, address, pte, entry)
+            pte += 8
+            address += 4096
+        ptl.unlock()
+        if mm.host.sched.preempt:
+            mm.host.sched.point("cond_resched")
+    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+
+
+def _free_nonpresent(mm: MmStruct, address: int, pte: int, entry: int) -> None:
+    swp = pte_to_swp_entry(entry)
+    if not non_swap_entry(swp):
+        mm.rss[MM_SWAPENTS] -= 1
+        free_swap_and_cache(mm.host, swp)
+        pte_clear(mm, address, pte)
+    elif swp_type(swp) == SWP_HWPOISON:
+        pte_clear(mm, address, pte)
+
+
+def _free_present(tlb: MmuGather, mm: MmStruct, address: int, pte: int, entry: int) -> None:
+    host = mm.host
+    pages = host.pages
+    pfn = vm_normal_page(host, entry)
+    if pfn < 0:
+        return
+    if pages.flags[pfn] & (PG_swapcache | PG_dirty):
+        if not folio_trylock(host, pfn):
+            return
+        # A page that others map too keeps its contents for them.
+        keep = pages.mapcount[pfn] != 1
+        if not keep and pages.flags[pfn] & PG_swapcache:
+            keep = not folio_free_swap(host, pfn)
+        if not keep:
+            pages.flags[pfn] &= ~PG_dirty
+        folio_unlock(host, pfn)
+        if keep:
+            return
+    if entry & _PAGE_ACCESSED or pte_dirty(entry):
+        set_pte(mm, address, pte, pte_mkold(pte_mkclean(entry)))
+        tlb.remove_tlb_entry(address)
+    host.lru.folio_mark_lazyfree(pfn)
+
+
+# -- MADV_COLD and MADV_PAGEOUT -------------------------------------------------------------------
+def _cold_or_pageout(vma: VmArea, start: int, end: int, *, pageout: bool) -> None:
+    mm = vma.mm
+    host = mm.host
+    host.lru.lru_add_drain()
+    tlb = MmuGather(mm)
+    for pmd, address, following in pmd_entries(mm, start, end):
+        pte = pte_offset_map_lock(mm, pmd, address)
+        if not pte:
+            continue
+        ptl = pte_lockptr(mm, pte)
+        _tlb.flush_tlb_batched_pending(mm)
+        isolated: list[int] = []
+        while address < following:
+            entry = host.ram.u64[pte >> 3]
+            if entry and pte_present(entry):
+                _deactivate(tlb, mm, address, pte, entry, isolated if pageout else None)
+            pte += 8
+            address += 4096
+        ptl.unlock()
+        if isolated:
+            host.reclaim_pages(isolated)
+        if host.sched.preempt:
+            host.sched.point("cond_resched")
+    tlb.finish()
+
+
+def _deactivate(tlb: MmuGather, mm: MmStruct, address: int, pte: int, entry: int, isolated: list[int] | None) -> None:
+    host = mm.host
+    pages = host.pages
+    pfn = vm_normal_page(host, entry)
+    if pfn < 0 or not pages.flags[pfn] & PG_lru or pages.mapcount[pfn] != 1:
+        return
+    if isolated is None and entry & _PAGE_ACCESSED:
+        set_pte(mm, address, pte, pte_mkold(entry))
+        tlb.remove_tlb_entry(address)
+    flags = pages.flags[pfn] & ~(PG_referenced | PG_young)
+    pages.flags[pfn] = flags | (PG_workingset if flags & PG_active else 0)
+    if isolated is None:
+        host.lru.folio_deactivate(pfn)
+    elif host.lru.folio_isolate_lru(pfn):
+        if pages.flags[pfn] & PG_unevictable:
+            host.lru.folio_putback_lru(pfn)
+        else:
+            isolated.append(pfn)

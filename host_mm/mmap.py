@@ -1,0 +1,167 @@
+"""mmap and munmap.
+
+Source of truth: mm/mmap.c (do_mmap, __get_unmapped_area), mm/vma.c (__mmap_region,
+vms_gather_munmap_vmas, vms_complete_munmap_vmas), mm/huge_memory.c: thp_get_unmapped_area; Linux 6.18.
+
+Not modelled: shared anonymous and file mappings without `ops`, address space randomisation,
+overcommit accounting, rlimits, guard gaps of stacks.
+"""
+
+from __future__ import annotations
+
+from errno import EEXIST, EINVAL, ENODEV, ENOMEM
+from typing import TYPE_CHECKING, Any
+
+from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE
+from host_mm.kernel.costs import COST_SYSCALL
+from host_mm.kernel.errors import KernelError
+from host_mm.memory_zap import free_pgtables, unmap_vmas
+from host_mm.mm_types import VM_EXEC, VM_LOCKED, VM_MAYEXEC, VM_MAYREAD, VM_MAYSHARE, VM_MAYWRITE, VM_NORESERVE
+from host_mm.mm_types import VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE, VmArea
+from host_mm.mmu_gather import MmuGather
+from host_mm.vma import insert_vma, remove_vma, split_vma, vm_get_page_prot, vma_merge_new_range
+
+if TYPE_CHECKING:
+    from host_mm.mm_types import MmStruct
+
+__all__ = [
+    "MAP_ANONYMOUS", "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_LOCKED", "MAP_NORESERVE", "MAP_PRIVATE",
+    "MAP_SHARED", "PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "do_mmap", "do_munmap",
+]
+
+PROT_NONE = 0
+PROT_READ = 1
+PROT_WRITE = 2
+PROT_EXEC = 4
+MAP_SHARED = 0x01
+MAP_PRIVATE = 0x02
+MAP_FIXED = 0x10
+MAP_ANONYMOUS = 0x20
+MAP_LOCKED = 0x2000
+MAP_NORESERVE = 0x4000
+MAP_FIXED_NOREPLACE = 0x100000
+
+MMAP_BASE = 0x7FFFF7FFF000
+"""Where the top-down search starts, without randomisation (arch/x86/mm/mmap.c: mmap_base)."""
+MMAP_MIN_ADDR = 0x10000
+
+
+def _page_align(length: int) -> int:
+    return (length + 4095) & ~4095
+
+
+def do_mmap(
+    mm: MmStruct, addr: int, length: int, prot: int, flags: int, *,
+    file: Any = None, ops: Any = None, pgoff: int | None = None, vm_flags: int = 0,
+) -> int:
+    """Map `length` bytes; returns the address. `ops` brings fault() for what is not private anonymous.
+
+    KernelError: EINVAL, ENOMEM, EEXIST, ENODEV (shared without ops).
+    """
+    mm.host.sched.advance(COST_SYSCALL)
+    size = _page_align(length)
+    if length <= 0 or bool(flags & MAP_SHARED) == bool(flags & MAP_PRIVATE):
+        raise KernelError(EINVAL, "length must be positive and exactly one of shared and private given")
+    if flags & MAP_SHARED and ops is None:
+        raise KernelError(ENODEV, "shared mappings need an address space object")
+    mm.mmap_lock.lock()
+    try:
+        return _mmap_region(mm, _find_place(mm, addr, size, flags), size, prot, flags, file, ops, pgoff, vm_flags)
+    finally:
+        mm.mmap_lock.unlock()
+
+
+def _find_place(mm: MmStruct, addr: int, size: int, flags: int) -> int:
+    if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE):
+        if addr & 4095:
+            raise KernelError(EINVAL, f"{addr:#x} is not page-aligned")
+        if addr + size > TASK_SIZE:
+            raise KernelError(ENOMEM, f"{addr:#x}+{size:#x} is beyond the user address space")
+        if flags & MAP_FIXED_NOREPLACE and mm.find_vma_intersection(addr, addr + size) is not None:
+            raise KernelError(EEXIST, f"something is mapped in {addr:#x}+{size:#x}")
+        return addr
+    hint = addr & ~4095
+    if hint >= MMAP_MIN_ADDR and hint + size <= TASK_SIZE and mm.find_vma_intersection(hint, hint + size) is None:
+        return hint
+    # Anonymous mappings of whole 2 MiB get 2 MiB alignment, so that huge pages could fit.
+    align = PMD_SIZE if size % PMD_SIZE == 0 and not hint else 4096
+    return _unmapped_area_topdown(mm, size, align)
+
+
+def _unmapped_area_topdown(mm: MmStruct, size: int, align: int) -> int:
+    top = MMAP_BASE
+    for vma in reversed(mm.vmas):
+        if vma.start >= top:
+            continue
+        if vma.end < top:
+            start = (top - size) & ~(align - 1)
+            if start >= vma.end:
+                return start
+        top = vma.start
+    start = (top - size) & ~(align - 1)
+    if start < MMAP_MIN_ADDR:
+        raise KernelError(ENOMEM, f"no hole of {size:#x} bytes")
+    return start
+
+
+def _mmap_region(
+    mm: MmStruct, addr: int, size: int, prot: int, flags: int, file: Any, ops: Any, pgoff: int | None, extra: int
+) -> int:
+    vm_flags = extra | mm.def_flags | VM_MAYREAD | VM_MAYWRITE | VM_MAYEXEC
+    vm_flags |= (VM_READ if prot & PROT_READ else 0) | (VM_WRITE if prot & PROT_WRITE else 0)
+    vm_flags |= VM_EXEC if prot & PROT_EXEC else 0
+    if flags & MAP_SHARED:
+        vm_flags |= VM_SHARED | VM_MAYSHARE
+    if flags & MAP_NORESERVE:
+        vm_flags |= VM_NORESERVE
+    if flags & MAP_LOCKED:
+        vm_flags |= VM_LOCKED
+    if mm.find_vma_intersection(addr, addr + size) is not None:
+        _unmap(mm, addr, addr + size, downgrade=False)
+    vma = VmArea(mm, addr, addr + size, vm_flags | VM_SOFTDIRTY, addr >> 12 if pgoff is None else pgoff)
+    vma.file = file
+    vma.ops = ops
+    vma.page_prot = vm_get_page_prot(vm_flags)
+    merged = vma_merge_new_range(mm, addr, addr + size, vma.flags, vma)
+    if merged is None:
+        insert_vma(vma)
+    else:
+        merged.flags |= VM_SOFTDIRTY
+    return addr
+
+
+def do_munmap(mm: MmStruct, addr: int, length: int) -> None:
+    """Unmap every page of [addr, addr+length); holes are fine. KernelError(EINVAL)."""
+    mm.host.sched.advance(COST_SYSCALL)
+    size = _page_align(length)
+    if addr & 4095 or not size or addr + size > TASK_SIZE:
+        raise KernelError(EINVAL, f"cannot unmap {addr:#x}+{length:#x}")
+    mm.mmap_lock.lock()
+    if mm.find_vma_intersection(addr, addr + size) is None:
+        mm.mmap_lock.unlock()
+        return
+    _unmap(mm, addr, addr + size, downgrade=True)
+    mm.mmap_lock.read_unlock()
+
+
+def _unmap(mm: MmStruct, start: int, end: int, *, downgrade: bool) -> None:
+    """vms_gather_munmap_vmas and vms_complete_munmap_vmas, mmap_lock held for write."""
+    first = mm.find_vma_intersection(start, end)
+    assert first is not None
+    if first.start < start:
+        split_vma(first, start, new_below=True)
+    last = mm.vma_lookup(end - 1)
+    if last is not None and last.end > end:
+        split_vma(last, end, new_below=False)
+    vmas = mm.vmas_in(start, end)
+    for vma in vmas:
+        remove_vma(vma)
+    below = mm.vma_lookup_below(start)
+    above = mm.find_vma(end)
+    if downgrade:
+        # The range belongs to nobody now, so that faults elsewhere need not wait for the zap.
+        mm.mmap_lock.downgrade()
+    tlb = MmuGather(mm)
+    unmap_vmas(tlb, vmas, start, end)
+    free_pgtables(tlb, vmas, below, above.start if above is not None else 0)
+    tlb.finish()

@@ -1,0 +1,292 @@
+"""VMAs: merge, split, insertion, and the bracket a split fires.
+
+Source of truth: mm/vma.c (vma_merge_existing_range, vma_merge_new_range, commit_merge, __split_vma,
+vma_modify), mm/huge_memory.c (vma_adjust_trans_huge, split_huge_pmd_address), mm/mmap.c:
+vm_get_page_prot; Linux 6.18.
+
+A split at an address that is not 2 MiB aligned fires a bracket over the aligned 2 MiB around it,
+whether or not anything huge is mapped there, if that 2 MiB lies wholly inside the VMA and a level-2
+table exists for it.
+
+Not modelled: the maple tree (a sorted list), per-VMA locks, VMA names, merge limits by map count.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+from host_mm import mmu_notifier
+from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, _PAGE_NX, _PAGE_PRESENT, _PAGE_PROTNONE, _PAGE_RW
+from host_mm.arch.x86.pgtable import _PAGE_USER, PMD_SIZE
+from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_SHARED, VM_SOFTDIRTY, VM_SPECIAL, VM_WRITE, VmArea
+from host_mm.pgtable_generic import mm_find_pmd
+from host_mm.rmap import anon_vma_clone, unlink_anon_vmas
+
+if TYPE_CHECKING:
+    from host_mm.mm_types import MmStruct
+
+__all__ = [
+    "insert_vma", "remove_vma", "split_huge_pmd_address", "split_vma", "vm_area_dup", "vm_get_page_prot",
+    "vma_merge_new_range", "vma_modify_flags",
+]
+
+
+def vm_get_page_prot(flags: int) -> int:
+    """The protection bits of a fresh entry; private mappings never get RW from here."""
+    if not flags & VM_ACCESS_FLAGS:
+        return _PAGE_PROTNONE | _PAGE_ACCESSED
+    prot = _PAGE_PRESENT | _PAGE_USER | _PAGE_ACCESSED
+    if not flags & VM_EXEC:
+        prot |= _PAGE_NX
+    if flags & VM_WRITE and flags & VM_SHARED:
+        prot |= _PAGE_RW
+    return prot
+
+
+def vm_area_dup(vma: VmArea, mm: MmStruct) -> VmArea:
+    """A copy of the VMA, not yet linked anywhere."""
+    new = VmArea(mm, vma.start, vma.end, vma.flags, vma.pgoff)
+    new.page_prot = vma.page_prot
+    new.anon_vma = vma.anon_vma
+    new.file = vma.file
+    new.ops = vma.ops
+    new.policy = vma.policy
+    new.private_data = vma.private_data
+    return new
+
+
+def insert_vma(vma: VmArea) -> None:
+    """Put it into its mm."""
+    mm = vma.mm
+    index = bisect_left(mm.starts, vma.start)
+    mm.starts.insert(index, vma.start)
+    mm.vmas.insert(index, vma)
+    mm.total_vm += (vma.end - vma.start) >> 12
+
+
+def remove_vma(vma: VmArea) -> None:
+    """Take it out of its mm."""
+    mm = vma.mm
+    index = bisect_left(mm.starts, vma.start)
+    del mm.starts[index]
+    del mm.vmas[index]
+    mm.total_vm -= (vma.end - vma.start) >> 12
+
+
+def _set_range(vma: VmArea, start: int, end: int) -> None:
+    """vma_set_range, keeping the list sorted: nothing lies between the old and the new start."""
+    mm = vma.mm
+    index = bisect_left(mm.starts, vma.start)
+    mm.total_vm += ((end - start) - (vma.end - vma.start)) >> 12
+    vma.pgoff += (start - vma.start) >> 12
+    vma.start = start
+    vma.end = end
+    mm.starts[index] = start
+
+
+# -- huge-page adjustment -----------------------------------------------------------------------
+def split_huge_pmd_address(vma: VmArea, address: int) -> None:
+    """The bracket of __split_huge_pmd over the aligned 2 MiB, if a level-2 table is there."""
+    mm = vma.mm
+    if not mm_find_pmd(mm, address):
+        return
+    base = address & ~(PMD_SIZE - 1)
+    range_ = mmu_notifier.mmu_notifier_range_init(
+        mmu_notifier.MMU_NOTIFY_CLEAR, mm, base, base + PMD_SIZE, order=mmu_notifier.ORDER_UNDER_PTL
+    )
+    mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+
+
+def _split_if_needed(vma: VmArea, address: int) -> None:
+    base = address & ~(PMD_SIZE - 1)
+    if base != address and vma.start <= base and base + PMD_SIZE <= vma.end:
+        split_huge_pmd_address(vma, address)
+
+
+def _adjust_trans_huge(vma: VmArea, start: int, end: int, following: VmArea | None) -> None:
+    _split_if_needed(vma, start)
+    _split_if_needed(vma, end)
+    if following is not None:
+        _split_if_needed(following, end)
+
+
+# -- splitting ----------------------------------------------------------------------------------
+def split_vma(vma: VmArea, address: int, *, new_below: bool) -> VmArea:
+    """Cut the VMA at `address`; the new one is the lower or the upper part. Returns the new one."""
+    new = vm_area_dup(vma, vma.mm)
+    if new_below:
+        new.end = address
+    else:
+        new.start = address
+        new.pgoff += (address - vma.start) >> 12
+    anon_vma_clone(new, vma)
+    rwsem = vma.anon_vma.root.rwsem if vma.anon_vma is not None else None
+    if rwsem is not None:
+        rwsem.lock()
+    _adjust_trans_huge(vma, vma.start, address, None)
+    if new_below:
+        _set_range(vma, address, vma.end)
+    else:
+        _set_range(vma, vma.start, address)
+    insert_vma(new)
+    if rwsem is not None:
+        rwsem.unlock()
+    return new
+
+
+# -- merging ------------------------------------------------------------------------------------
+def _same_kind(vma: VmArea, flags: int, template: VmArea | None) -> bool:
+    if (vma.flags ^ flags) & ~VM_SOFTDIRTY:
+        return False
+    if template is None:
+        return vma.file is None and vma.ops is None and vma.policy is None
+    return vma.file is template.file and vma.ops is template.ops and vma.policy == template.policy
+
+
+def _uncowed_parents(vma: VmArea) -> bool:
+    return len(vma.anon_vma_chain) > 1
+
+
+def _anon_vmas_merge(target: VmArea, middle: VmArea | None) -> bool:
+    source = middle.anon_vma if middle is not None else None
+    if target.anon_vma is None and source is not None and middle is not None:
+        return not _uncowed_parents(middle)
+    if target.anon_vma is not None and source is None:
+        return not _uncowed_parents(target)
+    return target.anon_vma is source
+
+
+def _dup_anon_vma(dst: VmArea, src: VmArea) -> None:
+    if src.anon_vma is not None and dst.anon_vma is None:
+        dst.anon_vma = src.anon_vma
+        anon_vma_clone(dst, src)
+
+
+def vma_merge_new_range(mm: MmStruct, start: int, end: int, flags: int, template: VmArea) -> VmArea | None:
+    """Grow a neighbour over a new mapping; None if neither side fits."""
+    if flags & VM_SPECIAL:
+        return None
+    previous = mm.vma_lookup(start - 1) if start else None
+    following = mm.vma_lookup(end)
+    left = (
+        previous is not None and _same_kind(previous, flags, template) and _anon_vmas_merge(previous, None)
+        and previous.pgoff + ((start - previous.start) >> 12) == template.pgoff
+    )
+    right = (
+        following is not None and _same_kind(following, flags, template) and _anon_vmas_merge(following, None)
+        and following.pgoff == template.pgoff + ((end - start) >> 12)
+    )
+    if left and right and not _sides_share(previous, following):
+        right = False
+    if not left and not right:
+        return None
+    if left and right:
+        assert previous is not None and following is not None
+        _dup_anon_vma(previous, following)
+        _swallow(following)
+        _set_range(previous, previous.start, following.end)
+        return previous
+    target = previous if left else following
+    assert target is not None
+    _set_range(target, min(target.start, start), max(target.end, end))
+    return target
+
+
+def _sides_share(a: VmArea | None, b: VmArea | None) -> bool:
+    """The last test of merging both sides: at most one anon_vma between them."""
+    assert a is not None and b is not None
+    return a.anon_vma is None or b.anon_vma is None or a.anon_vma is b.anon_vma
+
+
+def _swallow(vma: VmArea) -> None:
+    """A VMA whose range another one takes over: out of the mm, its anon_vma links undone."""
+    remove_vma(vma)
+    unlink_anon_vmas(vma)
+
+
+def _merge_existing(vma: VmArea, start: int, end: int, flags: int) -> VmArea | None:
+    """[start, end) of `vma` gets `flags`: give it to a neighbour that has them already."""
+    mm = vma.mm
+    left_side, right_side = start == vma.start, end == vma.end
+    if flags & VM_SPECIAL or not left_side and not right_side:
+        return None
+    previous = mm.vma_lookup(start - 1) if left_side and start else None
+    following = mm.vma_lookup(end) if right_side else None
+    left = previous is not None and _fits(previous, vma, flags)
+    right = following is not None and _fits(following, vma, flags)
+    if left and right and not _sides_share(previous, following):
+        right = False
+    if left:
+        assert previous is not None
+        return _merge_left(previous, vma, end, following if right else None, right_side)
+    if right:
+        assert following is not None
+        return _merge_right(vma, following, start, left_side)
+    return None
+
+
+def _fits(neighbour: VmArea, vma: VmArea, flags: int) -> bool:
+    return (
+        _same_kind(neighbour, flags, vma) and _anon_vmas_merge(neighbour, vma)
+        and neighbour.pgoff - (neighbour.start >> 12) == vma.pgoff - (vma.start >> 12)
+    )
+
+
+def _merge_left(previous: VmArea, vma: VmArea, end: int, following: VmArea | None, whole: bool) -> VmArea:
+    source = following if following is not None and following.anon_vma is not None else vma
+    _dup_anon_vma(previous, source)
+    limit = following.end if following is not None else end
+    rwsem = previous.anon_vma.root.rwsem if previous.anon_vma is not None else None
+    if rwsem is not None:
+        rwsem.lock()
+    _adjust_trans_huge(previous, previous.start, limit, None if whole else vma)
+    if whole:
+        remove_vma(vma)
+        if following is not None:
+            remove_vma(following)
+    else:
+        _set_range(vma, end, vma.end)
+    _set_range(previous, previous.start, limit)
+    if rwsem is not None:
+        rwsem.unlock()
+    if whole:
+        unlink_anon_vmas(vma)
+        if following is not None:
+            unlink_anon_vmas(following)
+    return previous
+
+
+def _merge_right(vma: VmArea, following: VmArea, start: int, whole: bool) -> VmArea:
+    _dup_anon_vma(following, vma)
+    rwsem = following.anon_vma.root.rwsem if following.anon_vma is not None else None
+    if rwsem is not None:
+        rwsem.lock()
+    if whole:
+        _adjust_trans_huge(following, start, following.end, None)
+        remove_vma(vma)
+    else:
+        _adjust_trans_huge(vma, vma.start, start, None)
+        _set_range(vma, vma.start, start)
+    _set_range(following, start, following.end)
+    if rwsem is not None:
+        rwsem.unlock()
+    if whole:
+        unlink_anon_vmas(vma)
+    return following
+
+
+def vma_modify_flags(vma: VmArea, start: int, end: int, flags: int) -> VmArea:
+    """The VMA that covers exactly what `flags` are for: merged into a neighbour, or split off.
+
+    The caller sets the flags of a VMA that is returned unmerged.
+    """
+    merged = _merge_existing(vma, start, end, flags)
+    if merged is not None:
+        return merged
+    if vma.start < start:
+        split_vma(vma, start, new_below=True)
+    if vma.end > end:
+        split_vma(vma, end, new_below=False)
+    return vma
