@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.mm_types import MmStruct, VmArea, VmFault
 
-__all__ = ["TRACEPOINTS", "do_swap_page", "migration_entry_wait"]
+__all__ = ["TRACEPOINTS", "do_swap_page", "migration_entry_wait", "read_swap_cache_async"]
 
 SWAP_IN = Tracepoint(
     "refault", "swap_in", ("pid", "address", "pfn", "slot", "major", "exclusive", "writable"),
@@ -113,6 +113,13 @@ def do_swap_page(vmf: VmFault) -> int:
         put_page(host, pfn)
         return ret
     return _map_locked(vmf, pfn, entry, ret)
+
+
+def read_swap_cache_async(host: HostMm, entry: int) -> None:
+    """MADV_WILLNEED: start reading a swap entry into the swap cache; nobody waits for it."""
+    pfn = read_swap_cache(host, entry, 0, swap_read_folio)
+    if pfn >= 0:
+        put_page(host, pfn)
 
 
 def _nothing_read(vmf: VmFault) -> int:
