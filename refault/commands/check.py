@@ -31,11 +31,13 @@ def main(args: argparse.Namespace) -> int:
 def _check(path: str, update: bool) -> bool:
     from refault.commands.diff import print_difference
     from refault.compare import first_difference
-    from refault.machine import replay
     from trace_events.ndjson import Trace, read_trace, write_trace
     from trace_events.stream import Listener
 
     golden = read_trace(path)
+    # A file that is no trace must not cost the import of the machine.
+    from refault.machine import replay
+
     again = Trace(golden.header, [], golden.end)
     # An interrupted recording is compared as far as it goes.
     last = golden.events[-1].seq if golden.end != "complete" and golden.events else None

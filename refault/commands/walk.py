@@ -27,7 +27,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Rerun and walk."""
     from refault.errors import UsageError
-    from refault.machine import replay
     from trace_events.ndjson import read_trace
 
     trace = read_trace(args.trace)
@@ -37,6 +36,9 @@ def main(args: argparse.Namespace) -> int:
     at = last if args.at is None else args.at
     if at > last:
         raise UsageError(f"{args.trace}: no event {at}; the last is {last}")
+    # A wrong argument must not cost the import of the machine.
+    from refault.machine import replay
+
     vm = replay(trace.header, until_event=at)
     try:
         where = {"gpa" if args.gpa else "gva": args.address}
