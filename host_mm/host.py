@@ -42,8 +42,8 @@ ZERO_PFN = 1
 """Frame 0 is nobody's, so that 0 can mean none; frame 1 is empty_zero_page."""
 _RESERVED = 2
 _MODULES = (
-    fork, gup, interval_notifier, lru, memory, migrate, mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state,
-    swapin, tlb, vmscan, vmscan_trace,
+    fork, gup, interval_notifier, lru, memory, migrate, mmu_notifier, oom_kill, page_alloc, page_io,
+    rmap_unmap, swap_state, swapin, tlb, vmscan, vmscan_trace,
 )
 
 
@@ -51,8 +51,7 @@ class HostMm:
     """The host kernel's memory management. Any number of processes, any number of VMs among them.
 
     `pte_hooks` are called as (mm, address, old, new) with each store to a level-1 entry; `free_hooks`
-    as (pfn, order) with each block that goes back to the allocator; `frame_holders` tell which frames
-    their owners hold how many references to (truths.py). `checks` is the checker or None.
+    as (pfn, order) with each block that goes back to the allocator. `checks` is the checker or None.
     `frame_holders` give, as pfn to count, the references that no page table, swap cache or LRU batch
     explains: pins, and frames that upper rooms allocated (for truths.audit).
     """
@@ -81,7 +80,9 @@ class HostMm:
             self.pages.refcount[pfn] = 1
         self.pte_hooks: list[Callable[[MmStruct, int, int, int], None]] = []
         self.free_hooks: list[Callable[[int, int], None]] = []
-        self.frame_holders: list[Callable[[], dict[int, int]]] = []
+        self.mms: list[MmStruct] = []
+        self.pins: Counter[int] = Counter()
+        self.frame_holders: list[Callable[[], Mapping[int, int]]] = [self._tables_of_the_dead, self._pins]
         self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
         self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
         self.folio_waitqueues: dict[int, WaitQueue] = {}
@@ -93,13 +94,17 @@ class HostMm:
         self.processes: list[Process] = []
         self.next_pid = 1
         self.daemons: list[Task] = []
-        self.checks: Any = None
+        self.checks: truths.HostTruths | None = None
         if checks:
-            self._turn_checks_on()
+            self.checks = truths.HostTruths(self)
+            self.free_hooks.append(self.checks.frame_freed)
 
-    def _turn_checks_on(self) -> None:
-        self.checks = truths.HostTruths(self)
-        self.free_hooks.append(self.checks.frame_freed)
+    def _tables_of_the_dead(self) -> dict[int, int]:
+        """Page directories that outlive their process because a notifier still holds the mm."""
+        return {mm.pgd >> 12: 1 for mm in self.mms if not mm.process.alive}
+
+    def _pins(self) -> dict[int, int]:
+        return {pfn: nr * GUP_PIN_COUNTING_BIAS for pfn, nr in self.pins.items() if nr}
 
     @property
     def nodes(self) -> list[page_alloc.PgData]:
