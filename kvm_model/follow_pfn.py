@@ -9,7 +9,7 @@ Not modelled: VM_IO and VM_PFNMAP areas (they count as unmapped), pinning, async
 
 from __future__ import annotations
 
-from errno import EAGAIN, EHWPOISON, EINTR
+from errno import EAGAIN, EINTR
 from typing import TYPE_CHECKING
 
 from host_mm.gup import (
@@ -20,6 +20,7 @@ from host_mm.gup import (
     get_user_page_fast_only,
     get_user_pages_unlocked,
 )
+from host_mm.kernel.errors import EHWPOISON
 from host_mm.mm_types import VM_READ, VM_WRITE
 from host_mm.page import PG_reserved, put_page, set_page_dirty
 from kvm_model.memslots import KVM_MEM_READONLY, KVM_MEMSLOT_INVALID, KvmMemorySlot
