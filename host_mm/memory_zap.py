@@ -145,10 +145,9 @@ def free_pgtables(tlb: MmuGather, vmas: list[VmArea], floor: int, ceiling: int) 
     mm = tlb.mm
     for index, vma in enumerate(vmas):
         unlink_anon_vmas(vma)
-        below = vmas[index - 1].end if index else floor
         above = vmas[index + 1].start if index + 1 < len(vmas) else ceiling
         tables: list[int] = []
-        free_pgd_range(mm, tables, vma.start, vma.end, min(below, floor), above)
+        free_pgd_range(mm, tables, vma.start, vma.end, floor, above)
         for pfn in tables:
             tlb.remove_table(pfn, vma.start)
 
