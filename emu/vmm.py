@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Vmm"]
 
+WRITEBACK_POLL = 20_000
+"""ns between two looks at the swap device's queue."""
+
 
 class Vmm:
     """One user process. `process` is the kernel's object; addresses are the process's own (hva)."""
@@ -78,41 +81,42 @@ class Vmm:
 
     def present_pfn(self, address: int) -> int:
         """The frame that maps `address`, or -1: what /proc/PID/pagemap says."""
-        from host_mm.arch.x86.pgtable import pte_pfn, pte_present
+        from host_mm.arch.x86.pgtable import pte_pfn, pte_present, walk_lockless
 
-        entry, level = self.mm.lookup_address(self.process.mm, address)
+        entry, level = walk_lockless(self.mm.ram, self.process.mm.pgd, address)
         return pte_pfn(entry) if level == 1 and pte_present(entry) else -1
 
     def move_to_other_node(self, addresses: list[int]) -> int:
         """move_pages(2) of every present page to the next NUMA node; how many moved."""
         from host_mm.migrate import move_pages
 
-        nodes = []
-        present = []
-        before = []
-        for address in addresses:
-            pfn = self.present_pfn(address)
-            if pfn >= 0:
-                present.append(address)
-                before.append(pfn)
-                nodes.append((self.mm.nid_of(pfn) + 1) % self.mm.nr_nodes)
+        nodes = self.mm.nodes
+        present = [(address, pfn) for address in addresses if (pfn := self.present_pfn(address)) >= 0]
         if present:
-            move_pages(self.process, present, nodes)
-        return sum(1 for a, pfn in zip(present, before, strict=True) if self.present_pfn(a) not in (pfn, -1))
+            targets = [(self.mm.allocator.nid_of(pfn) + 1) % len(nodes) for _, pfn in present]
+            move_pages(self.process, [address for address, _ in present], targets)
+        return sum(1 for address, pfn in present if self.present_pfn(address) not in (pfn, -1))
 
     def test_and_clear_young(self, address: int) -> bool:
         """folio_referenced of the page at `address`: whether host or guest touched it since the last time."""
         from host_mm.rmap import folio_referenced
 
         pfn = self.present_pfn(address)
-        return pfn >= 0 and folio_referenced(self.mm, pfn)[0] > 0
+        return pfn > self.mm.zero_pfn and folio_referenced(self.mm, pfn)[0] > 0
 
     def reclaim(self, pages: int) -> int:
         """Proactive reclaim of `pages` frames over all nodes; how many came free."""
-        from host_mm.vmscan import try_to_free_pages
-
-        return try_to_free_pages(self.mm, pages)
+        freed = 0
+        for node in self.mm.nodes:
+            while freed < pages:
+                got = self.mm.reclaim(0, node.nid)
+                if not got:
+                    break
+                freed += got
+        return freed
 
     def wait_for_writeback(self) -> None:
         """Wait until no swap-out of the host is under way."""
-        self.mm.wait_for_writeback()
+        device, sched = self.mm.swap_device, self.mm.sched
+        while device.inflight:
+            sched.sleep(WRITEBACK_POLL)

@@ -1,0 +1,87 @@
+"""The truths of all floors, checked while a host runs.
+
+Incrementally at scheduling points: each floor notes what it stored to, and the noted entries are
+looked at here. A full sweep every now and then and at the end must find nothing that the
+increments did not. host_mm's own rules are in host_mm/truths.py, KVM's in kvm_model/truths.py; this
+floor adds the one that needs to see the CPU:
+
+    stale-translation   a frame is freed while a vCPU that is in guest mode, or that could enter
+                        without a flush, holds a translation to it filled since its last flush
+
+Not modelled: translations that Unicorn dropped by itself still count as held.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from host_mm.kernel.errors import BrokenTruth
+from host_mm.truths import audit
+
+if TYPE_CHECKING:
+    from emu.host import Host
+
+__all__ = ["Checker"]
+
+SWEEP_EVERY = 4096
+"""Scheduling points between two full sweeps of the SPTEs."""
+
+
+class Checker:
+    """Watches one host. Raises BrokenTruth from the point at which a rule is found broken."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.points = 0
+        self.sweeps = 0
+        self.frames_freed = 0
+        self._inside = False
+        host.mm.free_hooks.append(self.frame_freed)
+        host.sched.set_on_point(self.point)
+
+    def point(self, kind: str) -> None:
+        """A scheduling point: check what was noted since the last."""
+        if self._inside:
+            return
+        self._inside = True
+        try:
+            self.points += 1
+            full = self.points % SWEEP_EVERY == 0
+            for board in self.host.boards:
+                truths = board.kvm.truths
+                if truths is not None:
+                    truths.check_noted()
+                    if full:
+                        truths.sweep()
+            self.sweeps += full
+        finally:
+            self._inside = False
+
+    def frame_freed(self, pfn: int, order: int) -> None:
+        """A free hook: no CPU may still reach the frames."""
+        self.frames_freed += 1 << order
+        for board in self.host.boards:
+            for vcpu in board.vcpus:
+                for frame in range(pfn, pfn + (1 << order)):
+                    if board.cpu.may_translate(vcpu, frame):
+                        raise BrokenTruth(
+                            "stale-translation",
+                            f"pfn {frame:#x} is freed while vCPU {vcpu.vcpu_id} still translates to it",
+                            self.host.stream.ctx.cause,
+                        )
+
+    def sweep(self) -> None:
+        """Everything at once, with nobody inside the host kernel."""
+        self.point("sweep")
+        for board in self.host.boards:
+            if board.kvm.truths is not None:
+                board.kvm.truths.sweep()
+        self.sweeps += 1
+
+    def audit(self) -> None:
+        """References and counts, when every vCPU has stopped and no I/O is under way."""
+        audit(self.host.mm)
+
+    def counts(self) -> dict[str, int]:
+        """How much was checked."""
+        return {"points": self.points, "sweeps": self.sweeps, "frames_freed": self.frames_freed}
