@@ -15,7 +15,7 @@ the APIC access page.
 
 from __future__ import annotations
 
-from errno import EAGAIN, EFAULT, EINTR
+from errno import EAGAIN, EFAULT, EINTR, ENOENT
 from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_PSE, lookup_address_in_mm
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
     from kvm_model.vcpu import Vcpu
 
-__all__ = ["TRACEPOINTS", "host_pfn_mapping_level", "kvm_mmu_max_mapping_level", "kvm_mmu_page_fault"]
+__all__ = ["TRACEPOINTS", "host_pfn_mapping_level", "kvm_mmu_max_mapping_level", "kvm_mmu_page_fault", "kvm_tdp_map_page"]
 
 FAULT_RETRY = Tracepoint(
     "refault", "fault_retry", ("gfn", "reason", "mmu_seq", "seq", "in_progress"),
@@ -221,6 +221,21 @@ def _kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
     kvm_release_faultin_page(kvm, fault.refcounted_page, unused=r == RET_PF_RETRY, dirty=fault.map_writable)
     kvm.mmu_lock.read_unlock()
     return r
+
+
+def kvm_tdp_map_page(vcpu: Vcpu, gpa: int, error_code: int, max_level: int) -> int:
+    """Map `gpa` as a fault with that PFERR word would, retrying until it is there. 0 or a negative errno."""
+    kvm = vcpu.kvm
+    while True:
+        fault = KvmPageFault(gpa, error_code, nx_workaround=kvm.spte.nx_huge_pages, max_level=max_level)
+        fault.slot = kvm.slots().gfn_to_memslot(fault.gfn)
+        r = _kvm_tdp_mmu_page_fault(vcpu, fault)
+        if r != RET_PF_RETRY:
+            break
+        kvm.sched.yield_()
+    if r == RET_PF_EMULATE:
+        return -ENOENT
+    return min(r, 0)
 
 
 def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:

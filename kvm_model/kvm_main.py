@@ -1,0 +1,248 @@
+"""struct kvm: one VM, its creation and destruction, and the calls the board makes.
+
+Source of truth: virt/kvm/kvm_main.c (Linux 6.18): kvm_create_vm, kvm_destroy_vm,
+kvm_vm_ioctl_create_vcpu; arch/x86/kvm/mmu/mmu.c: kvm_mmu_init_vm, kvm_mmu_uninit_vm;
+vmx/vmx.c: the eptad parameter.
+
+The protocol parts stand in their own files: mmu_notifier.py (host events), mmu/invalidate.py (count,
+sequence, retry), memory_region.py (memslots), requests.py (flushes and kicks), mmu/ (SPTEs).
+
+Not modelled: shadow paging (kvm.tdp_mmu=N), the dirty ring, in-kernel irqchips, file descriptors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from errno import EEXIST, EINVAL
+from typing import TYPE_CHECKING
+
+from host_mm.kernel.errors import KernelError
+from host_mm.kernel.locks import Mutex, RwLock, Spinlock, Srcu
+from host_mm.kernel.sched import WaitQueue
+from host_mm.mmu_notifier import mmu_notifier_register, mmu_notifier_unregister
+from kvm_model import (
+    dirty_log,
+    follow_pfn,
+    memory_region,
+    mmu_notifier,
+    requests,
+    x86,
+    x86_events,
+)
+from kvm_model.memslots import KvmMemslots
+from kvm_model.mmu import fast_page_fault, invalidate, mmio, mmu, mmu_roots, tdp_mmu
+from kvm_model.mmu.killed_by import KilledBy
+from kvm_model.mmu.mmu_internal import PFERR_GUEST_FINAL_MASK, PFERR_WRITE_MASK, KvmMmuPage, tdp_root_role
+from kvm_model.mmu.rcu import Rcu
+from kvm_model.mmu.spte import PG_LEVEL_4K, ept_masks, is_last_spte, is_shadow_present_pte
+from kvm_model.mmu.tdp_zap import kvm_tdp_mmu_invalidate_roots, kvm_tdp_mmu_zap_invalidated_roots
+from kvm_model.pfncache import GfnToPfnCache
+from kvm_model.profile import LINUX_6_18, KvmProfile
+from kvm_model.truths import KvmTruths
+from kvm_model.vcpu import Vcpu
+from kvm_model.vmx import vmx
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+    from host_mm.process import Process
+    from kvm_model.kvm_x86_ops import KvmX86Ops
+
+__all__ = ["TRACEPOINTS", "Kvm"]
+
+TRACEPOINTS = (
+    *mmu_notifier.TRACEPOINTS, *memory_region.TRACEPOINTS, *follow_pfn.TRACEPOINTS, *invalidate.TRACEPOINTS,
+    *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
+    *tdp_mmu.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS,
+)
+"""Every tracepoint of this room, each declared beside the code that fires it."""
+
+_VM_STATS = ("remote_tlb_flush_requests", "remote_tlb_flush", "pages_4k", "pages_2m", "pages_1g")
+
+
+def _flag(params: Mapping[str, str], name: str, default: bool) -> bool:
+    """A bool module parameter, spelled as the kernel accepts it; KernelError(EINVAL)."""
+    value = params.get(name)
+    if value is None:
+        return default
+    word = value.lower()
+    if word in ("1", "y", "yes", "on", "true", "force"):
+        return True
+    if word in ("0", "n", "no", "off", "false", "never"):
+        return False
+    raise KernelError(EINVAL, f"parameter {name}={value!r} is not a bool")
+
+
+class Kvm:
+    """struct kvm with its arch part. `memslots[as_id]` is the active set of `memslot_sets[as_id]`.
+
+    `cpu` is the CPU under the VM, `process` the VMM whose address space backs guest memory. `sps` finds
+    a table page by its pfn. `instrumented` holds SPTEs that a tool changed behind KVM's back: no truth
+    is asked of them.
+    """
+
+    def __init__(
+        self, host: HostMm, process: Process, cpu: KvmX86Ops, *, profile: KvmProfile = LINUX_6_18,
+        params: Mapping[str, str] | None = None, breaks: frozenset[str] = frozenset(), checks: bool = False,
+    ) -> None:
+        params = params or {}
+        self.host = host
+        self.process = process
+        self.mm = process.mm
+        self.cpu = cpu
+        self.profile = profile
+        self.breaks = breaks
+        self.sched = host.sched
+        self.stream = host.stream
+        self.ram = host.ram
+        self.trace = host.stream.bind(TRACEPOINTS)
+        self.stat: dict[str, int] = dict.fromkeys(_VM_STATS, 0)
+        self._init_params(params)
+        self._init_slots()
+        self._init_mmu()
+        self.vcpus: list[Vcpu] = []
+        self.gpc_list: list[GfnToPfnCache] = []
+        self.hwpoison_signals: list[int] = []
+        self.truths: KvmTruths | None = KvmTruths(self) if checks else None
+        self.mmu_notifier = mmu_notifier.KvmMmuNotifier(self)
+        mmu_notifier_register(self.mmu_notifier, self.mm)
+        self.alive = True
+
+    def _init_params(self, params: Mapping[str, str]) -> None:
+        if not _flag(params, "kvm.tdp_mmu", True):
+            raise KernelError(EINVAL, "kvm.tdp_mmu=N: shadow paging is not modelled")
+        self.spte = ept_masks(
+            has_ad_bits=_flag(params, "kvm_intel.eptad", True),
+            mmio_caching=_flag(params, "kvm.mmio_caching", True),
+            nx_huge_pages=_flag(params, "kvm.nx_huge_pages", False),
+        )
+        self.eager_page_split = _flag(params, "kvm.eager_page_split", True)
+        self.manual_dirty_log_protect = False
+        self.dirty_log_init_set = False
+
+    def _init_slots(self) -> None:
+        sched = self.sched
+        count = self.profile.nr_memslot_as_ids
+        self.memslot_sets = [(KvmMemslots(as_id), KvmMemslots(as_id)) for as_id in range(count)]
+        self.memslots = [pair[0] for pair in self.memslot_sets]
+        self.nr_memslot_pages = 0
+        self.slots_lock = Mutex(sched, "slots_lock")
+        self.slots_arch_lock = Mutex(sched, "slots_arch_lock")
+        self.srcu = Srcu(sched, "kvm_srcu")
+        self.mn_invalidate_lock = Spinlock(sched, "mn_invalidate_lock")
+        self.mn_active_invalidate_count = 0
+        self.mn_memslots_update_wait = WaitQueue(sched, "mn_memslots_update")
+        self.gpc_lock = Spinlock(sched, "gpc_list_lock")
+
+    def _init_mmu(self) -> None:
+        self.mmu_lock = RwLock(self.sched, "mmu_lock")
+        self.mmu_invalidate_seq = 0
+        self.mmu_invalidate_in_progress = 0
+        self.mmu_invalidate_range_start = invalidate.INVALID_GPA
+        self.mmu_invalidate_range_end = invalidate.INVALID_GPA
+        self.mmu_valid_gen = 0
+        self.root_role = tdp_root_role(ad_disabled=not self.spte.ad_enabled)
+        self.rcu = Rcu()
+        self.sps: dict[int, KvmMmuPage] = {}
+        self.tdp_mmu_roots: list[KvmMmuPage] = []
+        self.tdp_mmu_pages_lock = Spinlock(self.sched, "tdp_mmu_pages_lock")
+        self.killed_by = KilledBy()
+        self.instrumented: set[int] = set()
+
+    def slots(self) -> KvmMemslots:
+        """kvm_memslots: the active set of normal memory."""
+        return self.memslots[0]
+
+    # -- ioctls ---------------------------------------------------------------------------------
+
+    def create_vcpu(self, vcpu_id: int) -> Vcpu:
+        """KVM_CREATE_VCPU."""
+        if any(v.vcpu_id == vcpu_id for v in self.vcpus):
+            raise KernelError(EEXIST, f"vCPU {vcpu_id} exists")
+        vcpu = Vcpu(self, vcpu_id)
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
+        """KVM_SET_USER_MEMORY_REGION; size 0 deletes."""
+        memory_region.kvm_set_user_memory_region(self, slot, gpa, size, hva, flags)
+
+    def enable_manual_dirty_log(self, *, init_set: bool = False) -> None:
+        """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reading a log no longer clears it; `init_set`: logs start full."""
+        self.manual_dirty_log_protect = True
+        self.dirty_log_init_set = init_set
+
+    def get_dirty_log(self, slot: int) -> bytearray:
+        """KVM_GET_DIRTY_LOG: one bit a page."""
+        return dirty_log.kvm_get_dirty_log(self, slot)
+
+    def clear_dirty_log(
+        self, slot: int, first: int, bitmap: bytes | bytearray, num_pages: int | None = None
+    ) -> None:
+        """KVM_CLEAR_DIRTY_LOG; without `num_pages` as many as `bitmap` holds and the slot has."""
+        if num_pages is None:
+            memslot = self.slots().id_hash.get(slot)
+            num_pages = min(len(bitmap) * 8, memslot.npages - first if memslot is not None else 0)
+        dirty_log.kvm_clear_dirty_log(self, slot, first, num_pages, bitmap)
+
+    def destroy(self) -> None:
+        """kvm_destroy_vm. No vCPU may be running."""
+        if not self.alive:
+            return
+        self.alive = False
+        mmu_notifier_unregister(self.mmu_notifier, self.mm)
+        self.mn_active_invalidate_count = 0
+        for vcpu in self.vcpus:
+            mmu_roots.kvm_mmu_unload(vcpu)
+            mmu_roots.mmu_free_memory_caches(vcpu)
+        kvm_tdp_mmu_invalidate_roots(self)
+        kvm_tdp_mmu_zap_invalidated_roots(self, shared=False)
+        self.vcpus.clear()
+
+    # -- for the board and its tools ------------------------------------------------------------
+
+    def kvm_flush_remote_tlbs(self) -> None:
+        """Every vCPU flushes before its next guest instruction."""
+        requests.kvm_flush_remote_tlbs(self)
+
+    def kick_for_interrupt(self, vcpu: Vcpu) -> None:
+        """The vCPU's interrupt controller has something new."""
+        requests.kvm_make_request(requests.KVM_REQ_EVENT, vcpu)
+        requests.kvm_vcpu_kick(vcpu)
+
+    def request_exit(self, vcpu: Vcpu) -> None:
+        """Get the vCPU's thread back to user space with `intr`: a signal."""
+        vcpu.immediate_exit = True
+        requests.kvm_vcpu_kick(vcpu)
+
+    def walk(self, gpa: int, vcpu: Vcpu | None = None) -> list[tuple[int, int, int]]:
+        """(level, physical address of the entry, SPTE) from the root down; empty without a root."""
+        vcpu = vcpu or self.vcpus[0]
+        if vcpu.root_hpa >> 12 not in self.sps:
+            return []
+        return [(level, sptep << 3, spte) for level, sptep, spte in mmio.kvm_tdp_mmu_get_walk(vcpu, gpa)]
+
+    def leaf_spte(self, gfn: int) -> tuple[int, int]:
+        """(physical address, level) of the present leaf that maps `gfn` for vCPU 0, or (0, 0)."""
+        steps = self.walk(gfn << 12)
+        if steps:
+            level, address, spte = steps[-1]
+            if is_shadow_present_pte(spte) and is_last_spte(spte, level):
+                return address, level
+        return 0, 0
+
+    def map_for_instrument(self, gfn: int) -> None:
+        """Map `gfn` writable with a 4K leaf, splitting what is larger; KernelError if it cannot be.
+
+        The leaf counts as instrumented from now on.
+        """
+        vcpu = self.vcpus[0]
+        idx = self.srcu.read_lock()
+        try:
+            r = mmu_roots.kvm_mmu_reload(vcpu)
+            if not r:
+                r = mmu.kvm_tdp_map_page(vcpu, gfn << 12, PFERR_WRITE_MASK | PFERR_GUEST_FINAL_MASK, PG_LEVEL_4K)
+            if r < 0:
+                raise KernelError(-r, f"gfn {gfn:#x} cannot be mapped")
+            self.instrumented.add(self.leaf_spte(gfn)[0] >> 3)
+        finally:
+            self.srcu.read_unlock(idx)

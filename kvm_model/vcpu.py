@@ -1,0 +1,174 @@
+"""struct kvm_vcpu, and what KVM_RUN hands to user space.
+
+Source of truth: include/linux/kvm_host.h (kvm_vcpu), arch/x86/include/asm/kvm_host.h (kvm_vcpu_arch,
+kvm_queued_exception, kvm_queued_interrupt, kvm_vcpu_stat), include/uapi/linux/kvm.h (kvm_run);
+Linux 6.18.
+
+Not modelled: in-kernel local APIC (interrupts come from `irq_source`, as with a user-space irqchip),
+SMM, guest debugging, XSAVE, steal time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from host_mm.kernel.locks import Mutex
+from host_mm.kernel.sched import WaitQueue
+from kvm_model.mmu.mmu_internal import INVALID_PAGE
+from kvm_model.requests import KVM_REQ_EVENT, KVM_REQ_NMI, OUTSIDE_GUEST_MODE, kvm_make_request, kvm_vcpu_kick
+from kvm_model.vmx.exits import VmExit
+
+if TYPE_CHECKING:
+    from kvm_model.kvm_main import Kvm
+
+__all__ = [
+    "KVM_MP_STATE_HALTED", "KVM_MP_STATE_RUNNABLE", "IrqSource", "QueuedException", "UserExit", "Vcpu",
+    "VCPU_STATS",
+]
+
+KVM_MP_STATE_RUNNABLE = 0
+KVM_MP_STATE_HALTED = 3
+
+VCPU_STATS = (
+    "pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_fast", "pf_mmio_spte_created", "tlb_flush",
+    "exits", "io_exits", "mmio_exits", "signal_exits", "irq_window_exits", "nmi_window_exits", "halt_exits",
+    "irq_exits", "insn_emulation", "insn_emulation_fail", "hypercalls", "irq_injections", "nmi_injections",
+    "req_event", "halt_wakeup", "halt_wait_ns",
+)
+"""The kernel's per-vCPU statistics that this model moves."""
+
+
+class IrqSource(Protocol):
+    """An interrupt controller in user space, as KVM asks it."""
+
+    def has_interrupt(self) -> bool:
+        """Whether an interrupt is pending."""
+        ...
+
+    def ack(self) -> int:
+        """Acknowledge the most urgent interrupt; its vector."""
+        ...
+
+
+class UserExit(msgspec.Struct):
+    """What KVM_RUN returned. `kind` is one of
+
+    `io` (port, size, write, data), `mmio` (gpa, size, write, data), `hypercall` (nr, args), `hlt`,
+    `shutdown` (triple fault), `memory-fault` (gpa: no usable host memory), `internal-error` (why) and
+    `intr` (user space asked for the vCPU back).
+    """
+
+    kind: str
+    port: int = 0
+    gpa: int = 0
+    size: int = 0
+    write: bool = False
+    data: int = 0
+    nr: int = 0
+    args: tuple[int, int, int, int] = (0, 0, 0, 0)
+    why: str = ""
+
+
+class QueuedException:
+    """struct kvm_queued_exception."""
+
+    __slots__ = ("error_code", "has_error_code", "injected", "pending", "vector")
+
+    def __init__(self) -> None:
+        self.pending = False
+        self.injected = False
+        self.vector = 0
+        self.has_error_code = False
+        self.error_code = 0
+
+
+class Vcpu:
+    """struct kvm_vcpu. The CPU reads `entry_*`, `irq_window` and `kicked`; the board sets `irq_source`.
+
+    `irq_window`: leave guest mode with REASON_INTERRUPT_WINDOW as soon as an interrupt could be taken.
+    `kicked`: leave with REASON_EXTERNAL_INTERRUPT before the next guest instruction.
+    `immediate_exit`: KVM_RUN returns `intr` instead of entering the guest (a pending signal).
+    """
+
+    def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
+        self.kvm = kvm
+        self.vcpu_id = vcpu_id
+        self.mutex = Mutex(kvm.sched, "vcpu_mutex")
+        self.wait = WaitQueue(kvm.sched, f"vcpu{vcpu_id} halt")
+        self.requests = 0
+        self.mode = OUTSIDE_GUEST_MODE
+        self.kicked = False
+        self.immediate_exit = False
+        self.mp_state = KVM_MP_STATE_RUNNABLE
+        self.stat: dict[str, int] = dict.fromkeys(VCPU_STATS, 0)
+        self.srcu_idx = -1
+
+        self.root_hpa = INVALID_PAGE
+        self.mmu_shadow_page_cache: list[int] = []
+        self.mmio_gva = 0
+        self.mmio_gfn = 0
+        self.mmio_gen = 0
+        self.fault_gpa = 0
+
+        self.entry_intr_info = 0
+        self.entry_error_code = 0
+        self.entry_insn_len = 0
+        self.irq_window = False
+        self.irq_source: IrqSource | None = None
+        self.exception = QueuedException()
+        self.interrupt_injected = False
+        self.interrupt_nr = 0
+        self.interrupt_soft = False
+        self.nmi_pending = 0
+        self.nmi_injected = False
+        self.event_exit_inst_len = 0
+
+        self.exit = VmExit(0, 0)
+        self.run: UserExit | None = None
+        self.complete_userspace_io: Callable[[], None] | None = None
+        self.user_data: int | None = None
+
+    # -- events ---------------------------------------------------------------------------------
+
+    def queue_exception(self, vector: int, error_code: int | None = None) -> None:
+        """kvm_queue_exception: deliver at the next entry. An exception on top of one makes #DF."""
+        ex = self.exception
+        if ex.pending or ex.injected:
+            vector, error_code = 8, 0
+        ex.pending = True
+        ex.injected = False
+        ex.vector = vector
+        ex.has_error_code = error_code is not None
+        ex.error_code = error_code or 0
+        kvm_make_request(KVM_REQ_EVENT, self)
+
+    def queue_nmi(self) -> None:
+        """kvm_inject_nmi."""
+        self.nmi_pending = min(self.nmi_pending + 1, 2)
+        kvm_make_request(KVM_REQ_NMI, self)
+        kvm_make_request(KVM_REQ_EVENT, self)
+        kvm_vcpu_kick(self)
+
+    def has_interrupt(self) -> bool:
+        """kvm_cpu_has_interrupt: the interrupt controller has something."""
+        return self.irq_source is not None and self.irq_source.has_interrupt()
+
+    # -- answers of user space ------------------------------------------------------------------
+
+    def complete_io(self, data: int) -> None:
+        """The value read from the port of an `io` exit."""
+        self.user_data = data
+
+    def complete_mmio(self, data: int) -> None:
+        """The value read by an `mmio` exit."""
+        self.user_data = data
+
+    def complete_hypercall(self, ret: int) -> None:
+        """The result of a `hypercall` exit."""
+        self.user_data = ret
+
+    def __repr__(self) -> str:
+        return f"<Vcpu {self.vcpu_id}>"

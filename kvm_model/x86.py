@@ -1,0 +1,283 @@
+"""KVM_RUN: the loop around guest entries, blocking, and what user space has to complete.
+
+Source of truth: arch/x86/kvm/x86.c (Linux 6.18): kvm_arch_vcpu_ioctl_run, vcpu_run,
+vcpu_enter_guest, vcpu_block, kvm_vcpu_exit_request; virt/kvm/kvm_main.c: kvm_vcpu_halt;
+vmx/vmx.c: vmx_vcpu_run.
+
+The order around an entry is the protocol: SRCU is left only after `mode` says IN_GUEST_MODE, and
+requests are looked at once more after that, so that whoever changes SPTEs or memslots either sees the
+vCPU in guest mode and kicks it, or is seen by it.
+
+Not modelled: fast exit paths, timers and APIC state, signals other than `immediate_exit`, halt polling.
+"""
+
+from __future__ import annotations
+
+from errno import EFAULT, EINTR, EIO
+from typing import TYPE_CHECKING
+
+from host_mm.kernel.costs import COST_VM_ENTRY, COST_VM_EXIT
+from kvm_model.mmu.mmu_roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
+from kvm_model.requests import (
+    EXITING_GUEST_MODE,
+    IN_GUEST_MODE,
+    KVM_REQ_EVENT,
+    KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    KVM_REQ_NMI,
+    KVM_REQ_TLB_FLUSH,
+    KVM_REQ_TLB_FLUSH_CURRENT,
+    KVM_REQ_TRIPLE_FAULT,
+    KVM_REQ_UNBLOCK,
+    KVM_REQ_VM_DEAD,
+    OUTSIDE_GUEST_MODE,
+    kvm_check_request,
+    kvm_clear_request,
+    kvm_make_request,
+)
+from kvm_model.vcpu import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, UserExit, Vcpu
+from kvm_model.vmx.vmx import vmx_handle_exit
+from kvm_model.x86_events import kvm_check_and_inject_events, vmx_cancel_injection, vmx_complete_interrupts
+from kvm_model.vmx.exits import EXIT_REASON_NAMES, INTR_INFO_VALID, VmExit
+from trace_events.tracepoint import Tracepoint
+
+if TYPE_CHECKING:
+    from kvm_model.kvm_main import Kvm
+
+__all__ = ["TRACEPOINTS", "UserExit", "kvm_arch_vcpu_ioctl_run"]
+
+KVM_ISA_VMX = 1
+_RFLAGS_IF = 1 << 9
+_USER_EXIT_REASONS = {
+    "io": 2, "hypercall": 3, "hlt": 5, "mmio": 6, "shutdown": 8, "intr": 10, "internal-error": 17,
+    "memory-fault": 0,
+}
+_USER_EXIT_NAMES = {
+    0: "KVM_EXIT_UNKNOWN", 2: "KVM_EXIT_IO", 3: "KVM_EXIT_HYPERCALL", 5: "KVM_EXIT_HLT", 6: "KVM_EXIT_MMIO",
+    8: "KVM_EXIT_SHUTDOWN", 10: "KVM_EXIT_INTR", 17: "KVM_EXIT_INTERNAL_ERROR",
+}
+
+
+def _fmt_exit(
+    reason: int, rip: int, isa: int, info1: int, info2: int, intr: int, error: int, vcpu_id: int, requests: int
+) -> str:
+    name = EXIT_REASON_NAMES.get(reason & 0xFFFF, f"{reason & 0xFFFF:#x}")
+    return (
+        f"vcpu {vcpu_id} reason {name} rip 0x{rip:x} info1 0x{info1:016x} info2 0x{info2:016x} "
+        f"intr_info 0x{intr:08x} error_code 0x{error:08x} requests 0x{requests:016x}"
+    )
+
+
+def _fmt_userspace(reason: int, errno: int) -> str:
+    if errno < 0:
+        return f"reason {'restart' if errno == -4 else 'error'} ({-errno})"
+    return f"reason {_USER_EXIT_NAMES.get(reason, hex(reason))} ({reason})"
+
+
+KVM_ENTRY = Tracepoint(
+    "kvm", "kvm_entry", ("vcpu_id", "rip", "immediate_exit", "intr_info", "error_code"),
+    lambda vcpu_id, rip, immediate_exit, intr_info, error_code:
+        f"vcpu {vcpu_id}, rip 0x{rip:x} intr_info 0x{intr_info:08x} error_code 0x{error_code:08x}"
+        f"{'[immediate exit]' if immediate_exit else ''}",
+)
+KVM_EXIT = Tracepoint(
+    "kvm", "kvm_exit",
+    ("exit_reason", "guest_rip", "isa", "info1", "info2", "intr_info", "error_code", "vcpu_id", "requests"),
+    _fmt_exit,
+)
+KVM_USERSPACE_EXIT = Tracepoint("kvm", "kvm_userspace_exit", ("reason", "errno"), _fmt_userspace)
+KVM_VCPU_WAKEUP = Tracepoint(
+    "kvm", "kvm_vcpu_wakeup", ("ns", "waited", "valid"),
+    lambda ns, waited, valid:
+        f"{'wait' if waited else 'poll'} time {ns} ns, polling {'valid' if valid else 'invalid'}",
+)
+TRACEPOINTS = (KVM_ENTRY, KVM_EXIT, KVM_USERSPACE_EXIT, KVM_VCPU_WAKEUP)
+
+
+def kvm_arch_vcpu_ioctl_run(vcpu: Vcpu) -> UserExit:
+    """KVM_RUN: run the guest until user space is needed."""
+    kvm = vcpu.kvm
+    with vcpu.mutex:
+        vcpu.srcu_idx = kvm.srcu.read_lock()
+        vcpu.run = None
+        try:
+            if vcpu.complete_userspace_io is not None:
+                complete, vcpu.complete_userspace_io = vcpu.complete_userspace_io, None
+                complete()
+                vcpu.user_data = None
+            r = _vcpu_run(vcpu)
+        finally:
+            kvm.srcu.read_unlock(vcpu.srcu_idx)
+    out = _user_exit(vcpu, r)
+    if (t := kvm.trace.kvm_userspace_exit) is not None:
+        t(_USER_EXIT_REASONS[out.kind], min(r, 0))
+    return out
+
+
+def _user_exit(vcpu: Vcpu, r: int) -> UserExit:
+    if r == -EINTR:
+        return UserExit("intr")
+    if r == -EFAULT:
+        return UserExit("memory-fault", gpa=vcpu.fault_gpa)
+    if r < 0:
+        return UserExit("internal-error", why=f"KVM_RUN failed with errno {-r}")
+    if vcpu.run is None:
+        return UserExit("internal-error", why="no exit reason was set")
+    return vcpu.run
+
+
+def _vcpu_run(vcpu: Vcpu) -> int:
+    kvm = vcpu.kvm
+    while True:
+        if vcpu.mp_state == KVM_MP_STATE_RUNNABLE:
+            r = _vcpu_enter_guest(vcpu)
+        else:
+            r = _vcpu_block(vcpu)
+        if r <= 0:
+            return r
+        kvm_clear_request(KVM_REQ_UNBLOCK, vcpu)
+        if vcpu.immediate_exit:
+            # What a signal does: user space wants its thread.
+            vcpu.immediate_exit = False
+            vcpu.stat["signal_exits"] += 1
+            return -EINTR
+        if kvm.sched.preempt:
+            kvm.srcu.read_unlock(vcpu.srcu_idx)
+            kvm.sched.point("vcpu-run")
+            vcpu.srcu_idx = kvm.srcu.read_lock()
+
+
+# -- entering the guest -------------------------------------------------------------------------
+
+
+def _service_requests(vcpu: Vcpu) -> int:
+    """What was asked of the vCPU since its last entry. 1 to go on, else vcpu_enter_guest's result."""
+    if kvm_check_request(KVM_REQ_VM_DEAD, vcpu):
+        return -EIO
+    if kvm_check_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu):
+        kvm_mmu_free_obsolete_roots(vcpu)
+    if kvm_check_request(KVM_REQ_TLB_FLUSH, vcpu):
+        vcpu.stat["tlb_flush"] += 1
+        vcpu.kvm.cpu.flush_tlb(vcpu)
+        kvm_clear_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu)
+    if kvm_check_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu):
+        vcpu.stat["tlb_flush"] += 1
+        vcpu.kvm.cpu.flush_tlb(vcpu)
+    if kvm_check_request(KVM_REQ_TRIPLE_FAULT, vcpu):
+        vcpu.run = UserExit("shutdown")
+        return 0
+    kvm_check_request(KVM_REQ_NMI, vcpu)
+    return 1
+
+
+def _vcpu_enter_guest(vcpu: Vcpu) -> int:
+    """One guest entry and the handling of its exit: above 0 to go on, 0 for user space, or -errno."""
+    kvm = vcpu.kvm
+    if vcpu.requests:
+        r = _service_requests(vcpu)
+        if r <= 0:
+            return r
+    req_immediate_exit = False
+    if kvm_check_request(KVM_REQ_EVENT, vcpu) or vcpu.has_interrupt():
+        vcpu.stat["req_event"] += 1
+        req_immediate_exit = kvm_check_and_inject_events(vcpu)
+    r = kvm_mmu_reload(vcpu)
+    if r:
+        _cancel(vcpu, req_immediate_exit)
+        return r
+    vcpu.kicked = False
+    vcpu.mode = IN_GUEST_MODE
+    kvm.srcu.read_unlock(vcpu.srcu_idx)
+    # Only now: a request made before `mode` changed came without a kick.
+    if vcpu.mode == EXITING_GUEST_MODE or vcpu.requests or vcpu.immediate_exit:
+        vcpu.mode = OUTSIDE_GUEST_MODE
+        vcpu.srcu_idx = kvm.srcu.read_lock()
+        _cancel(vcpu, req_immediate_exit)
+        return 1
+    if req_immediate_exit:
+        kvm_make_request(KVM_REQ_EVENT, vcpu)
+        vcpu.kicked = True
+    exit_ = _vmx_vcpu_run(vcpu, req_immediate_exit)
+    vcpu.mode = OUTSIDE_GUEST_MODE
+    vcpu.stat["exits"] += 1
+    vcpu.srcu_idx = kvm.srcu.read_lock()
+    return vmx_handle_exit(vcpu, exit_)
+
+
+def _cancel(vcpu: Vcpu, req_immediate_exit: bool) -> None:
+    if req_immediate_exit:
+        kvm_make_request(KVM_REQ_EVENT, vcpu)
+    vmx_cancel_injection(vcpu)
+
+
+def _vmx_vcpu_run(vcpu: Vcpu, force_immediate_exit: bool) -> VmExit:
+    kvm = vcpu.kvm
+    cpu = kvm.cpu
+    if (t := kvm.trace.kvm_entry) is not None:
+        t(
+            vcpu.vcpu_id, cpu.get_reg(vcpu, "rip"), force_immediate_exit, vcpu.entry_intr_info,
+            vcpu.entry_error_code if vcpu.entry_intr_info & INTR_INFO_VALID else 0,
+        )
+    kvm.sched.advance(COST_VM_ENTRY)
+    exit_ = cpu.vcpu_run(vcpu)
+    kvm.sched.advance(COST_VM_EXIT)
+    vcpu.exit = exit_
+    vcpu.entry_intr_info = 0
+    vcpu.entry_error_code = 0
+    _trace_exit(kvm, vcpu, exit_)
+    vmx_complete_interrupts(vcpu, exit_.idt_vectoring_info, exit_.insn_len, exit_.idt_vectoring_error)
+    return exit_
+
+
+def _trace_exit(kvm: Kvm, vcpu: Vcpu, exit_: VmExit) -> None:
+    if (t := kvm.trace.kvm_exit) is not None:
+        t(
+            exit_.reason, exit_.rip, KVM_ISA_VMX, exit_.qualification, exit_.idt_vectoring_info,
+            exit_.intr_info, exit_.error_code, vcpu.vcpu_id, vcpu.requests,
+        )
+
+
+# -- blocking -----------------------------------------------------------------------------------
+
+
+def _vcpu_runnable(vcpu: Vcpu) -> bool:
+    """kvm_arch_vcpu_runnable."""
+    if vcpu.exception.pending or vcpu.nmi_pending:
+        return True
+    return vcpu.has_interrupt() and vcpu.kvm.cpu.interrupt_allowed(vcpu)
+
+
+def _vcpu_block(vcpu: Vcpu) -> int:
+    kvm = vcpu.kvm
+    if not _vcpu_runnable(vcpu) and not _can_wake(vcpu):
+        vcpu.mp_state = KVM_MP_STATE_RUNNABLE
+        vcpu.run = UserExit("hlt")
+        return 0
+    if not _vcpu_runnable(vcpu):
+        kvm.srcu.read_unlock(vcpu.srcu_idx)
+        _kvm_vcpu_halt(vcpu)
+        vcpu.srcu_idx = kvm.srcu.read_lock()
+        if not _vcpu_runnable(vcpu):
+            return 1
+    if vcpu.mp_state == KVM_MP_STATE_HALTED:
+        vcpu.mp_state = KVM_MP_STATE_RUNNABLE
+        kvm_make_request(KVM_REQ_EVENT, vcpu)
+    return 1
+
+
+def _can_wake(vcpu: Vcpu) -> bool:
+    """Whether an interrupt can ever end this halt."""
+    return vcpu.irq_source is not None and vcpu.kvm.cpu.get_reg(vcpu, "rflags") & _RFLAGS_IF != 0
+
+
+def _kvm_vcpu_halt(vcpu: Vcpu) -> None:
+    kvm = vcpu.kvm
+    start = kvm.sched.now
+    waited = False
+    while not (_vcpu_runnable(vcpu) or vcpu.immediate_exit or kvm_check_request(KVM_REQ_UNBLOCK, vcpu)):
+        waited = True
+        vcpu.wait.wait()
+        if vcpu.requests:
+            break
+    vcpu.stat["halt_wait_ns"] += kvm.sched.now - start
+    if (t := kvm.trace.kvm_vcpu_wakeup) is not None:
+        t(kvm.sched.now - start, waited, _vcpu_runnable(vcpu))
