@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.swapfile import SwapInfo
 
-__all__ = ["QUEUE_DEPTH", "TRACEPOINTS", "SwapDevice", "swap_read_folio", "swap_writeout"]
+__all__ = ["QUEUE_DEPTH", "SWAP_CLUSTER_MAX", "TRACEPOINTS", "SwapDevice", "swap_read_folio", "swap_writeout"]
 
+SWAP_CLUSTER_MAX = 32
 QUEUE_DEPTH = 16
 """Requests the device works on at once."""
 
@@ -68,15 +69,20 @@ TRACEPOINTS = (SWAP_WRITE_START, SWAP_WRITE_END, SWAP_READ_START, SWAP_READ_END,
 
 
 class SwapDevice:
-    """The request queue of the swap file's device. `inflight` maps pfn to slot."""
+    """The request queue of the swap file's device. `inflight` maps pfn to slot.
 
-    __slots__ = ("host", "inflight", "last_read", "last_write")
+    Reclaimers that wait for writeback hang on `host.reclaim_wait`; `throttled_written` counts what
+    completed since the first of them came.
+    """
+
+    __slots__ = ("host", "inflight", "last_read", "last_write", "throttled_written")
 
     def __init__(self, host: HostMm) -> None:
         self.host = host
         self.inflight: dict[int, int] = {}
         self.last_read = 0
         self.last_write = 0
+        self.throttled_written = 0
 
     def submit_read(self, pfn: int, slot: int, done: Callable[[], None]) -> None:
         """Call `done` when the read would complete."""
@@ -89,6 +95,11 @@ class SwapDevice:
         when = max(self.host.sched.now + COST_SWAP_WRITE, self.last_write + COST_SWAP_WRITE // QUEUE_DEPTH)
         self.last_write = when
         self._submit(pfn, slot, when, done)
+
+    def drain(self) -> None:
+        """Sleep until nothing is in flight: what quiescence means for swap."""
+        while self.inflight:
+            self.host.sched.sleep(COST_SWAP_READ)
 
     def _submit(self, pfn: int, slot: int, when: int, done: Callable[[], None]) -> None:
         sched = self.host.sched
@@ -103,10 +114,20 @@ class SwapDevice:
             task.no_preempt += 1
             del self.inflight[pfn]
             done()
+            self._acct_reclaim_writeback()
             task.no_preempt -= 1
             stream.ctx = ctx
 
         sched.after(when - sched.now, complete)
+
+
+    def _acct_reclaim_writeback(self) -> None:
+        """A cluster for each waiting reclaimer is done, or all there was: let them go on."""
+        queue = self.host.reclaim_wait
+        if queue.waiters:
+            self.throttled_written += 1
+            if not self.inflight or self.throttled_written > SWAP_CLUSTER_MAX * len(queue.waiters):
+                queue.wake_all()
 
 
 def _swap(host: HostMm) -> SwapInfo:

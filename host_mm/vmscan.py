@@ -42,6 +42,7 @@ from host_mm.page import (
     try_get_page,
 )
 from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, GFP_KERNEL
+from host_mm.page_io import SWAP_CLUSTER_MAX
 from host_mm.rmap import folio_referenced
 from host_mm.shrink_folio_list import ScanControl, shrink_folio_list
 from host_mm.vmscan_trace import TRACEPOINTS, VMSCAN_THROTTLE_WRITEBACK, ZONE_NORMAL, trace_reclaim_flags
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DEF_PRIORITY",
     "MAX_RECLAIM_RETRIES",
-    "SWAP_CLUSTER_MAX",
     "TRACEPOINTS",
     "Kswapd",
     "kswapd",
@@ -62,7 +62,6 @@ __all__ = [
 ]
 
 DEF_PRIORITY = 12
-SWAP_CLUSTER_MAX = 32
 MAX_RECLAIM_RETRIES = 16
 _THROTTLE_NS = 100_000_000
 """HZ / 10: how long a reclaimer waits at most for writeback."""
@@ -242,6 +241,8 @@ def _reclaim_throttle(host: HostMm, nid: int) -> None:
         if not woken:
             queue.wake_all()
 
+    if not queue.waiters:
+        host.swap_device.throttled_written = 0
     sched.after(_THROTTLE_NS, timeout)
     queue.wait()
     woken = True
