@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from keystone import KS_ARCH_X86, KS_MODE_32, KS_MODE_64, Ks, KsError
 
-from guest_payloads.expr import RESERVED, ExpressionError, evaluate, substitute
+from guest_payloads.expr import IDENTIFIER, RESERVED, ExpressionError, evaluate, substitute
 from guest_payloads.preprocess import AssemblyError, Equate, Statement, split_arguments
 
 __all__ = ["SECTIONS", "Assembler", "Line", "Program"]
@@ -313,19 +313,26 @@ class Assembler:
         if item.bits == 32 and mnemonic in ("lgdt", "ljmp"):
             return self._far32(item, mnemonic, operands)
         try:
-            replaced = substitute(operands, self._lookup(item))
-            if item.bits == 64:
-                replaced = _MEMORY.sub(self._absolute, replaced)
+            replaced = ", ".join(self._operand(item, text) for text in split_arguments(operands))
         except ExpressionError as error:
             raise self._fail(item, error) from error
         if _HIGH_BYTE.search(operands) and _NEEDS_REX.search(operands):
             raise AssemblyError(f"{item.where}: a high byte register cannot be used with REX: {item.text}")
         if mnemonic == "movsd" and not operands:
             return (b"\xf3" if start else b"") + b"\xa5"
-        if mnemonic == "push" and "[" not in operands and re.match(r"[(\-0-9]", replaced):
+        if mnemonic == "push" and "[" not in operands and re.match(r"[-0-9]", replaced):
             if not -(1 << 31) <= self._value(item, operands) < 1 << 31:
                 raise AssemblyError(f"{item.where}: push takes 32 signed bits: {item.text}")
         return self._keystone(item, " ".join((*words[:start], mnemonic, replaced)))
+
+    def _operand(self, item: _Item, text: str) -> str:
+        """One operand as keystone takes it: constants computed here, no symbols left."""
+        replaced = substitute(text, self._lookup(item))
+        if "[" in text:
+            return _MEMORY.sub(self._absolute, replaced) if item.bits == 64 else replaced
+        if any(word.lower() in RESERVED for word in IDENTIFIER.findall(text)):
+            return replaced
+        return str(evaluate(replaced, {}))
 
     @staticmethod
     def _absolute(match: re.Match[str]) -> str:

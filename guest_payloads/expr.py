@@ -84,7 +84,7 @@ def substitute(text: str, lookup: Callable[[str], int | None]) -> str:
     plain = _characters(text)
     if "$" in plain:
         plain = plain.replace("$", hex(lookup("$") or 0))
-    return _OCTAL.sub(r"0o\1", IDENTIFIER.sub(value, plain))
+    return _OCTAL.sub(lambda match: str(int(match.group(1), 8)), IDENTIFIER.sub(value, plain))
 
 
 def _compute(node: ast.AST) -> int:
