@@ -50,7 +50,7 @@ def free_mm(mm: MmStruct) -> None:
     mmu_notifier.mmu_notifier_subscriptions_destroy(mm)
     pgd_free(mm)
     if any(mm.rss) or mm.pgtables_bytes:
-        raise BrokenTruth("mm-accounting", f"an mm ends with rss {mm.rss} and {mm.pgtables_bytes} table bytes")
+        raise BrokenTruth("mm-accounting", f"an mm ends with rss {mm.rss}, {mm.pgtables_bytes} table bytes")
 
 
 def mmget_not_zero(mm: MmStruct) -> bool:

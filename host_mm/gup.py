@@ -18,19 +18,55 @@ from __future__ import annotations
 from errno import EAGAIN, EBUSY, EFAULT, EMLINK, ENOENT, ENOMEM
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, _PAGE_SPECIAL, _PAGE_USER, pte_dirty, pte_pfn
-from host_mm.arch.x86.pgtable import pte_present, pte_protnone, pte_write, walk_lockless
+from host_mm.arch.x86.pgtable import (
+    _PAGE_PRESENT,
+    _PAGE_RW,
+    _PAGE_SPECIAL,
+    _PAGE_USER,
+    pte_dirty,
+    pte_pfn,
+    pte_present,
+    pte_protnone,
+    pte_write,
+    walk_lockless,
+)
 from host_mm.kernel.costs import COST_WALK
 from host_mm.kernel.errors import EHWPOISON, BrokenTruth
 from host_mm.memory import handle_mm_fault, vm_normal_page
 from host_mm.memory_copy import is_cow_mapping
-from host_mm.mm_types import FAULT_FLAG_ALLOW_RETRY, FAULT_FLAG_INTERRUPTIBLE, FAULT_FLAG_KILLABLE
-from host_mm.mm_types import FAULT_FLAG_REMOTE, FAULT_FLAG_RETRY_NOWAIT, FAULT_FLAG_TRIED, FAULT_FLAG_UNSHARE
-from host_mm.mm_types import FAULT_FLAG_WRITE, MMF_HAS_PINNED, VM_ACCESS_FLAGS, VM_FAULT_ERROR
-from host_mm.mm_types import VM_FAULT_HWPOISON, VM_FAULT_OOM, VM_FAULT_RETRY, VM_IO, VM_MAYREAD, VM_MAYWRITE
-from host_mm.mm_types import VM_PFNMAP, VM_READ, VM_WRITE
-from host_mm.page import GUP_PIN_COUNTING_BIAS, PG_anon, PG_anon_exclusive, PG_dirty, PG_hwpoison
-from host_mm.page import PG_referenced, put_page, set_page_dirty, try_get_page
+from host_mm.mm_types import (
+    FAULT_FLAG_ALLOW_RETRY,
+    FAULT_FLAG_INTERRUPTIBLE,
+    FAULT_FLAG_KILLABLE,
+    FAULT_FLAG_REMOTE,
+    FAULT_FLAG_RETRY_NOWAIT,
+    FAULT_FLAG_TRIED,
+    FAULT_FLAG_UNSHARE,
+    FAULT_FLAG_WRITE,
+    MMF_HAS_PINNED,
+    VM_ACCESS_FLAGS,
+    VM_FAULT_ERROR,
+    VM_FAULT_HWPOISON,
+    VM_FAULT_OOM,
+    VM_FAULT_RETRY,
+    VM_IO,
+    VM_MAYREAD,
+    VM_MAYWRITE,
+    VM_PFNMAP,
+    VM_READ,
+    VM_WRITE,
+)
+from host_mm.page import (
+    GUP_PIN_COUNTING_BIAS,
+    PG_anon,
+    PG_anon_exclusive,
+    PG_dirty,
+    PG_hwpoison,
+    PG_referenced,
+    put_page,
+    set_page_dirty,
+    try_get_page,
+)
 from host_mm.pgtable_generic import pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get
 from trace_events.tracepoint import Tracepoint
 
@@ -171,7 +207,7 @@ def _check_vma_flags(vma: VmArea, flags: int) -> bool:
     if vma.flags & (VM_IO | VM_PFNMAP):
         return False
     if flags & FOLL_WRITE:
-        return bool(vma.flags & VM_WRITE or flags & FOLL_FORCE and is_cow_mapping(vma.flags))
+        return bool(vma.flags & VM_WRITE or (flags & FOLL_FORCE and is_cow_mapping(vma.flags)))
     if vma.flags & VM_READ:
         return True
     return bool(flags & FOLL_FORCE and vma.flags & VM_MAYREAD)

@@ -18,13 +18,31 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from host_mm import fork, gup, interval_notifier, lru, memory, migrate, mmu_notifier, oom_kill, page_alloc, page_io
-from host_mm import rmap_unmap, swap_state, swapin, tlb, truths, vmscan, vmscan_trace
+from host_mm import (
+    fork,
+    gup,
+    interval_notifier,
+    lru,
+    memory,
+    migrate,
+    mmu_notifier,
+    oom_kill,
+    page_alloc,
+    page_io,
+    rmap_unmap,
+    swap_state,
+    swapin,
+    tlb,
+    truths,
+    vmscan,
+    vmscan_trace,
+)
 from host_mm.kernel.locks import Srcu
 from host_mm.kernel.sched import WaitQueue
-from host_mm.page import GUP_PIN_COUNTING_BIAS, PG_reserved, Pages
+from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
@@ -36,7 +54,7 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmFault
     from trace_events.stream import TraceStream
 
-__all__ = ["HostMm", "ZERO_PFN"]
+__all__ = ["ZERO_PFN", "HostMm"]
 
 ZERO_PFN = 1
 """Frame 0 is nobody's, so that 0 can mean none; frame 1 is empty_zero_page."""
@@ -141,7 +159,8 @@ class HostMm:
     def start_daemons(self) -> None:
         """Start kswapd on every node; each sleeps until an allocation finds its node short."""
         for node in self.allocator.nodes:
-            self.daemons.append(self.sched.spawn(f"kswapd{node.nid}", lambda nid=node.nid: vmscan.kswapd(self, nid)))
+            body = partial(vmscan.kswapd, self, node.nid)
+            self.daemons.append(self.sched.spawn(f"kswapd{node.nid}", body))
 
     def close(self) -> None:
         """Give up what the machine underneath holds for us: the swap file."""

@@ -16,19 +16,48 @@ from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
-from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, SWP_HWPOISON, non_swap_entry, pte_dirty, pte_mkclean
-from host_mm.arch.x86.pgtable import pte_mkold, pte_present, pte_to_swp_entry, swp_type
+from host_mm.arch.x86.pgtable import (
+    _PAGE_ACCESSED,
+    SWP_HWPOISON,
+    non_swap_entry,
+    pte_dirty,
+    pte_mkclean,
+    pte_mkold,
+    pte_present,
+    pte_to_swp_entry,
+    swp_type,
+)
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.gup import faultin_page_range
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import EHWPOISON, KernelError
 from host_mm.memory import vm_normal_page
 from host_mm.memory_zap import zap_page_range_single_batched
-from host_mm.mm_types import MM_SWAPENTS, VM_DONTCOPY, VM_HUGEPAGE, VM_IO, VM_LOCKED, VM_NOHUGEPAGE, VM_PFNMAP
-from host_mm.mm_types import VM_RAND_READ, VM_SEQ_READ, VM_SHARED, VM_WIPEONFORK
+from host_mm.mm_types import (
+    MM_SWAPENTS,
+    VM_DONTCOPY,
+    VM_HUGEPAGE,
+    VM_IO,
+    VM_LOCKED,
+    VM_NOHUGEPAGE,
+    VM_PFNMAP,
+    VM_RAND_READ,
+    VM_SEQ_READ,
+    VM_SHARED,
+    VM_WIPEONFORK,
+)
 from host_mm.mmu_gather import MmuGather
-from host_mm.page import PG_active, PG_dirty, PG_lru, PG_referenced, PG_swapcache, PG_unevictable, PG_workingset
-from host_mm.page import PG_young, put_page
+from host_mm.page import (
+    PG_active,
+    PG_dirty,
+    PG_lru,
+    PG_referenced,
+    PG_swapcache,
+    PG_unevictable,
+    PG_workingset,
+    PG_young,
+    put_page,
+)
 from host_mm.page_io import swap_read_folio
 from host_mm.pgtable_generic import pmd_entries, pte_clear, pte_lockptr, pte_offset_map_lock, set_pte
 from host_mm.swap_state import folio_free_swap, free_swap_and_cache, read_swap_cache
@@ -270,7 +299,9 @@ def _cold_or_pageout(vma: VmArea, start: int, end: int, *, pageout: bool) -> Non
     tlb.finish()
 
 
-def _deactivate(tlb: MmuGather, mm: MmStruct, address: int, pte: int, entry: int, isolated: list[int] | None) -> None:
+def _deactivate(
+    tlb: MmuGather, mm: MmStruct, address: int, pte: int, entry: int, isolated: list[int] | None
+) -> None:
     host = mm.host
     pages = host.pages
     pfn = vm_normal_page(host, entry)

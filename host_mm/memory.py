@@ -18,21 +18,65 @@ from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
-from host_mm.arch.x86.pgtable import _PAGE_SOFT_DIRTY, _PAGE_SPECIAL, mk_pte, pte_mkdirty, pte_mkwrite
-from host_mm.arch.x86.pgtable import pte_mkyoung, pte_modify, pte_pfn, pte_present, pte_protnone, pte_write
+from host_mm.arch.x86.pgtable import (
+    _PAGE_SOFT_DIRTY,
+    _PAGE_SPECIAL,
+    mk_pte,
+    pte_mkdirty,
+    pte_mkwrite,
+    pte_mkyoung,
+    pte_modify,
+    pte_pfn,
+    pte_present,
+    pte_protnone,
+    pte_write,
+)
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_FAULT
-from host_mm.mm_types import FAULT_FLAG_UNSHARE, FAULT_FLAG_WRITE, MM_ANONPAGES, MMF_UNSTABLE
-from host_mm.mm_types import VM_ACCESS_FLAGS, VM_FAULT_MAJOR, VM_FAULT_OOM, VM_FAULT_RETRY
-from host_mm.mm_types import VM_FAULT_SIGBUS, VM_FAULT_SIGSEGV, VM_MAYSHARE, VM_SHARED
-from host_mm.mm_types import VM_WRITE, VmFault
-from host_mm.page import PG_anon, PG_anon_exclusive, PG_ksm, PG_lru, PG_swapcache, PG_uptodate
-from host_mm.page import get_page, put_page
+from host_mm.mm_types import (
+    FAULT_FLAG_UNSHARE,
+    FAULT_FLAG_WRITE,
+    MM_ANONPAGES,
+    MMF_UNSTABLE,
+    VM_ACCESS_FLAGS,
+    VM_FAULT_MAJOR,
+    VM_FAULT_OOM,
+    VM_FAULT_RETRY,
+    VM_FAULT_SIGBUS,
+    VM_FAULT_SIGSEGV,
+    VM_MAYSHARE,
+    VM_SHARED,
+    VM_WRITE,
+    VmFault,
+)
+from host_mm.page import (
+    PG_anon,
+    PG_anon_exclusive,
+    PG_ksm,
+    PG_lru,
+    PG_swapcache,
+    PG_uptodate,
+    get_page,
+    put_page,
+)
 from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, GFP_ZERO
-from host_mm.pgtable_generic import pmd_alloc, pte_alloc, pte_lockptr, pte_offset_map, pte_offset_map_lock
-from host_mm.pgtable_generic import ptep_clear_flush, ptep_get, ptep_set_access_flags, set_pte
-from host_mm.rmap import anon_vma_prepare, folio_add_new_anon_rmap, folio_move_anon_rmap
-from host_mm.rmap import folio_remove_rmap_pte
+from host_mm.pgtable_generic import (
+    pmd_alloc,
+    pte_alloc,
+    pte_lockptr,
+    pte_offset_map,
+    pte_offset_map_lock,
+    ptep_clear_flush,
+    ptep_get,
+    ptep_set_access_flags,
+    set_pte,
+)
+from host_mm.rmap import (
+    anon_vma_prepare,
+    folio_add_new_anon_rmap,
+    folio_move_anon_rmap,
+    folio_remove_rmap_pte,
+)
 from host_mm.swap_state import folio_free_swap, free_swap_cache
 from trace_events.tracepoint import Tracepoint
 
@@ -109,7 +153,8 @@ def handle_mm_fault(vma: VmArea, address: int, flags: int) -> int:
     ctx = host.stream.ctx
     saved = ctx.cause
     if (t := host.trace.host_fault) is not None:
-        access = "write" if flags & FAULT_FLAG_WRITE else ("unshare" if flags & FAULT_FLAG_UNSHARE else "read")
+        access = "unshare" if flags & FAULT_FLAG_UNSHARE else "read"
+        access = "write" if flags & FAULT_FLAG_WRITE else access
         ctx.cause = t(mm.process.pid, address & ~0xFFF, access)
     try:
         vmf = VmFault(vma, address, flags)

@@ -17,16 +17,40 @@ from errno import ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
-from host_mm.arch.x86.pgtable import SWP_MIGRATION_READ, SWP_PTE_MARKER, _PAGE_SWP_EXCLUSIVE
-from host_mm.arch.x86.pgtable import _PAGE_SWP_SOFT_DIRTY, is_migration_entry, mk_pte, non_swap_entry, pte_mkclean
-from host_mm.arch.x86.pgtable import pte_mkdirty, pte_mkold, pte_present, pte_to_swp_entry, pte_write
-from host_mm.arch.x86.pgtable import pte_wrprotect, swp_entry, swp_entry_to_pte, swp_offset, swp_type
+from host_mm.arch.x86.pgtable import (
+    _PAGE_SWP_EXCLUSIVE,
+    _PAGE_SWP_SOFT_DIRTY,
+    SWP_MIGRATION_READ,
+    SWP_PTE_MARKER,
+    is_migration_entry,
+    mk_pte,
+    non_swap_entry,
+    pte_mkclean,
+    pte_mkdirty,
+    pte_mkold,
+    pte_present,
+    pte_to_swp_entry,
+    pte_write,
+    pte_wrprotect,
+    swp_entry,
+    swp_entry_to_pte,
+    swp_offset,
+    swp_type,
+)
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_WALK
 from host_mm.memory import folio_prealloc, maybe_mkwrite, vm_normal_page
 from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES, MM_SWAPENTS, VM_MAYWRITE, VM_PFNMAP, VM_SHARED
 from host_mm.page import PG_anon, get_page, put_page
-from host_mm.pgtable_generic import pmd_alloc, pmd_entries, pte_alloc, pte_lockptr, pte_offset_map
-from host_mm.pgtable_generic import pte_offset_map_lock, ptep_set_wrprotect, set_pte
+from host_mm.pgtable_generic import (
+    pmd_alloc,
+    pmd_entries,
+    pte_alloc,
+    pte_lockptr,
+    pte_offset_map,
+    pte_offset_map_lock,
+    ptep_set_wrprotect,
+    set_pte,
+)
 from host_mm.rmap import folio_add_new_anon_rmap, folio_try_dup_anon_rmap_pte
 
 if TYPE_CHECKING:
@@ -164,11 +188,15 @@ def _copy_present_page(dst_vma: VmArea, dst_pte: int, address: int, pfn: int, ne
     set_pte(dst_vma.mm, address, dst_pte, entry)
 
 
-def _copy_nonpresent(dst_vma: VmArea, src_vma: VmArea, dst_pte: int, src_pte: int, address: int, entry: int) -> bool:
+def _copy_nonpresent(
+    dst_vma: VmArea, src_vma: VmArea, dst_pte: int, src_pte: int, address: int, entry: int
+) -> bool:
     src_mm, dst_mm = src_vma.mm, dst_vma.mm
     swp = pte_to_swp_entry(entry)
     if not non_swap_entry(swp):
-        if src_mm.host.swap.swap_duplicate(swp) < 0:
+        swap = src_mm.host.swap
+        assert swap is not None
+        if swap.swap_duplicate(swp) < 0:
             return False
         if entry & _PAGE_SWP_EXCLUSIVE:
             entry &= ~_PAGE_SWP_EXCLUSIVE

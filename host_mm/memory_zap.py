@@ -15,21 +15,35 @@ from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
-from host_mm.arch.x86.pgtable import is_migration_entry, non_swap_entry, pte_dirty, pte_present
-from host_mm.arch.x86.pgtable import pte_to_swp_entry
+from host_mm.arch.x86.pgtable import (
+    is_migration_entry,
+    non_swap_entry,
+    pte_dirty,
+    pte_present,
+    pte_to_swp_entry,
+)
 from host_mm.memory import vm_normal_page
 from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES, MM_SWAPENTS
 from host_mm.mmu_gather import MmuGather
 from host_mm.page import PG_anon, set_page_dirty
-from host_mm.pgtable_generic import free_pgd_range, pmd_entries, pte_clear, pte_lockptr, pte_offset_map_lock
-from host_mm.pgtable_generic import ptep_get_and_clear
+from host_mm.pgtable_generic import (
+    free_pgd_range,
+    pmd_entries,
+    pte_clear,
+    pte_lockptr,
+    pte_offset_map_lock,
+    ptep_get_and_clear,
+)
 from host_mm.rmap import folio_remove_rmap_pte, unlink_anon_vmas
 from host_mm.swap_state import free_swap_and_cache
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
 
-__all__ = ["free_pgtables", "unmap_page_range", "unmap_vmas", "zap_page_range_single", "zap_page_range_single_batched"]
+__all__ = [
+    "free_pgtables", "unmap_page_range", "unmap_vmas", "zap_page_range_single",
+    "zap_page_range_single_batched",
+]
 
 
 def unmap_page_range(tlb: MmuGather, vma: VmArea, start: int, end: int) -> None:

@@ -19,16 +19,62 @@ if TYPE_CHECKING:
     from host_mm.process import Process
 
 __all__ = [
-    "AnonVma", "AnonVmaChain", "FAULT_FLAG_ALLOW_RETRY", "FAULT_FLAG_INSTRUCTION",
-    "FAULT_FLAG_INTERRUPTIBLE", "FAULT_FLAG_KILLABLE", "FAULT_FLAG_REMOTE", "FAULT_FLAG_RETRY_NOWAIT",
-    "FAULT_FLAG_TRIED", "FAULT_FLAG_UNSHARE", "FAULT_FLAG_USER", "FAULT_FLAG_WRITE", "MMF_HAS_PINNED",
-    "MMF_OOM_SKIP", "MMF_UNSTABLE", "MM_ANONPAGES", "MM_FILEPAGES", "MM_SHMEMPAGES", "MM_SWAPENTS",
-    "MmStruct", "VM_ACCESS_FLAGS", "VM_DONTCOPY", "VM_DONTEXPAND", "VM_EXEC", "VM_FAULT_BADMAP", "VM_FAULT_COMPLETED",
-    "VM_FAULT_ERROR", "VM_FAULT_FALLBACK", "VM_FAULT_HWPOISON", "VM_FAULT_MAJOR", "VM_FAULT_NOPAGE",
-    "VM_FAULT_OOM", "VM_FAULT_RETRY", "VM_FAULT_SIGBUS", "VM_FAULT_SIGSEGV", "VM_HUGEPAGE", "VM_IO",
-    "VM_LOCKED", "VM_MAYEXEC", "VM_MAYREAD", "VM_MAYSHARE", "VM_MAYWRITE", "VM_MERGEABLE", "VM_NOHUGEPAGE",
-    "VM_NORESERVE", "VM_PFNMAP", "VM_RAND_READ", "VM_READ", "VM_SEQ_READ", "VM_SHARED", "VM_SOFTDIRTY", "VM_SPECIAL", "VM_WIPEONFORK", "VM_WRITE",
-    "VmArea", "VmFault",
+    "FAULT_FLAG_ALLOW_RETRY",
+    "FAULT_FLAG_INSTRUCTION",
+    "FAULT_FLAG_INTERRUPTIBLE",
+    "FAULT_FLAG_KILLABLE",
+    "FAULT_FLAG_REMOTE",
+    "FAULT_FLAG_RETRY_NOWAIT",
+    "FAULT_FLAG_TRIED",
+    "FAULT_FLAG_UNSHARE",
+    "FAULT_FLAG_USER",
+    "FAULT_FLAG_WRITE",
+    "MMF_HAS_PINNED",
+    "MMF_OOM_SKIP",
+    "MMF_UNSTABLE",
+    "MM_ANONPAGES",
+    "MM_FILEPAGES",
+    "MM_SHMEMPAGES",
+    "MM_SWAPENTS",
+    "VM_ACCESS_FLAGS",
+    "VM_DONTCOPY",
+    "VM_DONTEXPAND",
+    "VM_EXEC",
+    "VM_FAULT_BADMAP",
+    "VM_FAULT_COMPLETED",
+    "VM_FAULT_ERROR",
+    "VM_FAULT_FALLBACK",
+    "VM_FAULT_HWPOISON",
+    "VM_FAULT_MAJOR",
+    "VM_FAULT_NOPAGE",
+    "VM_FAULT_OOM",
+    "VM_FAULT_RETRY",
+    "VM_FAULT_SIGBUS",
+    "VM_FAULT_SIGSEGV",
+    "VM_HUGEPAGE",
+    "VM_IO",
+    "VM_LOCKED",
+    "VM_MAYEXEC",
+    "VM_MAYREAD",
+    "VM_MAYSHARE",
+    "VM_MAYWRITE",
+    "VM_MERGEABLE",
+    "VM_NOHUGEPAGE",
+    "VM_NORESERVE",
+    "VM_PFNMAP",
+    "VM_RAND_READ",
+    "VM_READ",
+    "VM_SEQ_READ",
+    "VM_SHARED",
+    "VM_SOFTDIRTY",
+    "VM_SPECIAL",
+    "VM_WIPEONFORK",
+    "VM_WRITE",
+    "AnonVma",
+    "AnonVmaChain",
+    "MmStruct",
+    "VmArea",
+    "VmFault",
 ]
 
 VM_READ = 0x1
@@ -106,7 +152,7 @@ class AnonVma:
     def __init__(self, host: HostMm, parent: AnonVma | None) -> None:
         self.parent: AnonVma = parent if parent is not None else self
         self.root: AnonVma = parent.root if parent is not None else self
-        self.rwsem = RwSem(host.sched, "anon_vma") if parent is None else self.root.rwsem
+        self.rwsem: RwSem = RwSem(host.sched, "anon_vma") if parent is None else self.root.rwsem
         self.chains: dict[int, AnonVmaChain] = {}
         self.num_children = 0
         self.num_active_vmas = 0
@@ -167,7 +213,8 @@ class MmStruct:
     """struct mm_struct: one address space.
 
     `pgd` is the physical address of its level-4 table. `mm_users` counts threads and remote walkers
-    that use the address space, `mm_count` who keeps the struct. `rss` is indexed by MM_*. `tlb_flush_pending` and `tlb_flush_batched` are the kernel's. `vmas` is sorted by address.
+    that use the address space, `mm_count` who keeps the struct. `rss` is indexed by MM_*.
+    `tlb_flush_pending` and `tlb_flush_batched` are the kernel's. `vmas` is sorted by address.
     """
 
     __slots__ = (
@@ -176,7 +223,7 @@ class MmStruct:
         "starts", "tlb", "tlb_flush_batched", "tlb_flush_pending", "total_vm", "vmas", "write_protect_seq",
     )
 
-    def __init__(self, host: HostMm, process: Process | None) -> None:
+    def __init__(self, host: HostMm, process: Process) -> None:
         self.host = host
         self.process = process
         self.mmap_lock = RwSem(host.sched, "mmap_lock")
@@ -248,7 +295,9 @@ class MmStruct:
 class VmFault:
     """struct vm_fault: one fault on its way. `pmd` and `pte` are physical addresses of entries (0: none)."""
 
-    __slots__ = ("address", "flags", "mm", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl", "real_address", "vma")
+    __slots__ = (
+        "address", "flags", "mm", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl", "real_address", "vma",
+    )
 
     def __init__(self, vma: VmArea, address: int, flags: int) -> None:
         self.vma = vma

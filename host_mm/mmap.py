@@ -16,8 +16,20 @@ from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory_zap import free_pgtables, unmap_vmas
-from host_mm.mm_types import VM_EXEC, VM_LOCKED, VM_MAYEXEC, VM_MAYREAD, VM_MAYSHARE, VM_MAYWRITE, VM_NORESERVE
-from host_mm.mm_types import VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE, VmArea
+from host_mm.mm_types import (
+    VM_EXEC,
+    VM_LOCKED,
+    VM_MAYEXEC,
+    VM_MAYREAD,
+    VM_MAYSHARE,
+    VM_MAYWRITE,
+    VM_NORESERVE,
+    VM_READ,
+    VM_SHARED,
+    VM_SOFTDIRTY,
+    VM_WRITE,
+    VmArea,
+)
 from host_mm.mmu_gather import MmuGather
 from host_mm.vma import insert_vma, remove_vma, split_vma, vm_get_page_prot, vma_merge_new_range
 
@@ -66,7 +78,8 @@ def do_mmap(
         raise KernelError(ENODEV, "shared mappings need an address space object")
     mm.mmap_lock.lock()
     try:
-        return _mmap_region(mm, _find_place(mm, addr, size, flags), size, prot, flags, file, ops, pgoff, vm_flags)
+        place = _find_place(mm, addr, size, flags)
+        return _mmap_region(mm, place, size, _vm_flags(mm, prot, flags) | vm_flags, file, ops, pgoff)
     finally:
         mm.mmap_lock.unlock()
 
@@ -81,7 +94,7 @@ def _find_place(mm: MmStruct, addr: int, size: int, flags: int) -> int:
             raise KernelError(EEXIST, f"something is mapped in {addr:#x}+{size:#x}")
         return addr
     hint = addr & ~4095
-    if hint >= MMAP_MIN_ADDR and hint + size <= TASK_SIZE and mm.find_vma_intersection(hint, hint + size) is None:
+    if MMAP_MIN_ADDR <= hint <= TASK_SIZE - size and mm.find_vma_intersection(hint, hint + size) is None:
         return hint
     # Anonymous mappings of whole 2 MiB get 2 MiB alignment, so that huge pages could fit.
     align = PMD_SIZE if size % PMD_SIZE == 0 and not hint else 4096
@@ -104,10 +117,8 @@ def _unmapped_area_topdown(mm: MmStruct, size: int, align: int) -> int:
     return start
 
 
-def _mmap_region(
-    mm: MmStruct, addr: int, size: int, prot: int, flags: int, file: Any, ops: Any, pgoff: int | None, extra: int
-) -> int:
-    vm_flags = extra | mm.def_flags | VM_MAYREAD | VM_MAYWRITE | VM_MAYEXEC
+def _vm_flags(mm: MmStruct, prot: int, flags: int) -> int:
+    vm_flags = mm.def_flags | VM_MAYREAD | VM_MAYWRITE | VM_MAYEXEC
     vm_flags |= (VM_READ if prot & PROT_READ else 0) | (VM_WRITE if prot & PROT_WRITE else 0)
     vm_flags |= VM_EXEC if prot & PROT_EXEC else 0
     if flags & MAP_SHARED:
@@ -116,6 +127,12 @@ def _mmap_region(
         vm_flags |= VM_NORESERVE
     if flags & MAP_LOCKED:
         vm_flags |= VM_LOCKED
+    return vm_flags
+
+
+def _mmap_region(
+    mm: MmStruct, addr: int, size: int, vm_flags: int, file: Any, ops: Any, pgoff: int | None
+) -> int:
     if mm.find_vma_intersection(addr, addr + size) is not None:
         _unmap(mm, addr, addr + size, downgrade=False)
     vma = VmArea(mm, addr, addr + size, vm_flags | VM_SOFTDIRTY, addr >> 12 if pgoff is None else pgoff)

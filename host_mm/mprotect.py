@@ -19,19 +19,44 @@ from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
-from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, _PAGE_DIRTY, _PAGE_NX, _PAGE_PRESENT, _PAGE_RW
-from host_mm.arch.x86.pgtable import _PAGE_SOFT_DIRTY, _PAGE_SWP_SOFT_DIRTY, _PAGE_USER, PFN_MASK, PGDIR_SIZE
-from host_mm.arch.x86.pgtable import PUD_SIZE, SWP_MIGRATION_READ_EXCLUSIVE, is_writable_migration_entry
-from host_mm.arch.x86.pgtable import pte_mkwrite, pte_modify, pte_present, pte_protnone, pte_to_swp_entry
-from host_mm.arch.x86.pgtable import pte_write, swp_entry, swp_entry_to_pte, swp_offset
+from host_mm.arch.x86.pgtable import (
+    _PAGE_ACCESSED,
+    _PAGE_DIRTY,
+    _PAGE_NX,
+    _PAGE_PRESENT,
+    _PAGE_RW,
+    _PAGE_SOFT_DIRTY,
+    _PAGE_SWP_SOFT_DIRTY,
+    _PAGE_USER,
+    PFN_MASK,
+    PGDIR_SIZE,
+    PUD_SIZE,
+    SWP_MIGRATION_READ_EXCLUSIVE,
+    is_writable_migration_entry,
+    pte_mkwrite,
+    pte_modify,
+    pte_present,
+    pte_protnone,
+    pte_to_swp_entry,
+    pte_write,
+    swp_entry,
+    swp_entry_to_pte,
+    swp_offset,
+)
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory import vm_normal_page
 from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE
 from host_mm.mmu_gather import MmuGather
 from host_mm.page import PG_anon, PG_anon_exclusive, PG_ksm
-from host_mm.pgtable_generic import pmd_entries, pte_lockptr, pte_offset_map_lock, ptep_get_and_clear
-from host_mm.pgtable_generic import pud_entries, set_pte
+from host_mm.pgtable_generic import (
+    pmd_entries,
+    pte_lockptr,
+    pte_offset_map_lock,
+    ptep_get_and_clear,
+    pud_entries,
+    set_pte,
+)
 from host_mm.vma import vm_get_page_prot, vma_modify_flags
 
 if TYPE_CHECKING:

@@ -28,9 +28,25 @@ if TYPE_CHECKING:
     from host_mm.kernel.sched import Task
 
 __all__ = [
-    "GFP_ATOMIC", "GFP_COMP", "GFP_DIRECT_RECLAIM", "GFP_HIGH", "GFP_HIGHUSER_MOVABLE", "GFP_KERNEL",
-    "GFP_KSWAPD_RECLAIM", "GFP_NORETRY", "GFP_NOWAIT", "GFP_NOWARN", "GFP_THISNODE", "GFP_ZERO",
-    "MAX_ORDER", "NUMA_NO_NODE", "PageAllocator", "PgData", "TRACEPOINTS", "Zone", "alloc_pages",
+    "GFP_ATOMIC",
+    "GFP_COMP",
+    "GFP_DIRECT_RECLAIM",
+    "GFP_HIGH",
+    "GFP_HIGHUSER_MOVABLE",
+    "GFP_KERNEL",
+    "GFP_KSWAPD_RECLAIM",
+    "GFP_NORETRY",
+    "GFP_NOWAIT",
+    "GFP_NOWARN",
+    "GFP_THISNODE",
+    "GFP_ZERO",
+    "MAX_ORDER",
+    "NUMA_NO_NODE",
+    "TRACEPOINTS",
+    "PageAllocator",
+    "PgData",
+    "Zone",
+    "alloc_pages",
 ]
 
 MAX_ORDER = 10
@@ -38,6 +54,7 @@ MAX_ORDER = 10
 NUMA_NO_NODE = -1
 MAX_RECLAIM_RETRIES = 16
 WATERMARK_SCALE_FACTOR = 10
+_BAD_AT_FREE = PAGE_FLAGS_CHECK_AT_FREE | PG_buddy | PG_reserved
 
 # The kernel's __GFP_* bits without the underscores, which Python would mangle inside a class.
 GFP_HIGHMEM = 1 << 1
@@ -217,7 +234,7 @@ class PageAllocator:
         host = self.host
         pages = host.pages
         flags = pages.flags[pfn]
-        if flags & (PAGE_FLAGS_CHECK_AT_FREE | PG_buddy | PG_reserved) or pages.refcount[pfn] or pages.mapcount[pfn]:
+        if flags & _BAD_AT_FREE or pages.refcount[pfn] or pages.mapcount[pfn]:
             raise BrokenTruth(
                 "bad-page-state",
                 f"pfn {pfn:#x} is freed with flags {flags:#x}, refcount {pages.refcount[pfn]}, "
@@ -284,9 +301,9 @@ class PageAllocator:
             if pfn >= 0:
                 return pfn
             no_progress = 0 if freed else no_progress + 1
-            if gfp & GFP_NORETRY or order > 3 and no_progress:
+            if gfp & GFP_NORETRY or (order > 3 and no_progress):
                 return -1
-            if no_progress > MAX_RECLAIM_RETRIES or not freed and no_progress > 1:
+            if no_progress > MAX_RECLAIM_RETRIES or (not freed and no_progress > 1):
                 if not host.out_of_memory(order):
                     raise OutOfMemory(f"no block of order {order}; {self.nr_free_pages()} frames are free")
                 no_progress = 0

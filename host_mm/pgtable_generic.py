@@ -16,8 +16,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from host_mm import tlb as _tlb
-from host_mm.arch.x86.pgtable import PFN_MASK, PGDIR_SIZE, PMD_SIZE, PUD_SIZE, _PAGE_PSE, _PAGE_TABLE
-from host_mm.arch.x86.pgtable import pte_wrprotect
+from host_mm.arch.x86.pgtable import (
+    _PAGE_PSE,
+    _PAGE_TABLE,
+    PFN_MASK,
+    PGDIR_SIZE,
+    PMD_SIZE,
+    PUD_SIZE,
+    pte_wrprotect,
+)
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Spinlock
 from host_mm.page import PG_table, put_page
@@ -27,10 +34,10 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct
 
 __all__ = [
-    "free_pgd_range", "free_tables", "mm_find_pmd", "pgd_alloc", "pgd_free", "pmd_alloc", "pmd_entries", "pmd_offset",
-    "pte_alloc", "pte_clear", "pte_lockptr", "pte_offset_map", "pte_offset_map_lock", "ptep_clear_flush",
-    "ptep_get", "ptep_get_and_clear", "ptep_set_access_flags", "ptep_set_wrprotect", "ptep_test_and_clear_young",
-    "pud_entries", "set_pte",
+    "free_pgd_range", "free_tables", "mm_find_pmd", "pgd_alloc", "pgd_free", "pmd_alloc", "pmd_entries",
+    "pmd_offset", "pte_alloc", "pte_clear", "pte_lockptr", "pte_offset_map", "pte_offset_map_lock",
+    "ptep_clear_flush", "ptep_get", "ptep_get_and_clear", "ptep_set_access_flags", "ptep_set_wrprotect",
+    "ptep_test_and_clear_young", "pud_entries", "set_pte",
 ]
 
 
@@ -264,14 +271,17 @@ def pmd_entries(mm: MmStruct, start: int, end: int) -> list[tuple[int, int, int]
     return found
 
 
-def free_pgd_range(mm: MmStruct, gather_table: list[int], address: int, end: int, floor: int, ceiling: int) -> None:
+def free_pgd_range(
+    mm: MmStruct, gather_table: list[int], address: int, end: int, floor: int, ceiling: int
+) -> None:
     """Unhook the tables that lie between `floor` and `ceiling` wholly; they are freed after the flush.
 
     [address, end) is what was unmapped; a ceiling of 0 means the top. Pfns go to `gather_table`.
     """
     top = ceiling or 1 << 47
     u64 = mm.host.ram.u64
-    for table, first, last in pud_entries(mm, address & ~(PMD_SIZE - 1), min(top, (end + PMD_SIZE - 1) & ~(PMD_SIZE - 1))):
+    limit = min(top, (end + PMD_SIZE - 1) & ~(PMD_SIZE - 1))
+    for table, first, last in pud_entries(mm, address & ~(PMD_SIZE - 1), limit):
         at = first
         while at < last:
             base = at & ~(PMD_SIZE - 1)

@@ -29,7 +29,7 @@ class Process:
         self.name = name
         self.parent = parent
         self.children: list[Process] = []
-        self.home_node = parent.home_node if parent is not None else 0
+        self.home_node: int = parent.home_node if parent is not None else 0
         self.oom_score_adj = 0
         self.alive = True
         self.mm: MmStruct

@@ -19,14 +19,34 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
-from host_mm.arch.x86.pgtable import SWP_PFN_MASK, is_migration_entry, is_swap_pte, pte_pfn, pte_present
-from host_mm.arch.x86.pgtable import pte_to_swp_entry, swp_offset
+from host_mm.arch.x86.pgtable import (
+    SWP_PFN_MASK,
+    is_migration_entry,
+    is_swap_pte,
+    pte_pfn,
+    pte_present,
+    pte_to_swp_entry,
+    swp_offset,
+)
 from host_mm.kernel.errors import BrokenTruth
-from host_mm.mm_types import VM_ACCESS_FLAGS, VM_LOCKED, VM_SOFTDIRTY, AnonVma, AnonVmaChain
-from host_mm.mm_types import MMF_HAS_PINNED, MMF_UNSTABLE
+from host_mm.mm_types import (
+    MMF_HAS_PINNED,
+    MMF_UNSTABLE,
+    VM_ACCESS_FLAGS,
+    VM_LOCKED,
+    VM_SOFTDIRTY,
+    AnonVma,
+    AnonVmaChain,
+)
 from host_mm.page import GUP_PIN_COUNTING_BIAS, PG_anon, PG_anon_exclusive, PG_idle, PG_swapbacked, PG_young
-from host_mm.pgtable_generic import mm_find_pmd, pte_lockptr, pte_offset_map, pte_offset_map_lock
-from host_mm.pgtable_generic import ptep_get, ptep_test_and_clear_young
+from host_mm.pgtable_generic import (
+    mm_find_pmd,
+    pte_lockptr,
+    pte_offset_map,
+    pte_offset_map_lock,
+    ptep_get,
+    ptep_test_and_clear_young,
+)
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -143,7 +163,9 @@ def unlink_anon_vmas(vma: VmArea) -> None:
 
 
 # -- counting entries ---------------------------------------------------------------------------
-def folio_add_new_anon_rmap(host: HostMm, pfn: int, vma: VmArea, address: int, *, exclusive: bool = True) -> None:
+def folio_add_new_anon_rmap(
+    host: HostMm, pfn: int, vma: VmArea, address: int, *, exclusive: bool = True
+) -> None:
     """First mapping of a page nobody else knows."""
     pages = host.pages
     anon_vma = vma.anon_vma
@@ -280,7 +302,7 @@ def rmap_walk(
     for _, vma, address in hits:
         if sched.preempt:
             sched.point("cond_resched")
-        if not rmap_one(vma, address) or done is not None and done():
+        if not rmap_one(vma, address) or (done is not None and done()):
             break
     if not locked:
         rwsem.read_unlock()

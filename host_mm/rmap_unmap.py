@@ -17,18 +17,51 @@ from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
-from host_mm.arch.x86.pgtable import SWP_HWPOISON, SWP_MIGRATION_READ, SWP_MIGRATION_READ_EXCLUSIVE
-from host_mm.arch.x86.pgtable import SWP_MIGRATION_WRITE, SWP_MIG_DIRTY, SWP_MIG_YOUNG, _PAGE_ACCESSED
-from host_mm.arch.x86.pgtable import _PAGE_SOFT_DIRTY, _PAGE_SWP_EXCLUSIVE, _PAGE_SWP_SOFT_DIRTY
-from host_mm.arch.x86.pgtable import make_migration_entry, mk_pte, pte_dirty, pte_mkdirty, pte_mkold
-from host_mm.arch.x86.pgtable import pte_mkwrite, pte_to_swp_entry, pte_write, swp_entry, swp_entry_to_pte
-from host_mm.arch.x86.pgtable import swp_offset, swp_type
+from host_mm.arch.x86.pgtable import (
+    _PAGE_ACCESSED,
+    _PAGE_SOFT_DIRTY,
+    _PAGE_SWP_EXCLUSIVE,
+    _PAGE_SWP_SOFT_DIRTY,
+    SWP_HWPOISON,
+    SWP_MIG_DIRTY,
+    SWP_MIG_YOUNG,
+    SWP_MIGRATION_READ,
+    SWP_MIGRATION_READ_EXCLUSIVE,
+    SWP_MIGRATION_WRITE,
+    make_migration_entry,
+    mk_pte,
+    pte_dirty,
+    pte_mkdirty,
+    pte_mkold,
+    pte_mkwrite,
+    pte_to_swp_entry,
+    pte_write,
+    swp_entry,
+    swp_entry_to_pte,
+    swp_offset,
+    swp_type,
+)
 from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_LOCKED
-from host_mm.page import PG_anon, PG_anon_exclusive, PG_dirty, PG_hwpoison, PG_swapbacked, PG_swapcache
-from host_mm.page import get_page, put_page, set_page_dirty
+from host_mm.page import (
+    PG_anon,
+    PG_anon_exclusive,
+    PG_dirty,
+    PG_hwpoison,
+    PG_swapbacked,
+    PG_swapcache,
+    get_page,
+    put_page,
+    set_page_dirty,
+)
 from host_mm.pgtable_generic import pte_lockptr, ptep_clear_flush, ptep_get, ptep_get_and_clear, set_pte
-from host_mm.rmap import folio_add_anon_rmap_pte, folio_get_anon_vma, folio_remove_rmap_pte
-from host_mm.rmap import folio_try_share_anon_rmap_pte, page_vma_mapped_walk, rmap_walk
+from host_mm.rmap import (
+    folio_add_anon_rmap_pte,
+    folio_get_anon_vma,
+    folio_remove_rmap_pte,
+    folio_try_share_anon_rmap_pte,
+    page_vma_mapped_walk,
+    rmap_walk,
+)
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -69,19 +102,21 @@ def _clear_entry(mm: MmStruct, address: int, pte: int, flags: int) -> int:
 class _Unmap:
     """try_to_unmap_one over the VMAs of one page."""
 
-    __slots__ = ("flags", "host", "pfn")
+    __slots__ = ("flags", "host", "order", "pfn")
 
     def __init__(self, host: HostMm, pfn: int, flags: int) -> None:
         self.host = host
         self.pfn = pfn
         self.flags = flags
+        batched = flags & TTU_BATCH_FLUSH
+        self.order = mmu_notifier.ORDER_BATCHED if batched else mmu_notifier.ORDER_UNDER_PTL
 
     def one(self, vma: VmArea, address: int) -> bool:
         """Unmap from one VMA, inside a bracket of its own; false ends the walk."""
         mm = vma.mm
         range_ = mmu_notifier.mmu_notifier_range_init(
             mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, address + 4096,
-            order=mmu_notifier.ORDER_BATCHED if self.flags & TTU_BATCH_FLUSH else mmu_notifier.ORDER_UNDER_PTL,
+            order=self.order,
         )
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
         ret = True
@@ -136,11 +171,13 @@ class _Unmap:
     def _set_swap_entry(self, mm: MmStruct, address: int, pte: int, old: int, exclusive: bool) -> bool:
         host, pfn = self.host, self.pfn
         entry = host.pages.private[pfn]
-        if host.swap.swap_duplicate(entry) < 0:
+        swap = host.swap
+        assert swap is not None
+        if swap.swap_duplicate(entry) < 0:
             set_pte(mm, address, pte, old)
             return False
         if exclusive and not folio_try_share_anon_rmap_pte(host, pfn):
-            host.swap.swap_free(entry)
+            swap.swap_free(entry)
             set_pte(mm, address, pte, old)
             return False
         mm.rss[MM_ANONPAGES] -= 1
@@ -158,7 +195,7 @@ class _Unmap:
         mm = vma.mm
         range_ = mmu_notifier.mmu_notifier_range_init(
             mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, address + 4096,
-            order=mmu_notifier.ORDER_BATCHED if self.flags & TTU_BATCH_FLUSH else mmu_notifier.ORDER_UNDER_PTL,
+            order=self.order,
         )
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
         ret = True
@@ -203,7 +240,8 @@ def try_to_unmap(host: HostMm, pfn: int, flags: int = 0) -> bool:
     """
     unmap = _Unmap(host, pfn, flags)
     pages = host.pages
-    rmap_walk(host, pfn, unmap.one, locked=bool(flags & TTU_RMAP_LOCKED), done=lambda: not pages.mapcount[pfn])
+    locked = bool(flags & TTU_RMAP_LOCKED)
+    rmap_walk(host, pfn, unmap.one, locked=locked, done=lambda: not pages.mapcount[pfn])
     return not pages.mapcount[pfn]
 
 
@@ -211,13 +249,14 @@ def try_to_migrate(host: HostMm, pfn: int, flags: int = 0) -> bool:
     """Replace every entry that maps a locked page by a migration entry; true if none is left."""
     unmap = _Unmap(host, pfn, flags)
     pages = host.pages
-    rmap_walk(
-        host, pfn, unmap.migrate_one, locked=bool(flags & TTU_RMAP_LOCKED), done=lambda: not pages.mapcount[pfn]
-    )
+    locked = bool(flags & TTU_RMAP_LOCKED)
+    rmap_walk(host, pfn, unmap.migrate_one, locked=locked, done=lambda: not pages.mapcount[pfn])
     return not pages.mapcount[pfn]
 
 
-def remove_migration_ptes(host: HostMm, src: int, dst: int, anon_vma: AnonVma | None = None, *, locked: bool = False) -> None:
+def remove_migration_ptes(
+    host: HostMm, src: int, dst: int, anon_vma: AnonVma | None = None, *, locked: bool = False
+) -> None:
     """Point the migration entries of `src` at `dst` (the same page if the migration failed).
 
     `anon_vma` is what the caller pinned before unmapping; by default dst's own. No bracket: nothing

@@ -22,8 +22,14 @@ from host_mm.memory import vm_normal_page
 from host_mm.memory_copy import is_cow_mapping
 from host_mm.mm_types import MMF_HAS_PINNED, VM_PFNMAP, VM_SOFTDIRTY
 from host_mm.page import PG_referenced, PG_young, folio_maybe_dma_pinned
-from host_mm.pgtable_generic import pmd_entries, pte_lockptr, pte_offset_map_lock, ptep_get_and_clear
-from host_mm.pgtable_generic import ptep_test_and_clear_young, set_pte
+from host_mm.pgtable_generic import (
+    pmd_entries,
+    pte_lockptr,
+    pte_offset_map_lock,
+    ptep_get_and_clear,
+    ptep_test_and_clear_young,
+    set_pte,
+)
 from host_mm.vma import vm_get_page_prot
 
 if TYPE_CHECKING:
@@ -57,7 +63,8 @@ def clear_refs_write(mm: MmStruct, kind: int) -> None:
         _tlb.inc_tlb_flush_pending(mm)
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
     for vma in mm.vmas:
-        wanted = kind in (CLEAR_REFS_ALL, CLEAR_REFS_SOFT_DIRTY) or (kind == CLEAR_REFS_ANON) == (vma.file is None)
+        every = kind in (CLEAR_REFS_ALL, CLEAR_REFS_SOFT_DIRTY)
+        wanted = every or (kind == CLEAR_REFS_ANON) == (vma.file is None)
         if wanted and not vma.flags & VM_PFNMAP:
             _clear_vma(vma, soft_dirty)
     if soft_dirty:

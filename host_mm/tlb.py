@@ -24,9 +24,21 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct
 
 __all__ = [
-    "HostTlb", "TLB_FLUSH_ALL", "TRACEPOINTS", "TlbUbc", "dec_tlb_flush_pending", "flush_tlb_batched_pending",
-    "flush_tlb_mm", "flush_tlb_page", "flush_tlb_range", "inc_tlb_flush_pending", "mm_tlb_flush_nested",
-    "mm_tlb_flush_pending", "set_tlb_ubc_flush_pending", "try_to_unmap_flush", "try_to_unmap_flush_dirty",
+    "TLB_FLUSH_ALL",
+    "TRACEPOINTS",
+    "HostTlb",
+    "TlbUbc",
+    "dec_tlb_flush_pending",
+    "flush_tlb_batched_pending",
+    "flush_tlb_mm",
+    "flush_tlb_page",
+    "flush_tlb_range",
+    "inc_tlb_flush_pending",
+    "mm_tlb_flush_nested",
+    "mm_tlb_flush_pending",
+    "set_tlb_ubc_flush_pending",
+    "try_to_unmap_flush",
+    "try_to_unmap_flush_dirty",
 ]
 
 TLB_FLUSH_ALL = (1 << 64) - 1
@@ -52,7 +64,7 @@ class HostTlb:
     def lookup(self, address: int, write: bool) -> int:
         """The frame that `address` translates to, or -1 if the tables must be walked."""
         entry = self.entries.get(address >> 12)
-        if entry is None or write and not entry & _WRITE:
+        if entry is None or (write and not entry & _WRITE):
             return -1
         return entry >> 1
 

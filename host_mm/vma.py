@@ -17,8 +17,15 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
-from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, _PAGE_NX, _PAGE_PRESENT, _PAGE_PROTNONE, _PAGE_RW
-from host_mm.arch.x86.pgtable import _PAGE_USER, PMD_SIZE
+from host_mm.arch.x86.pgtable import (
+    _PAGE_ACCESSED,
+    _PAGE_NX,
+    _PAGE_PRESENT,
+    _PAGE_PROTNONE,
+    _PAGE_RW,
+    _PAGE_USER,
+    PMD_SIZE,
+)
 from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_SHARED, VM_SOFTDIRTY, VM_SPECIAL, VM_WRITE, VmArea
 from host_mm.pgtable_generic import mm_find_pmd
 from host_mm.rmap import anon_vma_clone, unlink_anon_vmas
@@ -183,7 +190,8 @@ def vma_merge_new_range(mm: MmStruct, start: int, end: int, flags: int, template
     if not left and not right:
         return None
     if left and right:
-        assert previous is not None and following is not None
+        assert previous is not None
+        assert following is not None
         _dup_anon_vma(previous, following)
         _swallow(following)
         _set_range(previous, previous.start, following.end)
@@ -196,7 +204,8 @@ def vma_merge_new_range(mm: MmStruct, start: int, end: int, flags: int, template
 
 def _sides_share(a: VmArea | None, b: VmArea | None) -> bool:
     """The last test of merging both sides: at most one anon_vma between them."""
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     return a.anon_vma is None or b.anon_vma is None or a.anon_vma is b.anon_vma
 
 
@@ -210,7 +219,7 @@ def _merge_existing(vma: VmArea, start: int, end: int, flags: int) -> VmArea | N
     """[start, end) of `vma` gets `flags`: give it to a neighbour that has them already."""
     mm = vma.mm
     left_side, right_side = start == vma.start, end == vma.end
-    if flags & VM_SPECIAL or not left_side and not right_side:
+    if flags & VM_SPECIAL or (not left_side and not right_side):
         return None
     previous = mm.vma_lookup(start - 1) if left_side and start else None
     following = mm.vma_lookup(end) if right_side else None

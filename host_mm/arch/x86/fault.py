@@ -11,13 +11,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, _PAGE_DIRTY, _PAGE_PRESENT, _PAGE_RW
-from host_mm.arch.x86.pgtable import _PAGE_USER, PFN_MASK
+from host_mm.arch.x86.pgtable import (
+    _PAGE_ACCESSED,
+    _PAGE_DIRTY,
+    _PAGE_PRESENT,
+    _PAGE_RW,
+    _PAGE_USER,
+    PFN_MASK,
+)
 from host_mm.kernel.costs import COST_WALK
 from host_mm.memory import handle_mm_fault
-from host_mm.mm_types import FAULT_FLAG_ALLOW_RETRY, FAULT_FLAG_KILLABLE, FAULT_FLAG_TRIED, FAULT_FLAG_USER
-from host_mm.mm_types import FAULT_FLAG_WRITE, VM_ACCESS_FLAGS, VM_FAULT_BADMAP, VM_FAULT_ERROR, VM_FAULT_RETRY
-from host_mm.mm_types import VM_WRITE
+from host_mm.mm_types import (
+    FAULT_FLAG_ALLOW_RETRY,
+    FAULT_FLAG_KILLABLE,
+    FAULT_FLAG_TRIED,
+    FAULT_FLAG_USER,
+    FAULT_FLAG_WRITE,
+    VM_ACCESS_FLAGS,
+    VM_FAULT_BADMAP,
+    VM_FAULT_ERROR,
+    VM_FAULT_RETRY,
+    VM_WRITE,
+)
 from host_mm.pgtable_generic import pmd_offset, pte_offset_map
 
 if TYPE_CHECKING:
@@ -28,7 +43,9 @@ __all__ = ["do_user_addr_fault", "translate"]
 
 def do_user_addr_fault(mm: MmStruct, address: int, *, write: bool) -> int:
     """Resolve a user access that the tables refused: 0, or VM_FAULT_* bits that say why not."""
-    flags = FAULT_FLAG_ALLOW_RETRY | FAULT_FLAG_KILLABLE | FAULT_FLAG_USER | (FAULT_FLAG_WRITE if write else 0)
+    flags = FAULT_FLAG_ALLOW_RETRY | FAULT_FLAG_KILLABLE | FAULT_FLAG_USER
+    if write:
+        flags |= FAULT_FLAG_WRITE
     while True:
         mm.mmap_lock.read_lock()
         vma = mm.vma_lookup(address)
