@@ -13,6 +13,7 @@ Not modelled: real mode and virtual-8086 mode as a starting state, SMM, INIT and
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import unicorn
@@ -38,9 +39,10 @@ from emu.cpu.env import (
 )
 from emu.cpu.fill import Fill
 from emu.cpu.intercept import Intercepts
-from emu.cpu.memory import GuestMemory
+from emu.cpu.memory import EptExit, GuestFault, GuestMemory
 from emu.cpu.paging import CR0_PE, CR0_PG, CR4_PAE, EFER_LME
 from emu.cpu.segments import FLAT_CODE32, FLAT_CODE64, FLAT_DATA, load_seg_cache
+from emu.cpu.walk import ACCESS_READ, EPT_MISCONFIG, EPT_VIOLATION, OK
 from host_mm.ram import Ram
 
 __all__ = ["EMU_EXCEPTION", "EMU_INSN_INVALID", "EMU_OK", "UnicornVcpu"]
@@ -62,6 +64,7 @@ class UnicornVcpu:
         self.ram = ram
         self.vcpu_id = vcpu_id
         self.uc = unicorn.Uc(uc_const.UC_ARCH_X86, uc_const.UC_MODE_64)
+        self.uc.ctl_set_cpu_model(x86.UC_CPU_X86_BROADWELL)  # the oldest one with SMAP
         self.uc.mem_map_ptr(0, ram.size, uc_const.UC_PROT_ALL, ram.ptr)
         self.uc.ctl_set_tlb_mode(uc_const.UC_TLB_VIRTUAL)
         # without `until`: it costs a lookup per block and leaks
@@ -74,6 +77,9 @@ class UnicornVcpu:
         self.intercepts = Intercepts(self.uc, self.env)
         self.memory = GuestMemory(self.fill)
         self.msrs: dict[int, int] = {}
+        self.deferred: Callable[[], None] | None = None
+        self.stepped_from: int | None = None
+        self.opened: int | None = None
         self.stale: set[int] = ram.stale.subscribe()
         start = uclib.uc_emu_start
         self._start = ctypes.CFUNCTYPE(
@@ -113,6 +119,36 @@ class UnicornVcpu:
         if self.env.hflags & HF_INHIBIT_IRQ:
             self.env.hflags &= ~HF_INHIBIT_IRQ
 
+    def guest_physical(self, gva: int) -> int | None:
+        """Where a read of `gva` would go in guest-physical memory, mapped by EPT or not; None if it faults."""
+        status, _, _, a, gpa, level = self.fill.walk(gva, self.fill.access(ACCESS_READ))
+        if status == OK:
+            return a
+        if status in (EPT_VIOLATION, EPT_MISCONFIG) and not level:
+            return gpa & ~0xFFF | gva & 0xFFF
+        return None
+
+    def run_or_defer(self, step: Callable[[], None]) -> None:
+        """Do the rest of an emulated instruction; if its memory access faults, at the next entry again."""
+        self.deferred = None
+        try:
+            step()
+        except (GuestFault, EptExit):
+            self.deferred = step
+
+    def run_deferred(self) -> None:
+        """Try the deferred rest again; it stays deferred if it leaves the guest once more."""
+        step = self.deferred
+        if step is not None:
+            try:
+                step()
+            except EptExit:
+                raise
+            except GuestFault:
+                self.deferred = None
+                raise
+            self.deferred = None
+
     # -- translated code ------------------------------------------------------------------------
 
     def drop_stale_code(self) -> None:
@@ -125,7 +161,8 @@ class UnicornVcpu:
         """Forget translations of a frame and that it may be executed."""
         self.intercepts.drop_code(pfn)
         if self.fill.forget_code(pfn):
-            self.fill.flush()
+            # an act of the emulator, not of the guest or KVM: the flush epoch stays, so that no truth rests on it
+            self.intercepts.flush_tlb()
 
     # -- starting states ------------------------------------------------------------------------
 
@@ -148,6 +185,7 @@ class UnicornVcpu:
         env.set_table(IDT, 0, 0, 0, 0)
         self.end_shadow()
         self.msrs.clear()
+        self.deferred = None
         for reg, value in _FPU_RESET:
             self.uc.reg_write(reg, value)
         intercepts.request_interrupt_window(False)

@@ -1,0 +1,479 @@
+"""The CPUs of one VM: kvm_model's KvmX86Ops on Unicorn.
+
+`vcpu_run` is a VM entry: it injects, runs slices of guest code and comes back with a VmExit. What
+leaves emu_start is sorted here: exceptions are delivered to the guest without an exit (the exception
+bitmap is empty, as under EPT), CPU-private instructions (RDTSC, INVLPG, MOV to CR0 and CR4, SYSCALL, the
+pass-through MSRs) are carried out, the rest is an exit. Nothing here runs inside a Unicorn callback.
+
+Time: each guest instruction takes `NS_PER_INSN`; a slice never runs past the next timer. Between slices
+other tasks may run while the vCPU stays in guest mode, until somebody kicks it.
+
+Source: arch/x86/include/asm/kvm_host.h: struct kvm_x86_ops; Intel SDM vol. 3C 26.1.2, 26.1.3
+(instructions that exit), 26.8 (event injection), 28 (VM exits); arch/x86/kvm/vmx/vmx.c.
+
+Not modelled: NMI blocking, debug exceptions of hardware breakpoints, monitor trap flag, posted
+interrupts, preemption timer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from emu.cpu import mmio, msr
+from emu.cpu.control import syscall, sysenter, write_control_register
+from emu.cpu.cpuid import cpuid
+from emu.cpu.env import CR, GDT, HF_INHIBIT_IRQ, IDT, LDT, TR
+from emu.cpu.events import ERROR_CODE_VECTORS, deliver, ept_vmexit, exception_info, software_info
+from emu.cpu.faults import FillFailures
+from emu.cpu.fill_body import P_REFUSED
+from emu.cpu.insn import Decoder
+from emu.cpu.intercept import (
+    EXCEPTION_LIMIT,
+    STOP_CPUID,
+    STOP_HLT,
+    STOP_IN,
+    STOP_INTR,
+    STOP_INVLPG,
+    STOP_MSR,
+    STOP_OUT,
+    STOP_PAUSE,
+    STOP_RDPMC,
+    STOP_RDTSC,
+    STOP_SYSCALL,
+    STOP_SYSENTER,
+    STOP_WRITE_CR0,
+    STOP_WRITE_CR3,
+    STOP_WRITE_CR4,
+)
+from emu.cpu.memory import VECTOR_GP, EptExit, GuestFault
+from emu.cpu.portio import StringElement, finish_element, io_exit
+from emu.cpu.vcpu import EMU_EXCEPTION, EMU_INSN_INVALID, EMU_OK, UnicornVcpu
+from emu.cpu.walk import OK
+from emu.loaders.image import BOOT_CR3, BOOT_GDT, BOOT_STACK, GDT_CODE32, GDT_CODE64, GDT_DATA, GDT_LIMIT
+from kvm_model.vmx.ept import make_eptp
+from kvm_model.vmx.exits import (
+    INTR_INFO_VALID,
+    REASON_CPUID,
+    REASON_CR_ACCESS,
+    REASON_EXTERNAL_INTERRUPT,
+    REASON_HLT,
+    REASON_INTERRUPT_WINDOW,
+    REASON_MSR_READ,
+    REASON_MSR_WRITE,
+    REASON_VMCALL,
+    VmExit,
+)
+
+if TYPE_CHECKING:
+    from emu.loaders.image import Image
+    from host_mm.host import HostMm
+    from host_mm.kernel.sched import Scheduler
+    from kvm_model.vcpu import Vcpu
+
+__all__ = ["COST_RDTSC", "NS_PER_INSN", "SLICE_INSNS", "UnicornCpu"]
+
+NS_PER_INSN = 1
+COST_RDTSC = 400
+"""ns: enough that a guest's delay loop does not take millions of turns."""
+SLICE_INSNS = 100_000
+"""Guest instructions: a few ms of real time, far below the 50 ms after which Ctrl-C feels late."""
+
+_RAX, _RCX, _RDX = 0, 1, 2
+_IF = 1 << 9
+_VECTOR_DB, _VECTOR_BP, _VECTOR_OF, _VECTOR_UD = 1, 3, 4, 6
+_VMCALL = b"\x0f\x01\xc1"
+_M32, _M64 = (1 << 32) - 1, (1 << 64) - 1
+
+_REG_INDEX = {
+    name: index for index, name in enumerate(
+        ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
+    )
+}
+_SEG_INDEX = {"es": 0, "cs": 1, "ss": 2, "ds": 3, "fs": 4, "gs": 5}
+_TABLES = {"gdtr": GDT, "idtr": IDT, "ldtr": LDT, "tr": TR}
+
+
+class UnicornCpu:
+    """All vCPUs of a VM. KVM's vCPU objects name them by `vcpu_id`; a new number is a new CPU.
+
+    `exit_filter(vcpu, vmexit)`: true for an exit that KVM is not to see; the guest is then entered
+    again. `ept_ad`: EPTP bit 6 from the next load_mmu_pgd or flush_tlb on.
+    """
+
+    def __init__(
+        self, host: HostMm, sched: Scheduler, *, interpreted: bool = False, params: dict[str, str] | None = None
+    ) -> None:
+        self.host = host
+        self.ram = host.ram
+        self.sched = sched
+        self.interpreted = interpreted
+        self.ept_ad = (params or {}).get("kvm_intel.eptad", "Y") not in ("0", "N", "n")
+        self.exit_filter: Callable[[Vcpu, VmExit], bool] | None = None
+        self.slice_insns = SLICE_INSNS
+        self.vcpus: dict[int, UnicornVcpu] = {}
+        self.decoder = Decoder()
+        self.fills = FillFailures(self.vcpus, self.decoder)
+        self._elements: dict[int, StringElement] = {}
+        self._windows: set[int] = set()
+        self._tsc_offset: dict[int, int] = {}
+        self._root: dict[int, int] = {}
+        self._private: dict[int, Callable[[UnicornVcpu], VmExit | None]] = {
+            STOP_RDTSC: self._rdtsc,
+            STOP_INVLPG: self._invlpg,
+            STOP_PAUSE: self._pause,
+            STOP_RDPMC: self._rdpmc,
+            STOP_MSR: self._msr,
+            STOP_WRITE_CR0: lambda v: self._write_cr(v, 0),
+            STOP_WRITE_CR4: lambda v: self._write_cr(v, 4),
+            STOP_WRITE_CR3: self._cr3_exit,
+            STOP_SYSCALL: syscall,
+            STOP_SYSENTER: sysenter,
+            STOP_IN: lambda v: self._port(v, STOP_IN),
+            STOP_OUT: lambda v: self._port(v, STOP_OUT),
+            STOP_CPUID: lambda v: VmExit(REASON_CPUID, v.env.eip, insn_len=2),
+            STOP_HLT: lambda v: VmExit(REASON_HLT, v.env.eip, insn_len=1),
+            STOP_INTR: self._interrupt_window,
+        }
+
+    def vcpu(self, vcpu: Vcpu) -> UnicornVcpu:
+        """The CPU behind KVM's vCPU, made on first use."""
+        found = self.vcpus.get(vcpu.vcpu_id)
+        if found is None:
+            found = self.vcpus[vcpu.vcpu_id] = UnicornVcpu(self.ram, vcpu.vcpu_id, interpreted=self.interpreted)
+        return found
+
+    def close(self) -> None:
+        """Give all Unicorn instances back."""
+        for found in self.vcpus.values():
+            found.close()
+        self.vcpus.clear()
+
+    # -- starting ------------------------------------------------------------------------------
+
+    def start_image(self, vcpu: Vcpu, image: Image) -> None:
+        """Put the vCPU where a loaded image wants to start. The image's boot structures must be in memory."""
+        v = self.vcpu(vcpu)
+        if image.mode == "long":
+            v.start_long(image.entry, BOOT_CR3, BOOT_GDT, GDT_LIMIT, GDT_CODE64, GDT_DATA)
+            v.env.set_reg(4, BOOT_STACK)
+        else:
+            v.start_protected(image.entry, BOOT_GDT, GDT_LIMIT, GDT_CODE32, GDT_DATA)
+        for name, value in image.registers.items():
+            v.env.set_reg(_REG_INDEX[name], value)
+
+    def start_like(self, vcpu: Vcpu, other: Vcpu, entry: int, stack: int, args: tuple[int, int]) -> None:
+        """64-bit mode with the control registers and tables of `other`, RDI and RSI from `args`."""
+        v = self.vcpu(vcpu)
+        v.start_like(self.vcpu(other), entry)
+        v.env.set_reg(4, stack)
+        v.env.set_reg(7, args[0])
+        v.env.set_reg(6, args[1])
+
+    # -- running -------------------------------------------------------------------------------
+
+    def vcpu_run(self, vcpu: Vcpu) -> VmExit:
+        """VM entry: inject `vcpu.entry_intr_info` if valid, run until a VM exit, return it."""
+        v = self.vcpu(vcpu)
+        info, error, length = vcpu.entry_intr_info, vcpu.entry_error_code, vcpu.entry_insn_len
+        vcpu.entry_intr_info = 0
+        while True:
+            vmexit = self._enter(vcpu, v, info, error, length)
+            if self.exit_filter is None or not self.exit_filter(vcpu, vmexit):
+                return vmexit
+            info, error = vmexit.idt_vectoring_info, vmexit.idt_vectoring_error
+            length = vmexit.insn_len if info & INTR_INFO_VALID else 0
+
+    def _enter(self, vcpu: Vcpu, v: UnicornVcpu, info: int, error: int, length: int) -> VmExit:
+        if info & INTR_INFO_VALID:
+            vmexit = deliver(v, info, error, length)
+        else:
+            vmexit = self._guest_step(v, v.run_deferred) if v.deferred is not None else None
+        if vmexit is not None:
+            return vmexit
+        v.intercepts.request_interrupt_window(vcpu.vcpu_id in self._windows)
+        left = self.slice_insns
+        while True:
+            if vcpu.kicked:
+                return VmExit(REASON_EXTERNAL_INTERRUPT, v.env.eip)
+            before = v.counter.count
+            vmexit = self._run_slice(v, left)
+            spent = v.counter.count - before
+            self.sched.advance(spent * NS_PER_INSN)
+            if vmexit is not None:
+                return vmexit
+            left -= spent
+            if left <= 0:
+                left = self.slice_insns
+                self._between_slices()
+
+    def _between_slices(self) -> None:
+        sched = self.sched
+        if sched.preempt:
+            sched.point("slice")
+        if sched.strategy is None and sched.runnable:
+            sched.yield_()
+
+    def _run_slice(self, v: UnicornVcpu, budget: int) -> VmExit | None:
+        timer = self.sched.next_timer()
+        if timer is not None:
+            budget = min(budget, (timer - self.sched.now) // NS_PER_INSN)
+        if v.stale:
+            v.drop_stale_code()
+        v.counter.allow(1 if v.opened is not None else budget)
+        params = v.fill.params
+        refused = params[P_REFUSED]
+        error = v.emu_start()
+        if v.opened is not None:
+            self.fills.close_opened(v)
+        if error == EMU_OK:
+            v.stepped_from = None
+            return None
+        if v.fill.error is not None:
+            raise v.fill.error
+        return self._guest_step(v, lambda: self._stopped(v, error, params[P_REFUSED] != refused))
+
+    def _guest_step(self, v: UnicornVcpu, step: Callable[[], VmExit | None]) -> VmExit | None:
+        """Do something for the guest that may fault or exit; faults are delivered to it."""
+        try:
+            return step()
+        except EptExit as exit_:
+            v.end_shadow()
+            return ept_vmexit(v, exit_)
+        except GuestFault as fault:
+            info = exception_info(fault.vector, fault.error_code is not None)
+            return deliver(v, info, fault.error_code or 0, 0, fault.cr2)
+
+    def _stopped(self, v: UnicornVcpu, error: int, refused: bool) -> VmExit | None:
+        v.fill.implicit_page = None
+        if error == EMU_EXCEPTION and refused:
+            last = v.fill.last()
+            if last.status != OK:
+                self.fills.handle(v, last)
+                return None
+        v.stepped_from = None
+        if error == EMU_INSN_INVALID:
+            return self._undefined(v)
+        if error != EMU_EXCEPTION:
+            raise RuntimeError(f"Unicorn stopped with error {error} at rip {v.env.eip:#x}")
+        reason = v.intercepts.stop_reason()
+        if 0 <= reason < EXCEPTION_LIMIT:
+            return self._exception(v, reason)
+        private = self._private.get(reason)
+        if private is None:
+            raise RuntimeError(f"Unicorn stopped for an unknown reason {reason:#x} at rip {v.env.eip:#x}")
+        return private(v)
+
+    # -- exceptions and private instructions -----------------------------------------------------
+
+    def _exception(self, v: UnicornVcpu, vector: int) -> VmExit | None:
+        env = v.env
+        if env.exception_is_int:
+            # Unicorn stands behind INT n; the architecture reports the instruction
+            before = v.memory.fetch((env.eip - 1) & _M64, 1)
+            one_byte = (vector == _VECTOR_BP and before == b"\xcc") or (vector == _VECTOR_OF and before == b"\xce")
+            length = 1 if one_byte else 2
+            env.eip = (env.eip - length) & _M64
+            return deliver(v, software_info(vector, one_byte), 0, length)
+        has_code = vector in ERROR_CODE_VECTORS
+        return deliver(v, exception_info(vector, has_code), env.error_code if has_code else 0, 0)
+
+    def _undefined(self, v: UnicornVcpu) -> VmExit | None:
+        if v.memory.fetch(v.env.eip, 3) == _VMCALL:
+            return VmExit(REASON_VMCALL, v.env.eip, insn_len=3)
+        raise GuestFault(_VECTOR_UD)
+
+    def _decode(self, v: UnicornVcpu) -> Any:
+        insn = self.fills.decode(v)
+        if insn is None:
+            raise RuntimeError(f"cannot decode the instruction at rip {v.env.eip:#x}")
+        return insn
+
+    def tsc(self, v: UnicornVcpu) -> int:
+        """The time-stamp counter: one tick a nanosecond of logical time."""
+        return (self.sched.now + self._tsc_offset.get(v.vcpu_id, 0)) & _M64
+
+    def _rdtsc(self, v: UnicornVcpu) -> None:
+        insn = self._decode(v)
+        self.sched.advance(COST_RDTSC)
+        tsc = self.tsc(v)
+        v.env.set_reg(_RAX, tsc & _M32)
+        v.env.set_reg(_RDX, tsc >> 32)
+        if insn.mnemonic == "rdtscp":
+            v.env.set_reg(_RCX, msr.read_msr(v, 0xC0000103, 0) or 0)
+        v.skip(insn.size)
+
+    def _invlpg(self, v: UnicornVcpu) -> None:
+        # the page may have been a large one, of which Unicorn holds many pieces: everything goes
+        v.intercepts.flush_tlb()
+        v.skip(self._decode(v).size)
+
+    def _pause(self, v: UnicornVcpu) -> None:
+        v.skip(self._decode(v).size)
+        self._between_slices()
+
+    def _rdpmc(self, v: UnicornVcpu) -> None:
+        raise GuestFault(VECTOR_GP, 0)
+
+    def _write_cr(self, v: UnicornVcpu, number: int) -> None:
+        write_control_register(v, self._decode(v), number)
+
+    def _cr3_exit(self, v: UnicornVcpu) -> VmExit:
+        insn = self._decode(v)
+        register = mmio.REGISTERS[insn.operands[1].reg][0]
+        return VmExit(REASON_CR_ACCESS, v.env.eip, qualification=3 | register << 8, insn_len=insn.size)
+
+    def _msr(self, v: UnicornVcpu) -> VmExit | None:
+        index = v.env.reg(_RCX) & _M32
+        write = v.env.error_code & 1
+        if index not in msr.PASSTHROUGH or (write and index == msr.MSR_TSC):
+            return VmExit(REASON_MSR_WRITE if write else REASON_MSR_READ, v.env.eip, insn_len=2)
+        if write:
+            value = v.env.reg(_RAX) & _M32 | (v.env.reg(_RDX) & _M32) << 32
+            if not msr.write_msr(v, index, value):
+                raise GuestFault(VECTOR_GP, 0)
+        else:
+            found = msr.read_msr(v, index, self.tsc(v)) or 0
+            v.env.set_reg(_RAX, found & _M32)
+            v.env.set_reg(_RDX, found >> 32)
+        v.skip(2)
+        return None
+
+    def _port(self, v: UnicornVcpu, stop: int) -> VmExit:
+        words = v.intercepts.io[stop]
+        vmexit, element = io_exit(v, self._decode(v), stop == STOP_IN, words[4] & 0xFFFF, words[5])
+        if element is not None:
+            self._elements[v.vcpu_id] = element
+        return vmexit
+
+    def _interrupt_window(self, v: UnicornVcpu) -> VmExit:
+        self._windows.discard(v.vcpu_id)
+        return VmExit(REASON_INTERRUPT_WINDOW, v.env.eip)
+
+    # -- translations --------------------------------------------------------------------------
+
+    def flush_tlb(self, vcpu: Vcpu) -> None:
+        """Empty the vCPU's translations of every kind (INVEPT of its root)."""
+        v = self.vcpu(vcpu)
+        root = self._root.get(v.vcpu_id, 0)
+        v.fill.eptp = make_eptp(root, self.ept_ad) if root else 0
+        v.fill.flush()
+
+    def evict_tlb(self, vcpu: Vcpu) -> None:
+        """Empty the TLB as hardware may at any time: no flush that KVM asked for, no new epoch."""
+        self.vcpu(vcpu).intercepts.flush_tlb()
+
+    def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int) -> None:
+        """Use the EPT root at `root_hpa` from the next entry on."""
+        v = self.vcpu(vcpu)
+        self._root[v.vcpu_id] = root_hpa
+        eptp = make_eptp(root_hpa, self.ept_ad)
+        if v.fill.eptp != eptp:
+            v.fill.eptp = eptp
+            # Unicorn's TLB has no EPTP tag; what another root left behind must not be used
+            v.intercepts.flush_tlb()
+
+    # -- KVM's view of the guest's state -----------------------------------------------------------
+
+    def emulate(self, vcpu: Vcpu, gpa: int) -> mmio.MmioAccess | None:
+        """Start the instruction at RIP, whose memory operand is at MMIO `gpa`; None if it is unknown."""
+        v = self.vcpu(vcpu)
+        try:
+            return mmio.emulate(v, self.fills.decode(v), gpa)
+        except (GuestFault, EptExit):
+            return None
+
+    def complete_mmio(self, vcpu: Vcpu, access: mmio.MmioAccess, data: int) -> mmio.MmioAccess | None:
+        """Finish an access. A read-modify-write's load gives back its store, to be made and finished too."""
+        return access.finish(data & ((1 << (8 * access.size)) - 1))
+
+    def get_reg(self, vcpu: Vcpu, name: str) -> int:
+        """A register by its lower-case SDM name: rax..r15, rip, rflags, cr0..cr4, efer, cpl, cs, cs_base,
+        gdtr_base, gdtr_limit and so on."""
+        v = self.vcpu(vcpu)
+        env = v.env
+        if name == "rax" and v.vcpu_id in self._elements:
+            return self._elements[v.vcpu_id].data
+        if name in _REG_INDEX:
+            return env.reg(_REG_INDEX[name])
+        if name == "rip":
+            return env.eip
+        if name == "rflags":
+            return env.eflags
+        if name == "efer":
+            return env.efer
+        if name == "cpl":
+            return env.cpl
+        if name in ("cr0", "cr2", "cr3", "cr4"):
+            return env.cr(int(name[2]))
+        return self._system_register(v, name)
+
+    def _system_register(self, v: UnicornVcpu, name: str) -> int:
+        base, _, part = name.partition("_")
+        if base in _SEG_INDEX:
+            record = v.env.seg(_SEG_INDEX[base])
+        elif base in _TABLES:
+            record = v.env.table(_TABLES[base])
+        else:
+            raise KeyError(name)
+        return record[("", "base", "limit", "flags").index(part)]
+
+    def set_reg(self, vcpu: Vcpu, name: str, value: int) -> None:
+        """Write a register: rax..r15, rip, rflags, cr0..cr4, efer."""
+        v = self.vcpu(vcpu)
+        env = v.env
+        value &= _M64
+        if name == "rax" and v.vcpu_id in self._elements:
+            self._elements[v.vcpu_id].data = value
+        elif name in _REG_INDEX:
+            env.set_reg(_REG_INDEX[name], value)
+        elif name == "rip":
+            env.eip = value
+        elif name == "rflags":
+            env.eflags = value | 2
+        elif name == "efer":
+            msr.write_msr(v, msr.MSR_EFER, value)
+        elif name == "cr2":
+            env.q[CR // 8 + 2] = value
+        elif name == "cr3":
+            v.intercepts.load_cr3(value)
+        elif name == "cr0":
+            v.intercepts.load_cr0(value)
+        elif name == "cr4":
+            v.intercepts.load_cr4(value)
+        else:
+            raise KeyError(name)
+
+    def get_msr(self, vcpu: Vcpu, index: int) -> int | None:
+        """An MSR's value, or None where reading it is #GP."""
+        v = self.vcpu(vcpu)
+        return msr.read_msr(v, index, self.tsc(v))
+
+    def set_msr(self, vcpu: Vcpu, index: int, value: int) -> bool:
+        """Write an MSR; False where writing that is #GP."""
+        if index == msr.MSR_TSC:
+            self._tsc_offset[vcpu.vcpu_id] = value - self.sched.now
+            return True
+        return msr.write_msr(self.vcpu(vcpu), index, value)
+
+    def cpuid(self, vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX, EDX."""
+        return cpuid(leaf, subleaf, vcpu.vcpu_id, len(self.vcpus))
+
+    def skip_emulated_instruction(self, vcpu: Vcpu, insn_len: int) -> None:
+        """Step RIP over an instruction that KVM emulated; ends an STI shadow."""
+        v = self.vcpu(vcpu)
+        element = self._elements.pop(v.vcpu_id, None)
+        if element is not None:
+            finish_element(v, element)
+        else:
+            v.skip(insn_len)
+
+    def interrupt_allowed(self, vcpu: Vcpu) -> bool:
+        """RFLAGS.IF and no STI or MOV-SS shadow."""
+        env = self.vcpu(vcpu).env
+        return bool(env.eflags & _IF) and not env.hflags & HF_INHIBIT_IRQ
+
+    def enable_irq_window(self, vcpu: Vcpu) -> None:
+        """Exit with REASON_INTERRUPT_WINDOW as soon as an interrupt could be taken; once."""
+        self._windows.add(vcpu.vcpu_id)

@@ -1,0 +1,262 @@
+"""Emulating the instruction that touched device memory, as KVM's emulator does.
+
+The instruction at RIP is decoded; what it loads or stores at the device is an MmioAccess, which KVM
+takes to user space; `complete` puts the answer where the instruction wants it, sets the flags and steps
+RIP. A read-modify-write is two accesses: completing its load gives the store. Strings are done one
+element at a time: while the count lasts RIP stays, and the next element exits by itself.
+
+Source: arch/x86/kvm/emulate.c (x86_emulate_insn), x86.c: emulator_read_write_onepage,
+complete_emulated_mmio; Intel SDM vol. 2.
+
+Not modelled: SSE and AVX moves, shifts and bit tests on devices, PUSH, POP and CALL with device
+operands, CMPS and SCAS, an access that crosses from RAM into a device page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from capstone import x86_const as cx
+
+from emu.cpu.alu import alu
+from emu.cpu.env import R_DS, R_ES, R_FS, R_GS
+from emu.cpu.insn import REGISTERS
+from emu.cpu.vcpu import UnicornVcpu
+
+__all__ = ["MmioAccess", "advance_string", "emulate", "read_register", "string_address", "write_register"]
+
+RAX, RCX, RSI, RDI = 0, 1, 6, 7
+_DF = 1 << 10
+_M64 = (1 << 64) - 1
+
+_TWO_OPERAND = (
+    cx.X86_INS_ADD, cx.X86_INS_ADC, cx.X86_INS_SUB, cx.X86_INS_SBB, cx.X86_INS_AND, cx.X86_INS_OR,
+    cx.X86_INS_XOR, cx.X86_INS_CMP, cx.X86_INS_TEST,
+)
+_ONE_OPERAND = (cx.X86_INS_INC, cx.X86_INS_DEC, cx.X86_INS_NEG, cx.X86_INS_NOT)
+_LOADS = (cx.X86_INS_MOV, cx.X86_INS_MOVABS, cx.X86_INS_MOVZX, cx.X86_INS_MOVSX, cx.X86_INS_MOVSXD)
+_STOS = (cx.X86_INS_STOSB, cx.X86_INS_STOSW, cx.X86_INS_STOSD, cx.X86_INS_STOSQ)
+_LODS = (cx.X86_INS_LODSB, cx.X86_INS_LODSW, cx.X86_INS_LODSD, cx.X86_INS_LODSQ)
+_MOVS = (cx.X86_INS_MOVSB, cx.X86_INS_MOVSW, cx.X86_INS_MOVSD, cx.X86_INS_MOVSQ)
+_REP = (0xF2, 0xF3)
+
+
+class MmioAccess(msgspec.Struct):
+    """One access to a device: `data` is what a store stores. `finish(data)` ends it and may give another."""
+
+    gpa: int
+    size: int
+    write: bool
+    data: int
+    finish: Callable[[int], MmioAccess | None]
+
+
+def read_register(vcpu: UnicornVcpu, reg: int) -> int:
+    """A general register or part of one, by Capstone's number."""
+    index, size, shift = REGISTERS[reg]
+    return vcpu.env.reg(index) >> shift & ((1 << (8 * size)) - 1)
+
+
+def write_register(vcpu: UnicornVcpu, reg: int, value: int) -> None:
+    """Write it; a 32-bit register clears the upper half."""
+    index, size, shift = REGISTERS[reg]
+    mask = (1 << (8 * size)) - 1
+    value &= mask
+    if size < 4:
+        value = vcpu.env.reg(index) & ~(mask << shift) | value << shift
+    vcpu.env.set_reg(index, value)
+
+
+def string_address(vcpu: UnicornVcpu, insn: Any, index: int, segment: int) -> int:
+    """Where a string instruction's RSI or RDI points, segment base included."""
+    address = vcpu.env.reg(index) & ((1 << (8 * insn.addr_size)) - 1)
+    if not vcpu.long_code or segment in (R_FS, R_GS):
+        address += vcpu.env.seg(segment)[1]
+    return address & (_M64 if vcpu.long_code else 0xFFFFFFFF)
+
+
+def source_segment(insn: Any) -> int:
+    """The segment of a string instruction's source: DS or its override."""
+    return {0x26: R_ES, 0x2E: 1, 0x36: 2, 0x64: R_FS, 0x65: R_GS}.get(insn.prefix[1], R_DS)
+
+
+def advance_string(vcpu: UnicornVcpu, insn: Any, size: int, *indexes: int) -> None:
+    """After one element: move the index registers, count RCX down, step RIP when it is done."""
+    env = vcpu.env
+    step = -size if env.eflags & _DF else size
+    mask = (1 << (8 * insn.addr_size)) - 1
+
+    def bump(index: int, by: int) -> int:
+        value = (env.reg(index) + by) & mask
+        env.set_reg(index, value if insn.addr_size >= 4 else env.reg(index) & ~mask | value)
+        return value
+
+    for index in indexes:
+        bump(index, step)
+    if insn.prefix[0] in _REP and bump(RCX, -1):
+        return
+    vcpu.skip(insn.size)
+
+
+def emulate(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
+    """The access of the instruction at RIP, whose memory operand is the device at `gpa`; None if unknown."""
+    if insn is None:
+        return None
+    if insn.id in _STOS or insn.id in _LODS or insn.id in _MOVS:
+        return _string(vcpu, insn, gpa)
+    memory = next((n for n, o in enumerate(insn.operands) if o.type == cx.X86_OP_MEM), None)
+    if memory is None:
+        return None
+    size = insn.operands[memory].size
+    if size not in (1, 2, 4, 8) or (gpa & 0xFFF) + size > 4096:
+        return None
+    if insn.id in _LOADS:
+        return _move(vcpu, insn, gpa, size, memory)
+    if insn.id in _ONE_OPERAND:
+        return _modify(vcpu, insn, gpa, size, 1)
+    if insn.id in _TWO_OPERAND:
+        other = insn.operands[1 - memory]
+        b = other.imm & ((1 << (8 * size)) - 1) if other.type == cx.X86_OP_IMM else read_register(vcpu, other.reg)
+        if memory == 1 and insn.id not in (cx.X86_INS_CMP, cx.X86_INS_TEST):
+            return _into_register(vcpu, insn, gpa, size, other.reg)
+        return _modify(vcpu, insn, gpa, size, b, reverse=memory == 1)
+    if insn.id in (cx.X86_INS_XCHG, cx.X86_INS_XADD, cx.X86_INS_CMPXCHG):
+        return _exchange(vcpu, insn, gpa, size, insn.operands[1 - memory].reg)
+    return None
+
+
+def _store(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, data: int, then: Callable[[], None]) -> MmioAccess:
+    """The last access of an instruction: a store, then registers and RIP."""
+
+    def finish(_: int) -> None:
+        then()
+        vcpu.skip(insn.size)
+
+    return MmioAccess(gpa, size, True, data, finish)
+
+
+def _move(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, memory: int) -> MmioAccess | None:
+    other = insn.operands[1 - memory]
+    if memory == 0:
+        if other.type == cx.X86_OP_IMM:
+            value = other.imm
+        elif other.reg in REGISTERS:
+            value = read_register(vcpu, other.reg)
+        else:
+            return None
+        return _store(vcpu, insn, gpa, size, value & ((1 << (8 * size)) - 1), lambda: None)
+    if other.reg not in REGISTERS:
+        return None
+
+    def finish(data: int) -> None:
+        if insn.id in (cx.X86_INS_MOVSX, cx.X86_INS_MOVSXD) and data >> (8 * size - 1):
+            data -= 1 << (8 * size)
+        write_register(vcpu, other.reg, data)
+        vcpu.skip(insn.size)
+
+    return MmioAccess(gpa, size, False, 0, finish)
+
+
+def _modify(
+    vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, b: int, *, reverse: bool = False
+) -> MmioAccess:
+    def finish(a: int) -> MmioAccess | None:
+        x, y = (b, a) if reverse else (a, b)
+        if insn.id == cx.X86_INS_NEG:
+            x, y = 0, a
+        result, rflags = alu(insn.id, size, x, y, vcpu.env.eflags)
+
+        def then() -> None:
+            vcpu.env.eflags = rflags
+
+        if insn.id in (cx.X86_INS_CMP, cx.X86_INS_TEST):
+            then()
+            vcpu.skip(insn.size)
+            return None
+        return _store(vcpu, insn, gpa, size, result, then)
+
+    return MmioAccess(gpa, size, False, 0, finish)
+
+
+def _into_register(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, reg: int) -> MmioAccess:
+    def finish(data: int) -> None:
+        result, vcpu.env.eflags = alu(insn.id, size, read_register(vcpu, reg), data, vcpu.env.eflags)
+        write_register(vcpu, reg, result)
+        vcpu.skip(insn.size)
+
+    return MmioAccess(gpa, size, False, 0, finish)
+
+
+def _exchange(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, reg: int) -> MmioAccess:
+    accumulator = {1: cx.X86_REG_AL, 2: cx.X86_REG_AX, 4: cx.X86_REG_EAX, 8: cx.X86_REG_RAX}[size]
+
+    def finish(old: int) -> MmioAccess:
+        value = read_register(vcpu, reg)
+        if insn.id == cx.X86_INS_XCHG:
+            return _store(vcpu, insn, gpa, size, value, lambda: write_register(vcpu, reg, old))
+        if insn.id == cx.X86_INS_XADD:
+            total, rflags = alu(insn.id, size, old, value, vcpu.env.eflags)
+
+            def then() -> None:
+                vcpu.env.eflags = rflags
+                write_register(vcpu, reg, old)
+
+            return _store(vcpu, insn, gpa, size, total, then)
+        expected = read_register(vcpu, accumulator)
+        _, rflags = alu(insn.id, size, expected, old, vcpu.env.eflags)
+
+        def compared() -> None:
+            vcpu.env.eflags = rflags
+            if expected != old:
+                write_register(vcpu, accumulator, old)
+
+        return _store(vcpu, insn, gpa, size, value if expected == old else old, compared)
+
+    return MmioAccess(gpa, size, False, 0, finish)
+
+
+def _string(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
+    operand = insn.operands[0]
+    size = operand.size
+    if (gpa & 0xFFF) + size > 4096:
+        return None
+    mask = (1 << (8 * size)) - 1
+    if insn.id in _STOS:
+
+        def stored(_: int) -> None:
+            advance_string(vcpu, insn, size, RDI)
+
+        return MmioAccess(gpa, size, True, vcpu.env.reg(RAX) & mask, stored)
+    if insn.id in _LODS:
+
+        def loaded(data: int) -> None:
+            write_register(vcpu, insn.operands[0].reg, data)
+            advance_string(vcpu, insn, size, RSI)
+
+        return MmioAccess(gpa, size, False, 0, loaded)
+    return _movs(vcpu, insn, gpa, size)
+
+
+def _movs(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int) -> MmioAccess:
+    """One side is the device, the other RAM, or both devices: the source's page tells."""
+    source = string_address(vcpu, insn, RSI, source_segment(insn))
+    target = string_address(vcpu, insn, RDI, R_ES)
+
+    def moved(_: int) -> None:
+        advance_string(vcpu, insn, size, RSI, RDI)
+
+    source_gpa = vcpu.guest_physical(source)
+    if source_gpa is None or source_gpa != gpa:
+        data = int.from_bytes(vcpu.memory.read(source, size), "little")
+        return MmioAccess(gpa, size, True, data, moved)
+
+    def loaded(data: int) -> None:
+        def store() -> None:
+            vcpu.memory.write(target, data.to_bytes(size, "little"))
+            moved(0)
+
+        vcpu.run_or_defer(store)
+
+    return MmioAccess(gpa, size, False, 0, loaded)
