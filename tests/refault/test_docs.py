@@ -1,0 +1,58 @@
+"""The documents against the sources: what they cite must exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "tests" / "README.md", *(ROOT / "docs").glob("*.md")])
+PACKAGES = ("trace_events", "host_mm", "kvm_model", "emu", "guest_payloads", "refault", "tests", "bench", "docs")
+
+
+def paths(text: str) -> set[str]:
+    """Our files and folders that a document names in backticks."""
+    found = set()
+    for quoted in re.findall(r"`([^`]+)`", text):
+        path = re.split(r":\s", quoted)[0].strip().rstrip(":")
+        if path.split("/")[0] in PACKAGES and "/" in path and not re.search(r"[*?\s]", path):
+            found.add(path)
+    return found
+
+
+def citations(text: str) -> set[tuple[str, str]]:
+    """(file, name) of every `file: name`."""
+    return {(path, name) for path, name in re.findall(r"`([\w/]+\.py):\s+(\w+)`", text)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_that_a_document_names_exists(document):
+    missing = [path for path in sorted(paths(document.read_text())) if not (ROOT / path).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_function_that_a_document_cites_is_in_that_file(document):
+    for path, name in sorted(citations(document.read_text())):
+        tree = ast.parse((ROOT / path).read_text())
+        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert name in names, f"{path}: {name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_inside_the_repository_resolves(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+def test_the_reading_guide_cites_enough_to_be_worth_its_name():
+    assert len(citations((ROOT / "docs" / "READING.md").read_text())) > 25
+
+
+def test_every_verb_is_in_the_readme():
+    from refault.cli import VERBS
+
+    text = (ROOT / "README.md").read_text()
+    assert [verb for verb in VERBS if f"refault {verb}" not in text] == []
