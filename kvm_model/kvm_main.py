@@ -106,6 +106,7 @@ class Kvm:
         self.mmu_notifier = mmu_notifier.KvmMmuNotifier(self)
         mmu_notifier_register(self.mmu_notifier, self.mm)
         self.alive = True
+        host.frame_holders.append(self._table_frames)
 
     def _init_params(self, params: Mapping[str, str]) -> None:
         if not _flag(params, "kvm.tdp_mmu", True):
@@ -147,6 +148,11 @@ class Kvm:
         self.tdp_mmu_pages_lock = Spinlock(self.sched, "tdp_mmu_pages_lock")
         self.killed_by = KilledBy()
         self.instrumented: set[int] = set()
+
+    def _table_frames(self) -> dict[int, int]:
+        """The frames KVM allocated for itself, for the host's audit: one reference each."""
+        spare = [pfn for vcpu in self.vcpus for pfn in vcpu.mmu_shadow_page_cache]
+        return dict.fromkeys([*self.sps, *spare], 1)
 
     def slots(self) -> KvmMemslots:
         """kvm_memslots: the active set of normal memory."""
@@ -197,6 +203,9 @@ class Kvm:
         kvm_tdp_mmu_invalidate_roots(self)
         kvm_tdp_mmu_zap_invalidated_roots(self, shared=False)
         self.vcpus.clear()
+        self.host.frame_holders.remove(self._table_frames)
+        if self.truths is not None:
+            self.truths.detach()
 
     # -- for the board and its tools ------------------------------------------------------------
 

@@ -114,7 +114,7 @@ class KvmMmuNotifier(MmuNotifier):
     def __init__(self, kvm: Kvm) -> None:
         self.kvm = kvm
 
-    def invalidate_range_start(self, range_: MmuNotifierRange) -> int:  # type: ignore[override]
+    def invalidate_range_start(self, range_: MmuNotifierRange) -> int:
         """kvm_mmu_notifier_invalidate_range_start: unmap, and keep unmapped until the end."""
         kvm = self.kvm
         if (t := kvm.trace.kvm_unmap_hva_range) is not None:
@@ -138,7 +138,7 @@ class KvmMmuNotifier(MmuNotifier):
             kvm.truths.note_start_returned(range_, found)
         return 0
 
-    def invalidate_range_end(self, range_: MmuNotifierRange) -> None:  # type: ignore[override]
+    def invalidate_range_end(self, range_: MmuNotifierRange) -> None:
         """kvm_mmu_notifier_invalidate_range_end: faults may map again."""
         kvm = self.kvm
         if "skip-start" in kvm.breaks or "skip-end" in kvm.breaks:
@@ -168,26 +168,26 @@ class KvmMmuNotifier(MmuNotifier):
             lockless=self.kvm.profile.lockless_aging,
         )[0])
 
-    def clear_flush_young(self, mm: MmStruct, start: int, end: int) -> int:  # type: ignore[override]
+    def clear_flush_young(self, mm: MmStruct, start: int, end: int) -> int:
         """kvm_mmu_notifier_clear_flush_young."""
         kvm = self.kvm
         if (t := kvm.trace.kvm_age_hva) is not None:
             t(start, end)
         return self._age(start, end, _kvm_age_gfn, flush=kvm.profile.flush_on_young)
 
-    def clear_young(self, mm: MmStruct, start: int, end: int) -> int:  # type: ignore[override]
+    def clear_young(self, mm: MmStruct, start: int, end: int) -> int:
         """kvm_mmu_notifier_clear_young; a trace cannot tell it from clear_flush_young."""
         if (t := self.kvm.trace.kvm_age_hva) is not None:
             t(start, end)
         return self._age(start, end, _kvm_age_gfn, flush=False)
 
-    def test_young(self, mm: MmStruct, address: int) -> int:  # type: ignore[override]
+    def test_young(self, mm: MmStruct, address: int) -> int:
         """kvm_mmu_notifier_test_young."""
         if (t := self.kvm.trace.kvm_test_age_hva) is not None:
             t(address)
         return self._age(address, address + 1, _kvm_test_age_gfn, flush=False)
 
-    def release(self, mm: MmStruct) -> None:  # type: ignore[override]
+    def release(self, mm: MmStruct) -> None:
         """kvm_mmu_notifier_release: the address space goes away; drop everything."""
         kvm = self.kvm
         idx = kvm.srcu.read_lock()

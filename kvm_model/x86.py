@@ -184,6 +184,8 @@ def _vcpu_enter_guest(vcpu: Vcpu) -> int:
     if r:
         _cancel(vcpu, req_immediate_exit)
         return r
+    if kvm.truths is not None:
+        kvm.truths.check()
     vcpu.kicked = False
     vcpu.mode = IN_GUEST_MODE
     kvm.srcu.read_unlock(vcpu.srcu_idx)

@@ -1,0 +1,294 @@
+"""What must hold of KVM's MMU, checked while it runs, and once more by a sweep.
+
+    no-spte-in-bracket    from the return of range_start to the call of range_end no leaf lies in the range,
+                          and from invalidate_begin on none is made there
+    spte-matches-host     elsewhere each 4K of a leaf is the host's frame, no leaf is larger than the host's
+                          mapping, and what KVM holds for writable the host maps writable
+    flush-before-unlock   range_start asks for the flush of what it zapped before it drops mmu_lock
+    bracket-balance       counts go up and down with brackets, the sequence moves before the count
+    spte-writable-state   a leaf is in one of the four (host, mmu, W) states
+    spte-pfn-in-place     a present leaf never changes its frame
+    no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
+
+Incremental: each SPTE store and each change of a host PTE notes its place, `check` looks at the noted
+places. `sweep` looks at everything; both must agree. The comparison with the host waits while a
+page-table lock is held or the place is in an open bracket.
+
+Source of truth: the rules themselves (virt/kvm/kvm_main.c, Documentation/virt/kvm/locking.rst,
+arch/x86/kvm/mmu/spte.h: is_writable_pte's table); Linux 6.18.
+
+Not modelled: guest_memfd, shadow paging's rule about guest tables, a huge leaf made beside a bracket
+that covers a part of it (legal: the host must split first, in a bracket of its own).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, lookup_address_in_mm, pte_pfn
+from host_mm.kernel.errors import BrokenTruth
+from kvm_model.memslots import hva_to_gfn_memslot
+from kvm_model.mmu.spte import is_last_spte, is_shadow_present_pte, kvm_pages_per_hpage, spte_to_pfn
+from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE, TdpIter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from host_mm.kernel.sched import Task
+    from host_mm.mm_types import MmStruct
+    from host_mm.mmu_notifier import MmuNotifierRange
+    from kvm_model.kvm_main import Kvm
+    from kvm_model.mmu.mmu_internal import KvmMmuPage
+
+__all__ = ["KvmTruths"]
+
+Ranges = list[tuple[int, int]]
+
+
+class KvmTruths:
+    """The checker of one VM. Models call `note_*` where things happen; `check` and `sweep` are for all."""
+
+    def __init__(self, kvm: Kvm) -> None:
+        self.kvm = kvm
+        self._noted: dict[int, int | None] = {}
+        self._noted_gfns: dict[int, int | None] = {}
+        self._open: dict[int, tuple[bool, Ranges]] = {}
+        self._ranges: dict[Task, Ranges] = {}
+        self._flush_due = False
+        self._begins = 0
+        self._ends = 0
+        self._ending = 0
+        self._seq0 = kvm.mmu_invalidate_seq
+        kvm.host.pte_hooks.append(self._host_pte_changed)
+
+    def _broken(self, truth: str, what: str, seq: int | None = None) -> NoReturn:
+        raise BrokenTruth(truth, what, self.kvm.stream.ctx.cause if seq is None else seq)
+
+    # -- brackets -------------------------------------------------------------------------------
+
+    def note_begin(self) -> None:
+        """kvm_mmu_invalidate_begin raised the count."""
+        self._begins += 1
+        self._ranges[self.kvm.sched.current] = []
+
+    def note_range(self, start: int, end: int) -> None:
+        """kvm_mmu_invalidate_range_add."""
+        self._ranges.setdefault(self.kvm.sched.current, []).append((start, end))
+
+    def note_flush_due(self) -> None:
+        """A leaf of a valid root was zapped."""
+        self._flush_due = True
+
+    def note_flush(self) -> None:
+        """Every vCPU has, or is about to get, a flush request."""
+        self._flush_due = False
+
+    def note_start_unlock(self) -> None:
+        """range_start is about to drop mmu_lock."""
+        if self._flush_due:
+            self._flush_due = False
+            self._broken("flush-before-unlock", "range_start drops mmu_lock with zapped SPTEs not flushed")
+
+    def note_start_returned(self, range_: MmuNotifierRange, found: bool) -> None:
+        """range_start is done: nothing may be mapped in the range."""
+        ranges = self._ranges.pop(self.kvm.sched.current, [])
+        self._open[id(range_)] = (found, ranges)
+        for start, end in ranges:
+            self._assert_unmapped(start, end)
+
+    def note_skipped_start(self, range_: MmuNotifierRange) -> None:
+        """range_start was left out: find the range as it would have."""
+        ranges: Ranges = []
+        for slot in self.kvm.slots().in_hva_range(range_.start, range_.end - 1):
+            last = slot.userspace_addr + (slot.npages << 12)
+            start = hva_to_gfn_memslot(max(range_.start, slot.userspace_addr), slot)
+            ranges.append((start, hva_to_gfn_memslot(min(range_.end, last) + 0xFFF, slot)))
+        self._open[id(range_)] = (False, ranges)
+        for start, end in ranges:
+            self._assert_unmapped(start, end)
+
+    def note_end_called(self, range_: MmuNotifierRange) -> None:
+        """range_end begins: from its mmu_lock section on the range may be mapped."""
+        entry = self._open.get(id(range_))
+        self._ending += entry is not None and entry[0]
+        if entry is not None:
+            self._open[id(range_)] = (entry[0], [])
+
+    def note_end_returned(self, range_: MmuNotifierRange, found: bool | None) -> None:
+        """range_end is done; `found` as it saw the memslots, None if it was left out."""
+        entry = self._open.pop(id(range_), None)
+        if entry is None:
+            return
+        if found is not None and found != entry[0]:
+            self._broken("bracket-balance", "range_start and range_end saw different memslots")
+        if entry[0]:
+            self._ends += 1
+            self._ending -= found is not None
+        count = self.kvm.mmu_invalidate_in_progress
+        due = self._begins - self._ends
+        if not due - self._ending <= count <= due:
+            self._broken("bracket-balance", f"mmu_invalidate_in_progress is {count}, {due} brackets are open")
+        self.check()
+
+    def _in_open_bracket(self, gfn: int, pages: int) -> bool:
+        return any(
+            start <= gfn and gfn + pages <= end for _, ranges in self._open.values() for start, end in ranges
+        )
+
+    def _assert_unmapped(self, start: int, end: int) -> None:
+        for root in self.kvm.tdp_mmu_roots:
+            for _, gfn, level, spte in self._leaves(root, start, end):
+                if start <= gfn and gfn + kvm_pages_per_hpage(level) <= end:
+                    self._broken(
+                        "no-spte-in-bracket",
+                        f"range_start of gfns {start:#x}-{end:#x} returned with gfn {gfn:#x} mapped by {spte:#x}",
+                    )
+
+    # -- stores ---------------------------------------------------------------------------------
+
+    def note_spte(self, sptep: int, gfn: int, level: int, old: int, new: int) -> None:
+        """An SPTE changed."""
+        kvm = self.kvm
+        was_leaf = is_shadow_present_pte(old) and is_last_spte(old, level)
+        if not is_shadow_present_pte(new) or not is_last_spte(new, level):
+            if was_leaf and kvm.spte.is_mmio_spte(new):
+                self._broken("no-mmio-over-slot", f"gfn {gfn:#x}: MMIO SPTE {new:#x} over present {old:#x}")
+            return
+        self._check_state(gfn, new)
+        if was_leaf and spte_to_pfn(old) != spte_to_pfn(new):
+            self._broken("spte-pfn-in-place", f"gfn {gfn:#x} level {level}: {old:#x} became {new:#x}")
+        pages = kvm_pages_per_hpage(level)
+        start, end = kvm.mmu_invalidate_range_start, kvm.mmu_invalidate_range_end
+        making = not was_leaf and kvm.mmu_invalidate_in_progress and start <= gfn and gfn + pages <= end
+        if making or self._in_open_bracket(gfn, pages):
+            self._broken("no-spte-in-bracket", f"gfn {gfn:#x} level {level}: {new:#x} stored inside a bracket")
+        self._noted[sptep] = kvm.stream.ctx.cause
+
+    def _check_state(self, gfn: int, spte: int) -> None:
+        if not self.kvm.spte.writable_state_is_legal(spte):
+            self._broken("spte-writable-state", f"gfn {gfn:#x}: {spte:#x} is in none of the four states")
+
+    def _host_pte_changed(self, mm: MmStruct, address: int, old: int, new: int) -> None:
+        kvm = self.kvm
+        if mm is not kvm.mm or not kvm.alive:
+            return
+        for slot in kvm.slots().in_hva_range(address, address):
+            self._noted_gfns[hva_to_gfn_memslot(address, slot)] = kvm.stream.ctx.cause
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def on_point(self, kind: str) -> None:
+        """For Scheduler.set_on_point: check what was noted since the last point."""
+        self.check()
+
+    def check(self) -> None:
+        """Check the counters and the noted places."""
+        kvm = self.kvm
+        moved = kvm.mmu_invalidate_seq - self._seq0
+        if moved < self._begins - kvm.mmu_invalidate_in_progress:
+            self._broken("bracket-balance", "mmu_invalidate_in_progress fell before mmu_invalidate_seq rose")
+        if (self._noted or self._noted_gfns) and not self._page_table_locked():
+            self._check_noted()
+
+    def _page_table_locked(self) -> bool:
+        mm = self.kvm.mm
+        if mm.page_table_lock.owner is not None:
+            return True
+        return any(lock.owner is not None for lock in mm.pte_locks.values())
+
+    def _check_noted(self) -> None:
+        kvm = self.kvm
+        noted, self._noted = self._noted, {}
+        for sptep, seq in noted.items():
+            sp = kvm.sps.get(sptep >> 9)
+            spte = kvm.ram.u64[sptep]
+            if sp is None or not is_shadow_present_pte(spte) or not is_last_spte(spte, sp.level):
+                continue
+            gfn = sp.gfn + ((sptep & 511) << 9 * (sp.level - 1))
+            if self._root_of(sp):
+                self._check_leaf(sptep, gfn, sp.level, spte, seq)
+        gfns, self._noted_gfns = self._noted_gfns, {}
+        for gfn, seq in gfns.items():
+            if self._in_open_bracket(gfn, 1):
+                self._noted_gfns[gfn] = seq
+                continue
+            for root in kvm.tdp_mmu_roots:
+                for sptep, base, level, spte in self._leaves(root, gfn, gfn + 1):
+                    self._check_leaf(sptep, base, level, spte, seq)
+
+    def _root_of(self, sp: KvmMmuPage) -> bool:
+        """Whether the table is reachable; a detached one is nobody's truth."""
+        kvm = self.kvm
+        while sp.ptep >= 0:
+            spte = kvm.ram.u64[sp.ptep]
+            parent = kvm.sps.get(sp.ptep >> 9)
+            if parent is None or not is_shadow_present_pte(spte) or spte_to_pfn(spte) != sp.spt:
+                return False
+            sp = parent
+        return True
+
+    def _leaves(self, root: KvmMmuPage, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        it = TdpIter(self.kvm.ram, root, 1, start, end, skip_nonpresent=True)
+        while it.valid:
+            if is_shadow_present_pte(it.old_spte) and is_last_spte(it.old_spte, it.level):
+                yield it.sptep, it.gfn, it.level, it.old_spte
+            it.next()
+
+    def _check_leaf(self, sptep: int, gfn: int, level: int, spte: int, seq: int | None) -> None:
+        kvm = self.kvm
+        if sptep in kvm.instrumented or self._in_open_bracket(gfn, kvm_pages_per_hpage(level)):
+            return
+        slot = kvm.slots().gfn_to_memslot(gfn)
+        if slot is None:
+            self._broken("spte-matches-host", f"gfn {gfn:#x} is mapped by {spte:#x} but has no memslot", seq)
+        entry, host_level = lookup_address_in_mm(kvm.mm, slot.gfn_to_hva(gfn))
+        pfn = spte_to_pfn(spte)
+        host_pfn = pte_pfn(entry)
+        if host_level > 1:
+            host_pfn += gfn & (kvm_pages_per_hpage(host_level) - 1)
+        if not entry & _PAGE_PRESENT or pfn != host_pfn:
+            self._broken(
+                "spte-matches-host",
+                f"gfn {gfn:#x} level {level}: SPTE {spte:#x} maps pfn {pfn:#x}, the host's entry is {entry:#x}", seq,
+            )
+        if level > host_level:
+            self._broken("spte-matches-host", f"gfn {gfn:#x}: SPTE of level {level}, host level {host_level}", seq)
+        if spte & kvm.spte.host_writable and not entry & _PAGE_RW:
+            self._broken(
+                "spte-matches-host", f"gfn {gfn:#x}: SPTE {spte:#x} is host-writable, the host's {entry:#x} is not",
+                seq,
+            )
+
+    def sweep(self) -> int:
+        """Check every leaf of every root; how many there are."""
+        self.check()
+        kvm = self.kvm
+        locked = self._page_table_locked()
+        count = 0
+        for root in kvm.tdp_mmu_roots:
+            for sptep, gfn, level, spte in self._leaves(root, 0, TDP_MMU_MAX_GFN_EXCLUSIVE):
+                count += 1
+                if sptep in kvm.instrumented:
+                    continue
+                self._check_state(gfn, spte)
+                if self._in_open_bracket(gfn, kvm_pages_per_hpage(level)):
+                    self._broken("no-spte-in-bracket", f"gfn {gfn:#x} level {level}: {spte:#x} in an open bracket")
+                if not locked:
+                    self._check_leaf(sptep, gfn, level, spte, None)
+        return count
+
+    def quiescent(self) -> None:
+        """Nobody is inside a bracket: every count is zero."""
+        kvm = self.kvm
+        if self._open:
+            self._broken("bracket-balance", f"{len(self._open)} brackets never closed")
+        if kvm.mmu_invalidate_in_progress or kvm.mn_active_invalidate_count:
+            self._broken(
+                "bracket-balance",
+                f"at rest in_progress is {kvm.mmu_invalidate_in_progress}, "
+                f"mn_active_invalidate_count {kvm.mn_active_invalidate_count}",
+            )
+
+    def detach(self) -> None:
+        """Stop watching the host."""
+        self.kvm.host.pte_hooks.remove(self._host_pte_changed)
