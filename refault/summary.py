@@ -50,13 +50,14 @@ class RunSummary(msgspec.Struct, kw_only=True):
 
 def render(summary: RunSummary) -> Any:
     """The summary as a rich table of two columns."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     colour = "green" if summary.exit_code == 0 else "red"
-    table.add_row("guest", f"{summary.payload}: [{colour}]{summary.outcome}[/]")
+    table.add_row("guest", f"{escape(summary.payload)}: [{colour}]{escape(summary.outcome)}[/]")
     table.add_row("machine", _machine(summary))
     mips = summary.instructions / summary.wall_seconds / 1e6 if summary.wall_seconds > 0 else 0.0
     table.add_row(
@@ -80,7 +81,7 @@ def render(summary: RunSummary) -> Any:
     if summary.truths is not None:
         table.add_row("truths", f"all hold: {_counts(summary.truths, order=False)}")
     if summary.trace is not None:
-        table.add_row("trace", f"{summary.trace}, {summary.trace_events:,} events")
+        table.add_row("trace", f"{escape(summary.trace)}, {summary.trace_events:,} events")
     return table
 
 

@@ -8,7 +8,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "tests" / "README.md", *(ROOT / "docs").glob("*.md")])
-PACKAGES = ("trace_events", "host_mm", "kvm_model", "emu", "guest_payloads", "refault", "tests", "bench", "docs")
+PACKAGES = (
+    "trace_events",
+    "host_mm",
+    "kvm_model",
+    "emu",
+    "guest_payloads",
+    "refault",
+    "tests",
+    "bench",
+    "docs",
+)
 
 
 def paths(text: str) -> set[str]:
