@@ -267,7 +267,9 @@ class Scheduler:
         main = self.main
         stream = self.stream
         while not condition():
-            task = self._pick()
+            task = self._pick(condition)
+            if task is None:
+                return
             self.current = task
             stream.ctx = task.ctx
             try:
@@ -280,10 +282,14 @@ class Scheduler:
                 if task.error is not None and task.name != "" and not condition():
                     raise task.error
 
-    def _pick(self) -> Task:
+    def _pick(self, condition: Callable[[], bool]) -> Task | None:
+        """Who runs next; None: a timer made `condition` true and nobody need run."""
+        jumped = False
         while True:
             if self._timers and self._timers[0][0] <= self.now:
                 self.run_timers()
+            if jumped and condition():
+                return None
             if self.runnable:
                 if self.strategy is not None:
                     return self.strategy.pick(self.runnable)
@@ -293,6 +299,7 @@ class Scheduler:
                 stuck = ", ".join(f"{t.name} on {t.blocked_on}" for t in self.tasks if t.blocked_on)
                 raise BrokenTruth("no-deadlock", f"nobody can run: {stuck or 'no tasks'}")
             self.now = max(self.now, when)
+            jumped = True
 
     def close(self) -> None:
         """Kill every task; for the end of a machine."""

@@ -110,6 +110,7 @@ def test_two_processes_and_kswapd_in_any_order_keep_every_byte(seed: int) -> Non
             host.sched.spawn(f"p{number}", lambda p=process, n=number: churn(host, p, 450, 1500, seed * 2 + n))
         )
     host.sched.run_until(lambda: all(task.done for task in tasks))
+    assert [task.error for task in tasks] == [None, None]
     host.sched.set_strategy(None)
     assert host.vmstat["pswpin"] > 100
     assert host.vmstat["pgsteal_kswapd"] > 100
