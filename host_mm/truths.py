@@ -91,6 +91,9 @@ class HostTruths:
         if swap is None:
             raise BrokenTruth("dirty-dropped", f"pfn {pfn:#x} is dropped on a host without swap")
         slot = swp_offset(host.pages.private[pfn])
+        if not swap.swap_count(slot):
+            # Its last entry was unmapped while the folio was busy: nobody can ever ask for the bytes.
+            return
         kept = bytes(PAGE_SIZE) if swap.zeromap[slot] else swap.pread(slot)
         if host.ram.b[pfn << 12 : (pfn + 1) << 12] != kept:
             raise BrokenTruth(
