@@ -104,8 +104,11 @@ def run(options: RunOptions) -> int:
         writer = None
         if options.trace is not None:
             writer = TraceWriter(options.trace, vm.header(options.events)["machine"], options.events)
+            recorder = Listener(options.events, writer.write)
             stack.callback(writer.close, "interrupted")
-            stream.listen(Listener(options.events, writer.write))
+            # The machine is torn down after this, and that is not part of the run.
+            stack.callback(stream.unlisten, recorder)
+            stream.listen(recorder)
         interrupted = stack.enter_context(_interruptible())
         vm.board.load(image)
         if script is not None:
@@ -113,6 +116,7 @@ def run(options: RunOptions) -> int:
         stop = _run_until_end(vm, options, interrupted, observer)
         vm.finish()
         if writer is not None:
+            stream.unlisten(recorder)
             writer.close()
         code, sentence = verdict(stop, vm.serial)
         if not options.quiet:

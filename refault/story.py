@@ -9,9 +9,17 @@ Not modelled: any language but English.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from kvm_model.vmx.exits import EXIT_REASON_NAMES
+from kvm_model.vmx.exits import (
+    EPT_ACC_EXEC,
+    EPT_ACC_WRITE,
+    EPT_ENTRY_EXEC,
+    EPT_ENTRY_READ,
+    EPT_ENTRY_WRITE,
+    EPT_GVA_TRANSLATED,
+    EPT_GVA_VALID,
+    EXIT_REASON_NAMES,
+)
 from refault.analysis import BRACKET, HOST_OP, PAGE_FAULT, SPTE_INSTALL, SPTE_ZAP, Analysis
 from trace_events.event import Event
 from trace_events.text import format_args
@@ -47,22 +55,16 @@ def moment(event: Event) -> str:
     return f"{us // 1_000_000}.{us % 1_000_000:06d}"
 
 
-def _access(args: dict[str, Any]) -> str:
-    # The PFERR word of kvm_page_fault: bit 1 write, bit 4 fetch (asm/kvm_host.h: PFERR_*_MASK).
-    code = args.get("error_code", 0)
-    if not isinstance(code, int):
-        return "touched"
-    if code & 0x10:
-        return "fetched an instruction from"
-    return "wrote to" if code & 0x2 else "read from"
-
-
 def _page_fault(event: Event) -> str:
-    args = event.args
-    address = args.get("fault_address")
-    where = f"guest page {address >> 12:#x}" if isinstance(address, int) else "a page"
-    what = "not mapped" if not int(args.get("error_code", 0)) & 1 else "mapped without that right"
-    return f"vCPU {args.get('vcpu_id', event.vcpu)} {_access(args)} {where}, which KVM had {what}"
+    # With EPT the event's error_code is the exit qualification: vmx.c, handle_ept_violation.
+    code = int(event.args["error_code"])
+    page = f"guest page {int(event.args['fault_address']) >> 12:#x}"
+    verb = "wrote to" if code & EPT_ACC_WRITE else "fetched from" if code & EPT_ACC_EXEC else "read"
+    if code & EPT_GVA_VALID and not code & EPT_GVA_TRANSLATED:
+        page = f"a page table in {page}"
+    had = code & (EPT_ENTRY_READ | EPT_ENTRY_WRITE | EPT_ENTRY_EXEC)
+    what = "which KVM had mapped without that right" if had else "which KVM had not mapped"
+    return f"vCPU {event.args.get('vcpu_id', event.vcpu)} {verb} {page}, {what}"
 
 
 def _zap(event: Event) -> str:
@@ -128,7 +130,7 @@ def sentence(event: Event, find: Callable[[str], Tracepoint | None] = lambda nam
         return f"{event.task}: {event.name} {format_args(event, find(event.event))}".rstrip()
     try:
         return tell(event)
-    except (TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         # A trace from elsewhere may hold other types under the same names.
         return f"{event.task}: {event.name} {format_args(event, None)}".rstrip()
 

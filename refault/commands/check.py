@@ -41,7 +41,10 @@ def _check(path: str, update: bool) -> bool:
     again = Trace(golden.header, [], golden.end)
     # An interrupted recording is compared as far as it goes.
     last = golden.events[-1].seq if golden.end != "complete" and golden.events else None
-    vm = replay(golden.header, until_event=last, listener=Listener(golden.globs, again.events.append))
+    listener = Listener(golden.globs, again.events.append)
+    vm = replay(golden.header, until_event=last, listener=listener)
+    # The machine is torn down after this, and that is not part of the run.
+    vm.board.host.stream.unlisten(listener)
     vm.close()
     again.events.sort(key=lambda event: event.seq)
     if last is not None:
@@ -50,7 +53,8 @@ def _check(path: str, update: bool) -> bool:
     if difference is None:
         print(f"PASS: {path}: {len(golden.events)} events")
         return True
-    print_difference(golden, again, difference, path, "rerun", 5)
+    print_difference(golden, again, difference, path, "the rerun", 5)
+    print(f"run it again:\n  refault check {path}")
     if update:
         write_trace(path, again)
         print(f"UPDATED: {path}: {len(again.events)} events")

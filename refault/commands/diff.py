@@ -62,13 +62,18 @@ def main(args: argparse.Namespace) -> int:
         print(f"the {len(left.events)} events are the same")
         return 0
     print_difference(left, right, difference, args.left, args.right, args.context)
+    print("run it again:")
+    print(f"  refault check {args.left}")
+    record, name = (difference.left, args.left) if difference.left else (difference.right, args.right)
+    if record is not None:
+        print(f"  refault explain {name} {record.seq}")
     return 1
 
 
 def print_difference(
     left: Trace, right: Trace, difference: Difference, left_name: str, right_name: str, context: int
 ) -> None:
-    """Both records, the events before them, the causes of each, and how to see it again."""
+    """Both records, the events before them, the causes of each."""
     from refault.analysis import Analysis
     from refault.registry import find_tracepoint
     from trace_events.text import TextReport
@@ -93,8 +98,3 @@ def print_difference(
         print(f"in {name} it came about by")
         for link in chain:
             print(f"  #{link.seq:<7} {lines.line(link)}")
-    seen = difference.left or difference.right
-    print("run it again:")
-    print(f"  refault check {left_name}")
-    if seen is not None:
-        print(f"  refault explain {left_name if difference.left else right_name} {seen.seq}")

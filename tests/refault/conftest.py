@@ -21,7 +21,7 @@ GFN = 0x200
 def synthetic_events() -> list[Event]:
     """A page is mapped, swapped out by a host operation, and faulted back in; another one is not."""
     vcpu = "CPU 0/KVM"
-    fault = {"vcpu_id": 0, "guest_rip": 0x100000, "fault_address": GFN << 12 | 8, "error_code": 6}
+    fault = {"vcpu_id": 0, "guest_rip": 0x100000, "fault_address": GFN << 12 | 8, "error_code": 0x182}
     bracket = {
         "pid": 1,
         "event": "CLEAR",
