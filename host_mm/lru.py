@@ -130,6 +130,7 @@ class Lru:
         for node, vec in zip(host.allocator.nodes, self.vecs, strict=True):
             node.lruvec = vec
         self._cpus: dict[int, _Batches] = {}
+        self._disabled = 0
 
     def lruvec(self, pfn: int) -> Lruvec:
         """folio_lruvec."""
@@ -221,7 +222,7 @@ class Lru:
     ) -> None:
         get_page(self.host, pfn)
         batch.append(pfn)
-        if len(batch) >= FOLIO_BATCH_SIZE:
+        if len(batch) >= FOLIO_BATCH_SIZE or self._disabled:
             self._move(batch, fn, adding=adding)
 
     # -- the interface of mm/swap.c -----------------------------------------------------------
@@ -297,6 +298,15 @@ class Lru:
         """Empty every CPU's batches."""
         for batches in list(self._cpus.values()):
             self._drain(batches)
+
+    def lru_cache_disable(self) -> None:
+        """Empty all batches and let none fill until lru_cache_enable: migration wants no stray references."""
+        self._disabled += 1
+        self.lru_add_drain_all()
+
+    def lru_cache_enable(self) -> None:
+        """Let batches fill again."""
+        self._disabled -= 1
 
     def lru_del(self, pfn: int) -> None:
         """__page_cache_release: the folio's last reference went while it was on a list."""

@@ -1,7 +1,8 @@
 """Page migration: a folio's contents move to another frame and its mappings follow.
 
 Source of truth: mm/migrate.c: migrate_folio_unmap, migrate_folio_move, __migrate_folio,
-folio_migrate_flags, migrate_pages_batch, migrate_pages_sync, migrate_pages; Linux 6.18, order 0.
+folio_migrate_flags, migrate_pages_batch, migrate_pages_sync, migrate_pages, do_pages_move; Linux 6.18,
+order 0.
 
 A batch first replaces every mapping by migration entries (asynchronously, one flush for all), then
 moves what could be unmapped. A folio with more references than its mappings, the swap cache and the
@@ -16,12 +17,14 @@ Not modelled: large folios and splits, hugetlb, movable_ops pages, file mappings
 from __future__ import annotations
 
 from collections.abc import Callable
-from errno import EAGAIN, EBUSY, ENOMEM
+from errno import EACCES, EAGAIN, EBUSY, EFAULT, ENODEV, ENOENT, ENOMEM
 from typing import TYPE_CHECKING
 
+from host_mm.arch.x86.pgtable import pte_pfn, pte_present
 from host_mm.filemap import folio_lock, folio_trylock, folio_unlock, folio_wait_writeback
-from host_mm.kernel.costs import COST_MIGRATE_PAGE
-from host_mm.kernel.errors import BrokenTruth
+from host_mm.kernel.costs import COST_MIGRATE_PAGE, COST_SYSCALL
+from host_mm.kernel.errors import BrokenTruth, KernelError
+from host_mm.mm_types import VM_IO, VM_PFNMAP
 from host_mm.page import (
     PG_active,
     PG_anon,
@@ -42,6 +45,7 @@ from host_mm.page import (
     put_page,
 )
 from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, GFP_NORETRY, GFP_THISNODE, alloc_pages
+from host_mm.pgtable_generic import pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get
 from host_mm.rmap_unmap import TTU_BATCH_FLUSH, remove_migration_ptes, try_to_migrate
 from host_mm.swap_state import swap_cache_replace_folio
 from host_mm.tlb import try_to_unmap_flush
@@ -49,7 +53,8 @@ from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
-    from host_mm.mm_types import AnonVma
+    from host_mm.mm_types import AnonVma, MmStruct
+    from host_mm.process import Process
 
 __all__ = [
     "MIGRATE_ASYNC",
@@ -62,6 +67,7 @@ __all__ = [
     "MR_SYSCALL",
     "TRACEPOINTS",
     "migrate_pages",
+    "move_pages",
     "putback_movable_pages",
 ]
 
@@ -357,3 +363,77 @@ def migrate_pages(host: HostMm, pfns: list[int], target_nid: int, reason: int, m
         t(batch.nr_succeeded, batch.nr_failed, 0, 0, 0, 0, mode, reason)
     ctx.cause = saved
     return rc_gather
+
+
+# -- move_pages(2) ------------------------------------------------------------------------------
+
+
+def _add_folio_for_migration(mm: MmStruct, address: int, nid: int, pagelist: list[int], every: bool) -> int:
+    """Isolate the page at `address`. 1: queued; 0: on that node already; or a negative errno."""
+    host = mm.host
+    mm.mmap_lock.read_lock()
+    vma = mm.vma_lookup(address)
+    if vma is None or vma.flags & (VM_IO | VM_PFNMAP):
+        mm.mmap_lock.read_unlock()
+        return -EFAULT
+    pmd = pmd_offset(mm, address)
+    pte = pte_offset_map_lock(mm, pmd, address) if pmd else 0
+    ret = -ENOENT
+    if pte:
+        entry = ptep_get(mm, pte)
+        if pte_present(entry):
+            ret = _isolate_for_migration(host, pte_pfn(entry), nid, pagelist, every)
+        pte_lockptr(mm, pte).unlock()
+    mm.mmap_lock.read_unlock()
+    return ret
+
+
+def _isolate_for_migration(host: HostMm, pfn: int, nid: int, pagelist: list[int], every: bool) -> int:
+    if pfn == host.zero_pfn:
+        return -EFAULT
+    if host.allocator.nid_of(pfn) == nid:
+        return 0
+    if host.pages.mapcount[pfn] > 1 and not every:
+        return -EACCES
+    if not host.lru.folio_isolate_lru(pfn):
+        return -EBUSY
+    pagelist.append(pfn)
+    return 1
+
+
+def move_pages(process: Process, hvas: list[int], nodes: list[int], *, move_all: bool = False) -> list[int]:
+    """move_pages(2): each page to its node; per page the node it is on, or a negative errno.
+
+    With `move_all` (MPOL_MF_MOVE_ALL) pages that other processes map too are moved. A page that stays
+    because it is in use has -EBUSY, where Linux leaves its status alone and returns how many stayed.
+    KernelError: ENODEV for a node that does not exist.
+    """
+    mm = process.mm
+    host = mm.host
+    host.sched.advance(COST_SYSCALL)
+    for nid in nodes:
+        if not 0 <= nid < len(host.allocator.nodes):
+            raise KernelError(ENODEV, f"there is no node {nid}")
+    status = [0] * len(hvas)
+    host.lru.lru_cache_disable()
+    index = 0
+    while index < len(hvas):
+        # One call of migrate_pages for each run of addresses that go to one node.
+        nid = nodes[index]
+        pagelist: list[int] = []
+        queued: list[tuple[int, int]] = []
+        while index < len(hvas) and nodes[index] == nid:
+            ret = _add_folio_for_migration(mm, hvas[index], nid, pagelist, move_all)
+            if ret > 0:
+                queued.append((index, pagelist[-1]))
+            status[index] = nid if ret >= 0 else ret
+            index += 1
+        if pagelist:
+            migrate_pages(host, pagelist, nid, MR_SYSCALL, MIGRATE_SYNC)
+        stayed = set(pagelist)
+        for at, pfn in queued:
+            if pfn in stayed:
+                status[at] = -EBUSY
+        putback_movable_pages(host, pagelist)
+    host.lru.lru_cache_enable()
+    return status
