@@ -84,16 +84,18 @@ _CPU_ENV_SEARCH = 0x20000
 
 
 def _find_env(uc: Any, uc_struct: int) -> int:
-    """Address of CPUX86State: four magic values in RAX..RBX, searched behind every pointer in uc_struct."""
+    """Address of CPUX86State: magic values in RAX..RBX, searched behind every pointer in uc_struct.
+
+    Only what follows the registers when they change counts: freed memory and our own copies of the
+    magic values look the same once.
+    """
     ids = (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX, x86.UC_X86_REG_RBX)
     saved = [uc.reg_read(i) for i in ids]
-    magic = [0x1122334455667788 ^ (n * 0x0101010101010101) for n in range(4)]
-    pattern = struct.pack("<4Q", *magic)
-    for i, value in zip(ids, magic, strict=True):
-        uc.reg_write(i, value)
     # /proc/self/mem answers EIO for an unmapped pointer, where a plain load would kill the process
     mem = os.open("/proc/self/mem", os.O_RDONLY)
     try:
+        pattern = _write_magic(uc, ids, 0x1122334455667788)
+        found = set()
         for (pointer,) in struct.iter_unpack("<Q", ctypes.string_at(uc_struct, _UC_CPU_SEARCH)):
             if not 0x10000 <= pointer < 1 << 47:
                 continue
@@ -102,13 +104,25 @@ def _find_env(uc: Any, uc_struct: int) -> int:
             except OSError:
                 continue
             at = data.find(pattern)
-            if at >= 0 and at % 8 == 0:
-                return int(pointer + at)
+            while at >= 0:
+                found.add(pointer + at)
+                at = data.find(pattern, at + 1)
+        pattern = _write_magic(uc, ids, 0x8877665544332211)
+        live = [address for address in sorted(found) if os.pread(mem, len(pattern), address) == pattern]
     finally:
         os.close(mem)
         for i, value in zip(ids, saved, strict=True):
             uc.reg_write(i, value)
-    raise RuntimeError("CPUX86State not found: this build of Unicorn is not the one refault knows (2.1.4)")
+    if len(live) != 1:
+        raise RuntimeError("CPUX86State not found: this build of Unicorn is not the one refault knows (2.1.4)")
+    return int(live[0])
+
+
+def _write_magic(uc: Any, ids: tuple[int, ...], seed: int) -> bytes:
+    values = [seed ^ (n * 0x0101010101010101) for n in range(len(ids))]
+    for i, value in zip(ids, values, strict=True):
+        uc.reg_write(i, value)
+    return struct.pack(f"<{len(values)}Q", *values)
 
 
 class Env:
