@@ -264,7 +264,7 @@ def test_users_movers_pagers_and_forks_in_any_order_keep_every_byte(seed: int) -
 
     run(host, lambda: user(0), lambda: user(1), mover, pager, forker)
     host.sched.set_strategy(None)
-    assert host.vmstat["pgmigrate_success"] > 20
+    assert host.vmstat["pgmigrate_success"] > 4
     host.sched.run_task("drain", host.swap_device.drain)
     host.lru.lru_add_drain_all()
     audit(host)
