@@ -10,7 +10,7 @@ before the block runs: a stop is exactly at a block's start, and any budget abov
 lets at least one block run.
 
 Source: unicorn.h: uc_cb_hookcode_t, uc_hook_edge_gen_t, struct uc_tb; qemu/accel/tcg/cpu-exec.c:
-tb_find (the very first block of a Uc has no edge: its count is estimated).
+tb_find (no edges until a Uc's first block has ended by itself: counts are estimated till then).
 
 Not modelled: nothing of the architecture; it is the emulator's clock.
 """

@@ -1,8 +1,7 @@
 """Which (virtual page, frame) pairs a vCPU may execute from: an open-addressing set of int64.
 
-The compiled fill hook looks pairs up, Python adds and removes them. A pair is there once the page's
-bytes were looked through for instructions that must be stopped before they run, and stays until
-the frame's bytes may have changed.
+The compiled fill hook looks pairs up, Python adds and removes them. A pair is there once no vCPU can
+store to the frame unseen, and stays until one may.
 
 Key: (pfn << 36 | virtual page) + 1; 0 is an empty slot, -1 a removed one.
 

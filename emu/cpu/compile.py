@@ -58,7 +58,8 @@ def native() -> Native:
 
     inner = [ept, paging, walk, code_pages, fill_body, block_body]
     cache = _cache_directory([exits, env, *inner, entry])
-    scope = _copies(inner, numba.njit)
+    # Inlined by force: LLVM would leave the walk as calls, which doubles the cost of a fill.
+    scope = _copies(inner, numba.njit(forceinline=True))
     signatures = entry.signatures()
     with _numba_cache(cache):
         callbacks = {

@@ -8,10 +8,14 @@ the instruction (but at the block's start for a fetch ahead); `last()` says why 
 Frames that hold code are Ram.fetched's, shared by all vCPUs; which pages this vCPU may execute is
 its own. The protocol for whoever runs vCPUs:
 
-    NEW_CODE     every vCPU whose may_write(pfn) is true: flush(); look through the page; mark_code()
+    NEW_CODE     every vCPU whose may_write(pfn) is true: empty its TLB; then mark_code()
     CODE_WRITE   on every vCPU: forget_code(pfn), drop the translated blocks of the addresses it
-                 returns, flush() if there were any; then Ram.fetched[pfn] = FRAME_DATA
-                 (or FRAME_MIXED, keeping the mark, when this vCPU alone executes the frame)
+                 returns, empty the TLB if there were any; then Ram.fetched[pfn] = FRAME_DATA. Where
+                 the storing instruction lies in that very frame this would go on for ever: then
+                 FRAME_MIXED, keeping the mark, if this vCPU alone executes the frame
+
+An address given to ctl_set_exits is fetched from at the end of every emu_start, and so is one given
+to ctl_remove_cache: those fills overwrite `last()`.
 
 Source: Intel SDM vol. 3A 4.10 (TLBs), vol. 3C 29.4 (caching and EPT); unicorn.h: UC_HOOK_TLB_FILL.
 

@@ -68,7 +68,8 @@ AIMS = [
     *(("reserved", level, "") for level in (1, 2, 3, 4)),
     *(("reserved-xd", level, "") for level in (1, 2, 3, 4)),
     *((why, leaf, "") for leaf in (1, 2, 3) for why in ("us", "rw-user", "rw-wp", "xd", "smep", "smap")),
-    ("misaligned", 2, ""), ("misaligned", 3, ""), ("non-canonical", 0, ""), ("any", 1, ""), ("any", 2, ""), ("any", 3, ""),
+    ("misaligned", 2, ""), ("misaligned", 3, ""), ("non-canonical", 0, ""),
+    ("any", 1, ""), ("any", 2, ""), ("any", 3, ""),
 ]
 
 
@@ -85,7 +86,9 @@ def random_case(rng: random.Random, aim: tuple[str, int, str]) -> Case:
 
     user_page = chance(0.6)
     user_mode = user_page and chance(0.5)
-    fetch, write = (kind == "x", kind == "w") if kind else rng.choice([(False, False), (False, True), (True, False)])
+    if not kind:
+        kind = rng.choice("rwx")
+    fetch, write = kind == "x", kind == "w"
     smep, smap, wp, nxe, ac = chance(0.5), chance(0.5), chance(0.5), chance(0.6), chance(0.5)
     implicit = chance(0.1)
     if why in ("ok", "misaligned") and not user_mode and user_page:
@@ -105,14 +108,15 @@ def random_case(rng: random.Random, aim: tuple[str, int, str]) -> Case:
         ac = implicit and ac
     elif why == "reserved-xd":
         nxe = False
-    read_only = rng.choice([n for n in range(leaf, 5)]) if why in ("rw-user", "rw-wp") or chance(noise) else 0
-    xd = rng.choice([n for n in range(leaf, 5)]) if why == "xd" or (nxe and chance(0.1 + noise) and not fetch) else 0
-    no_user = rng.choice([n for n in range(leaf, 5)])
+    read_only = rng.randrange(leaf, 5) if why in ("rw-user", "rw-wp") or chance(noise) else 0
+    xd = rng.randrange(leaf, 5) if why == "xd" or (nxe and not fetch and chance(0.1 + noise)) else 0
+    no_user = rng.randrange(leaf, 5)
 
     gva = rng.getrandbits(48)
     if leaf > 1:
         # few places in a large page, so that few frames of the test's memory are touched
-        gva = (gva & ~((1 << (12 + 9 * (leaf - 1))) - 1)) | rng.choice((0x100000, 0x1F3000, 0x55000)) | (gva & 0xFF8)
+        base = gva & ~((1 << (12 + 9 * (leaf - 1))) - 1)
+        gva = base | rng.choice((0x100000, 0x1F3000, 0x55000)) | (gva & 0xFF8)
     gva &= ~7
     if gva >> 39 == PROBE_SLOT:
         gva ^= 1 << 40
@@ -154,7 +158,7 @@ def random_case(rng: random.Random, aim: tuple[str, int, str]) -> Case:
             entry &= ~P.PTE_USER
         if n == xd:
             entry |= P.PTE_XD
-        if why == "not-present" and n == level or chance(noise / 5):
+        if (why == "not-present" and n == level) or chance(noise / 5):
             entry &= ~P.PTE_PRESENT
         if why == "reserved" and n == level:
             if n == 4 and chance(0.5):

@@ -68,3 +68,12 @@ def test_segment_flags_are_the_high_descriptor_word(uc: Uc) -> None:
     assert uc.reg_read(x86.UC_X86_REG_FS_BASE) == 0x7F0000000000
     assert uc.reg_read(x86.UC_X86_REG_FS) == 0x33
     assert env.seg(E.R_FS) == (0x33, 0x7F0000000000, 0xFFFFFFFF, 0xCFF300)
+
+
+def test_many_instances_one_after_another_each_find_their_own_state() -> None:
+    for n in range(40):
+        uc = Uc(UC_ARCH_X86, UC_MODE_64)
+        env = E.Env(uc)
+        uc.reg_write(x86.UC_X86_REG_R12, n)
+        assert env.reg(12) == n
+        del uc, env

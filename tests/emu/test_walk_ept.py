@@ -162,7 +162,8 @@ class Machine:
             if what != "ok":
                 final = 0x100 if n == 0 else 0
                 rights = 0 if stage.first_bad() else stage.combined()
-                return STATUS[what], (bits | rights << 3 | 0x80 | final if what == "violation" else 0), n, stores
+                qualification = bits | rights << 3 | 0x80 | final if what == "violation" else 0
+                return STATUS[what], qualification, n, stores
             if ad:
                 for level, slot in self.slots(n, stage.leaf).items():
                     dirty = level == stage.leaf and (n > 0 or kind == "w")
@@ -215,7 +216,9 @@ def plain() -> dict[int, Stage]:
 @pytest.mark.parametrize("ad", [False, True])
 @pytest.mark.parametrize("ept_leaf", [1, 2, 3])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3, 4])
-def test_every_combination_of_rights_access_and_page(machine: Machine, stage: int, ept_leaf: int, ad: bool) -> None:
+def test_every_combination_of_rights_access_and_page(
+    machine: Machine, stage: int, ept_leaf: int, ad: bool
+) -> None:
     for rights in range(8):
         for at in range(4, ept_leaf - 1, -1):
             for guest_flags in (0, P.PTE_ACCESSED, P.PTE_DIRTY, P.PTE_ACCESSED | P.PTE_DIRTY):
@@ -302,9 +305,10 @@ def test_a_tlb_may_write_only_where_both_dirty_flags_are_set(machine: Machine, k
 def test_paging_off_translates_32_bits_through_ept(machine: Machine) -> None:
     gpa = 0x40_3000
     words = machine.ram.i64
-    for slot, entry in ((EPT_ROOT * 512, 40 << 12 | 7), (40 * 512, 41 << 12 | 7), (41 * 512 + 2, 42 << 12 | 7),
-                        (42 * 512 + 3, 0x77_7000 | 6 << 3 | 5)):
-        words[slot] = entry
+    words[EPT_ROOT * 512] = 40 << 12 | 7
+    words[40 * 512] = 41 << 12 | 7
+    words[41 * 512 + 2] = 42 << 12 | 7
+    words[42 * 512 + 3] = 0x77_7000 | 6 << 3 | 5
     for gva in (gpa | 0x123, gpa | 0x123 | 5 << 32):
         for kind, status in (("r", OK), ("w", EPT_VIOLATION), ("x", OK)):
             args = (words, FRAMES, P.CR0_PE, 0, 0, 0, EPT_ROOT << 12 | 0x1E, gva, ACCESSES[kind])

@@ -15,9 +15,9 @@ from __future__ import annotations
 import ctypes
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
-from tests.emu.page_table_cases import AIMS, PROBE_SLOT, RAM_FRAMES, TABLE_FRAMES, Case, Overlay, random_case
 from unicorn import UC_ARCH_X86, UC_HOOK_INTR, UC_MODE_64, UC_PROT_ALL, Uc
 from unicorn import x86_const as x86
 from unicorn.unicorn_const import UC_CTL_IO_WRITE, UC_CTL_TLB_FLUSH, UC_TLB_CPU
@@ -38,6 +38,7 @@ from emu.cpu.walk import (
     walk,
 )
 from host_mm.ram import Ram
+from tests.emu.page_table_cases import AIMS, PROBE_SLOT, RAM_FRAMES, TABLE_FRAMES, Case, Overlay, random_case
 
 HF_SMAP = 1 << 23
 MAGIC = 0x0123456789ABCDEF
@@ -84,10 +85,11 @@ class UnicornWalker:
         q = self.ram.u64
         full = P.PTE_PRESENT | P.PTE_RW | P.PTE_USER | P.PTE_ACCESSED | P.PTE_DIRTY
         chain = (TABLE_FRAMES[4], *PROBE_TABLES)
-        for depth, (table, below) in enumerate(zip(chain, chain[1:])):
+        for depth, (table, below) in enumerate(pairwise(chain)):
             q[table * 512 + (PROBE_SLOT if depth == 0 else 0)] = below << 12 | full
         for frame in (PROBE_USER, PROBE_KERNEL):
-            q[PROBE_TABLES[2] * 512 + frame] = frame << 12 | (full if frame == PROBE_USER else full & ~P.PTE_USER)
+            flags = full if frame == PROBE_USER else full & ~P.PTE_USER
+            q[PROBE_TABLES[2] * 512 + frame] = frame << 12 | flags
             for offset, code in ((LOAD, b"\x48\x8b\x03\xf4"), (STORE, b"\x48\x89\x03\xf4")):  # mov; hlt
                 self.ram.b[(frame << 12) + offset : (frame << 12) + offset + len(code)] = code
 
@@ -163,7 +165,7 @@ class Differential:
             self.compare_with_unicorn(case, result, after)
 
     def compare_with_unicorn(self, case: Case, result: tuple[int, ...], after: dict[int, int]) -> None:
-        mem, (status, hpa, _, code, _, level) = self.mem, result
+        mem, status, hpa, code = self.mem, result[0], result[1], result[3]
         if status == OK:
             mem[hpa >> 3] = word_at(hpa)
         vector, error_code, rax = self.cpu.access(case)
