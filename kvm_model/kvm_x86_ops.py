@@ -60,8 +60,12 @@ class KvmX86Ops(Protocol):
         """
         ...
 
-    def complete_mmio(self, vcpu: Vcpu, access: MmioAccess, data: int) -> None:
-        """Finish an emulated access: put `data` where a load wants it, set flags, step RIP."""
+    def complete_mmio(self, vcpu: Vcpu, access: MmioAccess, data: int) -> MmioAccess | None:
+        """Finish an emulated access: put `data` where a load wants it, set flags, step RIP.
+
+        Completing the load of a read-modify-write gives its store to the same gpa, which KVM makes
+        and completes in turn. (Where it does not, the instruction exits again and `emulate` gives it.)
+        """
         ...
 
     def get_reg(self, vcpu: Vcpu, name: str) -> int:

@@ -18,7 +18,7 @@ interrupts, preemption timer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from emu.cpu import mmio, msr
 from emu.cpu.control import syscall, sysenter, write_control_register
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from emu.loaders.image import Image
     from host_mm.host import HostMm
     from host_mm.kernel.sched import Scheduler
+    from kvm_model.kvm_x86_ops import MmioAccess
     from kvm_model.vcpu import Vcpu
 
 __all__ = ["COST_RDTSC", "NS_PER_INSN", "SLICE_INSNS", "UnicornCpu"]
@@ -115,6 +116,8 @@ class UnicornCpu:
         self.decoder = Decoder()
         self.fills = FillFailures(self.vcpus, self.decoder)
         self._elements: dict[int, StringElement] = {}
+        self._stores: dict[int, tuple[int, int, MmioAccess]] = {}
+        self._mmio_gpa: dict[int, int] = {}
         self._windows: set[int] = set()
         self._tsc_offset: dict[int, int] = {}
         self._root: dict[int, int] = {}
@@ -208,11 +211,10 @@ class UnicornCpu:
                 self._between_slices()
 
     def _between_slices(self) -> None:
-        sched = self.sched
-        if sched.preempt:
-            sched.point("slice")
-        if sched.strategy is None and sched.runnable:
-            sched.yield_()
+        # Always by way of the hub: limits and Ctrl-C are looked at there, even with one task.
+        if self.sched.preempt:
+            self.sched.point("slice")
+        self.sched.yield_()
 
     def _run_slice(self, v: UnicornVcpu, budget: int) -> VmExit | None:
         timer = self.sched.next_timer()
@@ -220,12 +222,15 @@ class UnicornCpu:
             budget = min(budget, (timer - self.sched.now) // NS_PER_INSN)
         if v.stale:
             v.drop_stale_code()
-        v.counter.allow(1 if v.opened is not None else budget)
+        # an opened frame or an implicit page is for the next instruction alone
+        alone = v.opened is not None or v.fill.implicit_page is not None
+        v.counter.allow(1 if alone else budget)
         params = v.fill.params
         refused = params[P_REFUSED]
         error = v.emu_start()
-        if v.opened is not None:
+        if alone:
             self.fills.close_opened(v)
+            v.fill.implicit_page = None
         if error == EMU_OK:
             v.stepped_from = None
             return None
@@ -245,7 +250,6 @@ class UnicornCpu:
             return deliver(v, info, fault.error_code or 0, 0, fault.cr2)
 
     def _stopped(self, v: UnicornVcpu, error: int, refused: bool) -> VmExit | None:
-        v.fill.implicit_page = None
         if error == EMU_EXCEPTION and refused:
             last = v.fill.last()
             if last.status != OK:
@@ -350,6 +354,16 @@ class UnicornCpu:
         self._windows.discard(v.vcpu_id)
         return VmExit(REASON_INTERRUPT_WINDOW, v.env.eip)
 
+    @property
+    def instructions(self) -> int:
+        """Guest instructions so far, over all vCPUs."""
+        return sum(v.counter.count for v in self.vcpus.values())
+
+    def may_translate(self, vcpu: Vcpu, pfn: int) -> bool:
+        """Whether the vCPU could still use a translation to the frame: it has no flush ahead."""
+        v = self.vcpus.get(vcpu.vcpu_id)
+        return v is not None and v.fill.may_reach(pfn)
+
     # -- translations --------------------------------------------------------------------------
 
     def flush_tlb(self, vcpu: Vcpu) -> None:
@@ -375,17 +389,33 @@ class UnicornCpu:
 
     # -- KVM's view of the guest's state -----------------------------------------------------------
 
-    def emulate(self, vcpu: Vcpu, gpa: int) -> mmio.MmioAccess | None:
+    def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
         """Start the instruction at RIP, whose memory operand is at MMIO `gpa`; None if it is unknown."""
         v = self.vcpu(vcpu)
+        pending = self._stores.pop(v.vcpu_id, None)
+        if pending is not None and pending[:2] == (v.env.eip, gpa):
+            return pending[2]
         try:
-            return mmio.emulate(v, self.fills.decode(v), gpa)
+            insn: Any = self.fills.decode(v)
+            access = mmio.emulate(v, insn, gpa)
         except (GuestFault, EptExit):
             return None
+        if access is not None:
+            access.insn = bytes(insn.bytes)
+            access.mode = 9 if v.long_code else 5
+            self._mmio_gpa[v.vcpu_id] = gpa
+        return access
 
-    def complete_mmio(self, vcpu: Vcpu, access: mmio.MmioAccess, data: int) -> mmio.MmioAccess | None:
+    def complete_mmio(self, vcpu: Vcpu, access: MmioAccess, data: int) -> MmioAccess | None:
         """Finish an access. A read-modify-write's load gives back its store, to be made and finished too."""
-        return access.finish(data & ((1 << (8 * access.size)) - 1))
+        finish = cast("mmio.Finish", access.priv)
+        store = finish(data & ((1 << (8 * access.length)) - 1))
+        self._stores.pop(vcpu.vcpu_id, None)
+        if store is not None:
+            store.insn, store.mode = access.insn, access.mode
+            rip = self.vcpu(vcpu).env.eip
+            self._stores[vcpu.vcpu_id] = (rip, self._mmio_gpa[vcpu.vcpu_id], store)
+        return store
 
     def get_reg(self, vcpu: Vcpu, name: str) -> int:
         """A register by its lower-case SDM name: rax..r15, rip, rflags, cr0..cr4, efer, cpl, cs, cs_base,

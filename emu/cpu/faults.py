@@ -81,6 +81,7 @@ class FillFailures:
             stack = last.status == NON_CANONICAL and self._through_stack(vcpu, gva)
         if last.descriptor and self._loads_descriptor(vcpu):
             vcpu.fill.implicit_page = page
+            vcpu.intercepts.step_once()
             return
         result = (last.status, last.hpa, last.rights, last.a, last.b, last.c)
         if not last.access & (ACCESS_FETCH | ACCESS_WRITE) and last.status in (

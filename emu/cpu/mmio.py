@@ -17,15 +17,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from capstone import x86_const as cx
 
 from emu.cpu.alu import alu
 from emu.cpu.env import R_DS, R_ES, R_FS, R_GS
 from emu.cpu.insn import REGISTERS
 from emu.cpu.vcpu import UnicornVcpu
+from kvm_model.kvm_x86_ops import MmioAccess
 
-__all__ = ["MmioAccess", "advance_string", "emulate", "read_register", "string_address", "write_register"]
+__all__ = [
+    "Finish", "advance_string", "emulate", "read_register", "source_segment", "string_address",
+    "write_register",
+]
 
 RAX, RCX, RSI, RDI = 0, 1, 6, 7
 _DF = 1 << 10
@@ -43,14 +46,8 @@ _MOVS = (cx.X86_INS_MOVSB, cx.X86_INS_MOVSW, cx.X86_INS_MOVSD, cx.X86_INS_MOVSQ)
 _REP = (0xF2, 0xF3)
 
 
-class MmioAccess(msgspec.Struct):
-    """One access to a device: `data` is what a store stores. `finish(data)` ends it and may give another."""
-
-    gpa: int
-    size: int
-    write: bool
-    data: int
-    finish: Callable[[int], MmioAccess | None]
+Finish = Callable[[int], MmioAccess | None]
+"""What `priv` of an MmioAccess holds: takes the data, ends the access and may give another."""
 
 
 def read_register(vcpu: UnicornVcpu, reg: int) -> int:
@@ -134,7 +131,7 @@ def _store(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, data: int, then: C
         then()
         vcpu.skip(insn.size)
 
-    return MmioAccess(gpa, size, True, data, finish)
+    return MmioAccess(True, size, data, priv=finish)
 
 
 def _move(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, memory: int) -> MmioAccess | None:
@@ -156,7 +153,7 @@ def _move(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, memory: int) -> Mmi
         write_register(vcpu, other.reg, data)
         vcpu.skip(insn.size)
 
-    return MmioAccess(gpa, size, False, 0, finish)
+    return MmioAccess(False, size, 0, priv=finish)
 
 
 def _modify(
@@ -177,7 +174,7 @@ def _modify(
             return None
         return _store(vcpu, insn, gpa, size, result, then)
 
-    return MmioAccess(gpa, size, False, 0, finish)
+    return MmioAccess(False, size, 0, priv=finish)
 
 
 def _into_register(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, reg: int) -> MmioAccess:
@@ -186,7 +183,7 @@ def _into_register(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, reg: int) 
         write_register(vcpu, reg, result)
         vcpu.skip(insn.size)
 
-    return MmioAccess(gpa, size, False, 0, finish)
+    return MmioAccess(False, size, 0, priv=finish)
 
 
 def _exchange(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, reg: int) -> MmioAccess:
@@ -214,7 +211,7 @@ def _exchange(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, reg: int) -> Mm
 
         return _store(vcpu, insn, gpa, size, value if expected == old else old, compared)
 
-    return MmioAccess(gpa, size, False, 0, finish)
+    return MmioAccess(False, size, 0, priv=finish)
 
 
 def _string(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
@@ -228,14 +225,14 @@ def _string(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
         def stored(_: int) -> None:
             advance_string(vcpu, insn, size, RDI)
 
-        return MmioAccess(gpa, size, True, vcpu.env.reg(RAX) & mask, stored)
+        return MmioAccess(True, size, vcpu.env.reg(RAX) & mask, priv=stored)
     if insn.id in _LODS:
 
         def loaded(data: int) -> None:
             write_register(vcpu, insn.operands[0].reg, data)
             advance_string(vcpu, insn, size, RSI)
 
-        return MmioAccess(gpa, size, False, 0, loaded)
+        return MmioAccess(False, size, 0, priv=loaded)
     return _movs(vcpu, insn, gpa, size)
 
 
@@ -250,7 +247,7 @@ def _movs(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int) -> MmioAccess:
     source_gpa = vcpu.guest_physical(source)
     if source_gpa is None or source_gpa != gpa:
         data = int.from_bytes(vcpu.memory.read(source, size), "little")
-        return MmioAccess(gpa, size, True, data, moved)
+        return MmioAccess(True, size, data, priv=moved)
 
     def loaded(data: int) -> None:
         def store() -> None:
@@ -259,4 +256,4 @@ def _movs(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int) -> MmioAccess:
 
         vcpu.run_or_defer(store)
 
-    return MmioAccess(gpa, size, False, 0, loaded)
+    return MmioAccess(False, size, 0, priv=loaded)

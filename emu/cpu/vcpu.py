@@ -23,6 +23,7 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from emu.cpu.block import BlockCounter
 from emu.cpu.env import (
+    EXCEPTION_INDEX_IS_INT,
     GDT,
     HF_CS64,
     HF_INHIBIT_IRQ,
@@ -100,6 +101,8 @@ class UnicornVcpu:
         """Run from RIP until something stops it; Unicorn's error number."""
         env = self.env
         env.clear_old_exception()
+        # else an intercept after an INT n would leave with that INT's next RIP
+        env.i[EXCEPTION_INDEX_IS_INT // 4] = 0
         return int(self._start(env.uc_struct, env.eip, 0, 0, 0))
 
     @property
