@@ -24,7 +24,9 @@ PAGE_FAULT = "kvm:kvm_page_fault"
 SPTE_ZAP = "refault:spte_zap"
 SPTE_INSTALL = "refault:spte_install"
 HOST_OP = "refault:host_op"
+HOST_FAULT = "refault:host_fault"
 BRACKET = "refault:mmu_notifier_start"
+DIRECT_RECLAIM = "vmscan:mm_vmscan_direct_reclaim_begin"
 
 PAGE_SHIFT = 12
 LEVEL_BITS = 9
@@ -91,10 +93,12 @@ class Analysis:
         return self._children.get(seq, [])
 
     def descendants(self, seq: int) -> Iterator[Event]:
-        """All events below `seq`, in order of their numbers within each level's parent."""
-        for child in self.children(seq):
-            yield child
-            yield from self.descendants(child.seq)
+        """All events below `seq`, parents before children."""
+        todo = [seq]
+        while todo:
+            children = self.children(todo.pop())
+            yield from children
+            todo += [child.seq for child in reversed(children)]
 
     def chain(self, event: Event) -> list[Event]:
         """The causes of `event` from the root down to `event` itself."""
@@ -153,16 +157,20 @@ class Analysis:
         return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
 
     def reason(self, zap: Event) -> str:
-        """Who is to blame for a zap, in a word or two: the operation, the daemon, or the bracket's event."""
-        for event in self.chain(zap):
+        """Who is to blame for a zap, in a few words: the operation, the daemon, or what a vCPU's own
+        fault had to do."""
+        chain = self.chain(zap)
+        for event in chain:
             if event.event == HOST_OP:
                 return str(event.args.get("op"))
         if zap.vcpu < 0:
             return zap.task
-        for event in reversed(self.chain(zap)):
-            if event.event == BRACKET:
-                return f"{event.args.get('event')} by {zap.task}"
-        return str(zap.args.get("why", zap.name))
+        names = [event.event for event in chain]
+        if DIRECT_RECLAIM in names:
+            return f"direct reclaim in {zap.task}"
+        if HOST_FAULT in names and BRACKET in names:
+            return f"copy-on-write in {zap.task}"
+        return f"{zap.args.get('why', zap.name)} in {zap.task}"
 
     # -- counting -----------------------------------------------------------------------------
 

@@ -42,3 +42,7 @@ class HostMachine:
     def close(self) -> None:
         """Destroy the VMs and the host."""
         self.machine.close()
+
+    def abandon(self) -> None:
+        """Drop everything as it stands, after an error in the model."""
+        self.machine.abandon()

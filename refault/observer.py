@@ -40,14 +40,19 @@ REASON_EPT_VIOLATION = 48
 class _Page:
     """One guest page: how often it refaulted, and the refaults that are kept."""
 
-    __slots__ = ("count", "first", "last")
+    __slots__ = ("count", "first", "killer", "last")
 
     def __init__(self) -> None:
         self.count = 0
+        self.killer: int | None = None
         self.first: list[Event] = []
         self.last: list[Event] = []
 
-    def add(self, fault: Event) -> None:
+    def add(self, fault: Event) -> bool:
+        """Count a refault; False for the second try of one whose work was overtaken."""
+        if fault.killed_by == self.killer:
+            return False
+        self.killer = fault.killed_by
         self.count += 1
         if len(self.first) < KEPT_FIRST:
             self.first.append(fault)
@@ -55,6 +60,7 @@ class _Page:
             self.last.append(fault)
             if len(self.last) > KEPT_LAST:
                 del self.last[0]
+        return True
 
 
 class Observer:
@@ -91,14 +97,15 @@ class Observer:
             self._refault(event)
 
     def _refault(self, event: Event) -> None:
-        self.refaults += 1
         gfn = gfn_of(event)
         if gfn is None:
             return
         page = self.pages.get(gfn)
         if page is None:
             page = self.pages[gfn] = _Page()
-        page.add(event)
+        if not page.add(event):
+            return
+        self.refaults += 1
         zap = self.vm.board.host.stream.ancestor(event.killed_by)
         if zap is not None and event.killed_by is not None:
             self._remember(zap)
@@ -134,7 +141,7 @@ class Observer:
             return
         self._next_line = now + PROGRESS_SECONDS
         vm = self.vm
-        stat = vm.board.kvm.stat
+        stat = vm.stat
         print(
             f"\r{vm.board.cpu.instructions / 1e6:8.1f} M instructions  {stat.get('pf_taken', 0):,} faults  "
             f"{self.refaults:,} refaults  {vm.vmstat.get('pswpout', 0):,} swapped out",

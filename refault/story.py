@@ -20,7 +20,16 @@ from kvm_model.vmx.exits import (
     EPT_GVA_VALID,
     EXIT_REASON_NAMES,
 )
-from refault.analysis import BRACKET, HOST_OP, PAGE_FAULT, SPTE_INSTALL, SPTE_ZAP, Analysis
+from refault.analysis import (
+    BRACKET,
+    DIRECT_RECLAIM,
+    HOST_FAULT,
+    HOST_OP,
+    PAGE_FAULT,
+    SPTE_INSTALL,
+    SPTE_ZAP,
+    Analysis,
+)
 from trace_events.event import Event
 from trace_events.text import format_args
 from trace_events.tracepoint import Tracepoint
@@ -30,14 +39,14 @@ __all__ = ["STORY_LINES", "duration", "explain", "moment", "sentence", "story"]
 STORY_LINES = 10
 
 _BRACKETS = {
-    "UNMAP": "takes the range out of the address space",
-    "CLEAR": "is about to take pages away or replace them",
-    "PROTECTION_VMA": "changes the protection of the range",
-    "PROTECTION_PAGE": "write-protects pages",
-    "SOFT_DIRTY": "write-protects everything to see what gets written",
-    "RELEASE": "tears the address space down",
-    "MIGRATE": "moves pages to a device",
-    "EXCLUSIVE": "gives a page to a device alone",
+    "unmap": "took a range out of the address space",
+    "clear": "was about to take pages away or replace them",
+    "protection-vma": "changed the protection of a range",
+    "protection-page": "write-protected pages",
+    "soft-dirty": "write-protected everything to see what gets written",
+    "release": "tore the address space down",
+    "migrate": "moved pages to a device",
+    "exclusive": "gave a page to a device alone",
 }
 
 
@@ -70,15 +79,14 @@ def _page_fault(event: Event) -> str:
 def _zap(event: Event) -> str:
     args = event.args
     size = {1: "4K", 2: "2M", 3: "1G"}.get(args.get("level", 1), "")
-    why = args.get("why", "no reason")
-    return f"KVM dropped its {size} mapping of guest page {args.get('gfn', 0):#x} ({why})"
+    return f"KVM dropped its {size} mapping of guest page {args.get('gfn', 0):#x}"
 
 
 def _bracket(event: Event) -> str:
     args = event.args
     name = str(args.get("event", ""))
     pages = max(1, (int(args.get("end", 0)) - int(args.get("start", 0))) >> 12)
-    what = _BRACKETS.get(name, "is about to change mappings")
+    what = _BRACKETS.get(name, "was about to change mappings")
     return f"{event.task} {what} ({name} bracket, {pages} page{'s' * (pages != 1)})"
 
 
@@ -89,6 +97,10 @@ def _spte_changed(event: Event) -> str:
     if not new & 7:
         return f"the EPT entry of {gfn} was cleared"
     return f"KVM {'changed' if old & 7 else 'installed'} the EPT entry of {gfn}, rights {_rights(new)}"
+
+
+def _host_fault(event: Event) -> str:
+    return f"{event.task} faulted in the host's own tables ({event.args.get('access')})"
 
 
 def _install(event: Event) -> str:
@@ -115,6 +127,9 @@ SENTENCES: dict[str, Callable[[Event], str]] = {
     SPTE_ZAP: _zap,
     SPTE_INSTALL: _install,
     BRACKET: _bracket,
+    HOST_FAULT: _host_fault,
+    DIRECT_RECLAIM: lambda event: f"{event.task} found no free memory and had to reclaim some itself",
+    "vmscan:mm_vmscan_kswapd_wake": lambda event: f"{event.task} woke to reclaim memory",
     HOST_OP: lambda event: f"the host was asked to {event.args.get('op')}({event.args.get('args')})",
     "kvm:kvm_exit": _exit,
     "kvm:kvm_entry": lambda event: f"vCPU {event.args.get('vcpu_id', event.vcpu)} entered the guest",
@@ -164,11 +179,11 @@ def _story_line(analysis: Analysis, event: Event) -> str:
     if event.event == SPTE_ZAP:
         return f"{line}, because of {analysis.reason(event)}."
     zap = analysis.killer(event) if event.event == PAGE_FAULT else None
-    return (
-        f"{line}: lost {duration(event.ts - zap.ts)} before, at #{zap.seq}."
-        if zap is not None
-        else f"{line}."
-    )
+    if zap is None:
+        return f"{line}."
+    if event not in analysis.answers(zap.seq):
+        return f"{line} yet: the first try was overtaken and comes again."
+    return f"{line}: lost {duration(event.ts - zap.ts)} before, at #{zap.seq}."
 
 
 def explain(
@@ -189,19 +204,22 @@ def _text(event: Event, find: Callable[[str], Tracepoint | None]) -> str:
     return format_args(event, find(event.event))
 
 
+# Where a chain of causes takes another turn than the reader expects.
+_TURNS = (DIRECT_RECLAIM, "vmscan:mm_vmscan_kswapd_wake", BRACKET)
+
+
 def _prose(analysis: Analysis, event: Event, find: Callable[[str], Tracepoint | None]) -> str:
     said = [sentence(event, find)]
     zap = analysis.killer(event) or (event if event.event == SPTE_ZAP else None)
     if zap is not None and zap is not event:
         earlier = duration(event.ts - zap.ts)
         said.append(f"the mapping had been there until {earlier} earlier, when {sentence(zap, find)}")
-    begin = analysis.root(zap or event)
-    if begin is not event and begin is not zap:
-        said.append(f"it began with #{begin.seq}: {sentence(begin, find)}")
-    elif zap is None and event.event == PAGE_FAULT:
-        said.append(
-            "nothing in this trace had taken a mapping away: it is the first touch, or a missing right"
-        )
+    chain = analysis.chain(zap or event)[:-1]
+    told = [chain[0], *(link for link in chain[1:] if link.event in _TURNS)] if chain else []
+    for count, link in enumerate(told):
+        said.append(f"{'then' if count else 'it began with'} #{link.seq}: {sentence(link, find)}")
+    if not chain and zap is None and event.event == PAGE_FAULT:
+        said.append("nothing in this trace had taken a mapping away: a first touch, or a missing right")
     answers = analysis.answers(event.seq)
     if event.event == SPTE_ZAP:
         said.append(
@@ -231,7 +249,7 @@ def _back(
 
 
 def _forward(analysis: Analysis, event: Event, find: Callable[[str], Tracepoint | None]) -> list[str]:
-    below = list(analysis.descendants(event.seq))
+    below = sorted(analysis.descendants(event.seq), key=lambda below: below.seq)
     zaps = [e for e in (event, *below) if e.event == SPTE_ZAP]
     lines = [f"  #{e.seq} {e.event}  {_text(e, find)}" for e in below[:STORY_LINES]]
     if len(below) > STORY_LINES:

@@ -91,6 +91,8 @@ def print_summary(summary: RunSummary) -> None:
 
     sys.stdout.flush()
     console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 110)
     console.print()
     console.print(render(summary))
     if summary.story:

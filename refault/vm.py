@@ -252,8 +252,12 @@ class VM:
 
     @property
     def stat(self) -> dict[str, int]:
-        """KVM's statistics under the kernel's names."""
-        return dict(self.board.kvm.stat)
+        """KVM's statistics under the kernel's names, the vCPUs' added up."""
+        stat = dict(self.board.kvm.stat)
+        for vcpu in self.board.vcpus:
+            for name, value in vcpu.stat.items():
+                stat[name] = stat.get(name, 0) + value
+        return stat
 
     @property
     def vmstat(self) -> dict[str, int]:
@@ -273,8 +277,11 @@ class VM:
     def __enter__(self) -> VM:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, exc: object, tb: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._host.abandon()
 
     def __repr__(self) -> str:
         c = self.config

@@ -24,7 +24,7 @@ def synthetic_events() -> list[Event]:
     fault = {"vcpu_id": 0, "guest_rip": 0x100000, "fault_address": GFN << 12 | 8, "error_code": 0x182}
     bracket = {
         "pid": 1,
-        "event": "CLEAR",
+        "event": "clear",
         "start": 0x7F0000000000,
         "end": 0x7F0000001000,
         "order": 2,

@@ -27,9 +27,13 @@ def test_blame_goes_to_the_operation_then_to_the_daemon(events):
 
 
 def test_blame_for_a_zap_inside_a_vcpu_goes_to_its_bracket():
-    start = Event(0, 0, "refault:mmu_notifier_start", "CPU 0/KVM", 0, args={"event": "CLEAR"})
-    zap = Event(1, 0, "refault:spte_zap", "CPU 0/KVM", 0, cause=0, args={"gfn": 1, "level": 1})
-    assert Analysis([start, zap]).reason(zap) == "CLEAR by CPU 0/KVM"
+    vcpu = "CPU 0/KVM"
+    fault = Event(0, 0, "refault:host_fault", vcpu, 0, args={})
+    start = Event(1, 0, "refault:mmu_notifier_start", vcpu, 0, cause=0, args={"event": "clear"})
+    zap = Event(2, 0, "refault:spte_zap", vcpu, 0, cause=1, args={"gfn": 1, "level": 1})
+    reclaim = Event(0, 0, "vmscan:mm_vmscan_direct_reclaim_begin", vcpu, 0, args={})
+    assert Analysis([reclaim, start, zap]).reason(zap) == "direct reclaim in CPU 0/KVM"
+    assert Analysis([fault, start, zap]).reason(zap) == "copy-on-write in CPU 0/KVM"
 
 
 def test_zaps_that_nobody_missed_are_unanswered(events):

@@ -63,7 +63,7 @@ def test_an_operation_is_explained_forward_to_the_refault(events):
 
 def test_a_first_touch_says_so(events):
     analysis = Analysis(events)
-    assert "it is the first touch" in "\n".join(explain(analysis, analysis.by_seq[1]))
+    assert "a first touch" in "\n".join(explain(analysis, analysis.by_seq[1]))
 
 
 def test_a_zap_that_nobody_missed_says_so(events):
