@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+import emu.operations  # noqa: F401  (fills the registry of operations)
 from emu.abi import EXIT_PORT, SERIAL_PORT, vmcall_by_number
 from emu.config import MachineConfig
 from emu.cpu.cpu import UnicornCpu
@@ -31,7 +32,8 @@ from emu.vmm import Vmm
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.sched import Task, WaitQueue
 from kvm_model.kvm_main import Kvm
-from kvm_model.x86 import UserExit, kvm_arch_vcpu_ioctl_run
+from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
+from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
 
 if TYPE_CHECKING:
     from emu.host import Host
@@ -80,7 +82,7 @@ class Board:
         self.config = config
         self.trace = host.stream.bind(TRACEPOINTS)
         self.stop: Stop | None = None
-        self.stop_at_halt = False
+        self.closing = False
         self.serial_bytes = bytearray()
         self.output = output
         self.child: Vmm | None = None
@@ -246,13 +248,17 @@ class Board:
             if thread.task is not None and not thread.halted:
                 thread.wq.wake_all()
 
+    def all_halted(self) -> bool:
+        """Whether every started vCPU waits in HLT, in KVM or for good."""
+        return all(t.halted or t.vcpu.mp_state == KVM_MP_STATE_HALTED for t in self.threads)
+
     def flush_all(self) -> None:
         """Empty every vCPU's translations before its next entry."""
         self.kvm.kvm_flush_remote_tlbs()
 
     def close(self) -> None:
-        """Destroy the VM and its process."""
-        self.host.boards.remove(self)
+        """Destroy the VM and its process. From here on no vCPU enters the guest."""
+        self.closing = True
 
         def teardown() -> None:
             if self.child is not None:
@@ -261,3 +267,5 @@ class Board:
             self.kvm.destroy()
 
         self.host.sched.run_task("vmm-exit", teardown)
+        self.host.boards.remove(self)
+        self.cpu.close()

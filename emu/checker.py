@@ -50,7 +50,7 @@ class Checker:
             for board in self.host.boards:
                 truths = board.kvm.truths
                 if truths is not None:
-                    truths.check_noted()
+                    truths.check()
                     if full:
                         truths.sweep()
             self.sweeps += full
@@ -61,6 +61,9 @@ class Checker:
         """A free hook: no CPU may still reach the frames."""
         self.frames_freed += 1 << order
         for board in self.host.boards:
+            if board.closing:
+                # kvm_mmu_notifier_release flushes nothing: KVM_RUN cannot be reached any more.
+                continue
             for vcpu in board.vcpus:
                 for frame in range(pfn, pfn + (1 << order)):
                     if board.cpu.may_translate(vcpu, frame):

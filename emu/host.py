@@ -63,8 +63,15 @@ class Host:
             self.checker = Checker(self)
 
     def close(self) -> None:
-        """Destroy the VMs, kill every task, give the memory back."""
+        """Destroy the VMs in good order, kill every task, give the memory back."""
         for board in list(self.boards):
             board.close()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Give the memory back without any good order: after an error in the middle of the model."""
         self.sched.close()
+        for board in self.boards:
+            board.cpu.close()
+        self.boards.clear()
         self.mm.close()

@@ -16,6 +16,7 @@ interrupts that preempt a task between points.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import random
 from collections import deque
@@ -302,10 +303,19 @@ class Scheduler:
             jumped = True
 
     def close(self) -> None:
-        """Kill every task; for the end of a machine."""
+        """Kill every task where it stands; for the end of a machine. What a task says while it
+        unwinds is nobody's business any more."""
+        self.set_on_point(None)
+        self.set_strategy(None)
         for task in self.tasks:
-            if not task.done:
-                task.glet.throw(greenlet.GreenletExit)
+            for _ in range(8):
+                # A task's cleanup may block again; after a few times it is left alone.
+                if task.done or task.glet.dead:
+                    break
+                self.current = task
+                with contextlib.suppress(BaseException):
+                    task.glet.throw(greenlet.GreenletExit)
+        self.current = self.main
         self.tasks.clear()
         self.runnable.clear()
         self._timers.clear()
