@@ -286,8 +286,10 @@ def test_dropping_a_folio_that_is_dirty_again_breaks_a_truth() -> None:
     assert host.pages.flags[pfn] & PG_swapcache
     from host_mm.shrink_folio_list import ScanControl, _Shrink
 
+    # Somebody's entry still names the slot, or the drop would be legal.
+    assert host.swap.swap_duplicate(host.pages.private[pfn]) == 0
+    host.pages.mapcount[pfn] = 0
+    host.pages.refcount[pfn] = 2
+    host.pages.flags[pfn] |= PG_locked | PG_dirty
     with pytest.raises(BrokenTruth, match="dirty-dropped"):
-        host.pages.mapcount[pfn] = 0
-        host.pages.refcount[pfn] = 2
-        host.pages.flags[pfn] |= PG_locked | PG_dirty
         _Shrink(host, ScanControl(0), True)._remove(pfn)
