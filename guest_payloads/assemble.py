@@ -221,7 +221,7 @@ class Assembler:
         if message.startswith("unknown symbol '"):
             wanted = message.split("'")[1]
             known = [*self._labels, *self._constants, *self._equates, *RESERVED]
-            close = difflib.get_close_matches(wanted, known, n=2)
+            close = difflib.get_close_matches(wanted, known, n=2, cutoff=0.7)
             if close:
                 message += f", did you mean {' or '.join(close)}?"
         return AssemblyError(f"{item.where}: {message}: {item.text}")
