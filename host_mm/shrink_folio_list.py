@@ -199,6 +199,8 @@ class _Shrink:
         """__remove_mapping: freeze the references, look at PG_dirty after that, drop the swap cache."""
         host = self.host
         pages = host.pages
+        if host.sched.preempt:
+            host.sched.point("ref-freeze")
         flags = pages.flags[pfn]
         if flags & PG_anon and not flags & PG_swapbacked:
             if not folio_ref_freeze(pages, pfn, 1):

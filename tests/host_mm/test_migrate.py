@@ -100,9 +100,8 @@ def test_a_referenced_or_pinned_page_stays_and_can_move_when_let_go() -> None:
     host, process = make(2)
     run(host, lambda: fill(process, 2))
     got: list[int] = []
-    run(host, lambda: got.extend((
-        get_user_pages_unlocked(process.mm, BASE, FOLL_WRITE), pin_user_page(process.mm, BASE + PAGE, FOLL_WRITE),
-    )))
+    run(host, lambda: got.append(get_user_pages_unlocked(process.mm, BASE, FOLL_WRITE)))
+    run(host, lambda: got.append(pin_user_page(process.mm, BASE + PAGE, FOLL_WRITE)))
     assert move(process, 2, 1) == [-EBUSY, -EBUSY]
     assert [pfn_of(process, 0), pfn_of(process, 1)] == got
     assert copy_from_user(process, BASE, 6) == b"page 0"

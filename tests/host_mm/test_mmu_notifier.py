@@ -100,7 +100,8 @@ def test_the_start_event_is_the_cause_of_what_happens_inside_the_bracket() -> No
     mn.mmu_notifier_invalidate_range_end(outer)
     assert ctx.cause is None
     assert [(e.name, e.cause) for e in seen] == [
-        ("mmu_notifier_start", None), ("mmu_notifier_start", 0), ("mmu_notifier_end", 1), ("mmu_notifier_end", 0),
+        ("mmu_notifier_start", None), ("mmu_notifier_start", 0),
+        ("mmu_notifier_end", 1), ("mmu_notifier_end", 0),
     ]
     assert seen[0].args == {
         "pid": 7, "event": "clear", "start": 0, "end": 0x9000, "order": 1, "blockable": True,
@@ -180,7 +181,8 @@ def test_registering_takes_every_anon_vma_lock() -> None:
 
     task = sched.spawn("walker", walker)
     sched.run_until(lambda: bool(rwsem.readers))
-    sched.run_task("register", lambda: (mn.mmu_notifier_register(Recorder(log), mm), log.append("registered")))
+    sched.run_task("register", lambda: mn.mmu_notifier_register(Recorder(log), mm))
+    log.append("registered")
     assert task.done
     assert log == ["walk done", "registered"]
 

@@ -34,7 +34,9 @@ class Recorder(mn.MmuNotifier):
     def __init__(self, host: HostMm, mm: MmStruct) -> None:
         self.log: list[str] = []
         self.ranges: list[tuple[int, int, int, int]] = []
-        host.pte_hooks.append(lambda where, addr, old, new: where is mm and self.log.append(self.kind(old, new)))
+        host.pte_hooks.append(
+            lambda where, _, old, new: self.log.append(self.kind(old, new)) if where is mm else None
+        )
         names = {"primary_flush": "flush", "frame_free": "free", "swap_write_start": "io"}
         host.stream.listen(Listener(
             [f"refault:{name}" for name in names], lambda event: self.log.append(names[event.name]),
@@ -60,8 +62,9 @@ class Recorder(mn.MmuNotifier):
         self.log.append("end")
 
 
-def record(operation: Callable[[Process], Any], pages: int = 1, prepare: Callable[[Process], Any] | None = None
-           ) -> Recorder:
+def record(
+    operation: Callable[[Process], Any], pages: int = 1, prepare: Callable[[Process], Any] | None = None
+) -> Recorder:
     stream = TraceStream()
     host = HostMm(Scheduler(stream), stream, ram_bytes=512 * PAGE, swap_bytes=64 * PAGE, checks=True)
     process = host.create_process("p")
