@@ -260,6 +260,8 @@ def _handle_io(vcpu: Vcpu, exit_: VmExit) -> int:
         vcpu.run = UserExit("io", port=port, size=size)
 
         def complete_in() -> None:
+            if cpu.get_reg(vcpu, "rip") != exit_.rip:
+                return
             data = (vcpu.user_data or 0) & mask
             if (t := kvm.trace.kvm_pio) is not None:
                 t(0, port, size, 1, data)
@@ -273,8 +275,13 @@ def _handle_io(vcpu: Vcpu, exit_: VmExit) -> int:
     if (t := kvm.trace.kvm_pio) is not None:
         t(1, port, size, 1, data)
     vcpu.run = UserExit("io", port=port, size=size, write=True, data=data)
-    # The instruction ends when user space comes back, as KVM's fast OUT does.
-    vcpu.complete_userspace_io = lambda: cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
+
+    def complete_out() -> None:
+        # complete_fast_pio_out: user space that moved RIP has decided where the guest goes on.
+        if cpu.get_reg(vcpu, "rip") == exit_.rip:
+            cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
+
+    vcpu.complete_userspace_io = complete_out
     return 0
 
 
