@@ -95,7 +95,3 @@ class KvmX86Ops(Protocol):
     def interrupt_allowed(self, vcpu: Vcpu) -> bool:
         """RFLAGS.IF and no STI or MOV-SS shadow."""
         ...
-
-    def enable_irq_window(self, vcpu: Vcpu) -> None:
-        """Exit with REASON_INTERRUPT_WINDOW as soon as an interrupt could be taken; once."""
-        ...

@@ -51,6 +51,7 @@ from emu.cpu.portio import StringElement, finish_element, io_exit
 from emu.cpu.vcpu import EMU_EXCEPTION, EMU_INSN_INVALID, EMU_OK, UnicornVcpu
 from emu.cpu.walk import OK
 from emu.loaders.image import BOOT_CR3, BOOT_GDT, BOOT_STACK, GDT_CODE32, GDT_CODE64, GDT_DATA, GDT_LIMIT
+from kvm_model.requests import IN_GUEST_MODE, KVM_REQ_TLB_FLUSH, kvm_test_request
 from kvm_model.vmx.ept import make_eptp
 from kvm_model.vmx.exits import (
     INTR_INFO_VALID,
@@ -118,7 +119,6 @@ class UnicornCpu:
         self._elements: dict[int, StringElement] = {}
         self._stores: dict[int, tuple[int, int, MmioAccess]] = {}
         self._mmio_gpa: dict[int, int] = {}
-        self._windows: set[int] = set()
         self._tsc_offset: dict[int, int] = {}
         self._root: dict[int, int] = {}
         self._private: dict[int, Callable[[UnicornVcpu], VmExit | None]] = {
@@ -136,7 +136,7 @@ class UnicornCpu:
             STOP_OUT: lambda v: self._port(v, STOP_OUT),
             STOP_CPUID: lambda v: VmExit(REASON_CPUID, v.env.eip, insn_len=2),
             STOP_HLT: lambda v: VmExit(REASON_HLT, v.env.eip, insn_len=1),
-            STOP_INTR: self._interrupt_window,
+            STOP_INTR: lambda v: VmExit(REASON_INTERRUPT_WINDOW, v.env.eip),
         }
 
     def vcpu(self, vcpu: Vcpu) -> UnicornVcpu:
@@ -194,7 +194,7 @@ class UnicornCpu:
             vmexit = self._guest_step(v, v.run_deferred) if v.deferred is not None else None
         if vmexit is not None:
             return vmexit
-        v.intercepts.request_interrupt_window(vcpu.vcpu_id in self._windows)
+        v.intercepts.request_interrupt_window(vcpu.irq_window)
         left = self.slice_insns
         while True:
             if vcpu.kicked:
@@ -350,20 +350,6 @@ class UnicornCpu:
             self._elements[v.vcpu_id] = element
         return vmexit
 
-    def _interrupt_window(self, v: UnicornVcpu) -> VmExit:
-        self._windows.discard(v.vcpu_id)
-        return VmExit(REASON_INTERRUPT_WINDOW, v.env.eip)
-
-    @property
-    def instructions(self) -> int:
-        """Guest instructions so far, over all vCPUs."""
-        return sum(v.counter.count for v in self.vcpus.values())
-
-    def may_translate(self, vcpu: Vcpu, pfn: int) -> bool:
-        """Whether the vCPU could still use a translation to the frame: it has no flush ahead."""
-        v = self.vcpus.get(vcpu.vcpu_id)
-        return v is not None and v.fill.may_reach(pfn)
-
     # -- translations --------------------------------------------------------------------------
 
     def flush_tlb(self, vcpu: Vcpu) -> None:
@@ -503,7 +489,3 @@ class UnicornCpu:
         """RFLAGS.IF and no STI or MOV-SS shadow."""
         env = self.vcpu(vcpu).env
         return bool(env.eflags & _IF) and not env.hflags & HF_INHIBIT_IRQ
-
-    def enable_irq_window(self, vcpu: Vcpu) -> None:
-        """Exit with REASON_INTERRUPT_WINDOW as soon as an interrupt could be taken; once."""
-        self._windows.add(vcpu.vcpu_id)

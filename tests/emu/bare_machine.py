@@ -43,7 +43,9 @@ class FakeVcpu(SimpleNamespace):
     """As much of kvm_model's Vcpu as the CPU looks at."""
 
     def __init__(self, vcpu_id: int) -> None:
-        super().__init__(vcpu_id=vcpu_id, kicked=False, entry_intr_info=0, entry_error_code=0, entry_insn_len=0)
+        super().__init__(
+            vcpu_id=vcpu_id, kicked=False, irq_window=False, entry_intr_info=0, entry_error_code=0, entry_insn_len=0
+        )
 
 
 class Machine:

@@ -105,10 +105,11 @@ def test_a_kick_ends_the_run_at_a_slice_edge(m):
 
 def test_interrupt_window_opens_behind_the_sti_shadow(m):
     m.put(CODE, "nop; nop; sti; nop; inc eax; hlt")
-    m.cpu.enable_irq_window(m.vcpus[0])
+    m.vcpus[0].irq_window = True
     e = m.run()
     assert (e.reason, e.rip) == (exits.REASON_INTERRUPT_WINDOW, CODE + 4)
     assert m.cpu.interrupt_allowed(m.vcpus[0])
+    m.vcpus[0].irq_window = False
     m.hlt()
 
 
@@ -116,7 +117,7 @@ def test_interrupt_window_opens_at_popf_and_iret(m):
     for code, offset in (("push 0x202; popfq; nop; hlt", 6), ("push 0x10; push 0x80000; push 0x202; push 8; lea rax, [rip + 3]; push rax; iretq; nop; hlt", 24)):
         machine = Machine()
         machine.put(CODE, code)
-        machine.cpu.enable_irq_window(machine.vcpus[0])
+        machine.vcpus[0].irq_window = True
         e = machine.run()
         assert e.reason == exits.REASON_INTERRUPT_WINDOW
         assert e.rip == CODE + offset, hex(e.rip)
