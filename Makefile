@@ -39,7 +39,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@mkdir -p out
-	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-columns=median,ops --benchmark-json=out/bench.json
+	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-columns=min,median,ops --benchmark-json=out/bench.json
 
 bench-check: bench
 	$(BIN)/python bench/check.py out/bench.json
