@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from emu import abi
-from guest_payloads.assemble import Assembler, Program
-from guest_payloads.elf32 import write_elf32
 from guest_payloads.preprocess import AssemblyError, Preprocessor
+
+if TYPE_CHECKING:
+    from guest_payloads.assemble import Program
 
 __all__ = ["AssemblyError", "Param", "PayloadError", "PayloadInfo", "assemble", "build", "payload_info",
            "payload_names", "payloads"]
@@ -116,6 +117,8 @@ def _find(name_or_path: str | Path) -> Path:
 
 def assemble(name_or_path: str | Path) -> Program:
     """The assembled program, with its symbols and listing. Raises PayloadError or AssemblyError."""
+    from guest_payloads.assemble import Assembler  # keystone: 30 ms that names and docs do not need
+
     path = _find(name_or_path)
     constants = {name: value for name in abi.__all__ if type(value := getattr(abi, name)) is int}
     source = Preprocessor(LIBRARY, constants)
@@ -133,4 +136,6 @@ def build(name_or_path: str | Path) -> bytes:
     Raises PayloadError for an unknown name (naming close ones) or a missing file, AssemblyError
     ("file:line: why") for bad source.
     """
+    from guest_payloads.elf32 import write_elf32
+
     return write_elf32(assemble(name_or_path))

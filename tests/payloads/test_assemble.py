@@ -39,8 +39,8 @@ def test_an_absolute_address_is_neither_rip_relative_nor_rsp(tmp_path: Path) -> 
 
 
 def test_displacements_and_pushes_that_would_be_cut_are_refused(tmp_path: Path) -> None:
-    assert error_of(tmp_path, "mov rax, [rbx + 0xfee00000]").startswith("a.s:2: a displacement has 32 signed bits")
-    assert error_of(tmp_path, "mov eax, [0xfee00000]").startswith("a.s:2: a displacement")
+    for text in ("mov rax, [rbx + 0xfee00000]", "mov eax, [0xfee00000]"):
+        assert error_of(tmp_path, text).startswith("a.s:2: a displacement has 32 signed bits")
     assert error_of(tmp_path, "push 0x80000000").startswith("a.s:2: push takes 32 signed bits")
 
 
@@ -98,7 +98,7 @@ def test_constants_use_every_operator(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("nop\nfrobnicate rax\n", "a.s:3: invalid mnemonic: frobnicate rax"),
-    ("mov rax, conter\ncounter: ret\n", "a.s:2: unknown symbol 'conter', did you mean counter?: mov rax, conter"),
+    ("mov al, conter\ncounter: ret\n", "a.s:2: unknown symbol 'conter', did you mean counter?: mov al, conter"),
     ("a: ret\na: ret\n", "a.s:3: a is defined twice (first at a.s:2)"),
     ("rax: ret\n", "a.s:2: rax is already the name of something else"),
     (".section stack\n", "a.s:2: no section 'stack' (there are multiboot, text, rodata, data, bss)"),

@@ -10,7 +10,14 @@ import pytest
 
 from emu import abi
 from guest_payloads.builder import (
-    LIBRARY, AssemblyError, PayloadError, assemble, build, payload_info, payload_names, payloads,
+    LIBRARY,
+    AssemblyError,
+    PayloadError,
+    assemble,
+    build,
+    payload_info,
+    payload_names,
+    payloads,
 )
 
 MINE = """; mine: adds
@@ -29,8 +36,8 @@ SAME_MNEMONIC = {
 
 def test_every_payload_of_the_list_is_there() -> None:
     assert set(payload_names()) >= {
-        "aging", "dirty-log", "ept-access", "first-touch", "fork-cow", "guest-paging", "idt-swapped", "migrate",
-        "mmio", "protect", "selfmod", "slots", "smp", "swap-storm", "syscalls", "timer",
+        "aging", "dirty-log", "ept-access", "first-touch", "fork-cow", "guest-paging", "idt-swapped",
+        "migrate", "mmio", "protect", "selfmod", "slots", "smp", "swap-storm", "syscalls", "timer",
     }
 
 
@@ -41,7 +48,8 @@ def test_the_same_bytes_every_time(name: str) -> None:
 
 def test_every_payload_documents_itself() -> None:
     for info in payloads():
-        assert info.title and info.doc, info.name
+        assert info.title, info.name
+        assert info.doc, info.name
         assert all(param.default.isdigit() and param.doc for param in info.params), info.name
         for call in info.vmcalls:
             abi.vmcall_by_name(call)
@@ -61,9 +69,9 @@ def test_the_header_names_the_params_and_vmcalls_of_the_source(name: str) -> Non
 
 
 def test_an_unknown_name_gets_close_ones() -> None:
-    with pytest.raises(PayloadError, match="^no payload 'swap-strom'; did you mean swap-storm"):
+    with pytest.raises(PayloadError, match=r"^no payload 'swap-strom'; did you mean swap-storm"):
         build("swap-strom")
-    with pytest.raises(PayloadError, match="^no payload 'zzzzzz'; there are aging, "):
+    with pytest.raises(PayloadError, match=r"^no payload 'zzzzzz'; there are aging, "):
         build("zzzzzz")
     with pytest.raises(PayloadError, match=r"^gone\.s: no such file$"):
         build("gone.s")
@@ -109,7 +117,7 @@ def test_a_disassembler_reads_back_every_mnemonic(name: str) -> None:
             continue
         decoded = list(decoders[line.bits].disasm(line.code, line.address))
         first = decoded[0]
-        assert sum(i.size for i in decoded) == len(line.code) and len(decoded) == 1, line
+        assert [i.size for i in decoded] == [len(line.code)], line
         words = line.text.lower().split()
         if words[0] in ("lock", "rep", "repe"):
             words = words[1:]

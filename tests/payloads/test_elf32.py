@@ -29,7 +29,7 @@ def test_it_is_an_i386_executable_with_one_segment_per_section() -> None:
 def test_the_multiboot_header_is_near_the_beginning_and_adds_up() -> None:
     image = build(NAME)
     offset = image.find(struct.pack("<I", 0x1BADB002))
-    assert 0 <= offset < 8192 and offset % 4 == 0
+    assert offset in range(0, 8192, 4)
     magic, flags, checksum = struct.unpack_from("<III", image, offset)
     assert (magic + flags + checksum) & 0xFFFF_FFFF == 0
     assert flags & 2

@@ -52,7 +52,8 @@ def test_a_file_is_included_once_and_its_own_folder_is_first(tmp_path: Path) -> 
     (tmp_path / "library" / "b.inc").write_text("library\n")
     (tmp_path / "library" / "c.inc").write_text("from_library\n")
     (tmp_path / "b.inc").write_text("own\n")
-    assert lines_of(tmp_path, '.include "b.inc"\n.include "b.inc"\n.include "c.inc"\n') == ["own", "from_library"]
+    text = '.include "b.inc"\n.include "b.inc"\n.include "c.inc"\n'
+    assert lines_of(tmp_path, text) == ["own", "from_library"]
 
 
 def test_several_labels_may_share_a_line_with_an_instruction(tmp_path: Path) -> None:
