@@ -17,6 +17,7 @@ BREAKS: dict[str, str] = {
     "migrate-ignore-refs": "migration moves a folio although somebody else holds a reference to it",
     "no-fault-recheck": "a COW does not compare the PTE again under the page-table lock",
     "no-flush-before-io": "reclaim starts I/O on a folio that stale writable translations still reach",
+    "no-interval-retry": "a mirroring device publishes what it read without asking whether a bracket came by",
     "no-primary-flush": "flush_tlb_* do nothing: the host's own stale translations survive",
     "skip-batched-flush": "reclaim and migration never flush what their unmapping left pending",
     "skip-dirty-check": "reclaim drops a folio although it is dirty again",

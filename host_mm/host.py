@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from host_mm import (
     fork,
     gup,
+    hmm,
     interval_notifier,
     lru,
     memory,
@@ -60,7 +61,7 @@ ZERO_PFN = 1
 """Frame 0 is nobody's, so that 0 can mean none; frame 1 is empty_zero_page."""
 _RESERVED = 2
 _MODULES = (
-    fork, gup, interval_notifier, lru, memory, migrate, mmu_notifier, oom_kill, page_alloc, page_io,
+    fork, gup, hmm, interval_notifier, lru, memory, migrate, mmu_notifier, oom_kill, page_alloc, page_io,
     rmap_unmap, swap_state, swapin, tlb, vmscan, vmscan_trace,
 )
 
