@@ -162,7 +162,7 @@ VMCALLS: tuple[Vmcall, ...] = (
            "mprotect(2) of the VMM's mapping of the range with PROT_READ | PROT_WRITE | PROT_EXEC bits; "
            "0 is PROT_NONE; -EINVAL for other bits. Zeroes the count of protect_faults. A guest access "
            "that the protection forbids leaves KVM_RUN with a memory fault (-EFAULT); the VMM then "
-           "mprotects every range protected by this vmcall back to PROT_READ | PROT_WRITE | PROT_EXEC, "
+           "mprotects every range protected by this vmcall back to PROT_READ | PROT_WRITE, as it was, "
            "adds one to the count and re-enters: the access is repeated and succeeds. A host_read or "
            "host_write that it forbids gives -EFAULT and lifts nothing. PROT_EXEC does not matter to "
            "the guest: KVM maps executable whatever it may read."),

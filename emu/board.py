@@ -27,7 +27,7 @@ from emu.devices.pic import PicPair
 from emu.devices.pit import Pit
 from emu.devices.serial import Serial
 from emu.hostops import OPERATIONS, TRACEPOINTS, perform
-from emu.memory import GuestMemory
+from emu.memory import PROT_RW, GuestMemory
 from emu.vmm import Vmm
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.sched import Task, WaitQueue
@@ -220,7 +220,7 @@ class Board:
         self.protection_faults += 1
         pieces, self.protected = self.protected, []
         for hva, length in pieces:
-            self.vmm.mprotect(hva, length, 7)
+            self.vmm.mprotect(hva, length, PROT_RW)
 
     def _halted(self, thread: _VcpuThread) -> None:
         thread.halted = True

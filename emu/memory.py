@@ -17,12 +17,12 @@ from host_mm.ram import PAGE_SIZE
 if TYPE_CHECKING:
     from emu.board import Board
 
-__all__ = ["GuestMemory", "LOW_RAM_LIMIT", "Region"]
+__all__ = ["LOW_RAM_LIMIT", "PROT_RW", "GuestMemory", "Region"]
 
 LOW_RAM_LIMIT = 3 << 30
 HIGH_RAM_BASE = 4 << 30
 KVM_MEM_LOG_DIRTY_PAGES = 1
-PROT_ALL = 7
+PROT_RW = 3
 
 
 class Region(msgspec.Struct):
@@ -51,7 +51,7 @@ class GuestMemory:
 
     def _add(self, gpa: int, size: int, hva: int = 0) -> Region:
         board = self.board
-        hva = board.vmm.mmap(size, PROT_ALL, hva)
+        hva = board.vmm.mmap(size, PROT_RW, hva)
         region = Region(len(self.regions), gpa, size, hva)
         board.kvm.set_user_memory_region(region.slot, gpa, size, hva, 0)
         self.regions.append(region)

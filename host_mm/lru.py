@@ -137,7 +137,8 @@ class Lru:
         return self.vecs[self.host.allocator.nid_of(pfn)]
 
     def _batches(self) -> _Batches:
-        cpu = self.host.sched.current.ctx.vcpu
+        # vCPU n's thread runs on CPU n; everybody else takes turns with vCPU 0 on CPU 0.
+        cpu = max(self.host.sched.current.ctx.vcpu, 0)
         batches = self._cpus.get(cpu)
         if batches is None:
             batches = self._cpus[cpu] = _Batches()

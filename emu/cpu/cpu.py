@@ -350,6 +350,11 @@ class UnicornCpu:
             self._elements[v.vcpu_id] = element
         return vmexit
 
+    @property
+    def instructions(self) -> int:
+        """Guest instructions so far, over all vCPUs."""
+        return sum(v.counter.count for v in self.vcpus.values())
+
     # -- translations --------------------------------------------------------------------------
 
     def flush_tlb(self, vcpu: Vcpu) -> None:
@@ -358,6 +363,13 @@ class UnicornCpu:
         root = self._root.get(v.vcpu_id, 0)
         v.fill.eptp = make_eptp(root, self.ept_ad) if root else 0
         v.fill.flush()
+
+    def may_translate(self, vcpu: Vcpu, pfn: int) -> bool:
+        """Whether the vCPU could still use a translation to the frame: it holds one and has no flush ahead."""
+        v = self.vcpus.get(vcpu.vcpu_id)
+        if v is None or not v.fill.may_reach(pfn):
+            return False
+        return vcpu.mode == IN_GUEST_MODE or not kvm_test_request(KVM_REQ_TLB_FLUSH, vcpu)
 
     def evict_tlb(self, vcpu: Vcpu) -> None:
         """Empty the TLB as hardware may at any time: no flush that KVM asked for, no new epoch."""
