@@ -49,6 +49,10 @@ class KvmX86Ops(Protocol):
         """Empty the vCPU's translations of every kind (INVEPT of its root)."""
         ...
 
+    def evict_tlb(self, vcpu: Vcpu) -> None:
+        """Lose translations, as a TLB may at any time: no flush that KVM may count on."""
+        ...
+
     def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int) -> None:
         """Use the EPT root at `root_hpa` from the next entry on."""
         ...

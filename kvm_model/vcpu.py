@@ -90,6 +90,7 @@ class Vcpu:
 
     `irq_window`: leave guest mode with REASON_INTERRUPT_WINDOW as soon as an interrupt could be taken.
     `kicked`: leave with REASON_EXTERNAL_INTERRUPT before the next guest instruction.
+    `need_resched`: its thread gives way to others before the next entry (TIF_NEED_RESCHED).
     `immediate_exit`: KVM_RUN returns `intr` instead of entering the guest (a pending signal).
     """
 
@@ -102,6 +103,7 @@ class Vcpu:
         self.mode = OUTSIDE_GUEST_MODE
         self.kicked = False
         self.immediate_exit = False
+        self.need_resched = False
         self.mp_state = KVM_MP_STATE_RUNNABLE
         self.stat: dict[str, int] = dict.fromkeys(VCPU_STATS, 0)
         self.srcu_idx = -1

@@ -140,9 +140,13 @@ def _vcpu_run(vcpu: Vcpu) -> int:
             vcpu.immediate_exit = False
             vcpu.stat["signal_exits"] += 1
             return -EINTR
-        if kvm.sched.preempt:
+        if vcpu.need_resched or kvm.sched.preempt:
             kvm.srcu.read_unlock(vcpu.srcu_idx)
-            kvm.sched.point("vcpu-run")
+            if vcpu.need_resched:
+                vcpu.need_resched = False
+                kvm.sched.yield_()
+            else:
+                kvm.sched.point("vcpu-run")
             vcpu.srcu_idx = kvm.srcu.read_lock()
 
 

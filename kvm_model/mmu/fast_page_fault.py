@@ -40,14 +40,9 @@ FAST_PAGE_FAULT = Tracepoint(
     ("vcpu_id", "cr2_or_gpa", "error_code", "sptep", "old_spte", "new_spte", "ret"),
     lambda vcpu_id, gpa, error_code, sptep, old, new, ret:
         f"vcpu {vcpu_id} gva {gpa:x} error_code {pferr_flags(error_code)} sptep {sptep:016x} "
-        f"old {_alt_hex(old)} new {new:x} spurious {int(ret == RET_PF_SPURIOUS)} fixed {int(ret == RET_PF_FIXED)}",
+        f"old {old:#x} new {new:x} spurious {int(ret == RET_PF_SPURIOUS)} fixed {int(ret == RET_PF_FIXED)}",
 )
 TRACEPOINTS = (FAST_PAGE_FAULT,)
-
-
-def _alt_hex(value: int) -> str:
-    # %#llx prints zero without 0x.
-    return f"{value:#x}" if value else "0"
 
 
 def _can_be_fast(vcpu: Vcpu, fault: KvmPageFault) -> bool:

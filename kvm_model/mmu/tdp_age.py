@@ -3,6 +3,9 @@
 Source of truth: arch/x86/kvm/mmu/tdp_mmu.c (Linux 6.18): kvm_tdp_mmu_age_spte,
 __kvm_tdp_mmu_age_gfn_range.
 
+Linux flushes nothing here: a translation that a TLB keeps hides the next access. Real TLBs are small
+and lose translations soon; ours is large and would hide it for ever, so it is told to evict.
+
 Not modelled: aging under mmu_lock (before 6.15).
 """
 
@@ -32,6 +35,8 @@ def _age_spte(kvm: Kvm, it: TdpIter) -> None:
         if not try_cmpxchg64(kvm, it.sptep, old, new):
             return
     spte_changed(kvm, it.sptep, it.gfn, it.level, old, new)
+    for vcpu in kvm.vcpus:
+        kvm.cpu.evict_tlb(vcpu)
 
 
 def _age_gfn_range(kvm: Kvm, start: int, end: int, test_only: bool) -> bool:

@@ -30,6 +30,7 @@ from kvm_model.mmu.mmu_internal import (
     PFERR_USER_MASK,
     PFERR_WRITE_MASK,
     RET_PF_EMULATE,
+    RET_PF_RETRY,
 )
 from kvm_model.requests import KVM_REQ_EVENT, kvm_make_request
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit, Vcpu
@@ -167,6 +168,8 @@ def _page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
     r = kvm_mmu_page_fault(vcpu, gpa, error_code)
     if r == RET_PF_EMULATE:
         return _x86_emulate_instruction(vcpu, gpa)
+    # Whoever makes this fault retry is on another CPU; let it get on.
+    vcpu.need_resched |= r == RET_PF_RETRY
     return r
 
 
@@ -361,6 +364,7 @@ def _handle_interrupt_window(vcpu: Vcpu, exit_: VmExit) -> int:
 
 def _handle_external_interrupt(vcpu: Vcpu, exit_: VmExit) -> int:
     vcpu.stat["irq_exits"] += 1
+    vcpu.need_resched = True
     return 1
 
 
