@@ -4,7 +4,7 @@ Map:
 
 | file | subject |
 |---|---|
-| `tracepoint.py` | `Tracepoint`: one event's system, name, typed fields and print format, declared beside the code that fires it |
+| `tracepoint.py` | `Tracepoint`: one event's name, fields and print format, declared beside what fires it |
 | `event.py` | `Event`: one fired tracepoint |
 | `stream.py` | `TraceStream`: numbering, binding, causes, listeners |
 | `filters.py` | event globs and trace-cmd's `-F` field filters |

@@ -14,7 +14,18 @@ from typing import Any
 
 from capstone import x86_const as cx
 
-from emu.cpu.env import FMASK, HF_CS64, HF_LMA, LSTAR, R_CS, R_SS, STAR, SYSENTER_CS, SYSENTER_EIP, SYSENTER_ESP
+from emu.cpu.env import (
+    FMASK,
+    HF_CS64,
+    HF_LMA,
+    LSTAR,
+    R_CS,
+    R_SS,
+    STAR,
+    SYSENTER_CS,
+    SYSENTER_EIP,
+    SYSENTER_ESP,
+)
 from emu.cpu.insn import effective_address
 from emu.cpu.memory import VECTOR_GP, GuestFault
 from emu.cpu.mmio import read_register

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, cast
 from emu.cpu import mmio, msr
 from emu.cpu.control import syscall, sysenter, write_control_register
 from emu.cpu.cpuid import cpuid
-from emu.cpu.env import CR, GDT, HF_INHIBIT_IRQ, IDT, LDT, TR
+from emu.cpu.env import HF_INHIBIT_IRQ
 from emu.cpu.events import ERROR_CODE_VECTORS, deliver, ept_vmexit, exception_info, software_info
 from emu.cpu.faults import FillFailures
 from emu.cpu.fill_body import P_REFUSED
-from emu.cpu.insn import Decoder
+from emu.cpu.insn import REGISTERS, Decoder
 from emu.cpu.intercept import (
     EXCEPTION_LIMIT,
     STOP_CPUID,
@@ -48,6 +48,7 @@ from emu.cpu.intercept import (
 )
 from emu.cpu.memory import VECTOR_GP, EptExit, GuestFault
 from emu.cpu.portio import StringElement, finish_element, io_exit
+from emu.cpu.registers import GENERAL_REGISTERS, read_register, write_register
 from emu.cpu.vcpu import EMU_EXCEPTION, EMU_INSN_INVALID, EMU_OK, UnicornVcpu
 from emu.cpu.walk import OK
 from emu.loaders.image import BOOT_CR3, BOOT_GDT, BOOT_STACK, GDT_CODE32, GDT_CODE64, GDT_DATA, GDT_LIMIT
@@ -87,13 +88,6 @@ _VECTOR_DB, _VECTOR_BP, _VECTOR_OF, _VECTOR_UD = 1, 3, 4, 6
 _VMCALL = b"\x0f\x01\xc1"
 _M32, _M64 = (1 << 32) - 1, (1 << 64) - 1
 
-_REG_INDEX = {
-    name: index for index, name in enumerate(
-        ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
-    )
-}
-_SEG_INDEX = {"es": 0, "cs": 1, "ss": 2, "ds": 3, "fs": 4, "gs": 5}
-_TABLES = {"gdtr": GDT, "idtr": IDT, "ldtr": LDT, "tr": TR}
 
 
 class UnicornCpu:
@@ -163,7 +157,7 @@ class UnicornCpu:
         else:
             v.start_protected(image.entry, BOOT_GDT, GDT_LIMIT, GDT_CODE32, GDT_DATA)
         for name, value in image.registers.items():
-            v.env.set_reg(_REG_INDEX[name], value)
+            v.env.set_reg(GENERAL_REGISTERS[name], value)
 
     def start_like(self, vcpu: Vcpu, other: Vcpu, entry: int, stack: int, args: tuple[int, int]) -> None:
         """64-bit mode with the control registers and tables of `other`, RDI and RSI from `args`."""
@@ -222,6 +216,9 @@ class UnicornCpu:
             budget = min(budget, (timer - self.sched.now) // NS_PER_INSN)
         if v.stale:
             v.drop_stale_code()
+        if v.evict:
+            v.evict = False
+            v.intercepts.flush_tlb()
         # an opened frame or an implicit page is for the next instruction alone
         alone = v.opened is not None or v.fill.implicit_page is not None
         v.counter.allow(1 if alone else budget)
@@ -324,7 +321,7 @@ class UnicornCpu:
 
     def _cr3_exit(self, v: UnicornVcpu) -> VmExit:
         insn = self._decode(v)
-        register = mmio.REGISTERS[insn.operands[1].reg][0]
+        register = REGISTERS[insn.operands[1].reg][0]
         return VmExit(REASON_CR_ACCESS, v.env.eip, qualification=3 | register << 8, insn_len=insn.size)
 
     def _msr(self, v: UnicornVcpu) -> VmExit | None:
@@ -372,8 +369,8 @@ class UnicornCpu:
         return vcpu.mode == IN_GUEST_MODE or not kvm_test_request(KVM_REQ_TLB_FLUSH, vcpu)
 
     def evict_tlb(self, vcpu: Vcpu) -> None:
-        """Empty the TLB as hardware may at any time: no flush that KVM asked for, no new epoch."""
-        self.vcpu(vcpu).intercepts.flush_tlb()
+        """Empty the TLB before the vCPU runs on, as hardware may at any time: no new epoch."""
+        self.vcpu(vcpu).evict = True
 
     def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int) -> None:
         """Use the EPT root at `root_hpa` from the next entry on."""
@@ -394,7 +391,7 @@ class UnicornCpu:
         if pending is not None and pending[:2] == (v.env.eip, gpa):
             return pending[2]
         try:
-            insn: Any = self.fills.decode(v)
+            insn = self.fills.decode(v)
             access = mmio.emulate(v, insn, gpa)
         except (GuestFault, EptExit):
             return None
@@ -416,61 +413,19 @@ class UnicornCpu:
         return store
 
     def get_reg(self, vcpu: Vcpu, name: str) -> int:
-        """A register by its lower-case SDM name: rax..r15, rip, rflags, cr0..cr4, efer, cpl, cs, cs_base,
-        gdtr_base, gdtr_limit and so on."""
+        """A register by its name in registers.py."""
         v = self.vcpu(vcpu)
-        env = v.env
         if name == "rax" and v.vcpu_id in self._elements:
             return self._elements[v.vcpu_id].data
-        if name in _REG_INDEX:
-            return env.reg(_REG_INDEX[name])
-        if name == "rip":
-            return env.eip
-        if name == "rflags":
-            return env.eflags
-        if name == "efer":
-            return env.efer
-        if name == "cpl":
-            return env.cpl
-        if name in ("cr0", "cr2", "cr3", "cr4"):
-            return env.cr(int(name[2]))
-        return self._system_register(v, name)
-
-    def _system_register(self, v: UnicornVcpu, name: str) -> int:
-        base, _, part = name.partition("_")
-        if base in _SEG_INDEX:
-            record = v.env.seg(_SEG_INDEX[base])
-        elif base in _TABLES:
-            record = v.env.table(_TABLES[base])
-        else:
-            raise KeyError(name)
-        return record[("", "base", "limit", "flags").index(part)]
+        return read_register(v, name)
 
     def set_reg(self, vcpu: Vcpu, name: str, value: int) -> None:
         """Write a register: rax..r15, rip, rflags, cr0..cr4, efer."""
         v = self.vcpu(vcpu)
-        env = v.env
-        value &= _M64
         if name == "rax" and v.vcpu_id in self._elements:
             self._elements[v.vcpu_id].data = value
-        elif name in _REG_INDEX:
-            env.set_reg(_REG_INDEX[name], value)
-        elif name == "rip":
-            env.eip = value
-        elif name == "rflags":
-            env.eflags = value | 2
-        elif name == "efer":
-            msr.write_msr(v, msr.MSR_EFER, value)
-        elif name == "cr2":
-            env.q[CR // 8 + 2] = value
-        elif name == "cr3":
-            v.intercepts.load_cr3(value)
-        elif name == "cr0":
-            v.intercepts.load_cr0(value)
-        elif name == "cr4":
-            v.intercepts.load_cr4(value)
         else:
-            raise KeyError(name)
+            write_register(v, name, value)
 
     def get_msr(self, vcpu: Vcpu, index: int) -> int | None:
         """An MSR's value, or None where reading it is #GP."""

@@ -21,6 +21,8 @@ a jump to a non-canonical address is reported at the target, not at the jump.
 
 from __future__ import annotations
 
+from typing import Any
+
 from emu.cpu.fill import FillResult
 from emu.cpu.fill_body import CODE_WRITE, FRAME_CODE, FRAME_DATA, FRAME_MIXED, NEW_CODE
 from emu.cpu.insn import Decoder, is_read_modify_write, uses_stack_segment
@@ -94,7 +96,7 @@ class FillFailures:
             raise GuestFault(VECTOR_SS if stack else VECTOR_GP, 0)
         raise_walk_failure(result, gva)
 
-    def decode(self, vcpu: UnicornVcpu) -> object | None:
+    def decode(self, vcpu: UnicornVcpu) -> Any:
         """The instruction at RIP, or None where its bytes cannot be had."""
         try:
             code = vcpu.memory.fetch(vcpu.env.eip, _LONGEST_INSN)

@@ -104,7 +104,7 @@ class Decoder:
         if insn.id not in (cx.X86_INS_MOV, cx.X86_INS_POP):
             return False
         target = insn.operands[0]
-        return target.type == cx.X86_OP_REG and target.reg in _SEGMENTS
+        return bool(target.type == cx.X86_OP_REG and target.reg in _SEGMENTS)
 
 
 def is_read_modify_write(insn: Any) -> bool:
@@ -115,13 +115,13 @@ def is_read_modify_write(insn: Any) -> bool:
     if operands[0].type == cx.X86_OP_MEM:
         return True
     # XCHG r, m is encoded with the register first or second
-    return insn.id == cx.X86_INS_XCHG and operands[1].type == cx.X86_OP_MEM
+    return bool(insn.id == cx.X86_INS_XCHG and operands[1].type == cx.X86_OP_MEM)
 
 
 def effective_address(env: Env, insn: Any, operand: Any, long_code: bool) -> int:
     """The linear address of a memory operand, registers as they stand."""
     mem = operand.mem
-    address = mem.disp
+    address: int = mem.disp
     for reg, scale in ((mem.base, 1), (mem.index, mem.scale)):
         if reg == cx.X86_REG_INVALID or reg in (cx.X86_REG_RIZ, cx.X86_REG_EIZ):
             continue
@@ -134,7 +134,7 @@ def effective_address(env: Env, insn: Any, operand: Any, long_code: bool) -> int
     segment = _segment(operand)
     if not long_code or segment in (R_FS, R_GS):
         address += env.seg(segment)[1]
-    return address & (_M64 if long_code else 0xFFFFFFFF)
+    return int(address & (_M64 if long_code else 0xFFFFFFFF))
 
 
 def _segment(operand: Any) -> int:
@@ -151,5 +151,5 @@ def uses_stack_segment(env: Env, insn: Any, gva: int, long_code: bool) -> bool:
         return False
     for operand in insn.operands:
         if operand.type == cx.X86_OP_MEM and effective_address(env, insn, operand, long_code) >> 12 == gva >> 12:
-            return _segment(operand) == R_SS
-    return insn.id in _STACK
+            return bool(_segment(operand) == R_SS)
+    return bool(insn.id in _STACK)

@@ -68,7 +68,7 @@ def write_register(vcpu: UnicornVcpu, reg: int, value: int) -> None:
 
 def string_address(vcpu: UnicornVcpu, insn: Any, index: int, segment: int) -> int:
     """Where a string instruction's RSI or RDI points, segment base included."""
-    address = vcpu.env.reg(index) & ((1 << (8 * insn.addr_size)) - 1)
+    address: int = vcpu.env.reg(index) & ((1 << (8 * insn.addr_size)) - 1)
     if not vcpu.long_code or segment in (R_FS, R_GS):
         address += vcpu.env.seg(segment)[1]
     return address & (_M64 if vcpu.long_code else 0xFFFFFFFF)

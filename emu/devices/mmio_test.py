@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from emu.abi import MMIO_COUNT, MMIO_LAST_ACCESS, MMIO_LAST_VALUE, MMIO_STORE_SIZE, MMIO_TEST_GPA, MMIO_TEST_SIZE
+from emu.abi import (
+    MMIO_COUNT,
+    MMIO_LAST_ACCESS,
+    MMIO_LAST_VALUE,
+    MMIO_STORE_SIZE,
+    MMIO_TEST_GPA,
+    MMIO_TEST_SIZE,
+)
 
 __all__ = ["MmioTestDevice"]
 

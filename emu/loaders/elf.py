@@ -13,7 +13,7 @@ from elftools.common.exceptions import ELFError
 from elftools.construct.lib.container import Container
 from elftools.elf.elffile import ELFFile
 
-from emu.loaders.image import Image, LoaderError, Segment, boot_end, check_segments
+from emu.loaders.image import Image, LoaderError, Segment, boot_end, boot_structures, check_segments
 
 __all__ = ["load_elf64", "read_program_headers"]
 
@@ -77,6 +77,6 @@ def load_elf64(data: bytes, memory_size: int) -> Image:
         mode="long",
         entry=physical_entry(header["e_entry"], loads, what),
         end=max(start + size for start, size in spans),
-        segments=file_segments(data, loads),
+        segments=file_segments(data, loads) + boot_structures(memory_size, long_mode=True),
         registers={},
     )

@@ -26,8 +26,23 @@ import struct
 import msgspec
 
 __all__ = [
-    "BOOT_CR3", "BOOT_GDT", "BOOT_STACK", "FLAT_BASE", "GDT_CODE32", "GDT_CODE64", "GDT_DATA", "GDT_LIMIT",
-    "Image", "LoaderError", "MBI_BASE", "Segment", "boot_end", "boot_gdt", "check_segments", "identity_tables",
+    "BOOT_CR3",
+    "BOOT_GDT",
+    "BOOT_STACK",
+    "FLAT_BASE",
+    "GDT_CODE32",
+    "GDT_CODE64",
+    "GDT_DATA",
+    "GDT_LIMIT",
+    "MBI_BASE",
+    "Image",
+    "LoaderError",
+    "Segment",
+    "boot_end",
+    "boot_gdt",
+    "boot_structures",
+    "check_segments",
+    "identity_tables",
 ]
 
 FLAT_BASE = 0x100000
@@ -57,7 +72,8 @@ class LoaderError(ValueError):
 class Image(msgspec.Struct, kw_only=True):
     """What the board copies into guest memory and how vCPU 0 starts.
 
-    `segments` hold only file bytes: guest memory starts as zeros, which is what bss wants.
+    `segments` hold the file's bytes, then the boot structures; bss needs none: guest memory starts as
+    zeros.
     `end` is the first address above everything that belongs to the image, bss included.
     `registers` are initial general registers; everything else follows from `mode`:
     "long" starts with the tables and the GDT of this module, "protected" with flat segments and
@@ -77,9 +93,14 @@ def boot_gdt() -> bytes:
     return struct.pack("<4Q", 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00CF9B000000FFFF)
 
 
+def _mapped_gib(memory_size: int) -> int:
+    # memory above 3 GiB continues above the hole for devices, 1 GiB higher
+    return max(4, -(-memory_size // _GIB) + 1)
+
+
 def identity_tables(memory_size: int) -> list[Segment]:
     """Page tables that map guest RAM, and at least 4 GiB, onto itself: present, writable, supervisor."""
-    gib = max(4, -(-memory_size // _GIB))
+    gib = _mapped_gib(memory_size)
     if gib > 512:
         raise LoaderError(f"guest memory of {gib} GiB is more than one PML4 entry can map (512 GiB)")
     pdpt = bytearray(4096)
@@ -118,5 +139,10 @@ def boot_end(memory_size: int, *, long_mode: bool) -> int:
     """First address above the boot structures of this module."""
     if not long_mode:
         return MBI_BASE + 4096
-    gib = max(4, -(-memory_size // _GIB))
-    return _PDS + 4096 * min(gib, _MAX_PDS)
+    return _PDS + 4096 * min(_mapped_gib(memory_size), _MAX_PDS)
+
+
+def boot_structures(memory_size: int, *, long_mode: bool) -> list[Segment]:
+    """What a starting state refers to: the GDT and, for long mode, the page tables."""
+    gdt = [(BOOT_GDT, boot_gdt())]
+    return gdt + identity_tables(memory_size) if long_mode else gdt

@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 
 from emu.loaders.elf import file_segments, physical_entry, read_program_headers
-from emu.loaders.image import MBI_BASE, Image, LoaderError, Segment, boot_end, check_segments
+from emu.loaders.image import MBI_BASE, Image, LoaderError, Segment, boot_end, boot_structures, check_segments
 
 __all__ = ["BOOT_MAGIC", "HEADER_MAGIC", "find_header", "load_multiboot"]
 
@@ -63,7 +63,11 @@ def load_multiboot(data: bytes, memory_size: int, cmdline: str = "") -> Image:
         mode="protected",
         entry=entry,
         end=end,
-        segments=[*segments, (MBI_BASE, _information(memory_size, cmdline))],
+        segments=[
+            *segments,
+            (MBI_BASE, _information(memory_size, cmdline)),
+            *boot_structures(memory_size, long_mode=False),
+        ],
         registers={"rax": BOOT_MAGIC, "rbx": MBI_BASE},
     )
 

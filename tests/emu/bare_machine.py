@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from keystone import KS_ARCH_X86, KS_MODE_32, KS_MODE_64, Ks
 
 from emu.cpu.cpu import UnicornCpu
-from emu.cpu.env import GDT as ENV_GDT
 from emu.cpu.env import IDT as ENV_IDT
 from emu.cpu.env import TR as ENV_TR
 from host_mm.kernel.sched import Scheduler

@@ -7,7 +7,27 @@ import pytest
 from emu.cpu.env import R_SS
 from kvm_model.vmx import exits
 from tests.emu.bare_machine import (
-    CODE, GDT, IDT, IST1, KCODE, KDATA, NX, RSP0, STACK, TSS, TSS_SEL, UCODE, UDATA, USER, USER_STACK, A, D, Machine, P, U, W,
+    CODE,
+    GDT,
+    IDT,
+    IST1,
+    KCODE,
+    KDATA,
+    NX,
+    RSP0,
+    STACK,
+    TSS,
+    TSS_SEL,
+    UCODE,
+    UDATA,
+    USER,
+    USER_STACK,
+    A,
+    D,
+    Machine,
+    P,
+    U,
+    W,
 )
 
 H = 0x11000

@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from emu.loaders import load_image
-from emu.loaders.image import BOOT_CR3, FLAT_BASE, MBI_BASE, LoaderError, identity_tables
+from emu.loaders.image import BOOT_CR3, BOOT_GDT, FLAT_BASE, MBI_BASE, LoaderError, identity_tables
 from emu.loaders.multiboot import BOOT_MAGIC, HEADER_MAGIC
 
 MEM = 16 << 20
@@ -34,7 +34,7 @@ def multiboot_flat(body=b"\xf4" * 64, flags=1 << 16, load=0x100000, bss=0, entry
 def test_elf64_loads_at_its_physical_addresses():
     image = load_image(elf64([(0xFFFFFFFF80100000, 0x100000, b"\x90\xf4", 0x5000)], 0xFFFFFFFF80100001), MEM)
     assert (image.kind, image.mode, image.entry) == ("elf64", "long", 0x100001)
-    assert image.segments == [(0x100000, b"\x90\xf4")]
+    assert image.segments[0] == (0x100000, b"\x90\xf4")
     assert image.end == 0x105000
 
 
@@ -42,7 +42,7 @@ def test_multiboot_wins_over_flat_and_passes_the_boot_information():
     image = load_image(multiboot_flat(bss=0x180000), MEM, "hello")
     assert (image.kind, image.mode, image.entry, image.end) == ("multiboot", "protected", 0x100020, 0x180000)
     assert image.registers == {"rax": BOOT_MAGIC, "rbx": MBI_BASE}
-    base, mbi = image.segments[-1]
+    base, mbi = image.segments[1]
     flags, lower, upper, _, cmdline = struct.unpack_from("<5I", mbi)
     assert (base, lower, upper) == (MBI_BASE, 639, (MEM >> 10) - 1024)
     assert mbi[cmdline - base :] == b"hello\0"
@@ -51,7 +51,8 @@ def test_multiboot_wins_over_flat_and_passes_the_boot_information():
 
 def test_anything_else_is_flat_at_1_mib():
     image = load_image(b"\xf4", MEM)
-    assert (image.kind, image.entry, image.segments) == ("flat", FLAT_BASE, [(FLAT_BASE, b"\xf4")])
+    assert (image.kind, image.entry, image.segments[0]) == ("flat", FLAT_BASE, (FLAT_BASE, b"\xf4"))
+    assert {base for base, _ in image.segments} >= {BOOT_GDT, BOOT_CR3}
 
 
 def test_identity_tables_map_guest_memory_onto_itself():
