@@ -84,10 +84,10 @@ SLICE_INSNS = 100_000
 
 _RAX, _RCX, _RDX = 0, 1, 2
 _IF = 1 << 9
-_VECTOR_DB, _VECTOR_BP, _VECTOR_OF, _VECTOR_UD = 1, 3, 4, 6
+_VECTOR_UD = 6
+_ONE_BYTE_INT = {3: b"\xcc", 4: b"\xce"}
 _VMCALL = b"\x0f\x01\xc1"
 _M32, _M64 = (1 << 32) - 1, (1 << 64) - 1
-
 
 
 class UnicornCpu:
@@ -98,7 +98,8 @@ class UnicornCpu:
     """
 
     def __init__(
-        self, host: HostMm, sched: Scheduler, *, interpreted: bool = False, params: dict[str, str] | None = None
+        self, host: HostMm, sched: Scheduler, *, interpreted: bool = False,
+        params: dict[str, str] | None = None,
     ) -> None:
         self.host = host
         self.ram = host.ram
@@ -137,7 +138,8 @@ class UnicornCpu:
         """The CPU behind KVM's vCPU, made on first use."""
         found = self.vcpus.get(vcpu.vcpu_id)
         if found is None:
-            found = self.vcpus[vcpu.vcpu_id] = UnicornVcpu(self.ram, vcpu.vcpu_id, interpreted=self.interpreted)
+            found = UnicornVcpu(self.ram, vcpu.vcpu_id, interpreted=self.interpreted)
+            self.vcpus[vcpu.vcpu_id] = found
         return found
 
     def close(self) -> None:
@@ -272,7 +274,7 @@ class UnicornCpu:
         if env.exception_is_int:
             # Unicorn stands behind INT n; the architecture reports the instruction
             before = v.memory.fetch((env.eip - 1) & _M64, 1)
-            one_byte = (vector == _VECTOR_BP and before == b"\xcc") or (vector == _VECTOR_OF and before == b"\xce")
+            one_byte = before == _ONE_BYTE_INT.get(vector)
             length = 1 if one_byte else 2
             env.eip = (env.eip - length) & _M64
             return deliver(v, software_info(vector, one_byte), 0, length)
@@ -362,7 +364,7 @@ class UnicornCpu:
         v.fill.flush()
 
     def may_translate(self, vcpu: Vcpu, pfn: int) -> bool:
-        """Whether the vCPU could still use a translation to the frame: it holds one and has no flush ahead."""
+        """Whether the vCPU could still use a translation to the frame: it has one and no flush ahead."""
         v = self.vcpus.get(vcpu.vcpu_id)
         if v is None or not v.fill.may_reach(pfn):
             return False

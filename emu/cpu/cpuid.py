@@ -24,7 +24,9 @@ _MAX_EXTENDED = 0x8000_0008
 _FAMILY_MODEL_STEPPING = 0x000306C3
 
 # FPU VME DE PSE TSC MSR PAE CX8 SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2
-_FEATURES_1_EDX = sum(1 << b for b in (0, 1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26))
+_FEATURES_1_EDX = sum(
+    1 << b for b in (0, 1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26)
+)
 # SSE3 SSSE3 CX16 SSE4.1 SSE4.2 MOVBE POPCNT HYPERVISOR
 _FEATURES_1_ECX = sum(1 << b for b in (0, 9, 13, 19, 20, 22, 23, 31))
 # FSGSBASE BMI1 SMEP BMI2 ERMS SMAP
@@ -53,7 +55,8 @@ def cpuid(leaf: int, subleaf: int, vcpu_id: int, nr_vcpus: int) -> tuple[int, in
         return _MAX_BASIC, _u32(_VENDOR[0:4]), _u32(_VENDOR[8:12]), _u32(_VENDOR[4:8])
     if leaf == 1:
         return (
-            _FAMILY_MODEL_STEPPING, vcpu_id << 24 | nr_vcpus << 16 | _CLFLUSH_64, _FEATURES_1_ECX, _FEATURES_1_EDX
+            _FAMILY_MODEL_STEPPING, vcpu_id << 24 | nr_vcpus << 16 | _CLFLUSH_64,
+            _FEATURES_1_ECX, _FEATURES_1_EDX,
         )
     if leaf == 7 and subleaf == 0:
         return 0, _FEATURES_7_EBX, 0, 0

@@ -114,7 +114,7 @@ def _find_env(uc: Any, uc_struct: int) -> int:
         for i, value in zip(ids, saved, strict=True):
             uc.reg_write(i, value)
     if len(live) != 1:
-        raise RuntimeError("CPUX86State not found: this build of Unicorn is not the one refault knows (2.1.4)")
+        raise RuntimeError("CPUX86State not found: this build of Unicorn is not the one known (2.1.4)")
     return int(live[0])
 
 

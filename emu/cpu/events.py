@@ -12,7 +12,8 @@ table 6-5 (double-fault conditions), vol. 2A INT n (operation), vol. 3C 26.8.3 (
     64-bit gate   offset 15:0 | selector | IST 2:0 | P DPL 0 type | offset 31:16 | offset 63:32
     frame         SS RSP RFLAGS CS RIP [error code], RSP aligned down to 16
 
-Not modelled: task gates, real-mode and virtual-8086 delivery (they end as a triple fault), shadow stacks, FRED.
+Not modelled: task gates, real-mode and virtual-8086 delivery (they end as a triple fault), shadow
+stacks, FRED.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def ept_vmexit(vcpu: UnicornVcpu, exit_: EptExit) -> VmExit:
     )
 
 
-def deliver(vcpu: UnicornVcpu, info: int, error_code: int, insn_len: int, cr2: int | None = None) -> VmExit | None:
+def deliver(
+    vcpu: UnicornVcpu, info: int, error_code: int, insn_len: int, cr2: int | None = None
+) -> VmExit | None:
     """Deliver an event in VM-entry format; a VmExit if that leaves the guest. RIP stands at the
     instruction, also for INT n, whose `insn_len` is added to what is pushed."""
     while True:

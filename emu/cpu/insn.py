@@ -150,6 +150,8 @@ def uses_stack_segment(env: Env, insn: Any, gva: int, long_code: bool) -> bool:
     if insn is None:
         return False
     for operand in insn.operands:
-        if operand.type == cx.X86_OP_MEM and effective_address(env, insn, operand, long_code) >> 12 == gva >> 12:
+        if operand.type != cx.X86_OP_MEM:
+            continue
+        if effective_address(env, insn, operand, long_code) >> 12 == gva >> 12:
             return bool(_segment(operand) == R_SS)
     return bool(insn.id in _STACK)

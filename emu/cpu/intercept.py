@@ -137,7 +137,7 @@ def _symbol(name: str) -> int:
     try:
         return int(ctypes.cast(getattr(uclib, name), ctypes.c_void_p).value or 0)
     except AttributeError:
-        raise RuntimeError(f"this build of Unicorn does not export {name}; refault needs the 2.1.4 wheel") from None
+        raise RuntimeError(f"this build of Unicorn does not export {name}; the 2.1.4 wheel does") from None
 
 
 class Intercepts:
@@ -200,7 +200,8 @@ class Intercepts:
 
     def intercept_cr3_writes(self, on: bool) -> None:
         """Whether MOV to CR3 stops: shadow paging needs to see it, EPT does not."""
-        ctypes.c_uint16.from_address(self.env.addr + _ENV_INTERCEPT_CR_WRITE).value = 1 << 0 | 1 << 4 | on << 3
+        at = self.env.addr + _ENV_INTERCEPT_CR_WRITE
+        ctypes.c_uint16.from_address(at).value = 1 << 0 | 1 << 4 | on << 3
 
     def stop_reason(self) -> int:
         """After emu_start said UC_ERR_EXCEPTION without a refused fill: a vector or a STOP_*."""

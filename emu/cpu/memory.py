@@ -66,7 +66,7 @@ def raise_walk_failure(result: Walk, gva: int, *, stack: bool = False) -> None:
     status, hpa, _, a, gpa, level = result
     if status == PAGE_FAULT:
         raise GuestFault(VECTOR_PF, a, gva & _M64)
-    if status == EPT_VIOLATION or status == EPT_MISCONFIG:
+    if status in (EPT_VIOLATION, EPT_MISCONFIG):
         if not level:  # the walk saw the page's address only
             gpa = gpa & ~0xFFF | gva & 0xFFF
         raise EptExit(status == EPT_MISCONFIG, a if status == EPT_VIOLATION else 0, gpa, gva & _M64)

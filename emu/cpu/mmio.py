@@ -86,7 +86,7 @@ def advance_string(vcpu: UnicornVcpu, insn: Any, size: int, *indexes: int) -> No
     mask = (1 << (8 * insn.addr_size)) - 1
 
     def bump(index: int, by: int) -> int:
-        value = (env.reg(index) + by) & mask
+        value: int = (env.reg(index) + by) & mask
         env.set_reg(index, value if insn.addr_size >= 4 else env.reg(index) & ~mask | value)
         return value
 
@@ -115,7 +115,8 @@ def emulate(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
         return _modify(vcpu, insn, gpa, size, 1)
     if insn.id in _TWO_OPERAND:
         other = insn.operands[1 - memory]
-        b = other.imm & ((1 << (8 * size)) - 1) if other.type == cx.X86_OP_IMM else read_register(vcpu, other.reg)
+        immediate = other.type == cx.X86_OP_IMM
+        b = other.imm & ((1 << (8 * size)) - 1) if immediate else read_register(vcpu, other.reg)
         if memory == 1 and insn.id not in (cx.X86_INS_CMP, cx.X86_INS_TEST):
             return _into_register(vcpu, insn, gpa, size, other.reg)
         return _modify(vcpu, insn, gpa, size, b, reverse=memory == 1)
@@ -124,7 +125,9 @@ def emulate(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
     return None
 
 
-def _store(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, data: int, then: Callable[[], None]) -> MmioAccess:
+def _store(
+    vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, data: int, then: Callable[[], None]
+) -> MmioAccess:
     """The last access of an instruction: a store, then registers and RIP."""
 
     def finish(_: int) -> None:

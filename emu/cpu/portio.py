@@ -56,7 +56,9 @@ def _check_permission(vcpu: UnicornVcpu, port: int, size: int) -> None:
         raise GuestFault(VECTOR_GP, 0)
 
 
-def io_exit(vcpu: UnicornVcpu, insn: Any, is_in: bool, port: int, size: int) -> tuple[VmExit, StringElement | None]:
+def io_exit(
+    vcpu: UnicornVcpu, insn: Any, is_in: bool, port: int, size: int
+) -> tuple[VmExit, StringElement | None]:
     """The VM exit of the port instruction at RIP. Raises GuestFault where it may not touch the port."""
     _check_permission(vcpu, port, size)
     opcode = insn.opcode[0]

@@ -124,7 +124,7 @@ class UnicornVcpu:
             self.env.hflags &= ~HF_INHIBIT_IRQ
 
     def guest_physical(self, gva: int) -> int | None:
-        """Where a read of `gva` would go in guest-physical memory, mapped by EPT or not; None if it faults."""
+        """The gpa that a read of `gva` goes to, mapped by EPT or not; None if it faults."""
         status, _, _, a, gpa, level = self.fill.walk(gva, self.fill.access(ACCESS_READ))
         if status == OK:
             return a
@@ -165,7 +165,7 @@ class UnicornVcpu:
         """Forget translations of a frame and that it may be executed."""
         self.intercepts.drop_code(pfn)
         if self.fill.forget_code(pfn):
-            # an act of the emulator, not of the guest or KVM: the flush epoch stays, so that no truth rests on it
+            # an act of the emulator, not of the guest or KVM: no new epoch, so that no truth rests on it
             self.intercepts.flush_tlb()
 
     # -- starting states ------------------------------------------------------------------------

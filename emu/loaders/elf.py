@@ -42,7 +42,7 @@ def read_program_headers(data: bytes, what: str) -> tuple[Container, list[Contai
     loads = [h for h in headers if h["p_type"] == "PT_LOAD" and h["p_memsz"]]
     for header in loads:
         if header["p_filesz"] > header["p_memsz"]:
-            raise LoaderError(f"{what}: segment at {header['p_paddr']:#x} is larger in the file than in memory")
+            raise LoaderError(f"{what}: segment at {header['p_paddr']:#x} has more file than memory")
         if header["p_offset"] + header["p_filesz"] > len(data):
             raise LoaderError(f"{what}: segment at {header['p_paddr']:#x} ends behind the end of the file")
     return elf.header, loads

@@ -126,10 +126,11 @@ def check_segments(spans: list[tuple[int, int]], memory_size: int, reserved_end:
     for start, size in sorted(spans):
         if start + size > memory_size:
             raise LoaderError(
-                f"{what}: segment {start:#x}..{start + size:#x} lies outside guest memory of {memory_size:#x} bytes"
+                f"{what}: segment {start:#x}..{start + size:#x} lies outside guest memory of {memory_size:#x}"
             )
         if start < reserved_end:
-            raise LoaderError(f"{what}: segment at {start:#x} overlaps the boot structures below {reserved_end:#x}")
+            below = f"the boot structures below {reserved_end:#x}"
+            raise LoaderError(f"{what}: segment at {start:#x} overlaps {below}")
         if start < last_end:
             raise LoaderError(f"{what}: segments overlap at {start:#x}")
         last_end = start + size

@@ -99,7 +99,7 @@ def _information(memory_size: int, cmdline: str) -> bytes:
     mmap_at, name_at = 0x80, 0x80 + len(mmap)
     text_at = name_at + len(name)
     if text_at + len(text) > 4096:
-        raise LoaderError(f"multiboot: command line of {len(text)} bytes does not fit the boot information page")
+        raise LoaderError(f"multiboot: command line of {len(text)} bytes is too long")
     page = bytearray(text_at + len(text))
     upper = min(max(memory_size - _HOLE_END, 0) >> 10, 0xFFFFFFFF)
     lower = min(memory_size, _HOLE_START) >> 10
