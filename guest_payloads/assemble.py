@@ -4,7 +4,8 @@ Keystone assembles one instruction at a time, with every symbol already a number
 data and layout are done here. So each error has its line, and keystone's traps are closed in one place:
 
 - `[0x101000]` becomes RIP-relative or moffs, and `[riz + x]` becomes [rsp + x]: rewritten to [riz*1 + x];
-- displacements from 2^31 and `push` of more than 31 bits are cut silently: refused;
+- displacements from 2^31 and constants wider than the other operand are cut silently: refused;
+- `push` of a constant from 0xff80 on pushes another one: encoded here;
 - `iret`, `pushf`, `popf` are the 16-bit forms in 64-bit code: refused (iretq, pushfq, popfq);
 - a high byte register (ah) with a REX prefix ends the whole process: refused;
 - it drops `;` and what follows: the preprocessor has taken comments out before;
@@ -28,7 +29,7 @@ from typing import NamedTuple
 
 from keystone import KS_ARCH_X86, KS_MODE_32, KS_MODE_64, Ks, KsError
 
-from guest_payloads.expr import IDENTIFIER, RESERVED, ExpressionError, evaluate, substitute
+from guest_payloads.expr import IDENTIFIER, RESERVED, ExpressionError, evaluate, register_bits, substitute
 from guest_payloads.preprocess import AssemblyError, Equate, Statement, split_arguments
 
 __all__ = ["SECTIONS", "Assembler", "Line", "Program"]
@@ -313,16 +314,17 @@ class Assembler:
         if item.bits == 32 and mnemonic in ("lgdt", "ljmp"):
             return self._far32(item, mnemonic, operands)
         try:
-            replaced = ", ".join(self._operand(item, text) for text in split_arguments(operands))
+            parts = [self._operand(item, text) for text in split_arguments(operands)]
+            self._check_width(parts)
         except ExpressionError as error:
             raise self._fail(item, error) from error
+        replaced = ", ".join(parts)
         if _HIGH_BYTE.search(operands) and _NEEDS_REX.search(operands):
             raise AssemblyError(f"{item.where}: a high byte register cannot be used with REX: {item.text}")
         if mnemonic == "movsd" and not operands:
             return (b"\xf3" if start else b"") + b"\xa5"
-        if mnemonic == "push" and "[" not in operands and re.match(r"[-0-9]", replaced):
-            if not -(1 << 31) <= self._value(item, operands) < 1 << 31:
-                raise AssemblyError(f"{item.where}: push takes 32 signed bits: {item.text}")
+        if mnemonic == "push" and re.fullmatch(r"-?[0-9]+", replaced):
+            return self._push(item, int(replaced))
         return self._keystone(item, " ".join((*words[:start], mnemonic, replaced)))
 
     def _operand(self, item: _Item, text: str) -> str:
@@ -333,6 +335,21 @@ class Assembler:
         if any(word.lower() in RESERVED for word in IDENTIFIER.findall(text)):
             return replaced
         return str(evaluate(replaced, {}))
+
+    @staticmethod
+    def _check_width(parts: list[str]) -> None:
+        if len(parts) == 2 and parts[0] and re.fullmatch(r"-?[0-9]+", parts[1]):
+            bits = register_bits(parts[0].split()[0])
+            if bits and not -(1 << (bits - 1)) <= int(parts[1]) < 1 << bits:
+                raise ExpressionError(f"{int(parts[1]):#x} does not fit {bits} bits")
+
+    @staticmethod
+    def _push(item: _Item, value: int) -> bytes:
+        if -128 <= value <= 127:
+            return b"\x6a" + value.to_bytes(1, "little", signed=True)
+        if not -(1 << 31) <= value < 1 << 31:
+            raise AssemblyError(f"{item.where}: push takes 32 signed bits: {item.text}")
+        return b"\x68" + value.to_bytes(4, "little", signed=True)
 
     @staticmethod
     def _absolute(match: re.Match[str]) -> str:

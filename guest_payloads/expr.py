@@ -13,7 +13,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 
-__all__ = ["IDENTIFIER", "RESERVED", "ExpressionError", "evaluate", "substitute"]
+__all__ = ["IDENTIFIER", "RESERVED", "ExpressionError", "evaluate", "register_bits", "substitute"]
 
 IDENTIFIER = re.compile(r"(?<![\w.$\\])\.?[A-Za-z_][\w.]*")
 _CHARACTER = re.compile(r"'(\\.|[^\\'])'")
@@ -39,6 +39,23 @@ def _register_names() -> frozenset[str]:
 
 RESERVED = _register_names()
 """Words that stay in an operand as they are and cannot be symbols."""
+
+
+def register_bits(word: str) -> int:
+    """The width of a general register or of a size word (`dword`), 0 for anything else."""
+    word = word.lower()
+    if word in ("byte", "word", "dword", "qword"):
+        return {"byte": 8, "word": 16, "dword": 32, "qword": 64}[word]
+    if word in _BYTES.split():
+        return 8
+    if word in _GENERAL.split():
+        return 16
+    if word[:1] in ("e", "r") and word[1:] in _GENERAL.split():
+        return 32 if word[0] == "e" else 64
+    number = word[1:].rstrip("bwd")
+    if word[:1] == "r" and number.isdigit() and 8 <= int(number) <= 15:
+        return {"b": 8, "w": 16, "d": 32}.get(word[-1], 64)
+    return 0
 
 
 class ExpressionError(ValueError):

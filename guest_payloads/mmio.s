@@ -90,7 +90,7 @@ extensions:
     movsx rax, word ptr [r13 + 0x1e]
     CHECK_EQ "movsx of a word", rax, -0x7789
     movsxd rax, dword ptr [r13 + 0x1c]
-    CHECK_EQ "movsxd of a dword", rax, -0x7788999b
+    CHECK_EQ "movsxd of a dword", rax, -0x778899ab
     ret
 
 immediates:

@@ -58,14 +58,14 @@ read_only:
 inaccessible:
     HOST3 VMCALL_PROTECT, r13, r12, 0
     CHECK_EQ "PROT_NONE", rax, 0
-    mov rdx, [r13 + 4096]
+    mov rbx, [r13 + 4096]
     HOST0 VMCALL_PROTECT_FAULTS
     CHECK_EQ "a load from inaccessible memory faults once", rax, 1
     call check_all
     CHECK_EQ "its bytes were kept", rax, 0
-    CHECK_EQ "and the load had them", rdx, qword ptr [r13 + 4096]
+    CHECK_EQ "and the load had them", rbx, qword ptr [r13 + 4096]
     HOST3 VMCALL_PROTECT, r13, r12, PROT_READ | PROT_WRITE
-    mov [r13 + 4096], rdx
+    mov [r13 + 4096], rbx
     HOST0 VMCALL_PROTECT_FAULTS
     CHECK_EQ "no fault where everything is allowed", rax, 0
     ret

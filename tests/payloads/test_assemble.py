@@ -59,6 +59,13 @@ def test_32_bit_far_jump_and_lgdt_have_32_bit_operands(tmp_path: Path) -> None:
     assert code.hex() == "0f011500101000" "ea000110000800"
 
 
+def test_a_pushed_constant_is_the_one_that_was_written(tmp_path: Path) -> None:
+    assert code_of(tmp_path, "push 0xffff").hex() == "68ffff0000"
+    assert code_of(tmp_path, "push -128").hex() == "6a80"
+    assert code_of(tmp_path, "push 128").hex() == "6880000000"
+    assert code_of(tmp_path, "push v", v=0x101000).hex() == "6800101000"
+
+
 def test_branches_are_short_where_they_reach(tmp_path: Path) -> None:
     assert code_of(tmp_path, "jmp a\n.skip 127\na: ret")[:1] == b"\xeb"
     assert code_of(tmp_path, "jmp a\n.skip 128\na: ret")[:1] == b"\xe9"
@@ -98,7 +105,9 @@ def test_constants_use_every_operator(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("nop\nfrobnicate rax\n", "a.s:3: invalid mnemonic: frobnicate rax"),
-    ("mov al, conter\ncounter: ret\n", "a.s:2: unknown symbol 'conter', did you mean counter?: mov al, conter"),
+    ("mov al, 256\n", "a.s:2: 0x100 does not fit 8 bits: mov al, 256"),
+    ("mov qword ptr [rax], 1 << 64\n", "a.s:2: 0x10000000000000000 does not fit 64 bits"),
+    ("mov al, conter\ncounter: ret\n", "a.s:2: unknown symbol 'conter', did you mean counter?: mov al, "),
     ("a: ret\na: ret\n", "a.s:3: a is defined twice (first at a.s:2)"),
     ("rax: ret\n", "a.s:2: rax is already the name of something else"),
     (".section stack\n", "a.s:2: no section 'stack' (there are multiboot, text, rodata, data, bss)"),
