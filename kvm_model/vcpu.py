@@ -130,7 +130,7 @@ class Vcpu:
 
         self.exit = VmExit(0, 0)
         self.run: UserExit | None = None
-        self.complete_userspace_io: Callable[[], None] | None = None
+        self.complete_userspace_io: Callable[[], int] | None = None
         self.user_data: int | None = None
 
     # -- events ---------------------------------------------------------------------------------

@@ -99,12 +99,14 @@ def kvm_arch_vcpu_ioctl_run(vcpu: Vcpu) -> UserExit:
     with vcpu.mutex:
         vcpu.srcu_idx = kvm.srcu.read_lock()
         vcpu.run = None
+        r = 1
         try:
             if vcpu.complete_userspace_io is not None:
                 complete, vcpu.complete_userspace_io = vcpu.complete_userspace_io, None
-                complete()
+                r = complete()
                 vcpu.user_data = None
-            r = _vcpu_run(vcpu)
+            if r > 0:
+                r = _vcpu_run(vcpu)
         finally:
             kvm.srcu.read_unlock(vcpu.srcu_idx)
     out = _user_exit(vcpu, r)

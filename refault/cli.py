@@ -26,7 +26,7 @@ VERBS: dict[str, str] = {
     "check": "run a recorded trace again and compare",
     "compare": "a scenario here beside what a real kernel did",
     "build": "assemble a guest payload into an image that refault and QEMU run",
-    "list": "payloads, host operations, events, scenarios, protocol switches",
+    "list": "payloads, host operations, events, scenarios, switches, parameters",
     "gaps": "what is not modelled",
 }
 

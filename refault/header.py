@@ -16,7 +16,7 @@ from refault.errors import UsageError
 if TYPE_CHECKING:
     from refault.vm import VM
 
-__all__ = ["make_header", "read_payload"]
+__all__ = ["check_words", "make_header", "read_payload"]
 
 
 def read_payload(name: str) -> bytes:
@@ -39,6 +39,18 @@ def read_payload(name: str) -> bytes:
     if not data:
         raise UsageError(f"{name}: the file is empty")
     return data
+
+
+def check_words(name: str, words: tuple[str, ...]) -> None:
+    """UsageError for a word that a payload of ours does not know; other images take any."""
+    from guest_payloads.builder import payload_info, payload_names
+
+    if not words or (name not in payload_names() and Path(name).suffix != ".s"):
+        return
+    known = [param.name for param in payload_info(name).params]
+    for word in words:
+        if word.partition("=")[0] not in known:
+            raise UsageError(f"{name} knows no {word!r}; it takes {', '.join(known) or 'no parameters'}")
 
 
 def make_header(vm: VM, globs: tuple[str, ...]) -> dict[str, Any]:

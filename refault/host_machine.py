@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from emu.host import Host
+from refault.errors import UsageError
 from refault.numbers import size
+from refault.params import check_params
 
 __all__ = ["HostMachine", "as_bytes"]
+
+
+MIN_RAM = 256 << 10
+"""Less does not hold the reserves of two nodes."""
 
 
 def as_bytes(value: int | str | None) -> int | None:
@@ -30,11 +36,14 @@ class HostMachine:
         breaks: frozenset[str] | set[str] = frozenset(),
         check: bool = False,
     ) -> None:
+        check_params(params or {})
         ram_bytes = as_bytes(ram)
         assert ram_bytes is not None
         self.ram = ram_bytes
         self.swap = as_bytes(swap)
         self.check = check
+        if ram_bytes < MIN_RAM:
+            raise UsageError(f"a host needs {MIN_RAM >> 10}K of RAM at least, not {ram_bytes >> 10}K")
         self.machine = Host(
             ram=ram_bytes, swap=self.swap, seed=seed, params=params, breaks=frozenset(breaks), checks=check
         )

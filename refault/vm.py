@@ -23,9 +23,10 @@ from emu.board import Board, Stop
 from emu.config import MachineConfig
 from emu.hostops import OPERATIONS, perform
 from emu.inspector import WalkTree, walk_gpa, walk_gva
-from emu.loaders import load_image
+from emu.loaders import LoaderError, load_image
 from host_mm.kernel.errors import KernelError
-from refault.header import make_header, read_payload
+from refault.errors import UsageError
+from refault.header import check_words, make_header, read_payload
 from refault.host_machine import HostMachine, as_bytes
 from trace_events.ndjson import Trace, write_trace
 from trace_events.stream import Listener
@@ -160,9 +161,13 @@ class VM:
     def prepare(self, payload: str | bytes, *words: str) -> Image:
         """The image of a payload, noted in this machine's header but not yet in guest memory."""
         name, data = ("bytes", payload) if isinstance(payload, bytes) else (payload, read_payload(payload))
+        check_words(name, words)
         cmdline = " ".join((Path(name).name, *words))
         self.payload = {"name": name, "sha256": hashlib.sha256(data).hexdigest(), "words": list(words)}
-        return load_image(data, self.config.memory, cmdline)
+        try:
+            return load_image(data, self.config.memory, cmdline)
+        except LoaderError as exc:
+            raise UsageError(f"{name}: {exc}") from None
 
     def run(
         self, until: str | Callable[[], bool] | None = None, *, max_insns: int | None = None,
@@ -274,6 +279,10 @@ class VM:
         """Destroy the VM and, if it is private, its host."""
         self._host.close()
 
+    def abandon(self) -> None:
+        """Drop everything as it stands: for a machine that is frozen or broken in the middle."""
+        self._host.abandon()
+
     def __enter__(self) -> VM:
         return self
 
@@ -281,7 +290,7 @@ class VM:
         if kind is None:
             self.close()
         else:
-            self._host.abandon()
+            self.abandon()
 
     def __repr__(self) -> str:
         c = self.config

@@ -84,9 +84,9 @@ class TraceWriter:
     ) -> None:
         self.path = Path(path)
         self.count = 0
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         if self.path.is_dir():
             raise TraceError(f"cannot write trace {self.path}: it is a directory")
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115

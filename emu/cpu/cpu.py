@@ -37,7 +37,6 @@ from emu.cpu.intercept import (
     STOP_INVLPG,
     STOP_MSR,
     STOP_OUT,
-    STOP_PAUSE,
     STOP_RDPMC,
     STOP_RDTSC,
     STOP_SYSCALL,
@@ -119,7 +118,6 @@ class UnicornCpu:
         self._private: dict[int, Callable[[UnicornVcpu], VmExit | None]] = {
             STOP_RDTSC: self._rdtsc,
             STOP_INVLPG: self._invlpg,
-            STOP_PAUSE: self._pause,
             STOP_RDPMC: self._rdpmc,
             STOP_MSR: self._msr,
             STOP_WRITE_CR0: lambda v: self._write_cr(v, 0),
@@ -310,10 +308,6 @@ class UnicornCpu:
         # the page may have been a large one, of which Unicorn holds many pieces: everything goes
         v.intercepts.flush_tlb()
         v.skip(self._decode(v).size)
-
-    def _pause(self, v: UnicornVcpu) -> None:
-        v.skip(self._decode(v).size)
-        self._between_slices()
 
     def _rdpmc(self, v: UnicornVcpu) -> None:
         raise GuestFault(VECTOR_GP, 0)

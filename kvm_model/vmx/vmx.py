@@ -186,9 +186,22 @@ def _x86_emulate_instruction(vcpu: Vcpu, gpa: int) -> int:
         vcpu.stat["insn_emulation_fail"] += 1
         return _internal_error(vcpu, "the instruction cannot be emulated")
     vcpu.stat["insn_emulation"] += 1
-    if not _is_mmio_gpa(vcpu, gpa, access.write) and _emulate_in_memory(vcpu, gpa, access):
-        return 1
+    return _emulate_access(vcpu, gpa, access)
+
+
+def _emulate_access(vcpu: Vcpu, gpa: int, access: MmioAccess) -> int:
+    """emulator_read_write_onepage: through the memslot if there is one, else as MMIO."""
+    if not _is_mmio_gpa(vcpu, gpa, access.write):
+        r = _emulate_in_memory(vcpu, gpa, access)
+        if r >= 0:
+            return r
     return _emulate_mmio(vcpu, gpa, access)
+
+
+def _finish_access(vcpu: Vcpu, gpa: int, access: MmioAccess, data: int) -> int:
+    """The access is done; the load of a read-modify-write is followed by its store."""
+    store = vcpu.kvm.cpu.complete_mmio(vcpu, access, data)
+    return 1 if store is None else _emulate_access(vcpu, gpa, store)
 
 
 def _is_mmio_gpa(vcpu: Vcpu, gpa: int, write: bool) -> bool:
@@ -199,25 +212,24 @@ def _is_mmio_gpa(vcpu: Vcpu, gpa: int, write: bool) -> bool:
     return True
 
 
-def _emulate_in_memory(vcpu: Vcpu, gpa: int, access: MmioAccess) -> bool:
-    """Do the access through the VMM's mapping if a memslot has it: read-only slots can be read."""
+def _emulate_in_memory(vcpu: Vcpu, gpa: int, access: MmioAccess) -> int:
+    """Do the access through the VMM's mapping, as with a read-only slot's loads; -1 if no slot takes it."""
     kvm = vcpu.kvm
     slot = kvm.slots().gfn_to_memslot(gpa >> 12)
     if slot is None or slot.flags & KVM_MEMSLOT_INVALID or (access.write and slot.flags & KVM_MEM_READONLY):
-        return False
+        return -1
     hva = slot.gfn_to_hva(gpa >> 12) | gpa & 0xFFF
+    value = 0
     try:
         if access.write:
             data = access.data & (1 << 8 * access.length) - 1
             copy_to_user(kvm.process, hva, data.to_bytes(access.length, "little"))
             mark_page_dirty_in_slot(kvm, slot, gpa >> 12)
-            kvm.cpu.complete_mmio(vcpu, access, 0)
         else:
             value = int.from_bytes(copy_from_user(kvm.process, hva, access.length), "little")
-            kvm.cpu.complete_mmio(vcpu, access, value)
     except KernelError:
-        return False
-    return True
+        return -1
+    return _finish_access(vcpu, gpa, access, value)
 
 
 def _emulate_mmio(vcpu: Vcpu, gpa: int, access: MmioAccess) -> int:
@@ -236,11 +248,11 @@ def _emulate_mmio(vcpu: Vcpu, gpa: int, access: MmioAccess) -> int:
         t(0, length, gpa, 0)
     vcpu.run = UserExit("mmio", gpa=gpa, size=length)
 
-    def complete() -> None:
+    def complete() -> int:
         data = (vcpu.user_data or 0) & (1 << 8 * length) - 1
         if (t := kvm.trace.kvm_mmio) is not None:
             t(1, length, gpa, data)
-        kvm.cpu.complete_mmio(vcpu, access, data)
+        return _finish_access(vcpu, gpa, access, data)
 
     vcpu.complete_userspace_io = complete
     return 0
@@ -262,15 +274,16 @@ def _handle_io(vcpu: Vcpu, exit_: VmExit) -> int:
     if qualification & 8:
         vcpu.run = UserExit("io", port=port, size=size)
 
-        def complete_in() -> None:
+        def complete_in() -> int:
             if cpu.get_reg(vcpu, "rip") != exit_.rip:
-                return
+                return 1
             data = (vcpu.user_data or 0) & mask
             if (t := kvm.trace.kvm_pio) is not None:
                 t(0, port, size, 1, data)
             rax = cpu.get_reg(vcpu, "rax") if size < 4 else 0
             cpu.set_reg(vcpu, "rax", rax & ~mask & _MASK64 | data)
             cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
+            return 1
 
         vcpu.complete_userspace_io = complete_in
         return 0
@@ -279,10 +292,11 @@ def _handle_io(vcpu: Vcpu, exit_: VmExit) -> int:
         t(1, port, size, 1, data)
     vcpu.run = UserExit("io", port=port, size=size, write=True, data=data)
 
-    def complete_out() -> None:
+    def complete_out() -> int:
         # complete_fast_pio_out: user space that moved RIP has decided where the guest goes on.
         if cpu.get_reg(vcpu, "rip") == exit_.rip:
             cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
+        return 1
 
     vcpu.complete_userspace_io = complete_out
     return 0
@@ -297,7 +311,12 @@ def _handle_vmcall(vcpu: Vcpu, exit_: VmExit) -> int:
     vcpu.stat["hypercalls"] += 1
     cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
     vcpu.run = UserExit("hypercall", nr=nr, args=(a0, a1, a2, a3))
-    vcpu.complete_userspace_io = lambda: cpu.set_reg(vcpu, "rax", (vcpu.user_data or 0) & _MASK64)
+
+    def complete() -> int:
+        cpu.set_reg(vcpu, "rax", (vcpu.user_data or 0) & _MASK64)
+        return 1
+
+    vcpu.complete_userspace_io = complete
     return 0
 
 

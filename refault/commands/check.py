@@ -43,9 +43,8 @@ def _check(path: str, update: bool) -> bool:
     last = golden.events[-1].seq if golden.end != "complete" and golden.events else None
     listener = Listener(golden.globs, again.events.append)
     vm = replay(golden.header, until_event=last, listener=listener)
-    # The machine is torn down after this, and that is not part of the run.
     vm.board.host.stream.unlisten(listener)
-    vm.close()
+    vm.abandon()
     again.events.sort(key=lambda event: event.seq)
     if last is not None:
         again.events = [event for event in again.events if event.seq <= last]

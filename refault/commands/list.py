@@ -1,4 +1,5 @@
-"""What there is: guest payloads, host operations, trace events, scenarios, protocol switches."""
+"""What there is: guest payloads, host operations, trace events, scenarios, protocol switches, module
+parameters."""
 
 from __future__ import annotations
 
@@ -75,12 +76,20 @@ def _scenarios() -> Iterable[Entry]:
         yield {"name": name, "what": claim, "recorded": name in recorded}
 
 
+def _params() -> Iterable[Entry]:
+    from refault.params import PARAMS
+
+    for name, param in PARAMS.items():
+        yield {"name": f"{name}={param.default}", "what": param.doc, "takes": param.takes}
+
+
 KINDS: dict[str, Callable[[], Iterable[Entry]]] = {
     "payloads": _payloads,
     "operations": _operations,
     "events": _events,
     "scenarios": _scenarios,
     "switches": _switches,
+    "params": _params,
 }
 
 

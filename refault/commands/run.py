@@ -47,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="K=V",
-        help="a module parameter, e.g. kvm_intel.eptad=0; may be repeated",
+        help="a module parameter; see refault list params; may be repeated",
     )
     machine.add_argument("--seed", type=number, default=1, help="all chance comes from it (default: 1)")
     machine.add_argument(

@@ -48,5 +48,5 @@ def main(args: argparse.Namespace) -> int:
         else:
             print(walk)
     finally:
-        vm.close()
+        vm.abandon()
     return 0

@@ -124,7 +124,8 @@ def test_each_answer_is_an_event_caused_by_nothing_and_its_fault_by_the_access(v
     vm.host.stream.listen(Listener(["refault:*"], events.append))
     vm.guest_store(0x3000, 1)
     gups = [event for event in events if event.name == "gup"]
-    assert [(event.args["path"], event.args["pfn"] >= 0) for event in gups] == [("fast", False), ("slow", True)]
+    answers = [(event.args["path"], event.args["pfn"] >= 0) for event in gups]
+    assert answers == [("fast", False), ("slow", True)]
     done = next(event for event in events if event.name == "host_fault_done")
     fault = next(event for event in events if event.name == "host_fault")
     assert done.cause == fault.seq

@@ -101,10 +101,11 @@ class Race:
                 case 4:
                     self.child(fork_process(self.process), rng)
                 case 5:
-                    do_madvise(mm, BASE + (PAGES + first) * PAGE, PAGE, MADV_DONTNEED)
-                    # Refused while the rights thread has the page read-only.
+                    upper = start + PAGES * PAGE
+                    do_madvise(mm, upper, length, MADV_DONTNEED)
+                    # Refused while the rights thread has a page read-only.
                     with suppress(KernelError):
-                        copy_to_user(self.process, BASE + (PAGES + first) * PAGE, b"playground")
+                        copy_to_user(self.process, upper, bytes(length))
 
     @staticmethod
     def child(child: Process, rng: random.Random) -> None:

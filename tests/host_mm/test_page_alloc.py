@@ -130,9 +130,13 @@ def test_who_may_dig_how_deep() -> None:
 
 def test_nothing_left_and_nobody_to_kill_is_out_of_memory() -> None:
     host = make_host(ram=1 << 20, nodes=1, swap=None)
-    with pytest.raises(OutOfMemory):
+
+    def take_all() -> None:
         for _ in range(1 << 10):
             alloc_pages(host, GFP_KERNEL)
+
+    with pytest.raises(OutOfMemory):
+        take_all()
 
 
 def test_orders_beyond_the_last_cannot_be_had() -> None:
