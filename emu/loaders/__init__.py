@@ -6,12 +6,21 @@ boot structures in low memory.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from emu.loaders.image import Image
+    from emu.loaders.image import Image as Image
+    from emu.loaders.image import LoaderError as LoaderError
 
-__all__ = ["load_image"]
+__all__ = ["Image", "LoaderError", "load_image"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Image", "LoaderError"):
+        from emu.loaders import image
+
+        return getattr(image, name)
+    raise AttributeError(name)
 
 
 def load_image(data: bytes, memory_size: int, cmdline: str = "") -> Image:
