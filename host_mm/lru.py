@@ -7,7 +7,7 @@ classic lists).
 
 A folio goes to its list when a batch of FOLIO_BATCH_SIZE is full or drained. Until then it is not
 on any list (PG_lru clear) and the batch holds a reference, which migration and COW reuse can see.
-Batches belong to CPUs: each vCPU thread has its own, all other tasks share one.
+Batches belong to CPUs: vCPU n's thread runs on CPU n, all other tasks on CPU 0.
 
 A list is an ordered dict: its last key is the head (newest), its first the tail.
 
