@@ -15,7 +15,7 @@ Not modelled: huge pages, more than one page in a call, FOLL_LONGTERM's migratio
 
 from __future__ import annotations
 
-from errno import EAGAIN, EBUSY, EFAULT, EMLINK, ENOENT, ENOMEM
+from errno import EAGAIN, EBUSY, EFAULT, EINVAL, EMLINK, ENOENT, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import (
@@ -302,9 +302,17 @@ def _faultin_page(vma: VmArea, addr: int, flags: int, *, unshare: bool) -> int:
 
 
 def faultin_page_range(mm: MmStruct, start: int, end: int, *, write: bool) -> int:
-    """MADV_POPULATE_*: fault every page in, keep no reference; 0 or a negative errno."""
+    """MADV_POPULATE_*: fault every page in, keep no reference; 0 or a negative errno.
+
+    -ENOMEM: a hole or no memory, -EINVAL: the mapping does not allow it, -EFAULT: the fault failed.
+    """
     flags = FOLL_HWPOISON | (FOLL_WRITE if write else 0)
     for addr in range(start, end, 4096):
+        vma = mm.vma_lookup(addr)
+        if vma is None:
+            return -ENOMEM
+        if not _check_vma_flags(vma, flags):
+            return -EINVAL
         pfn = _gup_slow(mm, addr, flags)
         if pfn < 0:
             return pfn

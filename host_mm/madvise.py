@@ -11,7 +11,7 @@ Not modelled: REMOVE, MERGEABLE, COLLAPSE, HWPOISON, guard pages, huge pages, fi
 
 from __future__ import annotations
 
-from errno import EAGAIN, EFAULT, EINVAL, ENOMEM
+from errno import EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
@@ -30,7 +30,7 @@ from host_mm.arch.x86.pgtable import (
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.gup import faultin_page_range
 from host_mm.kernel.costs import COST_SYSCALL
-from host_mm.kernel.errors import EHWPOISON, KernelError
+from host_mm.kernel.errors import KernelError
 from host_mm.memory import vm_normal_page
 from host_mm.memory_zap import zap_page_range_single_batched
 from host_mm.mm_types import (
@@ -182,12 +182,7 @@ def _set_vma_flags(vma: VmArea, start: int, end: int, advice: int) -> None:
 def _populate(mm: MmStruct, start: int, end: int, write: bool) -> None:
     ret = faultin_page_range(mm, start, end, write=write)
     if ret:
-        known = {-EFAULT: EFAULT, -EHWPOISON: EHWPOISON, -EAGAIN: EAGAIN}
-        mapped = all(mm.vma_lookup(at) is not None for at in (start, end - 1))
-        errno = known.get(ret, ENOMEM)
-        if ret == -EFAULT:
-            errno = EINVAL if mapped else ENOMEM
-        raise KernelError(errno, f"cannot populate {start:#x}+{end - start:#x}")
+        raise KernelError(-ret, f"cannot populate {start:#x}+{end - start:#x}")
 
 
 def _willneed(vma: VmArea, start: int, end: int) -> None:
