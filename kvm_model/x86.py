@@ -97,7 +97,7 @@ def kvm_arch_vcpu_ioctl_run(vcpu: Vcpu) -> UserExit:
     """KVM_RUN: run the guest until user space is needed."""
     kvm = vcpu.kvm
     with vcpu.mutex:
-        vcpu.srcu_idx = kvm.srcu.read_lock()
+        _srcu_lock(vcpu)
         vcpu.run = None
         r = 1
         try:
@@ -108,11 +108,21 @@ def kvm_arch_vcpu_ioctl_run(vcpu: Vcpu) -> UserExit:
             if r > 0:
                 r = _vcpu_run(vcpu)
         finally:
-            kvm.srcu.read_unlock(vcpu.srcu_idx)
+            _srcu_unlock(vcpu)
     out = _user_exit(vcpu, r)
     if (t := kvm.trace.kvm_userspace_exit) is not None:
         t(_USER_EXIT_REASONS[out.kind], min(r, 0))
     return out
+
+
+def _srcu_lock(vcpu: Vcpu) -> None:
+    vcpu.srcu_idx = vcpu.kvm.srcu.read_lock()
+
+
+def _srcu_unlock(vcpu: Vcpu) -> None:
+    idx, vcpu.srcu_idx = vcpu.srcu_idx, -1
+    if idx >= 0:
+        vcpu.kvm.srcu.read_unlock(idx)
 
 
 def _user_exit(vcpu: Vcpu, r: int) -> UserExit:
@@ -143,13 +153,13 @@ def _vcpu_run(vcpu: Vcpu) -> int:
             vcpu.stat["signal_exits"] += 1
             return -EINTR
         if vcpu.need_resched or kvm.sched.preempt:
-            kvm.srcu.read_unlock(vcpu.srcu_idx)
+            _srcu_unlock(vcpu)
             if vcpu.need_resched:
                 vcpu.need_resched = False
                 kvm.sched.yield_()
             else:
                 kvm.sched.point("vcpu-run")
-            vcpu.srcu_idx = kvm.srcu.read_lock()
+            _srcu_lock(vcpu)
 
 
 # -- entering the guest -------------------------------------------------------------------------
@@ -194,11 +204,11 @@ def _vcpu_enter_guest(vcpu: Vcpu) -> int:
         kvm.truths.check()
     vcpu.kicked = False
     vcpu.mode = IN_GUEST_MODE
-    kvm.srcu.read_unlock(vcpu.srcu_idx)
+    _srcu_unlock(vcpu)
     # Only now: a request made before `mode` changed came without a kick.
     if vcpu.mode == EXITING_GUEST_MODE or vcpu.requests or vcpu.immediate_exit:
         vcpu.mode = OUTSIDE_GUEST_MODE
-        vcpu.srcu_idx = kvm.srcu.read_lock()
+        _srcu_lock(vcpu)
         _cancel(vcpu, req_immediate_exit)
         return 1
     if req_immediate_exit:
@@ -207,7 +217,7 @@ def _vcpu_enter_guest(vcpu: Vcpu) -> int:
     exit_ = _vmx_vcpu_run(vcpu, req_immediate_exit)
     vcpu.mode = OUTSIDE_GUEST_MODE
     vcpu.stat["exits"] += 1
-    vcpu.srcu_idx = kvm.srcu.read_lock()
+    _srcu_lock(vcpu)
     return vmx_handle_exit(vcpu, exit_)
 
 
@@ -261,9 +271,9 @@ def _vcpu_block(vcpu: Vcpu) -> int:
         vcpu.run = UserExit("hlt")
         return 0
     if not _vcpu_runnable(vcpu):
-        kvm.srcu.read_unlock(vcpu.srcu_idx)
+        _srcu_unlock(vcpu)
         _kvm_vcpu_halt(vcpu)
-        vcpu.srcu_idx = kvm.srcu.read_lock()
+        _srcu_lock(vcpu)
         if not _vcpu_runnable(vcpu):
             return 1
     if vcpu.mp_state == KVM_MP_STATE_HALTED:
