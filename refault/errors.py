@@ -40,6 +40,7 @@ EXIT_INTERRUPTED = 130
 # Errors about an input, by where they are declared: rooms below do not know exit codes, and none of
 # these modules may be imported just because something else failed.
 INPUT_ERRORS = (
+    ("emu.cpu.memory", "GuestNotSupported"),
     ("emu.loaders.image", "LoaderError"),
     ("guest_payloads.builder", "PayloadError"),
     ("guest_payloads.preprocess", "AssemblyError"),

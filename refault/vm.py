@@ -23,7 +23,8 @@ from emu.board import Board, Stop
 from emu.config import MachineConfig
 from emu.hostops import OPERATIONS, perform
 from emu.inspector import WalkTree, walk_gpa, walk_gva
-from emu.loaders import LoaderError, load_image
+from emu.loaders import load_image
+from emu.loaders.image import LoaderError
 from host_mm.kernel.errors import KernelError
 from refault.errors import UsageError
 from refault.header import check_words, make_header, read_payload

@@ -1,4 +1,5 @@
 import inspect
+import re
 import sys
 
 from refault import registry
@@ -59,3 +60,15 @@ def test_every_module_of_a_model_says_what_it_does_not_model():
         if name.startswith(("host_mm.", "kvm_model.")) and path.name != "__init__.py"
     ]
     assert len(set(models) & told) > 0.9 * len(models), sorted(set(models) - told)
+
+
+def test_the_list_of_parameters_is_what_the_models_read():
+    from refault.params import PARAMS
+
+    read = set()
+    for name, path in registry.modules():
+        if name.startswith(("host_mm.", "kvm_model.", "emu.")):
+            source = path.read_text()
+            read |= set(re.findall(r'params\.get\(\s*"([a-z_]+\.[a-z_]+)"', source))
+            read |= set(re.findall(r'_flag\(\s*params,\s*"([a-z_]+\.[a-z_]+)"', source))
+    assert read == set(PARAMS)

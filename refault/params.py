@@ -1,0 +1,61 @@
+"""The module parameters that `--param NAME=VALUE` takes: the kernel's, and a few of the machine's own.
+
+The models read them by name where they need them; a test holds this list against the sources.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from refault.errors import UsageError
+
+__all__ = ["PARAMS", "Param", "check_params"]
+
+_BOOLS = ("y", "n", "1", "0", "on", "off", "yes", "no", "true", "false", "force", "never")
+
+
+class Param(msgspec.Struct, frozen=True):
+    """One parameter: what it takes (`bool`, `count`, or words separated by |), its default, its meaning."""
+
+    takes: str
+    default: str
+    doc: str
+
+
+PARAMS: dict[str, Param] = {
+    "kvm.eager_page_split": Param(
+        "bool", "Y", "split huge pages when dirty logging starts, not at the fault"
+    ),
+    "kvm.mmio_caching": Param("bool", "Y", "remember MMIO pages as misconfigured EPT entries"),
+    "kvm.nx_huge_pages": Param("bool", "N", "no huge page is executable"),
+    "kvm.tdp_mmu": Param("bool", "Y", "the TDP MMU; N is refused, as there is no other yet"),
+    "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
+    "mm.max_gather_pages": Param("count", "9698", "pages that an unmap frees in one go"),
+    "sched.period": Param(
+        "count", "8", "switch tasks at one scheduling point in so many, with sched.strategy=random"
+    ),
+    "sched.strategy": Param(
+        "block|random", "block", "run each task until it blocks, or switch at random points"
+    ),
+}
+
+
+def check_params(params: dict[str, str]) -> None:
+    """UsageError for a name that no model reads or a value that it could not."""
+    for name, value in params.items():
+        param = PARAMS.get(name)
+        if param is None:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, PARAMS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "see refault list params"
+            raise UsageError(f"no parameter {name!r}; {hint}")
+        if param.takes == "bool":
+            good = value.lower() in _BOOLS
+        elif param.takes == "count":
+            good = value.isdecimal() and int(value) > 0
+        else:
+            good = value in param.takes.split("|")
+        if not good:
+            takes = {"bool": "Y or N", "count": "a number from 1"}.get(param.takes, param.takes)
+            raise UsageError(f"parameter {name}={value}: it takes {takes}")
