@@ -223,7 +223,11 @@ def _shrink_node(host: HostMm, nid: int, sc: ScanControl) -> None:
             sc.may_deactivate &= ~_ANON
         if not _inactive_is_low(vec, LRU_INACTIVE_FILE):
             sc.may_deactivate &= ~_FILE
+    before = sc.nr_reclaimed
     _shrink_lruvec(host, vec, sc)
+    state = host.allocator.nodes[nid].vmscan
+    if sc.nr_reclaimed > before and isinstance(state, Kswapd):
+        state.failures = 0
 
 
 # -- who reclaims -------------------------------------------------------------------------------
@@ -370,7 +374,6 @@ def _balance_pgdat(host: HostMm, nid: int, state: Kswapd, order: int) -> None:
     host.vmstat["pageoutrun"] += 1
     while sc.priority >= 1:
         if _balanced(host, nid, order):
-            state.failures = 0
             return
         before = sc.nr_reclaimed
         sc.nr_scanned = 0
@@ -382,9 +385,7 @@ def _balance_pgdat(host: HostMm, nid: int, state: Kswapd, order: int) -> None:
             _reclaim_throttle(host, nid)
         if not progress or sc.nr_scanned < sc.nr_to_reclaim - before:
             sc.priority -= 1
-    if sc.nr_reclaimed:
-        state.failures = 0
-    else:
+    if not sc.nr_reclaimed:
         state.failures += 1
 
 
@@ -395,15 +396,20 @@ def kswapd(host: HostMm, nid: int) -> None:
     task = host.sched.current
     host.allocator.memalloc.add(task)
     ctx = task.ctx
+    order = 0
     while True:
-        if (t := host.trace.mm_vmscan_kswapd_sleep) is not None:
-            t(nid)
-        ctx.cause = None
-        while not state.woken:
-            state.wait.wait()
+        # prepare_kswapd_sleep: a node that is still short gets another round unless that is hopeless.
+        if _balanced(host, nid, order) or state.failures >= MAX_RECLAIM_RETRIES:
+            if (t := host.trace.mm_vmscan_kswapd_sleep) is not None:
+                t(nid)
+            ctx.cause = None
+            while not state.woken:
+                state.wait.wait()
+            ctx.cause = state.cause
         state.woken = False
-        order, state.order = state.order, 0
-        ctx.cause = state.cause
+        order, state.order = max(order, state.order), 0
         if (t := host.trace.mm_vmscan_kswapd_wake) is not None:
             ctx.cause = t(nid, ZONE_NORMAL, order)
         _balance_pgdat(host, nid, state, order)
+        # A higher order that was not reached is not asked for again by itself.
+        order = 0
