@@ -182,10 +182,13 @@ class UnicornCpu:
             length = vmexit.insn_len if info & INTR_INFO_VALID else 0
 
     def _enter(self, vcpu: Vcpu, v: UnicornVcpu, info: int, error: int, length: int) -> VmExit:
-        if info & INTR_INFO_VALID:
+        vmexit = None
+        if v.deferred is not None:
+            vmexit = self._guest_step(v, v.run_deferred)
+            if vmexit is not None and info & INTR_INFO_VALID and not vmexit.idt_vectoring_info:
+                vmexit.idt_vectoring_info, vmexit.idt_vectoring_error, vmexit.insn_len = info, error, length
+        if vmexit is None and info & INTR_INFO_VALID:
             vmexit = deliver(v, info, error, length)
-        else:
-            vmexit = self._guest_step(v, v.run_deferred) if v.deferred is not None else None
         if vmexit is not None:
             return vmexit
         v.intercepts.request_interrupt_window(vcpu.irq_window)
@@ -195,11 +198,9 @@ class UnicornCpu:
                 return VmExit(REASON_EXTERNAL_INTERRUPT, v.env.eip)
             before = v.counter.count
             vmexit = self._run_slice(v, left)
-            spent = v.counter.count - before
-            self.sched.advance(spent * NS_PER_INSN)
             if vmexit is not None:
                 return vmexit
-            left -= spent
+            left -= v.counter.count - before
             if left <= 0:
                 left = self.slice_insns
                 self._between_slices()
@@ -223,8 +224,9 @@ class UnicornCpu:
         alone = v.opened is not None or v.fill.implicit_page is not None
         v.counter.allow(1 if alone else budget)
         params = v.fill.params
-        refused = params[P_REFUSED]
+        refused, count = params[P_REFUSED], v.counter.count
         error = v.emu_start()
+        self.sched.advance((v.counter.count - count) * NS_PER_INSN)
         if alone:
             self.fills.close_opened(v)
             v.fill.implicit_page = None
@@ -240,7 +242,6 @@ class UnicornCpu:
         try:
             return step()
         except EptExit as exit_:
-            v.end_shadow()
             return ept_vmexit(v, exit_)
         except GuestFault as fault:
             info = exception_info(fault.vector, fault.error_code is not None)

@@ -8,7 +8,7 @@ set and no shadow holds. Unicorn left out two places, for which a few native ins
 instruction hook (compiled by LLVM; Python could not leave from inside one): IN, OUT and their string
 forms (it allows all I/O), and SYSCALL and SYSENTER (it has no code for them).
 
-Offsets are those of Unicorn 2.1.4 and are proved by running each kind once when a vCPU is made.
+Offsets are those of Unicorn 2.1.4; each structure is checked by neighbours whose values are known.
 
 Source: qemu/target/i386/svm_helper.c (cpu_svm_check_intercept_param, cpu_vmexit), misc_helper.c,
 seg_helper.c (x86_cpu_exec_interrupt), include/hw/core/cpu.h, qemu/accel/tcg/cpu-exec.c; AMD APM
@@ -66,6 +66,7 @@ _ENV_HFLAGS2 = 180
 _ENV_VM_VMCB = 0x1580
 _ENV_INTERCEPT = 0x1590
 _ENV_INTERCEPT_CR_WRITE = 0x159A
+_UC_CPU = 0x1B8
 _CPU_ENV = 0x8A50
 _CPU_CFLAGS_NEXT_TB = 0x18
 _CPU_INTERRUPT_REQUEST = 0x1C
@@ -149,6 +150,7 @@ class Intercepts:
     def __init__(self, uc: Any, env: Env) -> None:
         self.env = env
         self.cpu = env.addr - _CPU_ENV
+        self._verify()
         self._index = ctypes.c_int32.from_address(self.cpu + _CPU_EXCEPTION_INDEX)
         self._next_cflags = ctypes.c_int32.from_address(self.cpu + _CPU_CFLAGS_NEXT_TB)
         self._request = ctypes.c_uint32.from_address(self.cpu + _CPU_INTERRUPT_REQUEST)
@@ -165,6 +167,20 @@ class Intercepts:
         self._update_cr4 = call(None, ptr, u32)(_symbol("cpu_x86_update_cr4_x86_64"))
         self._update_cr3 = call(None, ptr, u64)(_symbol("cpu_x86_update_cr3_x86_64"))
         self._drop_code = call(None, ptr, u64, u64)(_symbol("tb_invalidate_phys_range_x86_64"))
+
+    def _verify(self) -> None:
+        """Look at fields beside those used here: uc_struct.cpu, CPUState.uc, cflags_next_tb, old_exception."""
+        cpu, u64, i32 = self.cpu, ctypes.c_uint64.from_address, ctypes.c_int32.from_address
+        known = (
+            u64(self.env.uc_struct + _UC_CPU).value == cpu
+            and u64(cpu + _CPU_EXCEPTION_INDEX + 8).value == self.env.uc_struct
+            and i32(cpu + _CPU_CFLAGS_NEXT_TB).value == -1
+            and i32(self.env.addr + _ENV_VM_VMCB - 8).value == -1
+            and u64(self.env.addr + _ENV_VM_VMCB).value == 0
+            and u64(self.env.addr + _ENV_INTERCEPT).value == 0
+        )
+        if not known:
+            raise RuntimeError("CPUState is not laid out as in the build of Unicorn that is known (2.1.4)")
 
     def _map_vmcb(self, uc: Any) -> None:
         at = ctypes.addressof(ctypes.c_char.from_buffer(self._vmcb))

@@ -496,3 +496,75 @@ def test_interpreted_and_compiled_walks_agree_on_a_fault():
         m = machine(interpreted=interpreted)
         m.pte(0x50000, P)
         assert fault(m, "mov rax, [rcx]; inc dword ptr [rcx]", rcx=0x50008)[0] == 3
+
+
+def protected_machine():
+    """32-bit code without paging: GDT, 8-byte gates, a TSS with SS0:ESP0."""
+    m = machine()
+    v = m.cpu.vcpu(m.vcpus[0])
+    m.q(GDT + 0x18, 0x00CF9B000000FFFF)
+    m.q(GDT + 0x38, 0x00CFFB000000FFFF)
+    v.start_protected(CODE, GDT, 0x3F, 0x18, KDATA)
+    v.env.set_table(400, 0, IDT, 0x7FF, 0)
+    v.env.set_table(352, TSS_SEL, TSS, 0x67, 0x8B00)
+    m.ram.write(TSS + 4, struct.pack("<II", RSP0, KDATA))
+    m.ram.write(IDT, bytes(0x800))
+    for vector in (6, 13, 0x80):
+        m.q(IDT + 8 * vector, H & 0xFFFF | 0x18 << 16 | (0xEE if vector == 0x80 else 0x8E) << 40 | (H >> 16) << 48)
+    m.set(rsp=STACK)
+    return m
+
+
+def test_protected_mode_gates_at_the_same_privilege():
+    m = protected_machine()
+    m.put(CODE, "nop; ud2", bits=32)
+    assert m.run().rip == H
+    assert struct.unpack("<3I", m.ram.read(m.reg("rsp"), 12)) == (CODE + 1, 0x18, 2 | RF)
+    m = protected_machine()
+    m.put(CODE, "mov eax, 0x58; mov ds, ax", bits=32)
+    m.run()
+    assert struct.unpack("<4I", m.ram.read(m.reg("rsp"), 16)) == (0x58, CODE + 5, 0x18, 2 | RF)
+
+
+def test_protected_mode_gates_to_an_inner_privilege():
+    m = protected_machine()
+    m.put(CODE, "push 0x23; push 0x38000; push 2; push 0x3b; push 0x20000; iretd", bits=32)
+    m.put(USER, "int 0x80", bits=32)
+    assert m.run().rip == H
+    assert m.reg("rsp") == RSP0 - 20
+    assert struct.unpack("<5I", m.ram.read(RSP0 - 20, 20)) == (USER + 2, 0x3B, 2, USER_STACK, 0x23)
+    assert (m.reg("cpl"), m.reg("ss")) == (0, KDATA)
+
+
+def test_an_interrupt_waits_for_an_element_that_is_still_to_be_stored():
+    m = machine(ept=True)
+    m.gate(0x20, H)
+    m.put(CODE, "sti; mov edi, 0x300000; mov dx, 0x80; insb; hlt")
+    e = m.step()
+    assert e.reason == exits.REASON_IO_INSTRUCTION
+    m.ept_set(0x300000, rwx=0)
+    m.cpu.flush_tlb(m.vcpus[0])
+    m.set(rax=0x5A)
+    m.cpu.skip_emulated_instruction(m.vcpus[0], e.insn_len)
+    v = m.vcpus[0]
+    v.entry_intr_info = 0x80000020
+    e = m.step()
+    assert (e.reason, e.idt_vectoring_info, e.guest_physical) == (48, 0x80000020, 0x300000)
+    m.ept_set(0x300000, rwx=7)
+    v.entry_intr_info = e.idt_vectoring_info
+    e = m.step()
+    assert e.rip == H
+    assert m.ram.read(0x300000, 1) == b"\x5a"
+    assert m.reg("rdi") == 0x300001
+
+
+def test_an_exit_keeps_the_sti_shadow():
+    m = machine(ept=True)
+    m.put(CODE, "mov rbx, 0x300000; sti; mov [rbx], rax; hlt")
+    m.ept_set(0x300000, rwx=0)
+    assert m.step().reason == exits.REASON_EPT_VIOLATION
+    assert not m.cpu.interrupt_allowed(m.vcpus[0])
+    m.ept_set(0x300000, rwx=7)
+    m.vcpus[0].irq_window = True
+    e = m.step()
+    assert (e.reason, e.rip) == (exits.REASON_INTERRUPT_WINDOW, CODE + 11)
