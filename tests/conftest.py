@@ -7,7 +7,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Derandomised: a red test is red for everybody. `make soak` looks for new cases.
+# Derandomised: a red test is red for everybody. `make soak` looks for new ones.
 settings.register_profile(
     "refault", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
