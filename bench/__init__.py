@@ -1,0 +1,7 @@
+"""How fast the machine is, in ratios and microseconds, and what it is held to.
+
+`python -m bench` measures and prints a table and one last line of JSON; `--check` holds the numbers
+to targets.toml. A file per subject: warm (loops that miss nothing), refill (misses of the TLB), faults
+(VM exits and what follows), tracing, startup. Ratios are taken within one run, so that they hold on any
+machine; times are the best of several, because machines are shared.
+"""

@@ -1,0 +1,73 @@
+"""What it costs to start, and how much memory a guest takes. Each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+from bench.report import Group, Measure
+
+__all__ = ["GROUP"]
+
+_VERSION = "import refault"
+_BIG = """
+import json, resource, refault
+vm = refault.VM(memory="16G", host_ram="20G")
+vm.load("first-touch")
+stop = vm.run()
+assert (stop.kind, stop.status) == ("exit", 0), (stop, vm.serial)
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+"""
+_TOUCH = """
+import json, resource
+from bench.lab import Lab
+def rss():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+lab = Lab()
+lab.write_pages(256, 0x200000)
+before = rss()
+lab.write_pages({pages})
+print(json.dumps((rss() - before) / {pages} - 4096))
+"""
+TOUCHED = 12288
+
+
+def _run(*arguments: str, rounds: int = 3) -> tuple[float, str]:
+    """Least time in seconds, and what the last one printed."""
+    least, text = float("inf"), ""
+    for _ in range(rounds):
+        began = time.perf_counter()
+        text = subprocess.run(
+            [sys.executable, *arguments], check=True, capture_output=True, text=True
+        ).stdout
+        least = min(least, time.perf_counter() - began)
+    return least, text
+
+
+def measure() -> dict[str, float]:
+    """Seconds, MB and bytes."""
+    listed, _ = _run("-m", "refault", "list", rounds=5)
+    imported, _ = _run("-c", _VERSION, rounds=5)
+    _run("-c", _BIG, rounds=1)  # so that the cache of native code is there
+    big, rss = _run("-c", _BIG)
+    _, touched = _run("-c", _TOUCH.format(pages=TOUCHED), rounds=1)
+    return {
+        "refault_list": listed, "import_refault": imported, "start_16g": big,
+        "start_16g_rss": json.loads(rss) / 1000, "touched_frame": json.loads(touched),
+    }
+
+
+GROUP = Group(
+    "startup",
+    (
+        Measure("refault_list", "s", "`refault list`, the process and all"),
+        Measure("import_refault", "s", "`python -c 'import refault'`"),
+        Measure("start_16g", "s", "a guest of 16 GiB from nothing to its end (first-touch)"),
+        Measure("start_16g_rss", "MB", "the memory of that process"),
+        Measure("touched_frame", "bytes", "bookkeeping for each frame the guest touched, its 4096 bytes aside"),
+    ),
+    measure,
+)
