@@ -104,7 +104,9 @@ def kvm_get_dirty_log(kvm: Kvm, slot: int) -> bytearray:
         return snapshot
 
 
-def kvm_clear_dirty_log(kvm: Kvm, slot: int, first_page: int, num_pages: int, mask: bytes | bytearray) -> None:
+def kvm_clear_dirty_log(
+    kvm: Kvm, slot: int, first_page: int, num_pages: int, mask: bytes | bytearray
+) -> None:
     """KVM_CLEAR_DIRTY_LOG: clear the bits of `mask` in [first_page, +num_pages) and protect those pages."""
     with kvm.slots_lock:
         if first_page & 63:

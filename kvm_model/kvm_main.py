@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 __all__ = ["TRACEPOINTS", "Kvm"]
 
 TRACEPOINTS = (
-    *mmu_notifier.TRACEPOINTS, *memory_region.TRACEPOINTS, *follow_pfn.TRACEPOINTS, *invalidate.TRACEPOINTS,
+    *requests.TRACEPOINTS, *mmu_notifier.TRACEPOINTS, *memory_region.TRACEPOINTS,
+    *follow_pfn.TRACEPOINTS, *invalidate.TRACEPOINTS,
     *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
     *tdp_mmu.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS,
 )
@@ -173,7 +174,7 @@ class Kvm:
         memory_region.kvm_set_user_memory_region(self, slot, gpa, size, hva, flags)
 
     def enable_manual_dirty_log(self, *, init_set: bool = False) -> None:
-        """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reading a log no longer clears it; `init_set`: logs start full."""
+        """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reading a log does not clear it; `init_set`: logs start full."""
         self.manual_dirty_log_protect = True
         self.dirty_log_init_set = init_set
 
@@ -247,9 +248,10 @@ class Kvm:
         vcpu = self.vcpus[0]
         idx = self.srcu.read_lock()
         try:
+            error_code = PFERR_WRITE_MASK | PFERR_GUEST_FINAL_MASK
             r = mmu_roots.kvm_mmu_reload(vcpu)
             if not r:
-                r = mmu.kvm_tdp_map_page(vcpu, gfn << 12, PFERR_WRITE_MASK | PFERR_GUEST_FINAL_MASK, PG_LEVEL_4K)
+                r = mmu.kvm_tdp_map_page(vcpu, gfn << 12, error_code, PG_LEVEL_4K)
             if r < 0:
                 raise KernelError(-r, f"gfn {gfn:#x} cannot be mapped")
             self.instrumented.add(self.leaf_spte(gfn)[0] >> 3)

@@ -64,7 +64,7 @@ def _check(kvm: Kvm, as_id: int, id_: int, gpa: int, size: int, hva: int, flags:
         (flags & ~(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY), f"unknown flags {flags:#x}"),
         (size & 0xFFF or not 0 <= size < _U64, f"size {size:#x} is not whole pages"),
         (gpa & 0xFFF or not 0 <= gpa < _U64, f"guest address {gpa:#x} is not page aligned"),
-        (hva & 0xFFF or not 0 <= hva, f"host address {hva:#x} is not page aligned"),
+        (hva & 0xFFF or not hva >= 0, f"host address {hva:#x} is not page aligned"),
         (hva + size > TASK_SIZE, f"host range {hva:#x}+{size:#x} is not user memory"),
         (as_id >= kvm.profile.nr_memslot_as_ids or id_ >= KVM_MEM_SLOTS_NUM, f"no address space {as_id}"),
         (gpa + size >= _U64, "the guest range wraps around"),
@@ -116,7 +116,8 @@ def _kvm_set_memslot(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot | N
     assert shown is not None
     if (t := kvm.trace.memslot_update) is not None:
         ctx.cause = t(
-            change, shown.as_id << 16 | shown.id, shown.base_gfn, shown.npages, shown.userspace_addr, shown.flags
+            change, shown.as_id << 16 | shown.id, shown.base_gfn, shown.npages, shown.userspace_addr,
+            shown.flags,
         )
     try:
         kvm.slots_arch_lock.lock()
@@ -132,7 +133,8 @@ def _change_memslot(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot | No
         _inactive(kvm, new.as_id).replace(None, new)
         _kvm_activate_memslot(kvm, None, new)
     elif change == "flags-only":
-        assert old is not None and new is not None
+        assert old is not None
+        assert new is not None
         _prepare_or_raise(kvm, old, new, change)
         _inactive(kvm, new.as_id).replace(old, new)
         _kvm_activate_memslot(kvm, old, new)

@@ -132,7 +132,9 @@ def lpage_disallowed(slot: KvmMemorySlot, gfn: int, level: int) -> bool:
 class KvmMemslots:
     """struct kvm_memslots: one set of slots of one address space, with its generation."""
 
-    __slots__ = ("_bases", "_by_gfn", "_by_hva", "_hva_max_end", "_hva_starts", "_last", "generation", "id_hash")
+    __slots__ = (
+        "_bases", "_by_gfn", "_by_hva", "_hva_max_end", "_hva_starts", "_last", "generation", "id_hash",
+    )
 
     def __init__(self, generation: int) -> None:
         self.generation = generation

@@ -57,7 +57,7 @@ def kvm_handle_hva_range(
     kvm: Kvm, start: int, end: int, *, handler: Handler | None, on_lock: OnLock | None,
     flush_on_ret: bool, may_block: bool, lockless: bool,
 ) -> tuple[bool, bool]:
-    """Run `handler` on the gfns behind [start, end) of each memslot; (its answers or'ed, whether a slot was hit).
+    """Run `handler` on the gfns behind [start, end) of each memslot; (answers or'ed, slot found).
 
     mmu_lock is taken for write at the first slot, then `on_lock` runs; without a handler that is all.
     """

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trace_events.tracepoint import Tracepoint
+
 if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
     from kvm_model.vcpu import Vcpu
@@ -24,7 +26,7 @@ __all__ = [
     "EXITING_GUEST_MODE", "IN_GUEST_MODE", "KVM_REQUEST_NO_ACTION", "KVM_REQUEST_NO_WAKEUP",
     "KVM_REQUEST_WAIT", "KVM_REQ_EVENT", "KVM_REQ_MMU_FREE_OBSOLETE_ROOTS", "KVM_REQ_NMI",
     "KVM_REQ_OUTSIDE_GUEST_MODE", "KVM_REQ_TLB_FLUSH", "KVM_REQ_TLB_FLUSH_CURRENT",
-    "KVM_REQ_TRIPLE_FAULT", "KVM_REQ_UNBLOCK", "KVM_REQ_VM_DEAD", "OUTSIDE_GUEST_MODE",
+    "KVM_REQ_TRIPLE_FAULT", "KVM_REQ_UNBLOCK", "KVM_REQ_VM_DEAD", "OUTSIDE_GUEST_MODE", "TRACEPOINTS",
     "kvm_check_request", "kvm_clear_request", "kvm_flush_remote_tlbs", "kvm_flush_remote_tlbs_gfn",
     "kvm_make_all_cpus_request", "kvm_make_request", "kvm_test_request", "kvm_vcpu_kick",
     "kvm_vcpu_wake_up",
@@ -49,6 +51,14 @@ KVM_REQ_NMI = 8 + 9
 KVM_REQ_TLB_FLUSH_CURRENT = 8 + 26
 KVM_REQ_MMU_FREE_OBSOLETE_ROOTS = 8 + 31 | _QUIET
 KVM_REQ_OUTSIDE_GUEST_MODE = KVM_REQUEST_NO_ACTION | _QUIET
+
+
+REMOTE_TLB_FLUSH = Tracepoint(
+    "refault", "kvm_flush_remote_tlbs", ("vcpus", "kicked"),
+    lambda vcpus, kicked: f"{vcpus} vCPUs must flush{', some in guest mode' if kicked else ''}",
+    doc="Every vCPU of the VM empties its TLB before it executes another guest instruction.",
+)
+TRACEPOINTS = (REMOTE_TLB_FLUSH,)
 
 
 def kvm_make_request(req: int, vcpu: Vcpu) -> None:
@@ -119,8 +129,11 @@ def kvm_flush_remote_tlbs(kvm: Kvm) -> None:
         kvm.sched.race("remote-flush")
     if kvm.truths is not None:
         kvm.truths.note_flush()
-    if kvm_make_all_cpus_request(kvm, KVM_REQ_TLB_FLUSH):
+    kicked = kvm_make_all_cpus_request(kvm, KVM_REQ_TLB_FLUSH)
+    if kicked:
         kvm.stat["remote_tlb_flush"] += 1
+    if (t := kvm.trace.kvm_flush_remote_tlbs) is not None:
+        t(len(kvm.vcpus), kicked)
 
 
 def kvm_flush_remote_tlbs_gfn(kvm: Kvm, gfn: int, level: int) -> None:

@@ -141,7 +141,7 @@ class KvmTruths:
                 if start <= gfn and gfn + kvm_pages_per_hpage(level) <= end:
                     self._broken(
                         "no-spte-in-bracket",
-                        f"range_start of gfns {start:#x}-{end:#x} returned with gfn {gfn:#x} mapped by {spte:#x}",
+                        f"range_start of gfns {start:#x}-{end:#x} returned, but {spte:#x} maps gfn {gfn:#x}",
                     )
 
     # -- stores ---------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ class KvmTruths:
         was_leaf = is_shadow_present_pte(old) and is_last_spte(old, level)
         if not is_shadow_present_pte(new) or not is_last_spte(new, level):
             if was_leaf and kvm.spte.is_mmio_spte(new):
-                self._broken("no-mmio-over-slot", f"gfn {gfn:#x}: MMIO SPTE {new:#x} over present {old:#x}")
+                self._broken("no-mmio-over-slot", f"gfn {gfn:#x}: {new:#x} over {old:#x}")
             return
         self._check_state(gfn, new)
         if was_leaf and spte_to_pfn(old) != spte_to_pfn(new):
@@ -161,7 +161,7 @@ class KvmTruths:
         start, end = kvm.mmu_invalidate_range_start, kvm.mmu_invalidate_range_end
         making = not was_leaf and kvm.mmu_invalidate_in_progress and start <= gfn and gfn + pages <= end
         if making or self._in_open_bracket(gfn, pages):
-            self._broken("no-spte-in-bracket", f"gfn {gfn:#x} level {level}: {new:#x} stored inside a bracket")
+            self._broken("no-spte-in-bracket", f"gfn {gfn:#x} level {level}: {new:#x} stored in a bracket")
         self._noted[sptep] = kvm.stream.ctx.cause
 
     def _check_state(self, gfn: int, spte: int) -> None:
@@ -249,13 +249,13 @@ class KvmTruths:
         if not entry & _PAGE_PRESENT or pfn != host_pfn:
             self._broken(
                 "spte-matches-host",
-                f"gfn {gfn:#x} level {level}: SPTE {spte:#x} maps pfn {pfn:#x}, the host's entry is {entry:#x}", seq,
+                f"gfn {gfn:#x} level {level}: SPTE {spte:#x} maps pfn {pfn:#x}, the host has {entry:#x}", seq,
             )
         if level > host_level:
-            self._broken("spte-matches-host", f"gfn {gfn:#x}: SPTE of level {level}, host level {host_level}", seq)
+            self._broken("spte-matches-host", f"gfn {gfn:#x}: level {level}, host level {host_level}", seq)
         if spte & kvm.spte.host_writable and not entry & _PAGE_RW:
             self._broken(
-                "spte-matches-host", f"gfn {gfn:#x}: SPTE {spte:#x} is host-writable, the host's {entry:#x} is not",
+                "spte-matches-host", f"gfn {gfn:#x}: {spte:#x} is host-writable, the host says {entry:#x}",
                 seq,
             )
 
@@ -272,7 +272,7 @@ class KvmTruths:
                     continue
                 self._check_state(gfn, spte)
                 if self._in_open_bracket(gfn, kvm_pages_per_hpage(level)):
-                    self._broken("no-spte-in-bracket", f"gfn {gfn:#x} level {level}: {spte:#x} in an open bracket")
+                    self._broken("no-spte-in-bracket", f"gfn {gfn:#x}: {spte:#x} in an open bracket")
                 if not locked:
                     self._check_leaf(sptep, gfn, level, spte, None)
         return count

@@ -25,8 +25,13 @@ if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
 
 __all__ = [
-    "KVM_MP_STATE_HALTED", "KVM_MP_STATE_RUNNABLE", "IrqSource", "QueuedException", "UserExit", "Vcpu",
+    "KVM_MP_STATE_HALTED",
+    "KVM_MP_STATE_RUNNABLE",
     "VCPU_STATS",
+    "IrqSource",
+    "QueuedException",
+    "UserExit",
+    "Vcpu",
 ]
 
 KVM_MP_STATE_RUNNABLE = 0

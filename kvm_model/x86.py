@@ -35,9 +35,9 @@ from kvm_model.requests import (
     kvm_make_request,
 )
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, UserExit, Vcpu
+from kvm_model.vmx.exits import EXIT_REASON_NAMES, INTR_INFO_VALID, VmExit
 from kvm_model.vmx.vmx import vmx_handle_exit
 from kvm_model.x86_events import kvm_check_and_inject_events, vmx_cancel_injection, vmx_complete_interrupts
-from kvm_model.vmx.exits import EXIT_REASON_NAMES, INTR_INFO_VALID, VmExit
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ _USER_EXIT_NAMES = {
 
 
 def _fmt_exit(
-    reason: int, rip: int, isa: int, info1: int, info2: int, intr: int, error: int, vcpu_id: int, requests: int
+    reason: int, rip: int, isa: int, info1: int, info2: int, intr: int, error: int, vcpu_id: int,
+    requests: int,
 ) -> str:
     name = EXIT_REASON_NAMES.get(reason & 0xFFFF, f"{reason & 0xFFFF:#x}")
     return (
@@ -152,13 +153,15 @@ def _vcpu_run(vcpu: Vcpu) -> int:
             vcpu.immediate_exit = False
             vcpu.stat["signal_exits"] += 1
             return -EINTR
-        if vcpu.need_resched or kvm.sched.preempt:
+        sched = kvm.sched
+        if vcpu.need_resched or sched.preempt or sched.runnable:
             _srcu_unlock(vcpu)
-            if vcpu.need_resched:
+            if vcpu.need_resched or (sched.runnable and sched.strategy is None):
+                # xfer_to_guest_mode_handle_work: somebody else was woken and wants the CPU.
                 vcpu.need_resched = False
-                kvm.sched.yield_()
+                sched.yield_()
             else:
-                kvm.sched.point("vcpu-run")
+                sched.point("vcpu-run")
             _srcu_lock(vcpu)
 
 
@@ -265,7 +268,6 @@ def _vcpu_runnable(vcpu: Vcpu) -> bool:
 
 
 def _vcpu_block(vcpu: Vcpu) -> int:
-    kvm = vcpu.kvm
     if not _vcpu_runnable(vcpu) and not _can_wake(vcpu):
         vcpu.mp_state = KVM_MP_STATE_RUNNABLE
         vcpu.run = UserExit("hlt")

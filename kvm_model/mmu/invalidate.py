@@ -38,7 +38,8 @@ MMU_INVALIDATE_BEGIN = Tracepoint(
     doc="A range (of gfns) joined the invalidations in progress; the numbers are those after it.",
 )
 MMU_INVALIDATE_END = Tracepoint(
-    "refault", "mmu_invalidate_end", _FIELDS, _fmt, doc="An invalidation ended; the numbers are those after it.",
+    "refault", "mmu_invalidate_end", _FIELDS, _fmt,
+    doc="An invalidation ended; the numbers are those after it.",
 )
 TRACEPOINTS = (MMU_INVALIDATE_BEGIN, MMU_INVALIDATE_END)
 

@@ -60,7 +60,10 @@ if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
     from kvm_model.vcpu import Vcpu
 
-__all__ = ["TRACEPOINTS", "host_pfn_mapping_level", "kvm_mmu_max_mapping_level", "kvm_mmu_page_fault", "kvm_tdp_map_page"]
+__all__ = [
+    "TRACEPOINTS", "host_pfn_mapping_level", "kvm_mmu_max_mapping_level", "kvm_mmu_page_fault",
+    "kvm_tdp_map_page",
+]
 
 FAULT_RETRY = Tracepoint(
     "refault", "fault_retry", ("gfn", "reason", "mmu_seq", "seq", "in_progress"),

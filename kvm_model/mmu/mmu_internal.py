@@ -127,7 +127,10 @@ class KvmMmuPage:
         return self.role & _ROLE_AD_DISABLED != 0
 
     def __repr__(self) -> str:
-        return f"<KvmMmuPage spt {self.spt:#x} gfn {self.gfn:#x} level {self.level} root_count {self.root_count}>"
+        return (
+            f"<KvmMmuPage spt {self.spt:#x} gfn {self.gfn:#x} level {self.level} "
+            f"root_count {self.root_count}>"
+        )
 
 
 def fmt_mmu_page(gen: int, gfn: int, role: int, root_count: int, unsync: bool) -> str:

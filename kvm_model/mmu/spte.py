@@ -257,7 +257,7 @@ class SpteMasks:
     def make_huge_spte(self, small_spte: int, level: int) -> int:
         """The huge SPTE of `level` that covers a present small one."""
         huge = small_spte | PT_PAGE_SIZE_MASK
-        huge &= ~(((kvm_pages_per_hpage(level) - 1) << 12))
+        huge &= ~((kvm_pages_per_hpage(level) - 1) << 12)
         if self.nx_huge_pages:
             huge = self._modify_protections(huge, self.nx, self.x)
         return huge

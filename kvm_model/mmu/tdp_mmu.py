@@ -57,10 +57,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TRACEPOINTS", "fetch_and64", "for_each_tdp_mmu_root", "for_each_tdp_mmu_root_yield_safe",
-    "handle_changed_spte", "init_spt", "invalidate_root", "is_access_allowed", "kvm_tdp_mmu_alloc_root", "kvm_tdp_mmu_map",
-    "kvm_tdp_mmu_put_root", "kvm_tdp_mmu_write_spte", "root_to_sp", "spte_changed", "tdp_mmu_free_sp",
-    "tdp_mmu_init_child_sp", "tdp_mmu_iter_set_spte", "tdp_mmu_set_spte_atomic", "tdp_mmu_split_huge_page",
-    "try_cmpxchg64", "xchg64",
+    "handle_changed_spte", "init_spt", "invalidate_root", "is_access_allowed", "kvm_tdp_mmu_alloc_root",
+    "kvm_tdp_mmu_map", "kvm_tdp_mmu_put_root", "kvm_tdp_mmu_write_spte", "root_to_sp", "spte_changed",
+    "tdp_mmu_free_sp", "tdp_mmu_init_child_sp", "tdp_mmu_iter_set_spte", "tdp_mmu_set_spte_atomic",
+    "tdp_mmu_split_huge_page", "try_cmpxchg64", "xchg64",
 ]
 
 _EMPTY_TABLE = SHADOW_NONPRESENT_VALUE.to_bytes(8, "little") * 512
@@ -192,6 +192,8 @@ def handle_changed_spte(
         return
     if was_leaf != is_leaf and level in _PAGE_STAT:
         kvm.stat[_PAGE_STAT[level]] += 1 if is_leaf else -1
+    if kvm.instrumented and not is_leaf:
+        kvm.instrumented.discard(sptep)
     if was_leaf and not is_present and (t := kvm.trace.spte_zap) is not None:
         kvm.killed_by.zapped(gfn, level, t(gfn, level, old, why))
     if was_present and not was_leaf and (is_leaf or not is_present):

@@ -186,8 +186,9 @@ class Machine:
     """A host, a VMM process with one anonymous area at BASE, a VM with one slot at gpa 0, vCPUs."""
 
     def __init__(
-        self, *, pages: int = 64, vcpus: int = 1, breaks: tuple[str, ...] = (), params: dict[str, str] | None = None,
-        ram: int = 16 << 20, swap: int | None = 16 << 20, seed: int | None = None, slot: bool = True,
+        self, *, pages: int = 64, vcpus: int = 1, breaks: tuple[str, ...] = (),
+        params: dict[str, str] | None = None, ram: int = 16 << 20,
+        swap: int | None = 16 << 20, seed: int | None = None, slot: bool = True,
     ) -> None:
         self.stream = TraceStream()
         self.sched = Scheduler(self.stream)

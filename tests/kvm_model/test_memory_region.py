@@ -79,9 +79,10 @@ def test_a_deleted_slot_leaves_no_spte_and_the_next_access_is_mmio() -> None:
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, 0, BASE))
     assert m.truths.sweep() == 0
     exit_ = m.run_raw(("r", 0x3000))
-    assert exit_.kind == "mmio" and exit_.gpa == 0x3000
+    assert exit_.kind == "mmio"
+    assert exit_.gpa == 0x3000
     names = m.names(system="kvmmmu")
-    assert names.index("kvm_mmu_zap_all_fast") < len(names) - 1 - names[::-1].index("kvm_mmu_prepare_zap_page")
+    assert "kvm_mmu_prepare_zap_page" in names[names.index("kvm_mmu_zap_all_fast"):]
 
 
 def test_a_moved_slot_shows_its_bytes_at_the_new_place() -> None:
@@ -107,7 +108,8 @@ def test_an_update_waits_for_open_brackets() -> None:
     m.do(lambda: mmu_notifier_invalidate_range_start(range_))
     update = m.sched.spawn("update", lambda: m.kvm.set_user_memory_region(0, 0, 0, BASE))
     m.sched.run_until(lambda: bool(m.kvm.mn_memslots_update_wait.waiters))
-    assert not update.done and m.kvm.slots().gfn_to_memslot(0) is not None
+    assert not update.done
+    assert m.kvm.slots().gfn_to_memslot(0) is not None
     m.do(lambda: mmu_notifier_invalidate_range_end(range_))
     m.finish(update)
     assert m.kvm.slots().gfn_to_memslot(0) is None

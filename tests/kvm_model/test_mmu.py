@@ -25,7 +25,8 @@ def test_a_first_store_maps_writable_at_once() -> None:
     assert m.run(("w", 0x3000, 7), ("r", 0x3000)) == [7]
     assert m.vcpus[0].stat["pf_taken"] == 1 == m.vcpus[0].stat["pf_fixed"]
     spte = m.leaf(3)
-    assert spte & 0xFFF == 0xB77 and spte >> 57 & 3 == 3
+    assert spte & 0xFFF == 0xB77
+    assert spte >> 57 & 3 == 3
 
 
 def test_a_first_load_maps_the_zero_page_read_only() -> None:
@@ -33,7 +34,8 @@ def test_a_first_load_maps_the_zero_page_read_only() -> None:
     assert m.run(("r", 0x3000)) == [0]
     spte = m.leaf(3)
     assert spte_to_pfn(spte) == m.host.zero_pfn
-    assert spte & 0xFFF == 0x975 and not spte >> 57 & 3
+    assert spte & 0xFFF == 0x975
+    assert not spte >> 57 & 3
 
 
 def test_a_load_of_a_page_the_host_wrote_maps_writable() -> None:
@@ -56,8 +58,10 @@ def test_the_store_over_a_zero_page_is_cut_by_its_own_notifier_and_faults_again(
     ]
     faults = [e for e in m.events[since:] if e.name == "kvm_page_fault"]
     zap = m.last("spte_zap")
-    assert faults[0].args["error_code"] == 0x1AA and faults[0].killed_by is None
-    assert faults[1].args["error_code"] == 0x182 and faults[1].killed_by == zap.seq
+    assert faults[0].args["error_code"] == 0x1AA
+    assert faults[0].killed_by is None
+    assert faults[1].args["error_code"] == 0x182
+    assert faults[1].killed_by == zap.seq
     assert m.last("spte_install").killed_by == zap.seq
     assert m.last("fault_retry").args["reason"] == "stale-after-gup"
     assert m.run(("r", 0x5000)) == [9]
@@ -170,7 +174,8 @@ def test_the_kvm_gives_every_frame_back_when_it_is_destroyed() -> None:
     m.do(m.kvm.destroy)
     # What stays are the VMM's own page tables for the zero page.
     assert free - m.host.allocator.nr_free_pages() <= 3
-    assert not m.kvm.sps and not m.kvm.tdp_mmu_roots
+    assert not m.kvm.sps
+    assert not m.kvm.tdp_mmu_roots
 
 
 # -- MMIO ---------------------------------------------------------------------------------------
@@ -261,13 +266,16 @@ def test_a_huge_host_page_makes_a_huge_spte_and_logging_splits_it(monkeypatch: p
     m.kvm.truths = None
     m.sched.set_on_point(None)
     assert map_huge(m, 0x205, 0x405) == 5
-    address, level = m.kvm.leaf_spte(0x205)
-    assert level == 2 and m.leaf(0x205) & 0x80 and spte_to_pfn(m.leaf(0x205)) == 0x400
+    assert m.kvm.leaf_spte(0x205)[1] == 2
+    assert m.leaf(0x205) & 0x80
+    assert spte_to_pfn(m.leaf(0x205)) == 0x400
     assert m.kvm.stat["pages_2m"] == 1
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, 1024 * PAGE, BASE, 1))
     assert m.last("kvm_mmu_split_huge_page").args["errno"] == 0
-    address, level = m.kvm.leaf_spte(0x205)
-    assert level == 1 and spte_to_pfn(m.leaf(0x205)) == 0x405 and not m.leaf(0x205) & 2
+    _address, level = m.kvm.leaf_spte(0x205)
+    assert level == 1
+    assert spte_to_pfn(m.leaf(0x205)) == 0x405
+    assert not m.leaf(0x205) & 2
     assert m.kvm.stat == m.kvm.stat | {"pages_2m": 0, "pages_4k": 512}
 
 
@@ -278,7 +286,8 @@ def test_ending_the_log_recovers_the_huge_mapping(monkeypatch: pytest.MonkeyPatc
     map_huge(m, 0x205, 0x405)
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, 1024 * PAGE, BASE, 1))
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, 1024 * PAGE, BASE, 0))
-    assert m.kvm.leaf_spte(0x205)[1] == 2 and spte_to_pfn(m.leaf(0x205)) == 0x400
+    assert m.kvm.leaf_spte(0x205)[1] == 2
+    assert spte_to_pfn(m.leaf(0x205)) == 0x400
     assert m.kvm.stat == m.kvm.stat | {"pages_2m": 1, "pages_4k": 0}
 
 
@@ -288,9 +297,11 @@ def test_a_fetch_under_the_nx_mitigation_maps_4k(monkeypatch: pytest.MonkeyPatch
     m.kvm.truths = None
     m.sched.set_on_point(None)
     map_huge(m, 0x205, 0x405)
-    assert m.kvm.leaf_spte(0x205)[1] == 2 and not m.leaf(0x205) & 4
+    assert m.kvm.leaf_spte(0x205)[1] == 2
+    assert not m.leaf(0x205) & 4
     map_huge(m, 0x206, 0x406, exec_=True)
-    assert m.kvm.leaf_spte(0x206)[1] == 1 and m.leaf(0x206) & 4
+    assert m.kvm.leaf_spte(0x206)[1] == 1
+    assert m.leaf(0x206) & 4
     map_huge(m, 0x207, 0x407)
     assert m.kvm.leaf_spte(0x207)[1] == 1
 
@@ -299,5 +310,6 @@ def test_a_tool_gets_its_4k_leaf() -> None:
     m = Machine()
     m.do(lambda: m.kvm.map_for_instrument(9))
     address, level = m.kvm.leaf_spte(9)
-    assert level == 1 and m.host.ram.u64[address >> 3] & 7 == 7
+    assert level == 1
+    assert m.host.ram.u64[address >> 3] & 7 == 7
     assert m.kvm.leaf_spte(10) == (0, 0)

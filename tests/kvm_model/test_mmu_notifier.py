@@ -94,7 +94,8 @@ def test_a_fork_write_protects_and_the_next_store_gets_its_own_copy() -> None:
     before = m.leaf(0)
     child = m.do(lambda: fork_process(m.process))
     assert m.run(("r", 0)) == [1]
-    assert m.leaf(0) & 2 == 0 and m.leaf(0) >> 57 & 3 == 0
+    assert m.leaf(0) & 2 == 0
+    assert m.leaf(0) >> 57 & 3 == 0
     m.run(("w", 0, 2))
     assert m.leaf(0) >> 12 & 0xFFFFF != before >> 12 & 0xFFFFF
     m.do(lambda: exit_process(child))
@@ -123,7 +124,8 @@ def test_aging_clears_accessed_once_and_needs_no_flush(eptad: str) -> None:
         return int(m.do(lambda: mmu_notifier_clear_flush_young(m.mm, BASE, BASE + 2 * PAGE)))
 
     assert m.do(lambda: mmu_notifier_test_young(m.mm, BASE)) == 1
-    assert age() == 1 and age() == 0
+    assert age() == 1
+    assert age() == 0
     assert m.do(lambda: mmu_notifier_test_young(m.mm, BASE)) == 0
     assert m.kvm.stat["remote_tlb_flush_requests"] == flushes
     m.cpu.tlb[0].clear()
@@ -159,11 +161,13 @@ def test_a_pfn_cache_is_dropped_by_a_bracket_and_refreshed_after_it() -> None:
     m = Machine()
     gpc = GfnToPfnCache(m.kvm)
     assert m.do(lambda: gpc.activate(0x3010)) == 0
-    assert gpc.check(8) and not gpc.check(PAGE)
+    assert gpc.check(8)
+    assert not gpc.check(PAGE)
     m.run(("w", 0x3000, 7))
     m.do(lambda: do_madvise(m.mm, BASE + 3 * PAGE, PAGE, MADV_PAGEOUT))
     assert not gpc.check(8)
-    assert m.do(gpc.refresh) == 0 and gpc.check(8)
+    assert m.do(gpc.refresh) == 0
+    assert gpc.check(8)
     assert m.host.ram.u64[gpc.pfn << 9] == 7
     m.do(gpc.deactivate)
     assert not m.kvm.gpc_list
@@ -176,7 +180,8 @@ def test_a_pfn_cache_is_not_filled_while_a_bracket_is_open() -> None:
     refresh = m.sched.spawn("gpc", lambda: gpc.activate(0x3000))
     spin = m.sched.spawn("clock", lambda: [m.sched.yield_() for _ in range(20)])
     m.finish(spin)
-    assert not refresh.done and not gpc.valid
+    assert not refresh.done
+    assert not gpc.valid
     close(m, range_)
     m.finish(refresh)
     assert gpc.valid

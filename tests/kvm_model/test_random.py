@@ -127,6 +127,9 @@ def test_the_same_seed_gives_the_same_events() -> None:
 
 
 def test_random_schedules_find_a_missing_retry() -> None:
-    with pytest.raises(BrokenTruth):
+    def search() -> None:
         for seed in range(10):
             _storm(seed, ("no-retry",))
+
+    with pytest.raises(BrokenTruth):
+        search()

@@ -55,7 +55,8 @@ def test_without_ad_bits_the_leaf_says_so_and_a_prefetched_one_has_no_rights() -
     assert spte == leaf() | 1 << 52
     assert not spte_ad_enabled(spte)
     tracked = leaf(masks=NO_AD, prefetch=True)
-    assert tracked & 7 == 0 and tracked >> 54 & 7 == 5
+    assert tracked & 7 == 0
+    assert tracked >> 54 & 7 == 5
     assert NO_AD.is_access_track_spte(tracked)
 
 
@@ -74,16 +75,20 @@ def test_nonleaf_entries_are_rwx_and_accessed() -> None:
 @pytest.mark.parametrize("generation", [0, 2, 0xFE, 0x100, 0x7FFFE, 0x80002])
 def test_an_mmio_spte_keeps_gfn_and_19_bits_of_generation(generation: int) -> None:
     spte = AD.make_mmio_spte(0xFEE00, ACC_ALL, generation)
-    assert AD.is_mmio_spte(spte) and not is_shadow_present_pte(spte)
-    assert spte & 7 == 6 and ept_misconfigured(spte, 1)
+    assert AD.is_mmio_spte(spte)
+    assert not is_shadow_present_pte(spte)
+    assert spte & 7 == 6
+    assert ept_misconfigured(spte, 1)
     assert AD.get_mmio_spte_gfn(spte) == 0xFEE00
     assert get_mmio_spte_generation(spte) == generation & 0x7FFFF
 
 
 def test_frozen_and_nonpresent_values() -> None:
     assert FROZEN_SPTE == SHADOW_NONPRESENT_VALUE | 0x5A0
-    assert is_frozen_spte(FROZEN_SPTE) and not is_shadow_present_pte(FROZEN_SPTE)
-    assert not AD.is_mmio_spte(FROZEN_SPTE) and not AD.is_mmio_spte(SHADOW_NONPRESENT_VALUE)
+    assert is_frozen_spte(FROZEN_SPTE)
+    assert not is_shadow_present_pte(FROZEN_SPTE)
+    assert not AD.is_mmio_spte(FROZEN_SPTE)
+    assert not AD.is_mmio_spte(SHADOW_NONPRESENT_VALUE)
 
 
 def test_small_and_huge_sptes_convert_into_each_other() -> None:
@@ -95,7 +100,8 @@ def test_small_and_huge_sptes_convert_into_each_other() -> None:
 
 def test_nx_huge_pages_take_x_from_huge_leaves_only() -> None:
     nx = ept_masks(has_ad_bits=True, nx_huge_pages=True)
-    assert leaf(2, nx) & 4 == 0 and leaf(1, nx) & 4
+    assert leaf(2, nx) & 4 == 0
+    assert leaf(1, nx) & 4
     assert nx.make_small_spte(leaf(2, nx), 1, 0) & 4
 
 

@@ -45,7 +45,9 @@ def test_out_leaves_rip_at_the_instruction_until_user_space_comes_back() -> None
     assert m.last("kvm_pio").args == {"rw": 1, "port": 0x3F8, "size": 1, "count": 1, "val": 0x34}
 
 
-@pytest.mark.parametrize(("size", "want"), [(1, 0x1111_1111_1111_11EF), (2, 0x1111_1111_1111_BEEF), (4, 0xDEADBEEF)])
+@pytest.mark.parametrize(
+    ("size", "want"), [(1, 0x1111_1111_1111_11EF), (2, 0x1111_1111_1111_BEEF), (4, 0xDEADBEEF)]
+)
 def test_in_fills_the_low_part_of_rax(size: int, want: int) -> None:
     m = Machine()
     m.cpu.set_reg(m.vcpus[0], "rax", 0x1111_1111_1111_1111)
@@ -99,7 +101,8 @@ def test_a_triple_fault_is_a_shutdown() -> None:
 def test_an_unknown_exit_is_an_internal_error() -> None:
     m = Machine()
     exit_ = m.run_raw(exit_op(exits.REASON_INVLPG))
-    assert exit_.kind == "internal-error" and "INVLPG" in exit_.why
+    assert exit_.kind == "internal-error"
+    assert "INVLPG" in exit_.why
 
 
 def test_an_instruction_that_cannot_be_emulated_is_an_internal_error() -> None:
@@ -202,7 +205,8 @@ def test_a_request_made_while_outside_is_served_without_a_kick() -> None:
     assert m.vcpus[0].mode == OUTSIDE_GUEST_MODE
     flushes = m.cpu.flushes[0]
     m.kvm.kvm_flush_remote_tlbs()
-    assert not m.vcpus[0].kicked and m.kvm.stat["remote_tlb_flush"] == 0
+    assert not m.vcpus[0].kicked
+    assert m.kvm.stat["remote_tlb_flush"] == 0
     m.run(("r", 0))
     assert m.cpu.flushes[0] == flushes + 1
 
