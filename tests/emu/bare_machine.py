@@ -43,14 +43,17 @@ class FakeVcpu(SimpleNamespace):
 
     def __init__(self, vcpu_id: int) -> None:
         super().__init__(
-            vcpu_id=vcpu_id, kicked=False, irq_window=False, entry_intr_info=0, entry_error_code=0, entry_insn_len=0
+            vcpu_id=vcpu_id, kicked=False, irq_window=False, entry_intr_info=0, entry_error_code=0,
+            entry_insn_len=0,
         )
 
 
 class Machine:
     """`ept=True` puts an identity EPT under everything; `gpa_map` of it can be changed with `ept_set`."""
 
-    def __init__(self, *, ept: bool = False, interpreted: bool = False, vcpus: int = 1, mib: int = 16) -> None:
+    def __init__(
+        self, *, ept: bool = False, interpreted: bool = False, vcpus: int = 1, mib: int = 16
+    ) -> None:
         self.ram = Ram(mib << 8)
         self.sched = Scheduler(TraceStream())
         self.cpu = UnicornCpu(SimpleNamespace(ram=self.ram), self.sched, interpreted=interpreted)
@@ -114,7 +117,9 @@ class Machine:
         for vcpu in self.vcpus:
             self.cpu.load_mmu_pgd(vcpu, EPT_AT)
 
-    def ept_set(self, gpa: int, entry: int | None = None, *, rwx: int | None = None, hpa: int | None = None) -> int:
+    def ept_set(
+        self, gpa: int, entry: int | None = None, *, rwx: int | None = None, hpa: int | None = None
+    ) -> int:
         slot = self.ept_pts[gpa >> 21] + 8 * (gpa >> 12 & 511)
         if entry is None:
             entry = self.q(slot)

@@ -29,7 +29,8 @@ def test_a_host_write_to_code_is_seen(m):
 
 def test_the_guest_rewrites_its_code_again_and_again(m):
     m.put(FRAME, "mov eax, 0; ret")
-    m.put(CODE, f"xor ecx, ecx; xor edx, edx; l: mov r9, {FRAME + 1}; mov [r9], ecx; {CALL}; add edx, eax; inc ecx; cmp ecx, 200; jb l; hlt")
+    m.put(CODE, f"xor ecx, ecx; xor edx, edx; l: mov r9, {FRAME + 1}; mov [r9], ecx; {CALL}; "
+        f"add edx, eax; inc ecx; cmp ecx, 200; jb l; hlt")
     m.hlt()
     assert m.reg("rdx") == sum(range(200))
 
@@ -40,13 +41,15 @@ def test_through_an_alias_too(m):
         m.cpu.set_msr(m.vcpus[0], 0xC0000080, 0xD01)
         m.pte(0x60000, flags, FRAME)
         m.put(FRAME, "mov eax, 0; ret")
-        m.put(CODE, f"xor ecx, ecx; xor edx, edx; l: mov r9, 0x60001; mov [r9], ecx; {CALL}; add edx, eax; inc ecx; cmp ecx, 100; jb l; hlt")
+        m.put(CODE, f"xor ecx, ecx; xor edx, edx; l: mov r9, 0x60001; mov [r9], ecx; {CALL}; "
+            f"add edx, eax; inc ecx; cmp ecx, 100; jb l; hlt")
         m.hlt()
         assert m.reg("rdx") == sum(range(100))
 
 
 def test_code_that_writes_its_own_page_makes_progress(m):
-    m.put(CODE, "xor ecx, ecx; mov rbx, 0x10800; l: mov [rbx], rcx; add rbx, 8; inc ecx; cmp ecx, 200; jb l; mov rax, [0x10808]; hlt")
+    m.put(CODE, "xor ecx, ecx; mov rbx, 0x10800; l: mov [rbx], rcx; add rbx, 8; inc ecx; cmp ecx, 200; "
+        "jb l; mov rax, [0x10808]; hlt")
     m.hlt()
     assert m.reg("rcx") == 200
     assert m.q(0x10800 + 8 * 199) == 199
@@ -55,7 +58,8 @@ def test_code_that_writes_its_own_page_makes_progress(m):
 def test_code_that_writes_its_own_frame_through_a_non_executable_alias(m):
     m.cpu.set_msr(m.vcpus[0], 0xC0000080, 0xD01)
     m.pte(0x60000, P | W | NX, CODE)
-    m.put(CODE, "xor ecx, ecx; mov rbx, 0x60800; l: mov [rbx], rcx; add rbx, 8; inc ecx; cmp ecx, 50; jb l; hlt")
+    m.put(CODE, "xor ecx, ecx; mov rbx, 0x60800; l: mov [rbx], rcx; add rbx, 8; inc ecx; cmp ecx, 50; "
+        "jb l; hlt")
     m.hlt()
     assert m.q(0x10800 + 8 * 49) == 49
 
@@ -154,8 +158,8 @@ def test_a_stale_translation_is_really_used_until_invlpg(m):
     m.q(0x301000, 11)
     m.q(0x302000, 22)
     m.pte(0x70000, P | W, 0x301000)
-    code = f"mov rbx, 0x70000; mov rax, [rbx]; mov rcx, {0x4000 + 8 * 0x70}; mov rdx, 0x302003; mov [rcx], rdx; mov r8, [rbx]; invlpg [rbx]; mov r9, [rbx]; hlt"
-    m.put(CODE, code)
+    m.put(CODE, f"mov rbx, 0x70000; mov rax, [rbx]; mov rcx, {0x4000 + 8 * 0x70}; mov rdx, 0x302003; "
+                "mov [rcx], rdx; mov r8, [rbx]; invlpg [rbx]; mov r9, [rbx]; hlt")
     m.hlt()
     assert (m.reg("rax"), m.reg("r8"), m.reg("r9")) == (11, 11, 22)
 
@@ -181,7 +185,8 @@ def test_accessed_and_dirty_bits_are_the_walks(m):
 
 
 PROGRAM = (
-    "xor r15, r15; mov rbx, 0x200000; l: mov [rbx], r15; add r15, [rbx]; add rbx, 0x1000; cmp rbx, 0xb00000; jb l;"
+    "xor r15, r15; mov rbx, 0x200000; l: mov [rbx], r15; add r15, [rbx]; add rbx, 0x1000; "
+        "cmp rbx, 0xb00000; jb l;"
     "rdtsc; mov r14, rax; out 0x80, al; mov rbx, 0x200000; inc r13; cmp r13, 60; jb l; hlt"
 )
 

@@ -34,7 +34,8 @@ def test_vmcall_exits_before_it(m):
 
 
 def test_ports_exit_with_size_direction_and_port(m):
-    m.put(CODE, "mov dx, 0x3f8; mov al, 0x41; out dx, al; out 0x80, eax; in al, 0x21; mov bl, al; in eax, dx; hlt")
+    m.put(CODE, "mov dx, 0x3f8; mov al, 0x41; out dx, al; out 0x80, eax; in al, 0x21; mov bl, al; "
+        "in eax, dx; hlt")
     m.inputs = [0x5A, 0xDEADBEEF]
     m.hlt()
     assert m.out == [(0x3F8, 1, 0x41), (0x80, 4, 0x41)]
@@ -58,7 +59,8 @@ def test_rep_outs_and_ins_exit_per_element(m):
 def test_known_msrs_read_and_write_unknown_ones_fault(m):
     m.gate(13, 0x11000)
     m.put(0x11000, "mov r15, [rsp]; mov r14, [rsp + 8]; hlt")
-    end = m.put(CODE, "mov ecx, 0xc0000082; mov eax, 0x5678; mov edx, 0xffff8000; wrmsr; rdmsr; mov r8, rdx; mov ecx, 0x9999")
+    end = m.put(CODE, "mov ecx, 0xc0000082; mov eax, 0x5678; mov edx, 0xffff8000; wrmsr; rdmsr; "
+        "mov r8, rdx; mov ecx, 0x9999")
     m.put(end, "rdmsr")
     m.hlt()
     assert m.cpu.get_msr(m.vcpus[0], 0xC0000082) == 0xFFFF800000005678
@@ -67,7 +69,8 @@ def test_known_msrs_read_and_write_unknown_ones_fault(m):
 
 
 def test_fs_and_gs_base_do_not_exit(m):
-    m.put(CODE, "mov ecx, 0xc0000101; mov eax, 0x300000; xor edx, edx; wrmsr; mov eax, 77; mov gs:[8], eax; hlt")
+    m.put(CODE, "mov ecx, 0xc0000101; mov eax, 0x300000; xor edx, edx; wrmsr; mov eax, 77; "
+        "mov gs:[8], eax; hlt")
     m.hlt()
     assert [e.reason for e in m.exits] == [exits.REASON_HLT]
     assert m.q(0x300008) & 0xFFFFFFFF == 77
@@ -114,7 +117,8 @@ def test_interrupt_window_opens_behind_the_sti_shadow(m):
 
 
 def test_interrupt_window_opens_at_popf_and_iret(m):
-    for code, offset in (("push 0x202; popfq; nop; hlt", 6), ("push 0x10; push 0x80000; push 0x202; push 8; lea rax, [rip + 3]; push rax; iretq; nop; hlt", 24)):
+    for code, offset in (("push 0x202; popfq; nop; hlt", 6), ("push 0x10; push 0x80000; push 0x202; "
+        "push 8; lea rax, [rip + 3]; push rax; iretq; nop; hlt", 24)):
         machine = Machine()
         machine.put(CODE, code)
         machine.vcpus[0].irq_window = True
@@ -145,7 +149,8 @@ def test_reserved_control_register_bits_are_gp(m):
 
 
 def test_control_registers_can_be_written(m):
-    m.put(CODE, "mov rax, cr0; btr rax, 16; mov cr0, rax; mov rbx, cr0; clts; mov rax, cr4; bts rax, 7; mov cr4, rax; mov rcx, cr4; hlt")
+    m.put(CODE, "mov rax, cr0; btr rax, 16; mov cr0, rax; mov rbx, cr0; clts; mov rax, cr4; bts rax, 7; "
+        "mov cr4, rax; mov rcx, cr4; hlt")
     m.hlt()
     assert not m.reg("rbx") >> 16 & 1
     assert m.reg("rcx") >> 7 & 1

@@ -109,7 +109,8 @@ def test_user_access_to_supervisor_page():
 
 
 def test_user_write_and_fetch_faults():
-    for code, rcx, error in (("mov [rcx], al", 0x50000, 7), ("jmp rcx", 0x50000, 0x15), ("mov [rcx], al", 0x39000, 7)):
+    cases = (("mov [rcx], al", 0x50000, 7), ("jmp rcx", 0x50000, 0x15), ("mov [rcx], al", 0x39000, 7))
+    for code, rcx, error in cases:
         m = machine()
         m.cpu.set_msr(m.vcpus[0], 0xC0000080, 0xD01)
         m.pte(0x39000, P | U)
@@ -133,7 +134,8 @@ def test_the_handler_returns_and_the_access_is_repeated():
     m = machine()
     m.pte(0x50000, 0, 0)
     m.gate(14, H + 0x100)
-    m.put(H + 0x100, f"push rax; mov rax, 0x50003; mov [{0x4000 + 8 * 0x50}], rax; pop rax; add rsp, 8; iretq")
+    m.put(H + 0x100, f"push rax; mov rax, 0x50003; mov [{0x4000 + 8 * 0x50}], rax; pop rax; add rsp, 8; "
+        f"iretq")
     m.put(CODE, "mov rcx, 0x50000; add qword ptr [rcx], 5; mov rbx, [rcx]; hlt")
     m.hlt()
     assert m.reg("rbx") == 5
@@ -482,7 +484,8 @@ def test_iopl_and_the_io_bitmap_guard_ports():
 
 
 def test_privileged_instructions_at_cpl3_are_gp_not_exits():
-    for code in ("hlt", "rdmsr", "wrmsr", "invlpg [rax]", "mov rax, cr0", "mov cr4, rax", "clts", "lgdt [rax]", "cli"):
+    codes = ("hlt", "rdmsr", "wrmsr", "invlpg [rax]", "mov rax, cr0", "mov cr4, rax", "clts", "lgdt [rax]", "cli")
+    for code in codes:
         m = machine()
         m.put(USER, code)
         m.enter_user()
@@ -510,7 +513,8 @@ def protected_machine():
     m.ram.write(TSS + 4, struct.pack("<II", RSP0, KDATA))
     m.ram.write(IDT, bytes(0x800))
     for vector in (6, 13, 0x80):
-        m.q(IDT + 8 * vector, H & 0xFFFF | 0x18 << 16 | (0xEE if vector == 0x80 else 0x8E) << 40 | (H >> 16) << 48)
+        kind = 0xEE if vector == 0x80 else 0x8E
+        m.q(IDT + 8 * vector, H & 0xFFFF | 0x18 << 16 | kind << 40 | (H >> 16) << 48)
     m.set(rsp=STACK)
     return m
 

@@ -10,10 +10,13 @@ CASES = [
     ("cpuid", intercept.STOP_CPUID), ("hlt", intercept.STOP_HLT), ("rdtsc", intercept.STOP_RDTSC),
     ("rdtscp", intercept.STOP_RDTSC), ("rdpmc", intercept.STOP_RDPMC),
     ("invlpg [rax]", intercept.STOP_INVLPG), ("rdmsr", intercept.STOP_MSR), ("wrmsr", intercept.STOP_MSR),
-    ("mov cr0, rax", intercept.STOP_WRITE_CR0), ("clts", intercept.STOP_WRITE_CR0), ("lmsw ax", intercept.STOP_WRITE_CR0),
-    ("mov cr4, rax", intercept.STOP_WRITE_CR4), ("in al, dx", intercept.STOP_IN), ("in eax, 0x80", intercept.STOP_IN),
+    ("mov cr0, rax", intercept.STOP_WRITE_CR0), ("clts", intercept.STOP_WRITE_CR0),
+    ("lmsw ax", intercept.STOP_WRITE_CR0),
+    ("mov cr4, rax", intercept.STOP_WRITE_CR4), ("in al, dx", intercept.STOP_IN),
+    ("in eax, 0x80", intercept.STOP_IN),
     ("out dx, al", intercept.STOP_OUT), ("out 0x80, eax", intercept.STOP_OUT), ("insb", intercept.STOP_IN),
-    ("rep outsw", intercept.STOP_OUT), ("syscall", intercept.STOP_SYSCALL), ("sysenter", intercept.STOP_SYSENTER),
+    ("rep outsw", intercept.STOP_OUT), ("syscall", intercept.STOP_SYSCALL),
+    ("sysenter", intercept.STOP_SYSENTER),
     ("int 0x42", 0x42), ("int3", 3),
 ]
 
@@ -25,7 +28,7 @@ def test_stops_before_the_instruction(code, stop):
     at = m.put(CODE, "mov rsi, 0x300000; mov rdi, 0x300000; mov rcx, 3; nop; cmp rcx, 3")
     m.put(at, code)
     v.fill.mark_code(CODE, CODE >> 12)
-    regs = {name: value for name, value in zip(("rax", "rbx", "rdx"), (0x1234, 0x5678, 0x80), strict=True)}
+    regs = {"rax": 0x1234, "rbx": 0x5678, "rdx": 0x80}
     m.set(**regs)
     assert v.emu_start() == EMU_EXCEPTION
     assert v.intercepts.stop_reason() == stop

@@ -47,10 +47,14 @@ def serve(m, device, follow=True, limit=100):
     raise AssertionError("no HLT")
 
 
-SIZES = {1: ("byte", "al", "cl"), 2: ("word", "ax", "cx"), 4: ("dword", "eax", "ecx"), 8: ("qword", "rax", "rcx")}
+SIZES = {
+    1: ("byte", "al", "cl"), 2: ("word", "ax", "cx"), 4: ("dword", "eax", "ecx"), 8: ("qword", "rax", "rcx"),
+}
+ALU = ("add", "adc", "sub", "sbb", "and", "or", "xor", "cmp")
+POINTERS = ("byte", "word", "dword", "qword")
 FORMS = [
     f"{op} {ptr} ptr [rbx + 16], {c}"
-    for op in ("mov", "add", "adc", "sub", "sbb", "and", "or", "xor", "cmp", "test", "xchg", "xadd", "cmpxchg")
+    for op in ("mov", *ALU, "test", "xchg", "xadd", "cmpxchg")
     for ptr, _, c in SIZES.values()
 ] + [
     f"{op} {c}, {ptr} ptr [rbx + rdx*2 + 8]"
@@ -62,15 +66,19 @@ FORMS = [
     for ptr in ("byte", "word", "dword", "qword")
     for imm in (1, 0x7F)
 ] + [
-    f"{op} {ptr} ptr [rbx]" for op in ("inc", "dec", "neg", "not") for ptr in ("byte", "word", "dword", "qword")
+    f"{op} {ptr} ptr [rbx]" for op in ("inc", "dec", "neg", "not") for ptr in POINTERS
 ] + [
-    "movzx eax, byte ptr [rbx]", "movzx rax, word ptr [rbx]", "movzx ax, byte ptr [rbx]", "movsx eax, byte ptr [rbx]",
-    "movsx rax, byte ptr [rbx + 1]", "movsx rax, word ptr [rbx]", "movsxd rax, dword ptr [rbx]", "mov ah, [rbx]",
+    "movzx eax, byte ptr [rbx]", "movzx rax, word ptr [rbx]", "movzx ax, byte ptr [rbx]",
+    "movsx eax, byte ptr [rbx]",
+    "movsx rax, byte ptr [rbx + 1]", "movsx rax, word ptr [rbx]", "movsxd rax, dword ptr [rbx]",
+    "mov ah, [rbx]",
     "mov [rbx], ah", "add [rbx], ch", "mov r8, [rbx]; mov rax, r8", "lock add qword ptr [rbx], rcx",
     "mov dword ptr [rbx], 0x80000000; mov qword ptr [rbx], -2", "mov rdi, rbx; stosb", "mov rdi, rbx; stosw",
     "mov rdi, rbx; stosd", "mov rdi, rbx; stosq", "mov rdi, rbx; mov ecx, 5; rep stosd",
-    "std; lea rdi, [rbx + 64]; mov ecx, 3; rep stosq; cld", "mov rsi, rbx; lodsb", "mov rsi, rbx; lodsd; lodsw",
-    "mov rsi, rbx; mov rdi, 0x300000; movsb; movsw; .byte 0xa5; movsq", "mov rsi, 0x300000; mov rdi, rbx; mov ecx, 7; rep movsb",
+    "std; lea rdi, [rbx + 64]; mov ecx, 3; rep stosq; cld", "mov rsi, rbx; lodsb", "mov rsi, rbx; lodsd; "
+        "lodsw",
+    "mov rsi, rbx; mov rdi, 0x300000; movsb; movsw; .byte 0xa5; movsq", "mov rsi, 0x300000; mov rdi, rbx; "
+        "mov ecx, 7; rep movsb",
     "mov rsi, rbx; mov rdi, 0x300000; mov ecx, 4; rep movsq; mov rax, [0x300008]",
 ]
 

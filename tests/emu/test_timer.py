@@ -7,8 +7,10 @@ from kvm_model.vmx import exits
 from tests.emu.bare_machine import CODE, Machine
 
 INIT = (
-    "mov al, 0x11; out 0x20, al; mov al, 0x20; out 0x21, al; mov al, 4; out 0x21, al; mov al, 1; out 0x21, al;"
-    "mov al, 0xfe; out 0x21, al; mov al, 0x34; out 0x43, al; mov al, 0xa9; out 0x40, al; mov al, 0x04; out 0x40, al;"
+    "mov al, 0x11; out 0x20, al; mov al, 0x20; out 0x21, al; mov al, 4; out 0x21, al; mov al, 1; "
+        "out 0x21, al;"
+    "mov al, 0xfe; out 0x21, al; mov al, 0x34; out 0x43, al; mov al, 0xa9; out 0x40, al; mov al, 0x04; "
+        "out 0x40, al;"
 )
 HANDLER = "inc r15; mov [0x300000], r15; push rax; mov al, 0x20; out 0x20, al; pop rax; iretq"
 
@@ -73,7 +75,8 @@ def test_ticks_wake_a_halted_guest():
 
 def test_interrupts_wait_for_sti_and_its_shadow():
     m = Pc()
-    m.put(CODE, INIT + "mov ecx, 2500000; l: dec ecx; jnz l; mov r14, r15; sti; mov r13, r15; nop; mov r12, r15; cli; l2: jmp l2")
+    m.put(CODE, INIT + "mov ecx, 2500000; l: dec ecx; jnz l; mov r14, r15; sti; mov r13, r15; nop; "
+        "mov r12, r15; cli; l2: jmp l2")
     m.loop(lambda: m.sched.now > 6_000_000)
     assert (m.reg("r14"), m.reg("r13"), m.reg("r12")) == (0, 0, 1)
     assert m.reg("r15") == 1
@@ -81,7 +84,8 @@ def test_interrupts_wait_for_sti_and_its_shadow():
 
 def test_a_repeated_string_is_interruptible():
     m = Pc()
-    m.put(CODE, INIT + "sti; mov rdi, 0x400000; mov ecx, 0x600000; xor eax, eax; rep stosb; mov r14, rdi; cli; l2: jmp l2")
+    m.put(CODE, INIT + "sti; mov rdi, 0x400000; mov ecx, 0x600000; xor eax, eax; rep stosb; mov r14, rdi; "
+        "cli; l2: jmp l2")
     m.loop(lambda: m.reg("r14") != 0)
     assert m.reg("r14") == 0xA00000
     assert m.reg("r15") >= 5
