@@ -1,7 +1,7 @@
 ; aging: the host finds young the pages that the guest used since it last looked, and no others
 ;
 ; The host clears the accessed bits of a range, the guest touches some pages by loads, stores and
-; fetches, the host looks again.
+; fetches, the host looks again. (A host too small to leave the pages in place finds fewer.)
 ;
 ; param pages=64    pages watched, at least 16
 ; param rounds=3    how often

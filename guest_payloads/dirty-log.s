@@ -2,7 +2,7 @@
 ;
 ; Logging is switched on for the slot of the payload's RAM. Stores of all kinds must show in the bitmap,
 ; loads and fetches must not, a fetched log starts empty, and a page that was swapped out after it was
-; written stays in the log.
+; written stays in the log. (A host too small to leave the watched pages in place logs more.)
 ;
 ; param pages=64    pages watched, at least 32
 ; vmcalls: dirty_log get_dirty swap_out
