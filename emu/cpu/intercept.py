@@ -169,7 +169,7 @@ class Intercepts:
         self._drop_code = call(None, ptr, u64, u64)(_symbol("tb_invalidate_phys_range_x86_64"))
 
     def _verify(self) -> None:
-        """Look at fields beside those used here: uc_struct.cpu, CPUState.uc, cflags_next_tb, old_exception."""
+        """Look at fields beside those used: uc_struct.cpu, CPUState.uc, cflags_next_tb, old_exception."""
         cpu, u64, i32 = self.cpu, ctypes.c_uint64.from_address, ctypes.c_int32.from_address
         known = (
             u64(self.env.uc_struct + _UC_CPU).value == cpu

@@ -484,7 +484,8 @@ def test_iopl_and_the_io_bitmap_guard_ports():
 
 
 def test_privileged_instructions_at_cpl3_are_gp_not_exits():
-    codes = ("hlt", "rdmsr", "wrmsr", "invlpg [rax]", "mov rax, cr0", "mov cr4, rax", "clts", "lgdt [rax]", "cli")
+    codes = ("hlt", "rdmsr", "wrmsr", "invlpg [rax]", "mov rax, cr0", "mov cr4, rax", "clts",
+             "lgdt [rax]", "cli")
     for code in codes:
         m = machine()
         m.put(USER, code)
