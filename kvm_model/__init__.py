@@ -1,1 +1,17 @@
-"""Room 2: `virt/kvm` and `arch/x86/kvm`. Never imports Unicorn."""
+"""Room 2: `virt/kvm` and `arch/x86/kvm`. Never imports Unicorn.
+
+Reading order, which is the way of one fault and of one host event:
+
+    kvm_main.py                   struct kvm, and what the board calls
+    vcpu.py x86.py                one vCPU, and the loop around guest entries
+    kvm_x86_ops.py vmx/exits.py   how KVM meets the CPU, and what an exit says
+    vmx/vmx.py x86_events.py      exit handlers; injecting events
+    mmu/mmu.py follow_pfn.py      the fault path; from a guest frame to a host frame
+    mmu/invalidate.py             count, sequence, range: when a fault must be retried
+    mmu_notifier.py pfncache.py   what the host's brackets do
+    mmu/spte.py mmu/tdp_mmu.py    what an SPTE says, and every store to one
+    memslots.py memory_region.py  the guest's memory map, and how it changes
+    dirty_log.py requests.py      the log; flushes and kicks
+    truths.py breaks.py           what must hold, and how to break it
+    profile.py                    what differs between kernels
+"""

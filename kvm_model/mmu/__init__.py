@@ -1,1 +1,9 @@
-"""`arch/x86/kvm/mmu`: SPTEs, the TDP MMU, the fault path."""
+"""`arch/x86/kvm/mmu`: SPTEs, the TDP MMU, the fault path.
+
+    mmu.py              a fault from PFERR word to RET_PF_*       mmu_internal.py  what the parts share
+    fast_page_fault.py  rights given back without mmu_lock        mmio.py          MMIO SPTEs
+    invalidate.py       the retry protocol                        mmu_roots.py     a vCPU's root
+    spte.py             the encoding                              killed_by.py     which zap took a gfn
+    tdp_iter.py         the walk                                  rcu.py           when tables may be freed
+    tdp_mmu.py          stores, roots, mapping                    tdp_zap.py tdp_age.py tdp_log.py
+"""

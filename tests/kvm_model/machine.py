@@ -226,7 +226,8 @@ class Machine:
     def run_raw(self, *ops: Op, vcpu: int = 0) -> UserExit:
         """One KVM_RUN over these operations."""
         self.cpu.ops.setdefault(vcpu, []).extend(ops)
-        return self.do(lambda: kvm_arch_vcpu_ioctl_run(self.vcpus[vcpu]), f"vcpu{vcpu}")
+        exit_: UserExit = self.do(lambda: kvm_arch_vcpu_ioctl_run(self.vcpus[vcpu]), f"vcpu{vcpu}")
+        return exit_
 
     def run(self, *ops: Op, vcpu: int = 0) -> list[int]:
         """Run the operations to their end; what the loads read."""

@@ -87,7 +87,7 @@ def test_cpuid_and_msrs_stay_in_the_kernel_and_a_bad_msr_is_gp() -> None:
         cpu.ops[0].clear()
         return None
 
-    cpu.get_msr = drop_op  # type: ignore[method-assign]
+    cpu.get_msr = drop_op  # type: ignore[method-assign,assignment]
     m.run()
     assert cpu.injected == [13 | exits.INTR_TYPE_HARD_EXCEPTION | exits.INTR_INFO_DELIVER_CODE | VALID]
     assert m.last("kvm_inj_exception").args["exception"] == 13
@@ -157,7 +157,7 @@ def test_an_interrupt_whose_delivery_was_cut_off_is_injected_again_first() -> No
             vcpu.irq_source = None
         return out
 
-    m.cpu.vcpu_run = vcpu_run  # type: ignore[method-assign]
+    m.cpu.vcpu_run = vcpu_run  # type: ignore[method-assign,assignment]
     m.run()
     assert [i & 0xFF for i in m.cpu.injected] == [0x20, 0x30]
     assert [e.args["reinjected"] for e in m.events if e.name == "kvm_inj_virq"] == [True, False]
@@ -215,7 +215,7 @@ def test_a_request_that_comes_between_mode_and_entry_stops_the_entry() -> None:
     m = Machine()
     m.run(("r", 0))
     vcpu = m.vcpus[0]
-    entered = []
+    entered: list[int] = []
 
     def race(kind: str) -> None:
         if kind == "srcu" and vcpu.mode == IN_GUEST_MODE and not entered:
