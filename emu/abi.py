@@ -56,8 +56,8 @@ __all__ = [
     "VMCALL_EPT_SET", "VMCALL_FORK", "VMCALL_GET_DIRTY", "VMCALL_HOST_READ", "VMCALL_HOST_WRITE",
     "VMCALL_LAST_EXIT", "VMCALL_MAP_LEVEL", "VMCALL_MIGRATE", "VMCALL_MMIO_DEVICE", "VMCALL_PROTECT",
     "VMCALL_PROTECT_FAULTS", "VMCALL_SLOT_CREATE", "VMCALL_SLOT_DELETE", "VMCALL_SLOT_MOVE",
-    "VMCALL_SLOT_RESTORE", "VMCALL_START_CPU", "VMCALL_SWAP_OUT", "Vmcall", "cpuid_signature_leaf",
-    "vmcall_by_name", "vmcall_by_number",
+    "VMCALL_SLOT_RESTORE", "VMCALL_START_CPU", "VMCALL_SWAP_OUT", "VMCALL_WEATHER", "Vmcall",
+    "cpuid_signature_leaf", "vmcall_by_name", "vmcall_by_number",
 ]
 
 CPUID_SIGNATURE_LEAF = 0x4000_0000
@@ -126,6 +126,7 @@ VMCALL_LAST_EXIT = 0x5246_0043
 VMCALL_CPU_COUNT = 0x5246_0050
 VMCALL_START_CPU = 0x5246_0051
 VMCALL_MMIO_DEVICE = 0x5246_0060
+VMCALL_WEATHER = 0x5246_0070
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -249,6 +250,10 @@ VMCALLS: tuple[Vmcall, ...] = (
            "Asks whether the MMIO test device (MMIO_*) exists. It always does where it is implemented; "
            "it is outside every memory slot and its accesses leave KVM as MMIO exits. Loads from "
            "OPEN_BUS_GPA give all ones of their size, stores there go nowhere."),
+    Vmcall(VMCALL_WEATHER, "weather", ("period",), "0", ("EBUSY",),
+           "Until the guest ends, a host thread does something to random pages about every `period` ns: "
+           "migrates, swaps out, ages, cools or reclaims them, or forks the VMM for a while. All of it is "
+           "transparent. -EBUSY when it is on already, -EINVAL below 1000 ns."),
 )
 
 

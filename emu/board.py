@@ -83,6 +83,7 @@ class Board:
         self.trace = host.stream.bind(TRACEPOINTS)
         self.stop: Stop | None = None
         self.closing = False
+        self.weather = False
         self.serial_bytes = bytearray()
         self.output = output
         self.child: Vmm | None = None

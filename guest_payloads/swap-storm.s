@@ -2,11 +2,14 @@
 ;
 ; `mib` MiB are filled with patterns (each page its own), the pages' contents are swapped pairwise in a
 ; random order, and every word is verified against the permutation. With less host RAM than that the
-; host must swap; the payload asks for nothing and notices nothing.
+; host must swap; where it can, it is asked to make weather too: to migrate, swap out, fork and copy
+; random pages all the while. The payload notices nothing of it.
 ;
 ; param mib=40      how much memory to use (less where RAM is smaller)
 ; param passes=3    write, then shuffle and verify in turn; at least 3, the last is always a verify
 ; param seed=1      of the patterns and of the permutation
+; param weather=1000000  ns between two things the host does, about; 0 for none
+; vmcalls: weather
 .include "runtime.inc"
 
 main:
@@ -24,6 +27,11 @@ main:
     PRINT " passes, seed "
     PRINT_DEC qword ptr [seed]
     PRINT "\n"
+    PARAM rax, "weather", 1000000
+    test rax, rax
+    jz .calm
+    HOST1 VMCALL_WEATHER, rax            ; whatever the answer: the passes are the same
+.calm:
     call write_pass
     PASS "write pass"
     mov ebx, 1

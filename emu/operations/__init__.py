@@ -5,9 +5,10 @@
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `process.py` | fork and exit |
 | `slots.py` | memory slots and the dirty log |
+| `weather.py` | random transparent operations beside the guest |
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
 """
 
-from emu.operations import instrument, memory, process, slots
+from emu.operations import instrument, memory, process, slots, weather
 
-__all__ = ["instrument", "memory", "process", "slots"]
+__all__ = ["instrument", "memory", "process", "slots", "weather"]
