@@ -22,13 +22,15 @@ from host_mm.mmu_notifier import (
     mmu_notifier_range_init,
 )
 
-__all__ = ["GPA", "Lab"]
+__all__ = ["ENTRY", "GPA", "STACK", "Lab"]
 
 GPA = 0x40_0000
 """Where routines work: far from the code and the boot structures."""
 STACK = 0x1F_0000
 PORT = PAUSE[1]
 _ROUTINES = {"read": READ_PAGES, "write": WRITE_PAGES, "alu": ALU, "memory": MEMORY, "calls": CALLS}
+ENTRY = {name: FLAT_BASE + 64 * index for index, name in enumerate(_ROUTINES, 1)}
+"""Where each routine is in guest memory."""
 
 
 class _PausePort:
@@ -51,12 +53,9 @@ class Lab:
         self.vm = refault.VM(memory="64M", host_ram=host_ram, check=check)
         board = self.vm.board
         board.bus.register(PORT, PORT, _PausePort(self))
-        self._entry: dict[str, int] = {}
         image = bytearray(PAUSE)
         for name, code in _ROUTINES.items():
-            image += b"\x90" * (-len(image) % 64)
-            self._entry[name] = FLAT_BASE + len(image)
-            image += code + END
+            image += b"\x90" * (ENTRY[name] - FLAT_BASE - len(image)) + code + END
         self.vm.load(bytes(image))
         board.run()
 
@@ -65,7 +64,7 @@ class Lab:
         board = self.vm.board
         cpu, vcpu = board.cpu, board.vcpus[0]
         for name, value in (
-            ("rip", self._entry[routine]), ("rcx", rounds), ("rbx", base), ("rdi", 0), ("rsp", STACK),
+            ("rip", ENTRY[routine]), ("rcx", rounds), ("rbx", base), ("rdi", 0), ("rsp", STACK),
         ):
             cpu.set_reg(vcpu, name, value)
         stop = board.run()

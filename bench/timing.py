@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-__all__ = ["best", "best_of_each", "seconds"]
+__all__ = ["best", "in_turns", "seconds"]
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -24,10 +24,10 @@ def best(run: Callable[[], object], before: Callable[[], object] = lambda: None,
     return least
 
 
-def best_of_each(runs: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
-    """Least time of each, taken in turns so that a slow spell of the machine hits all alike."""
-    least = dict.fromkeys(runs, float("inf"))
+def in_turns(runs: dict[str, Callable[[], object]], rounds: int = 40) -> dict[str, list[float]]:
+    """Times of each, taken in turns: for ratios of neighbours, which a slow spell of the machine hits alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            least[name] = min(least[name], seconds(run))
-    return least
+            times[name].append(seconds(run))
+    return times
