@@ -24,7 +24,7 @@ def best(run: Callable[[], object], before: Callable[[], object] = lambda: None,
     return least
 
 
-def in_turns(runs: dict[str, Callable[[], object]], rounds: int = 40) -> dict[str, list[float]]:
+def in_turns(runs: dict[str, Callable[[], object]], rounds: int = 10) -> dict[str, list[float]]:
     """Times of each, taken in turns: for ratios of neighbours, which a slow spell of the machine hits alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
