@@ -8,7 +8,7 @@
 ; param mib=40      how much memory to use (less where RAM is smaller)
 ; param passes=3    write, then shuffle and verify in turn; at least 3, the last is always a verify
 ; param seed=1      of the patterns and of the permutation
-; param weather=1000000  ns between two things the host does, about; 0 for none
+; param weather=3000000  ns between two things the host does, about; 0 for none
 ; vmcalls: weather
 .include "runtime.inc"
 
@@ -27,7 +27,7 @@ main:
     PRINT " passes, seed "
     PRINT_DEC qword ptr [seed]
     PRINT "\n"
-    PARAM rax, "weather", 1000000
+    PARAM rax, "weather", 3000000
     test rax, rax
     jz .calm
     HOST1 VMCALL_WEATHER, rax            ; whatever the answer: the passes are the same
