@@ -74,7 +74,9 @@ def print_report(groups: list[Group], values: dict[str, float], targets: dict[st
             value = values[measure.name]
             target = targets.get(measure.name)
             colour = "" if target is None else "green" if target.holds(value) else "red"
-            shown = f"[{colour}]{value:,.3g}[/]" if colour else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+            shown = f"{value:,.3g}" if colour or value < 1000 else f"{value:,.0f}"
+            if colour:
+                shown = f"[{colour}]{shown}[/]"
             table.add_row(measure.name, shown, measure.unit, str(target or ""), measure.doc)
         table.add_section()
     Console(soft_wrap=True).print(table)

@@ -1,11 +1,13 @@
 """Guest speed where nothing misses: the whole machine against bare Unicorn.
 
 A run of some ms on each in turn, less a short run, so that what starting and ending costs is out. The
-ratio is the median of the turns' ratios: on a shared machine the least times of two things may come from two speeds.
+ratio is the median of the turns' ratios: on a shared machine the least times of two things may come
+from two speeds.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 
@@ -59,7 +61,7 @@ def measure() -> dict[str, float]:
         counted, uncounted = _bare(True), _bare(False)
         with Lab() as lab:
             for name, rounds in ROUNDS.items():
-                machine: Run = lambda rounds, name=name, lab=lab: lab.run(name, rounds)
+                machine: Run = functools.partial(lab.run, name)
                 net = _net({"machine": machine, "counted": counted[name], "bare": uncounted[name]}, rounds)
                 ratios = [_median_ratio(net[other], net["machine"]) for other in ("counted", "bare")]
                 found[name].append([*ratios, rounds * INSNS[name] / min(net["machine"]) / 1e6])

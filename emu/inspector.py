@@ -58,10 +58,14 @@ class WalkTree(msgspec.Struct):
         for step in self.steps:
             indent = "  " if step.stage == 1 else "      "
             space = "gpa" if step.stage == 1 else "hpa"
-            lines.append(f"{indent}{step.name:<9} at {space} {step.address:#x}: {step.entry:#018x}  {step.flags}")
+            where = f"{step.name:<9} at {space} {step.address:#x}"
+            lines.append(f"{indent}{where}: {step.entry:#018x}  {step.flags}")
         if self.gva is not None and self.gpa is not None:
             lines.append(f"gpa {self.gpa:#x}")
-        lines.append(f"hpa {self.hpa:#x} (pfn {self.hpa >> 12:#x})" if self.hpa is not None else f"no hpa: {self.why}")
+        if self.hpa is None:
+            lines.append(f"no hpa: {self.why}")
+        else:
+            lines.append(f"hpa {self.hpa:#x} (pfn {self.hpa >> 12:#x})")
         return "\n".join(lines)
 
 

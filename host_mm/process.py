@@ -37,7 +37,7 @@ class Process:
     @property
     def tlb(self) -> HostTlb:
         """The software TLB its threads translate by."""
-        return self.mm.tlb  # type: ignore[no-any-return]
+        return self.mm.tlb
 
     def __repr__(self) -> str:
         return f"<Process {self.pid} {self.name}>"

@@ -28,7 +28,7 @@ _ZERO = bytes(PAGE_SIZE)
 def column(typecode: str, length: int) -> memoryview:
     """A zeroed typed array of `length` items that takes memory only where it is touched."""
     size = memoryview(bytes(8)).cast(typecode).itemsize  # type: ignore[call-overload]
-    return memoryview(mmap.mmap(-1, max(length, 1) * size, flags=_FLAGS)).cast(typecode)  # type: ignore[call-overload,no-any-return]
+    return memoryview(mmap.mmap(-1, max(length, 1) * size, flags=_FLAGS)).cast(typecode)  # type: ignore[call-overload]
 
 
 class StaleFrames:

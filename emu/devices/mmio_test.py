@@ -34,7 +34,9 @@ class MmioTestDevice:
             value = int.from_bytes(self.bytes[offset : offset + size], "little")
             self._note(offset, size, False, value)
             return value
-        registers = {MMIO_LAST_ACCESS: self.last_access, MMIO_LAST_VALUE: self.last_value, MMIO_COUNT: self.count}
+        registers = {
+            MMIO_LAST_ACCESS: self.last_access, MMIO_LAST_VALUE: self.last_value, MMIO_COUNT: self.count,
+        }
         return registers.get(offset, -1) & ((1 << 8 * size) - 1)
 
     def write(self, gpa: int, size: int, value: int) -> None:

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from emu.abi import (
-    LAST_EXIT_CAUGHT, LAST_EXIT_GPA, LAST_EXIT_GVA, LAST_EXIT_QUALIFICATION, LAST_EXIT_REASON, MMIO_TEST_GPA,
+    LAST_EXIT_CAUGHT,
+    LAST_EXIT_GPA,
+    LAST_EXIT_GVA,
+    LAST_EXIT_QUALIFICATION,
+    LAST_EXIT_REASON,
+    MMIO_TEST_GPA,
 )
 from emu.hostops import operation
 from emu.operations.memory import check_range, spans

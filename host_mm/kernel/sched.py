@@ -241,7 +241,10 @@ class Scheduler:
         self.preempt = hook is not None or self.strategy is not None
 
     def freeze(self) -> None:
-        """Stop the current task where it is, for good; the hub goes on. For looking at a machine in mid-event."""
+        """Stop the current task where it is, for good; the hub goes on.
+
+        For looking at a machine in mid-event.
+        """
         if self.current is not self.main:
             self.hub.switch()
 

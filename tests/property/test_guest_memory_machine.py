@@ -191,9 +191,10 @@ class Machine:
         self.written.clear()
 
     STEPS = (
-        ("load", 20), ("store", 20), ("rmw", 8), ("host_read", 5), ("host_write", 5), ("swap_out", 6), ("migrate", 5),
-        ("dontneed", 3), ("free", 2), ("cold", 1), ("age", 3), ("reclaim", 3), ("clear_refs", 1), ("protect", 1),
-        ("unprotect", 2), ("fork", 2), ("child_read", 3), ("child_exit", 1), ("dirty_log", 1), ("get_dirty", 2),
+        ("load", 20), ("store", 20), ("rmw", 8), ("host_read", 5), ("host_write", 5), ("swap_out", 6),
+        ("migrate", 5), ("dontneed", 3), ("free", 2), ("cold", 1), ("age", 3), ("reclaim", 3),
+        ("clear_refs", 1), ("protect", 1), ("unprotect", 2), ("fork", 2), ("child_read", 3),
+        ("child_exit", 1), ("dirty_log", 1), ("get_dirty", 2),
     )
 
     def step(self) -> None:
@@ -221,7 +222,8 @@ def test_guest_reads_what_the_oracle_says(seed: int, strategy: str) -> None:
         try:
             machine.step()
         except BaseException:
-            print(f"\nstep {number} of seed {seed}, {strategy}; the last steps: {' '.join(machine.log[-12:])}")
+            last = " ".join(machine.log[-12:])
+            print(f"\nstep {number} of seed {seed}, {strategy}; the last steps: {last}")
             print(
                 f"repeat: REFAULT_SEEDS={seed} REFAULT_STEPS={2 * (number + 1)} "
                 f"python -m pytest {__file__} -k {strategy}"
