@@ -70,6 +70,10 @@ class _VcpuThread:
         self.halted = True
         self.error: BaseException | None = None
 
+    def parked(self) -> bool:
+        """Whether the thread is outside KVM_RUN and waits to be told to go on, or has ended."""
+        return self.task is None or self.task.done or self.task in self.wq.waiters
+
 
 class Board:
     """A VM of `config` on `host`. `output` gets the guest's serial bytes."""
@@ -83,6 +87,7 @@ class Board:
         self.trace = host.stream.bind(TRACEPOINTS)
         self.stop: Stop | None = None
         self.closing = False
+        self.operations_inside = 0
         self.weather = False
         self.serial_bytes = bytearray()
         self.output = output
@@ -186,9 +191,11 @@ class Board:
         elif out.kind == "memory-fault":
             self._memory_fault(out)
         elif out.kind == "shutdown":
-            self._stop_all("shutdown", f"triple fault on vCPU {vcpu.vcpu_id} at rip {self.cpu.get_reg(vcpu, 'rip'):#x}")
+            rip = self.cpu.get_reg(vcpu, "rip")
+            self._stop_all("shutdown", f"triple fault on vCPU {vcpu.vcpu_id} at rip {rip:#x}")
         elif out.kind != "intr":
-            self._stop_all("error", f"KVM_EXIT_{out.kind.upper().replace('-', '_')} on vCPU {vcpu.vcpu_id}: {out.why}")
+            name = out.kind.upper().replace("-", "_")
+            self._stop_all("error", f"KVM_EXIT_{name} on vCPU {vcpu.vcpu_id}: {out.why}")
 
     def _serve_io(self, vcpu: Vcpu, out: UserExit) -> None:
         if out.write:
@@ -257,8 +264,22 @@ class Board:
         """Empty every vCPU's translations before its next entry."""
         self.kvm.kvm_flush_remote_tlbs()
 
+    def quiesce(self) -> None:
+        """Get every vCPU's thread out of KVM_RUN and let the operations that are under way end."""
+        self._stop_all("closed", "the VM is being destroyed")
+        threads = [t for t in self.threads if t.task is not None and not t.parked()]
+        for thread in threads:
+            self.kvm.request_exit(thread.vcpu)
+        if threads or self.operations_inside:
+            self.host.sched.run_until(
+                lambda: not self.operations_inside and all(t.parked() for t in threads)
+            )
+
     def close(self) -> None:
         """Destroy the VM and its process. From here on no vCPU enters the guest."""
+        self.quiesce()
+        if self.kvm.truths is not None:
+            self.kvm.truths.quiescent()
         self.closing = True
 
         def teardown() -> None:

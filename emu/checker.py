@@ -82,8 +82,13 @@ class Checker:
         self.sweeps += 1
 
     def audit(self) -> None:
-        """References and counts, when every vCPU has stopped and no I/O is under way."""
+        """References and counts, once no daemon works and no I/O is under way."""
+        self.rest()
         audit(self.host.mm)
+
+    def rest(self) -> None:
+        """Bring the host's mm to rest."""
+        self.host.sched.run_task("rest", self.host.mm.quiesce)
 
     def counts(self) -> dict[str, int]:
         """How much was checked."""

@@ -58,14 +58,27 @@ class Host:
         self.boards: list[Board] = []
         self.checker: Checker | None = None
         if checks:
+            self.sched.lockdep = {}
             from emu.checker import Checker
 
             self.checker = Checker(self)
 
     def close(self) -> None:
-        """Destroy the VMs in good order, kill every task, give the memory back."""
+        """Destroy the VMs in good order, kill every task, give the memory back.
+
+        With checks: nothing may be left of the VMs, or BrokenTruth says what it is.
+        """
+        checker = self.checker
+        for board in list(self.boards):
+            board.quiesce()
+        if checker is not None:
+            # Without I/O under way, so that exit leaves no folio behind in the swap cache.
+            checker.rest()
+            checker.sweep()
         for board in list(self.boards):
             board.close()
+        if checker is not None:
+            checker.audit()
         self.abandon()
 
     def abandon(self) -> None:

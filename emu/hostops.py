@@ -86,11 +86,14 @@ def perform(board: Board, name: str, *args: Any, **kwargs: Any) -> int:
     if op is None:
         raise KernelError(errno.ENOSYS, f"no host operation named {name!r}; see `refault list operations`")
     values = bind_arguments(op, args, kwargs)
+    if board.closing:
+        raise KernelError(errno.ESRCH, "the VM is being destroyed")
     ctx = board.host.stream.ctx
     saved = ctx.cause
     if (t := board.trace.host_op) is not None:
         ctx.cause = t(name, ", ".join(f"{v:#x}" if isinstance(v, int) and v > 9 else str(v) for v in values))
     result = -errno.EIO
+    board.operations_inside += 1
     try:
         result = op.run(board, *values)
         return result
@@ -98,6 +101,7 @@ def perform(board: Board, name: str, *args: Any, **kwargs: Any) -> int:
         result = -(exc.errno or errno.EIO)
         raise
     finally:
+        board.operations_inside -= 1
         if (t := board.trace.host_op_done) is not None:
             t(name, result)
         ctx.cause = saved

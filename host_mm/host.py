@@ -60,6 +60,8 @@ __all__ = ["ZERO_PFN", "HostMm"]
 ZERO_PFN = 1
 """Frame 0 is nobody's, so that 0 can mean none; frame 1 is empty_zero_page."""
 _RESERVED = 2
+QUIESCE_POLL = 100_000
+"""ns between two looks at whether the daemons sleep."""
 _MODULES = (
     fork, gup, hmm, interval_notifier, lru, memory, migrate, mmu_notifier, oom_kill, page_alloc, page_io,
     rmap_unmap, swap_state, swapin, tlb, vmscan, vmscan_trace,
@@ -162,6 +164,13 @@ class HostMm:
         for node in self.allocator.nodes:
             body = partial(vmscan.kswapd, self, node.nid)
             self.daemons.append(self.sched.spawn(f"kswapd{node.nid}", body))
+
+    def quiesce(self) -> None:
+        """Sleep until no daemon works and no I/O is under way, then empty the LRU batches: mm at rest."""
+        while any(not vmscan.kswapd_asleep(self, node.nid) for node in self.nodes):
+            self.sched.sleep(QUIESCE_POLL)
+        self.swap_device.drain()
+        self.lru.lru_add_drain_all()
 
     def close(self) -> None:
         """Give up what the machine underneath holds for us: the swap file."""

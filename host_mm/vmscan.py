@@ -56,6 +56,7 @@ __all__ = [
     "TRACEPOINTS",
     "Kswapd",
     "kswapd",
+    "kswapd_asleep",
     "reclaim_pages",
     "try_to_free_pages",
     "wakeup_kswapd",
@@ -387,6 +388,12 @@ def _balance_pgdat(host: HostMm, nid: int, state: Kswapd, order: int) -> None:
             sc.priority -= 1
     if not sc.nr_reclaimed:
         state.failures += 1
+
+
+def kswapd_asleep(host: HostMm, nid: int) -> bool:
+    """Whether the node has no kswapd at work."""
+    state = host.allocator.nodes[nid].vmscan
+    return not isinstance(state, Kswapd) or bool(state.wait.waiters)
 
 
 def kswapd(host: HostMm, nid: int) -> None:

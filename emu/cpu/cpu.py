@@ -78,8 +78,8 @@ __all__ = ["COST_RDTSC", "NS_PER_INSN", "SLICE_INSNS", "UnicornCpu"]
 NS_PER_INSN = 1
 COST_RDTSC = 400
 """ns: enough that a guest's delay loop does not take millions of turns."""
-SLICE_INSNS = 500_000
-"""Guest instructions: a few ms of real time, far below the 50 ms after which Ctrl-C feels late."""
+SLICE_INSNS = 1_000_000
+"""Guest instructions: a tick of HZ=1000, 1 to 20 ms of real time, below the 50 ms after which Ctrl-C feels late."""
 
 _RAX, _RCX, _RDX = 0, 1, 2
 _IF = 1 << 9
