@@ -1,4 +1,5 @@
-"""Every payload passes on the machine, with its vmcalls answered; a broken step of the protocol shows."""
+"""Every payload passes on the checked machine, vmcalls answered, and leaves nothing behind; a broken
+step of the protocol shows."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ def run(name: str, *words: str, check: bool = True, **config: Any) -> str:
         mm = vm.board.host.mm
         vm.load(name, *words)
         vm.run(timeout=120)
-    left = sum(zone.managed - zone.nr_free for zone in mm.zones)
-    assert left == 0, f"{left} frames were not given back"
-    assert mm.swap is not None
-    assert mm.swap.inuse_pages == 0
+    if check:
+        left = sum(zone.managed - zone.nr_free for zone in mm.zones)
+        assert left == 0, f"{left} frames were not given back"
+        assert mm.swap is not None
+        assert mm.swap.inuse_pages == 0
     return vm.serial
 
 

@@ -1,0 +1,90 @@
+"""A checked host that is closed tells what was left behind."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+
+import refault
+from host_mm.kernel.errors import BrokenTruth, KernelError
+from host_mm.page import get_page
+from host_mm.page_alloc import GFP_KERNEL, alloc_pages
+
+GPA = 0x30_0000
+
+
+@pytest.fixture
+def vm() -> Iterator[refault.VM]:
+    vm = refault.VM("8M", host_ram="4M", swap="16M", check=True)
+    vm.write(GPA, b"something")
+    yield vm
+    vm.abandon()
+
+
+def present_pfn(vm: refault.VM) -> int:
+    board = vm.board
+    return board.vmm.present_pfn(board.memory.hva(GPA))
+
+
+def frames_in_use(vm: refault.VM) -> int:
+    """Frames that are neither free nor reserved, of a host that may have been closed."""
+    mm = vm._host.machine.mm
+    return sum(zone.managed - zone.nr_free for zone in mm.zones)
+
+
+def test_a_closed_host_has_every_frame_and_swap_slot_back(vm: refault.VM) -> None:
+    vm.host.swap_out(GPA, 1)
+    vm.host.fork()
+    assert frames_in_use(vm) > 0
+    swap = vm._host.machine.mm.swap
+    assert swap is not None
+    assert swap.inuse_pages == 1
+    vm.close()
+    assert frames_in_use(vm) == swap.inuse_pages == 0
+
+
+def test_a_leaked_page_reference_is_reported(vm: refault.VM) -> None:
+    pfn = present_pfn(vm)
+    get_page(vm.board.host.mm, pfn)
+    with pytest.raises(BrokenTruth, match=rf"pfn {pfn:#x} .* has refcount 1, 0 references exist"):
+        vm.close()
+
+
+def test_a_leaked_frame_is_reported(vm: refault.VM) -> None:
+    pfn = alloc_pages(vm.board.host.mm, GFP_KERNEL, 0, 0)
+    with pytest.raises(BrokenTruth, match=f"pfn {pfn:#x} "):
+        vm.close()
+
+
+def test_a_leaked_swap_slot_is_reported(vm: refault.VM) -> None:
+    swap = vm.board.host.mm.swap
+    assert swap is not None
+    vm.host.swap_out(GPA, 1)
+    slot = next(n for n in range(len(swap.swap_map)) if swap.swap_count(n) == 1)
+    swap.swap_map[slot] += 1
+    with pytest.raises(BrokenTruth, match=f"slot {slot:#x} "):
+        vm.close()
+
+
+def test_a_bracket_that_never_closed_is_reported(vm: refault.VM) -> None:
+    vm.board.kvm.mn_active_invalidate_count += 1
+    with pytest.raises(BrokenTruth, match="mn_active_invalidate_count 1"):
+        vm.close()
+
+
+def test_closing_waits_for_the_guest_and_the_operations_under_way() -> None:
+    vm = refault.VM("16M", host_ram="3M", swap="32M", seed=5, check=True, params={"sched.strategy": "random"})
+    vm.load("swap-storm", "mib=4", "weather=20000")
+    vm.run(until=lambda: vm.board.operations_inside > 0 and vm.board.host.mm.swap_device.inflight)
+    assert vm.board.operations_inside
+    vm.close()
+    assert frames_in_use(vm) == 0
+
+
+def test_a_vm_that_is_being_destroyed_takes_no_operations(vm: refault.VM) -> None:
+    vm.close()
+    with pytest.raises(KernelError) as refused:
+        vm.host.age(GPA, 1)
+    assert refused.value.errno == errno.ESRCH
