@@ -8,6 +8,7 @@
     bracket-balance       counts go up and down with brackets, the sequence moves before the count
     spte-writable-state   a leaf is in one of the four (host, mmu, W) states
     spte-pfn-in-place     a present leaf never changes its frame
+    write-logged          a writable leaf of a logged slot has its bit in the dirty log
     no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
 
 Incremental: each SPTE store and each change of a host PTE notes its place, `check` looks at the noted
@@ -27,8 +28,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, lookup_address_in_mm, pte_pfn
 from host_mm.kernel.errors import BrokenTruth
-from kvm_model.memslots import hva_to_gfn_memslot
-from kvm_model.mmu.spte import is_last_spte, is_shadow_present_pte, kvm_pages_per_hpage, spte_to_pfn
+from kvm_model.memslots import hva_to_gfn_memslot, kvm_slot_dirty_track_enabled
+from kvm_model.mmu.spte import PT_WRITABLE_MASK, is_last_spte, is_shadow_present_pte, kvm_pages_per_hpage, spte_to_pfn
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE, TdpIter
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct
     from host_mm.mmu_notifier import MmuNotifierRange
     from kvm_model.kvm_main import Kvm
+    from kvm_model.memslots import KvmMemorySlot
     from kvm_model.mmu.mmu_internal import KvmMmuPage
 
 __all__ = ["KvmTruths"]
@@ -131,7 +133,7 @@ class KvmTruths:
         self.check()
 
     def _in_open_bracket(self, gfn: int, pages: int) -> bool:
-        return any(
+        return bool(self._open) and any(
             start <= gfn and gfn + pages <= end for _, ranges in self._open.values() for start, end in ranges
         )
 
@@ -191,6 +193,10 @@ class KvmTruths:
             self._check_noted()
 
     def _page_table_locked(self) -> bool:
+        sched = self.kvm.sched
+        held = [cls for task in (sched.main, *sched.tasks) if task.held for cls in task.held]
+        if "ptl" not in held and "page_table_lock" not in held:
+            return False
         mm = self.kvm.mm
         if mm.page_table_lock.owner is not None:
             return True
@@ -228,15 +234,28 @@ class KvmTruths:
         return True
 
     def _leaves(self, root: KvmMmuPage, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        it = TdpIter(self.kvm.ram, root, 1, start, end, skip_nonpresent=True)
-        while it.valid:
-            if is_shadow_present_pte(it.old_spte) and is_last_spte(it.old_spte, it.level):
-                yield it.sptep, it.gfn, it.level, it.old_spte
-            it.next()
+        """(sptep, gfn, level, SPTE) of the present leaves that map anything in [start, end)."""
+        u64 = self.kvm.ram.u64
+        todo = [(root.spt << 9, root.level, 0)]
+        while todo:
+            table, level, first = todo.pop()
+            shift = 9 * (level - 1)
+            index = max(start - first, 0) >> shift
+            last = min((end - 1 - first) >> shift, 511)
+            for sptep, spte in enumerate(u64[table + index : table + last + 1].tolist(), table + index):
+                if not spte & SPTE_MMU_PRESENT_MASK:
+                    continue
+                gfn = first + ((sptep & 511) << shift)
+                if level == 1 or spte & PT_PAGE_SIZE_MASK:
+                    yield sptep, gfn, level, spte
+                else:
+                    todo.append(((spte & SPTE_BASE_ADDR_MASK) >> 3, level - 1, gfn))
 
     def _check_leaf(self, sptep: int, gfn: int, level: int, spte: int, seq: int | None) -> None:
         kvm = self.kvm
-        if sptep in kvm.instrumented or self._in_open_bracket(gfn, kvm_pages_per_hpage(level)):
+        if sptep in kvm.instrumented:
+            return
+        if self._open and self._in_open_bracket(gfn, kvm_pages_per_hpage(level)):
             return
         slot = kvm.slots().gfn_to_memslot(gfn)
         if slot is None:
@@ -253,11 +272,22 @@ class KvmTruths:
             )
         if level > host_level:
             self._broken("spte-matches-host", f"gfn {gfn:#x}: level {level}, host level {host_level}", seq)
+        if spte & PT_WRITABLE_MASK:
+            self._check_logged(slot, gfn, spte, seq)
         if spte & kvm.spte.host_writable and not entry & _PAGE_RW:
             self._broken(
                 "spte-matches-host", f"gfn {gfn:#x}: {spte:#x} is host-writable, the host says {entry:#x}",
                 seq,
             )
+
+    def _check_logged(self, slot: KvmMemorySlot, gfn: int, spte: int, seq: int | None) -> None:
+        bitmap = slot.dirty_bitmap
+        if bitmap is None or not kvm_slot_dirty_track_enabled(slot) or self.kvm.slots_lock.owner is not None:
+            # Under slots_lock the log is being turned on, read or cleared: protection and bits are on their way.
+            return
+        page = gfn - slot.base_gfn
+        if not bitmap[page >> 3] >> (page & 7) & 1:
+            self._broken("write-logged", f"gfn {gfn:#x} is writable by {spte:#x}, its dirty bit is clear", seq)
 
     def sweep(self) -> int:
         """Check every leaf of every root; how many there are."""
@@ -271,7 +301,7 @@ class KvmTruths:
                 if sptep in kvm.instrumented:
                     continue
                 self._check_state(gfn, spte)
-                if self._in_open_bracket(gfn, kvm_pages_per_hpage(level)):
+                if self._open and self._in_open_bracket(gfn, kvm_pages_per_hpage(level)):
                     self._broken("no-spte-in-bracket", f"gfn {gfn:#x}: {spte:#x} in an open bracket")
                 if not locked:
                     self._check_leaf(sptep, gfn, level, spte, None)

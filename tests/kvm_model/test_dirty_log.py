@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from host_mm.kernel.errors import KernelError
+from host_mm.kernel.errors import BrokenTruth, KernelError
 from tests.kvm_model.machine import BASE, PAGE, Machine
 
 LOG = 1
@@ -127,3 +127,16 @@ def test_without_ad_bits_logging_works_the_same() -> None:
     m.run(("w", 0, 2))
     assert get(m) == {0}
     m.truths.sweep()
+
+
+def test_a_writable_spte_without_its_dirty_bit_breaks_a_truth() -> None:
+    m = Machine()
+    log(m)
+    m.run(("w", 3 * PAGE, 1))
+    assert m.kvm.truths is not None
+    m.kvm.truths.sweep()
+    bitmap = m.kvm.slots().id_hash[0].dirty_bitmap
+    assert bitmap is not None
+    bitmap[0] = 0
+    with pytest.raises(BrokenTruth, match="write-logged: gfn 0x3 "):
+        m.kvm.truths.sweep()
