@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["Checker"]
 
 SWEEP_EVERY = 4096
-"""Scheduling points between two full sweeps of the SPTEs."""
+"""Scheduling points between two full sweeps of the SPTEs, at least."""
+POINTS_PER_LEAF = 8
+"""A sweep looks at every leaf; with many of them it waits for as many more points."""
 
 
 class Checker:
@@ -34,28 +36,25 @@ class Checker:
         self.host = host
         self.points = 0
         self.sweeps = 0
+        self._next_sweep = SWEEP_EVERY
         self.frames_freed = 0
-        self._inside = False
         host.mm.free_hooks.append(self.frame_freed)
         host.sched.set_on_point(self.point)
 
     def point(self, kind: str) -> None:
         """A scheduling point: check what was noted since the last."""
-        if self._inside:
-            return
-        self._inside = True
-        try:
-            self.points += 1
-            full = self.points % SWEEP_EVERY == 0
-            for board in self.host.boards:
-                truths = board.kvm.truths
-                if truths is not None:
-                    truths.check()
-                    if full:
-                        truths.sweep()
-            self.sweeps += full
-        finally:
-            self._inside = False
+        self.points += 1
+        for board in self.host.boards:
+            truths = board.kvm.truths
+            if truths is not None:
+                truths.check()
+        if self.points >= self._next_sweep:
+            self._next_sweep = self.points + max(SWEEP_EVERY, POINTS_PER_LEAF * self._sweep_all())
+
+    def _sweep_all(self) -> int:
+        self.sweeps += 1
+        truths = [board.kvm.truths for board in self.host.boards]
+        return sum(each.sweep() for each in truths if each is not None)
 
     def frame_freed(self, pfn: int, order: int) -> None:
         """A free hook: no CPU may still reach the frames."""
@@ -76,10 +75,7 @@ class Checker:
     def sweep(self) -> None:
         """Everything at once, with nobody inside the host kernel."""
         self.point("sweep")
-        for board in self.host.boards:
-            if board.kvm.truths is not None:
-                board.kvm.truths.sweep()
-        self.sweeps += 1
+        self._sweep_all()
 
     def audit(self) -> None:
         """References and counts, once no daemon works and no I/O is under way."""

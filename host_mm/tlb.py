@@ -54,12 +54,13 @@ TRACEPOINTS = (PRIMARY_FLUSH,)
 
 
 class HostTlb:
-    """vpn -> (pfn << 1 | may write) of one address space."""
+    """vpn -> (pfn << 1 | may write) of one address space; how many entries a frame has."""
 
-    __slots__ = ("entries",)
+    __slots__ = ("_frames", "entries")
 
     def __init__(self) -> None:
         self.entries: dict[int, int] = {}
+        self._frames: dict[int, int] = {}
 
     def lookup(self, address: int, write: bool) -> int:
         """The frame that `address` translates to, or -1 if the tables must be walked."""
@@ -70,7 +71,33 @@ class HostTlb:
 
     def fill(self, address: int, pfn: int, write: bool) -> None:
         """Remember a walk's answer."""
-        self.entries[address >> 12] = pfn << 1 | write
+        vpn = address >> 12
+        if vpn in self.entries:
+            self.drop(vpn)
+        self.entries[vpn] = pfn << 1 | write
+        self._frames[pfn] = self._frames.get(pfn, 0) + 1
+
+    def drop(self, vpn: int) -> None:
+        """Forget a page, if it is known."""
+        entry = self.entries.pop(vpn, None)
+        if entry is not None:
+            pfn = entry >> 1
+            left = self._frames[pfn] - 1
+            if left:
+                self._frames[pfn] = left
+            else:
+                del self._frames[pfn]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.entries.clear()
+        self._frames.clear()
+
+    def translations_of(self, pfn: int) -> list[tuple[int, int]]:
+        """(vpn, entry) of everything that reaches the frame."""
+        if pfn not in self._frames:
+            return []
+        return [(vpn, entry) for vpn, entry in self.entries.items() if entry >> 1 == pfn]
 
 
 class TlbUbc:
@@ -95,12 +122,12 @@ def _flush(mm: MmStruct, start: int, end: int) -> None:
         t(mm.process.pid, start, end)
     sched.advance(COST_TLB_FLUSH)
     if "no-primary-flush" not in host.breaks:
-        entries = mm.tlb.entries
+        tlb = mm.tlb
         if end == TLB_FLUSH_ALL:
-            entries.clear()
-        elif entries:
+            tlb.clear()
+        elif tlb.entries:
             for vpn in range(start >> 12, (end + 0xFFF) >> 12):
-                entries.pop(vpn, None)
+                tlb.drop(vpn)
     mmu_notifier.mmu_notifier_arch_invalidate_secondary_tlbs(mm, start, end)
 
 

@@ -63,21 +63,23 @@ class HostTruths:
 
     def frame_freed(self, pfn: int, order: int) -> None:
         """A free hook: whoever still translates to the frame will read or write another's memory."""
-        last = pfn + (1 << order)
         for mm in _mms(self.host):
-            for vpn, entry in mm.tlb.entries.items():
-                if pfn <= entry >> 1 < last:
+            tlb = mm.tlb
+            if not tlb.entries:
+                continue
+            for frame in range(pfn, pfn + (1 << order)):
+                for vpn, _ in tlb.translations_of(frame):
                     raise BrokenTruth(
                         "freed-frame-translated",
-                        f"pfn {entry >> 1:#x} is freed, but pid {_pid(mm)} translates {vpn << 12:#x} to it",
+                        f"pfn {frame:#x} is freed, but pid {_pid(mm)} translates {vpn << 12:#x} to it",
                         self.host.stream.ctx.cause,
                     )
 
     def writeback_starts(self, pfn: int) -> None:
         """Bytes written through a stale translation from now on would be lost."""
         for mm in _mms(self.host):
-            for vpn, entry in mm.tlb.entries.items():
-                if entry >> 1 == pfn and entry & 1:
+            for vpn, entry in mm.tlb.translations_of(pfn):
+                if entry & 1:
                     raise BrokenTruth(
                         "io-while-writable",
                         f"pfn {pfn:#x} is written out, but pid {_pid(mm)} can write it at {vpn << 12:#x}",

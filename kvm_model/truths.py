@@ -29,8 +29,17 @@ from typing import TYPE_CHECKING, NoReturn
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, lookup_address_in_mm, pte_pfn
 from host_mm.kernel.errors import BrokenTruth
 from kvm_model.memslots import hva_to_gfn_memslot, kvm_slot_dirty_track_enabled
-from kvm_model.mmu.spte import PT_WRITABLE_MASK, is_last_spte, is_shadow_present_pte, kvm_pages_per_hpage, spte_to_pfn
-from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE, TdpIter
+from kvm_model.mmu.spte import (
+    PT_PAGE_SIZE_MASK,
+    PT_WRITABLE_MASK,
+    SPTE_BASE_ADDR_MASK,
+    SPTE_MMU_PRESENT_MASK,
+    is_last_spte,
+    is_shadow_present_pte,
+    kvm_pages_per_hpage,
+    spte_to_pfn,
+)
+from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

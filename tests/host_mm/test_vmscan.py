@@ -128,7 +128,7 @@ def test_pages_in_use_outlive_pages_that_are_not() -> None:
         for page in range(700):
             copy_to_user(process, BASE + page * PAGE, stamp(page, 0))
             for hot in range(8):
-                process.tlb.entries.clear()
+                process.tlb.clear()
                 copy_from_user(process, BASE + hot * PAGE, 64)
 
     host.sched.run_task("p", body)
