@@ -73,13 +73,15 @@ if TYPE_CHECKING:
     from kvm_model.kvm_x86_ops import MmioAccess
     from kvm_model.vcpu import Vcpu
 
-__all__ = ["COST_RDTSC", "NS_PER_INSN", "SLICE_INSNS", "UnicornCpu"]
+__all__ = ["COST_RDTSC", "EXIT_INSNS", "NS_PER_INSN", "SLICE_INSNS", "UnicornCpu"]
 
 NS_PER_INSN = 1
 COST_RDTSC = 400
 """ns: enough that a guest's delay loop does not take millions of turns."""
 SLICE_INSNS = 1_000_000
 """Guest instructions: a tick of HZ=1000, 1 to 20 ms of real time, below the 50 ms after which Ctrl-C feels late."""
+EXIT_INSNS = 10_000
+"""What an exit takes from the slice: handling it here takes as long as thousands of instructions."""
 
 _RAX, _RCX, _RDX = 0, 1, 2
 _IF = 1 << 9
@@ -192,18 +194,19 @@ class UnicornCpu:
         if vmexit is not None:
             return vmexit
         v.intercepts.request_interrupt_window(vcpu.irq_window)
-        left = self.slice_insns
         while True:
             if vcpu.kicked:
                 return VmExit(REASON_EXTERNAL_INTERRUPT, v.env.eip)
-            before = v.counter.count
-            vmexit = self._run_slice(v, left)
-            if vmexit is not None:
-                return vmexit
-            left -= v.counter.count - before
-            if left <= 0:
-                left = self.slice_insns
+            if v.slice_left <= 0:
+                v.slice_left = self.slice_insns
                 self._between_slices()
+                continue
+            before = v.counter.count
+            vmexit = self._run_slice(v, v.slice_left)
+            v.slice_left -= v.counter.count - before
+            if vmexit is not None:
+                v.slice_left -= EXIT_INSNS
+                return vmexit
 
     def _between_slices(self) -> None:
         # Always by way of the hub: limits and Ctrl-C are looked at there, even with one task.

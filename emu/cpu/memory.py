@@ -119,10 +119,6 @@ class GuestMemory:
         """Write as the program does."""
         self._write(gva, data, self.fill.access(ACCESS_WRITE), False)
 
-    def check_write(self, gva: int, size: int) -> None:
-        """Raise what `write` would."""
-        self._pieces(gva, size, self.fill.access(ACCESS_WRITE), False)
-
     def _read(self, gva: int, size: int, access: int, stack: bool) -> bytes:
         pieces = self._pieces(gva, size, access, stack)
         if len(pieces) == 1:
