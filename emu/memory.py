@@ -13,6 +13,7 @@ import msgspec
 
 from host_mm.kernel.errors import KernelError
 from host_mm.ram import PAGE_SIZE
+from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES
 
 if TYPE_CHECKING:
     from emu.board import Board
@@ -21,7 +22,6 @@ __all__ = ["LOW_RAM_LIMIT", "PROT_RW", "GuestMemory", "Region"]
 
 LOW_RAM_LIMIT = 3 << 30
 HIGH_RAM_BASE = 4 << 30
-KVM_MEM_LOG_DIRTY_PAGES = 1
 PROT_RW = 3
 
 

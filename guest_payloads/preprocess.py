@@ -270,16 +270,20 @@ class Preprocessor:
         if body:
             self._expand(body, folder, depth + 1)
 
-    def _constant(self, where: str, text: str) -> int:
+    def _constant(self, where: str, text: str, using: tuple[str, ...] = ()) -> int:
+        """The value of `text`, which stands in the definitions of `using`, outermost first."""
+
         def lookup(name: str) -> int | None:
             if name in self.constants:
                 return self.constants[name]
+            if name in using:
+                raise ExpressionError(f"'{name}' is defined by itself")
             equate = self.equates.get(name)
-            return None if equate is None else self._constant(equate.where, equate.text)
+            return None if equate is None else self._constant(equate.where, equate.text, (*using, name))
 
         try:
             return evaluate(text, lookup)
         except ExpressionError as error:
             raise AssemblyError(f"{where}: {error}") from error
         except RecursionError as error:
-            raise AssemblyError(f"{where}: '{text}' is defined by itself") from error
+            raise AssemblyError(f"{where}: definitions nest too deeply") from error

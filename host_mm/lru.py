@@ -80,14 +80,12 @@ def folio_lru_list(flags: int) -> int:
 class Lruvec:
     """struct lruvec of one node."""
 
-    __slots__ = ("anon_cost", "file_cost", "lists", "lock", "nid")
+    __slots__ = ("lists", "lock", "nid")
 
     def __init__(self, host: HostMm, nid: int) -> None:
         self.nid = nid
         self.lock = Spinlock(host.sched, "lru_lock")
         self.lists: tuple[OrderedDict[int, None], ...] = tuple(OrderedDict() for _ in LRU_NAMES)
-        self.anon_cost = 0
-        self.file_cost = 0
 
     def add(self, pfn: int, flags: int) -> None:
         """lruvec_add_folio: at the head."""

@@ -218,7 +218,7 @@ class MmStruct:
     """
 
     __slots__ = (
-        "def_flags", "flags", "host", "locked_vm", "mm_count", "mm_users", "mmap_lock",
+        "def_flags", "flags", "host", "mm_count", "mm_users", "mmap_lock",
         "notifier_subscriptions", "page_table_lock", "pgd", "pgtables_bytes", "process", "pte_locks", "rss",
         "starts", "tlb", "tlb_flush_batched", "tlb_flush_pending", "total_vm", "vmas", "write_protect_seq",
     )
@@ -240,7 +240,6 @@ class MmStruct:
         self.def_flags = 0
         self.rss = [0, 0, 0, 0]
         self.total_vm = 0
-        self.locked_vm = 0
         self.tlb: Any = None
         self.tlb_flush_pending = 0
         self.tlb_flush_batched = False
@@ -287,22 +286,17 @@ class MmStruct:
         if self.mm_count == 0:
             self.host.free_mm(self)
 
-    def assert_locked(self) -> bool:
-        """mmap_assert_locked, as a question: whether somebody holds mmap_lock."""
-        return self.mmap_lock.owner is not None or bool(self.mmap_lock.readers)
-
 
 class VmFault:
     """struct vm_fault: one fault on its way. `pmd` and `pte` are physical addresses of entries (0: none)."""
 
     __slots__ = (
-        "address", "flags", "mm", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl", "real_address", "vma",
+        "address", "flags", "mm", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl", "vma",
     )
 
     def __init__(self, vma: VmArea, address: int, flags: int) -> None:
         self.vma = vma
         self.mm = vma.mm
-        self.real_address = address
         self.address = address & ~0xFFF
         self.flags = flags
         self.pgoff = vma.page_index(address)

@@ -41,6 +41,7 @@ __all__ = [
     "GFP_THISNODE",
     "GFP_ZERO",
     "MAX_ORDER",
+    "MAX_RECLAIM_RETRIES",
     "NUMA_NO_NODE",
     "TRACEPOINTS",
     "PageAllocator",

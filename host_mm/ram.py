@@ -60,7 +60,7 @@ class Ram:
 
     `fetched[pfn]` is nonzero once a CPU fetched instructions from the frame; every change of a
     frame's bytes by the host goes through a method here, which puts fetched frames into `stale`:
-    the CPUs drop their translations of those before they run on (flush_icache_page).
+    the CPUs drop their translations of those before they run on.
     """
 
     def __init__(self, nr_frames: int) -> None:
@@ -73,11 +73,6 @@ class Ram:
         self.ptr = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.fetched = column("B", nr_frames)
         self.stale = StaleFrames()
-
-    def flush_icache_page(self, pfn: int) -> None:
-        """The frame's bytes changed other than by the fetching CPU's own stores."""
-        if self.fetched[pfn]:
-            self.stale.add(pfn)
 
     def clear_page(self, pfn: int) -> None:
         """Fill with zeros."""

@@ -63,7 +63,7 @@ class ScanControl:
     """struct scan_control."""
 
     __slots__ = (
-        "force_deactivate", "gfp_mask", "is_kswapd", "may_deactivate", "may_swap", "may_unmap",
+        "force_deactivate", "gfp_mask", "is_kswapd", "may_deactivate", "may_swap",
         "may_writepage", "nr_congested", "nr_immediate", "nr_reclaimed", "nr_scanned", "nr_taken",
         "nr_to_reclaim", "nr_writeback", "order", "priority", "skipped_deactivate",
     )
@@ -75,7 +75,6 @@ class ScanControl:
         self.priority = 12
         self.is_kswapd = False
         self.may_writepage = True
-        self.may_unmap = True
         self.may_swap = True
         self.may_deactivate = 0
         self.force_deactivate = False

@@ -41,7 +41,7 @@ from host_mm.page import (
     put_page,
     try_get_page,
 )
-from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, GFP_KERNEL
+from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, GFP_KERNEL, MAX_RECLAIM_RETRIES
 from host_mm.page_io import SWAP_CLUSTER_MAX
 from host_mm.rmap import folio_referenced
 from host_mm.shrink_folio_list import ScanControl, shrink_folio_list
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEF_PRIORITY",
-    "MAX_RECLAIM_RETRIES",
     "TRACEPOINTS",
     "Kswapd",
     "kswapd",
@@ -63,7 +62,6 @@ __all__ = [
 ]
 
 DEF_PRIORITY = 12
-MAX_RECLAIM_RETRIES = 16
 _THROTTLE_NS = 100_000_000
 """HZ / 10: how long a reclaimer waits at most for writeback."""
 

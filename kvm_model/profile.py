@@ -20,7 +20,6 @@ class KvmProfile(msgspec.Struct, frozen=True):
     holds the gfn) or `any`. `lock_on_every_start`: range_start takes mmu_lock and raises the count
     even if no memslot is hit. `unlocked_retry_check`: the fault path asks before and after GUP, too.
     `lockless_aging`: aging takes no mmu_lock. `flush_on_young`: clear_flush_young flushes.
-    `dirty_at_map`: the page is marked dirty once, when it is mapped writable.
     `nr_memslot_as_ids`: normal memory and SMM. `mmu_cache_objects`: capacity of a vCPU's cache of
     page-table pages, `mmu_cache_min` what a fault tops it up to at least.
     """
@@ -31,7 +30,6 @@ class KvmProfile(msgspec.Struct, frozen=True):
     unlocked_retry_check: bool = True
     lockless_aging: bool = True
     flush_on_young: bool = False
-    dirty_at_map: bool = True
     nr_memslot_as_ids: int = 2
     mmu_cache_objects: int = 40
     mmu_cache_min: int = 5

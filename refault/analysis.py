@@ -15,6 +15,7 @@ from functools import cached_property
 
 import msgspec
 
+from host_mm.ram import PAGE_SHIFT
 from trace_events.event import Event
 from trace_events.filters import compile_globs
 
@@ -28,7 +29,6 @@ HOST_FAULT = "refault:host_fault"
 BRACKET = "refault:mmu_notifier_start"
 DIRECT_RECLAIM = "vmscan:mm_vmscan_direct_reclaim_begin"
 
-PAGE_SHIFT = 12
 LEVEL_BITS = 9
 
 

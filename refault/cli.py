@@ -36,8 +36,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments and exit with 2."""
+        from refault.errors import EXIT_USAGE
+
         first = message.splitlines()[0] if message else "bad arguments"
-        self.exit(2, f"{self.prog}: {first} (see {self.prog} --help)\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: {first} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from kvm_model.vmx.exits import (
     EPT_GVA_TRANSLATED,
     EPT_GVA_VALID,
     EXIT_REASON_NAMES,
+    REASON_EPT_VIOLATION,
 )
 from refault.analysis import BRACKET, HOST_OP, PAGE_FAULT, SPTE_ZAP, Analysis, gfn_of
 from refault.story import story
@@ -34,7 +35,6 @@ PROGRESS_SECONDS = 0.2
 TOP_GFNS = 5
 
 EXIT = "kvm:kvm_exit"
-REASON_EPT_VIOLATION = 48
 
 
 class _Page:

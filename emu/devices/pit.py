@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from emu.abi import PIT_HZ
 from host_mm.kernel.sched import Scheduler
 
-__all__ = ["PIT_HZ", "Pit"]
+__all__ = ["Pit"]
 
-PIT_HZ = 1_193_182
 _NS = 1_000_000_000
 _PERIODIC = (2, 3)
 

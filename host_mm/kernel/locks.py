@@ -132,10 +132,6 @@ class _Sleeping:
         if self.sched.preempt:
             self.sched.point("unlock")
 
-    def held_by_current(self) -> bool:
-        """Whether the current task holds it exclusively: lockdep_assert_held_write."""
-        return self.owner is self.sched.current
-
     def __enter__(self) -> None:
         self.lock()
 

@@ -91,11 +91,6 @@ class WaitQueue:
         while not condition():
             self.wait()
 
-    def wake_one(self) -> None:
-        """Make the longest waiter runnable."""
-        if self.waiters:
-            self.sched.make_runnable(self.waiters.pop(0))
-
     def wake_all(self) -> None:
         """Make all waiters runnable, in the order they came."""
         waiters, self.waiters = self.waiters, []
