@@ -6,101 +6,19 @@ import time
 from collections.abc import Callable
 
 import pytest
-from unicorn import UC_ARCH_X86, UC_MODE_64, UC_PROT_ALL, Uc, UcError
-from unicorn import x86_const as x86
-from unicorn.unicorn_const import UC_CTL_IO_WRITE, UC_CTL_TLB_FLUSH, UC_TLB_CPU, UC_TLB_VIRTUAL
+from unicorn import UcError
+from unicorn.unicorn_const import UC_CTL_IO_WRITE, UC_CTL_TLB_FLUSH
 
+from bench.bare import CODE, DATA, EPT_ROOT, FLAGS, FRAMES
+from bench.bare import BareCpu as Machine
 from emu.cpu import env as E
 from emu.cpu import paging as P
-from emu.cpu.fill import Fill
 from emu.cpu.fill_body import CODE_WRITE, FRAME_CODE, FRAME_DATA, FRAME_MIXED, NEW_CODE
 from emu.cpu.walk import ACCESS_USER, EPT_VIOLATION, NON_CANONICAL, OUTSIDE_RAM, PAGE_FAULT
-from host_mm.ram import Ram
 
-FRAMES = 8192
-CODE, DATA = 0x100_0000, 0x40_0000
-EPT_ROOT = 2048
-LONG = P.EFER_LME | P.EFER_LMA | P.EFER_NXE
-FLAGS = P.PTE_PRESENT | P.PTE_RW | P.PTE_USER
 LOOP_READ = bytes.fromhex("48 8b 03 48 81 c3 00 10 00 00 48 ff c9 75 f1 f4".replace(" ", ""))
 """l: mov rax,[rbx]; add rbx,4096; dec rcx; jnz l; hlt"""
 LOAD, STORE, ADD, HLT = b"\x48\x8b\x03\xf4", b"\x48\x89\x03\xf4", b"\x48\x01\x03\xf4", b"\xf4"
-
-
-class Machine:
-    """One vCPU on `FRAMES` frames: identity guest tables of 4K pages below 16 MiB, code at CODE."""
-
-    def __init__(self, *, interpreted: bool = False, ept: int = 0, fill: bool = True) -> None:
-        self.ram = Ram(FRAMES)
-        uc = self.uc = Uc(UC_ARCH_X86, UC_MODE_64)
-        uc.ctl_set_cpu_model(x86.UC_CPU_X86_BROADWELL)
-        uc.mem_map_ptr(0, self.ram.size, UC_PROT_ALL, self.ram.ptr)
-        uc.ctl_set_tlb_mode(UC_TLB_VIRTUAL if fill else UC_TLB_CPU)
-        uc.ctl_exits_enabled(True)
-        uc.ctl_set_exits([])
-        self.env = E.Env(uc)
-        self._guest_tables()
-        if ept:
-            self._ept()
-        uc.reg_write(x86.UC_X86_REG_CR4, P.CR4_PAE | 0x600)
-        uc.reg_write(x86.UC_X86_REG_CR3, 0x1000)
-        uc.reg_write(x86.UC_X86_REG_CR0, P.CR0_PG | P.CR0_PE | P.CR0_WP | 0x10)
-        self.env.efer = LONG
-        self.fill: Fill | None = None
-        if fill:
-            self.fill = Fill(self.ram, self.env, interpreted=interpreted)
-            self.fill.eptp = ept
-            self.fill.install()
-
-    def _guest_tables(self) -> None:
-        q = self.ram.u64
-        q[0x1000 >> 3] = 0x2000 | FLAGS
-        q[0x2000 >> 3] = 0x3000 | FLAGS
-        for table in range(16):
-            q[(0x3000 >> 3) + table] = (0x10_0000 + (table << 12)) | FLAGS
-            for i in range(512):
-                q[(0x10_0000 >> 3) + table * 512 + i] = table << 21 | i << 12 | FLAGS
-
-    def _ept(self) -> None:
-        """Identity, 4K leaves with A and D set, tables from frame EPT_ROOT."""
-        q = self.ram.u64
-        q[EPT_ROOT * 512] = (EPT_ROOT + 1) << 12 | 0x107
-        q[(EPT_ROOT + 1) * 512] = (EPT_ROOT + 2) << 12 | 0x107
-        for table in range(FRAMES // 512):
-            frame = EPT_ROOT + 3 + table
-            q[(EPT_ROOT + 2) * 512 + table] = frame << 12 | 0x107
-            for i in range(512):
-                q[frame * 512 + i] = table << 21 | i << 12 | 0x337
-
-    def pte(self, gva: int) -> int:
-        """Word index of the page's guest entry."""
-        return (0x10_0000 >> 3) + (gva >> 12)
-
-    def code(self, data: bytes, gva: int = CODE) -> None:
-        self.ram.b[gva : gva + len(data)] = data
-
-    def start(self, gva: int = CODE, *, rax: int = 0, rbx: int = DATA, rcx: int = 0) -> bool:
-        """Run to HLT; False where a fill was refused. New code is marked as known on the way."""
-        for register, value in ((0, rax), (3, rbx), (1, rcx)):
-            self.env.set_reg(register, value)
-        while True:
-            try:
-                self.uc.emu_start(gva, 0)
-                return True
-            except UcError:
-                assert self.fill is not None
-                last = self.fill.last()
-                if last.status != NEW_CODE:
-                    return False
-                pfn = last.hpa >> 12
-                if self.fill.may_write(pfn):
-                    self.fill.flush()
-                self.fill.mark_code(last.page, pfn)
-                gva = self.env.eip
-
-    def status(self) -> int:
-        assert self.fill is not None
-        return self.fill.last().status
 
 
 @pytest.fixture(params=[False, True], ids=["compiled", "interpreted"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from host_mm import mmu_notifier as mn
@@ -24,6 +25,15 @@ SLOT = 8 << 20
 def make_host(ram: int = 16 << 20, swap: int | None = 4 << 20, **kw: Any) -> HostMm:
     stream = TraceStream()
     return HostMm(Scheduler(stream), stream, ram_bytes=ram, swap_bytes=swap, **({"checks": True} | kw))
+
+
+def run(host: HostMm, *bodies: Callable[[], object]) -> None:
+    """Each body as a task of its own, all to their ends; raises what one of them raised."""
+    tasks = [host.sched.spawn(f"t{n}", body) for n, body in enumerate(bodies)]
+    host.sched.run_until(lambda: all(task.done for task in tasks))
+    for task in tasks:
+        if task.error is not None:
+            raise task.error
 
 
 class Recorder(mn.MmuNotifier):

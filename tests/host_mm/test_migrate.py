@@ -21,6 +21,7 @@ from host_mm.page import PG_anon_exclusive, PG_swapcache, put_page
 from host_mm.process import Process
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
+from tests.host_mm.machine import run
 from trace_events.stream import Listener, TraceStream
 
 PAGE = 4096
@@ -36,14 +37,6 @@ def make(pages: int = 8, ram: int = 512, **kw: Any) -> tuple[HostMm, Process]:
     process = host.create_process("p")
     do_mmap(process.mm, BASE, pages * PAGE, RW, ANON)
     return host, process
-
-
-def run(host: HostMm, *bodies: Any) -> None:
-    tasks = [host.sched.spawn(f"t{n}", body) for n, body in enumerate(bodies)]
-    host.sched.run_until(lambda: all(task.done for task in tasks))
-    for task in tasks:
-        if task.error is not None:
-            raise task.error
 
 
 def pfn_of(process: Process, page: int = 0) -> int:

@@ -34,6 +34,7 @@ from host_mm.process import Process
 from host_mm.profile import LINUX_5_10
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
+from tests.host_mm.machine import run
 from trace_events.stream import TraceStream
 
 PAGE = 4096
@@ -49,14 +50,6 @@ def make(pages: int = 8, **kw: Any) -> tuple[HostMm, Process]:
     process = host.create_process("p")
     do_mmap(process.mm, BASE, pages * PAGE, RW, ANON)
     return host, process
-
-
-def run(host: HostMm, *bodies: Any) -> None:
-    tasks = [host.sched.spawn(f"t{n}", body) for n, body in enumerate(bodies)]
-    host.sched.run_until(lambda: all(task.done for task in tasks))
-    for task in tasks:
-        if task.error is not None:
-            raise task.error
 
 
 def drain(host: HostMm) -> None:
