@@ -8,6 +8,7 @@
     bracket-balance       counts go up and down with brackets, the sequence moves before the count
     spte-writable-state   a leaf is in one of the four (host, mmu, W) states
     spte-pfn-in-place     a present leaf never changes its frame
+    spte-of-freed-frame   no leaf of any root, invalid ones included, maps a frame that is freed
     write-logged          a writable leaf of a logged slot has its bit in the dirty log
     no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
 
@@ -24,6 +25,7 @@ that covers a part of it (legal: the host must split first, in a bracket of its 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, NoReturn
 
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, lookup_address_in_mm, pte_pfn
@@ -70,7 +72,9 @@ class KvmTruths:
         self._ends = 0
         self._ending = 0
         self._seq0 = kvm.mmu_invalidate_seq
+        self._mapped: Counter[int] = Counter()
         kvm.host.pte_hooks.append(self._host_pte_changed)
+        kvm.host.free_hooks.append(self._frame_freed)
 
     def _broken(self, truth: str, what: str, seq: int | None = None) -> NoReturn:
         raise BrokenTruth(truth, what, self.kvm.stream.ctx.cause if seq is None else seq)
@@ -161,6 +165,7 @@ class KvmTruths:
         """An SPTE changed."""
         kvm = self.kvm
         was_leaf = is_shadow_present_pte(old) and is_last_spte(old, level)
+        self._count_leaf(old, new, level, was_leaf)
         if not is_shadow_present_pte(new) or not is_last_spte(new, level):
             if was_leaf and kvm.spte.is_mmio_spte(new):
                 self._broken("no-mmio-over-slot", f"gfn {gfn:#x}: {new:#x} over {old:#x}")
@@ -174,6 +179,24 @@ class KvmTruths:
         if making or self._in_open_bracket(gfn, pages):
             self._broken("no-spte-in-bracket", f"gfn {gfn:#x} level {level}: {new:#x} stored in a bracket")
         self._noted[sptep] = kvm.stream.ctx.cause
+
+    def _count_leaf(self, old: int, new: int, level: int, was_leaf: bool) -> None:
+        # A frame is counted once for each leaf, of whatever root, that maps it.
+        if was_leaf:
+            self._mapped.subtract(self._frames(old, level))
+        if is_shadow_present_pte(new) and is_last_spte(new, level):
+            self._mapped.update(self._frames(new, level))
+
+    @staticmethod
+    def _frames(spte: int, level: int) -> range:
+        first = spte_to_pfn(spte)
+        return range(first, first + kvm_pages_per_hpage(level))
+
+    def _frame_freed(self, pfn: int, order: int) -> None:
+        for frame in range(pfn, pfn + (1 << order)):
+            if self._mapped[frame] > 0:
+                self._broken("spte-of-freed-frame", f"pfn {frame:#x} is freed while an SPTE maps it")
+            del self._mapped[frame]
 
     def _check_state(self, gfn: int, spte: int) -> None:
         if not self.kvm.spte.writable_state_is_legal(spte):
@@ -331,3 +354,4 @@ class KvmTruths:
     def detach(self) -> None:
         """Stop watching the host."""
         self.kvm.host.pte_hooks.remove(self._host_pte_changed)
+        self.kvm.host.free_hooks.remove(self._frame_freed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from host_mm.fork import exit_process, fork_process
+from host_mm.kernel.errors import BrokenTruth
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_mmap
 from host_mm.mmu_notifier import (
@@ -185,3 +186,12 @@ def test_a_pfn_cache_is_not_filled_while_a_bracket_is_open() -> None:
     close(m, range_)
     m.finish(refresh)
     assert gpc.valid
+
+
+def test_freeing_a_frame_that_an_spte_maps_breaks_a_truth() -> None:
+    m = Machine()
+    m.run(("w", 0, 1))
+    pfn = m.leaf(0) >> 12 & 0xFF_FFFF_FFFF
+    with pytest.raises(BrokenTruth, match=f"spte-of-freed-frame: pfn {pfn:#x} "):
+        for hook in m.host.free_hooks:
+            hook(pfn, 0)
