@@ -23,7 +23,11 @@ def read_payload(name: str) -> bytes:
     """The image of a payload by name, a file, or assembler source; an error of one line otherwise."""
     from guest_payloads.builder import build, payload_names
 
+    if not name:
+        raise UsageError("the payload's name is empty; see refault list payloads")
     path = Path(name)
+    if path.is_char_device() or path.is_block_device():
+        raise UsageError(f"{name}: a device, not a file")
     if name in payload_names() or path.suffix == ".s":
         return build(name)
     try:

@@ -12,6 +12,8 @@ __all__ = ["HostMachine", "as_bytes"]
 
 MIN_RAM = 256 << 10
 """Less does not hold the reserves of two nodes."""
+MIN_SWAP = 8 << 10
+"""The header and one page."""
 
 
 def as_bytes(value: int | str | None) -> int | None:
@@ -44,9 +46,17 @@ class HostMachine:
         self.check = check
         if ram_bytes < MIN_RAM:
             raise UsageError(f"a host needs {MIN_RAM >> 10}K of RAM at least, not {ram_bytes >> 10}K")
-        self.machine = Host(
-            ram=ram_bytes, swap=self.swap, seed=seed, params=params, breaks=frozenset(breaks), checks=check
-        )
+        if self.swap is not None and self.swap < MIN_SWAP:
+            raise UsageError(f"a swap file needs {MIN_SWAP >> 10}K at least, not {self.swap >> 10}K")
+        try:
+            self.machine = Host(
+                ram=ram_bytes, swap=self.swap, seed=seed, params=params, breaks=frozenset(breaks),
+                checks=check,
+            )
+        except (OSError, OverflowError) as exc:
+            why = exc.strerror if isinstance(exc, OSError) else "too large"
+            sizes = f"{ram_bytes >> 20}M of RAM and {(self.swap or 0) >> 20}M of swap"
+            raise UsageError(f"cannot make a host with {sizes}: {why}") from None
 
     def close(self) -> None:
         """Destroy the VMs and the host."""

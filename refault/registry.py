@@ -12,18 +12,22 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
 
+from refault.errors import UsageError
+from trace_events.filters import compile_globs
 from trace_events.tracepoint import Tracepoint
 
 __all__ = [
     "PACKAGES",
     "Gap",
     "all_tracepoints",
+    "check_globs",
     "find_tracepoint",
     "gaps",
     "modules",
@@ -100,6 +104,21 @@ def all_tracepoints() -> list[Tracepoint]:
     for module, _ in _declaring():
         found.update(_import_tracepoints(module))
     return [found[name] for name in sorted(found)]
+
+
+def check_globs(globs: Iterable[str], names: Iterable[str] = ()) -> None:
+    """UsageError for a glob that matches no event that can fire, and none of `names`."""
+    from difflib import get_close_matches
+
+    here = set(names)
+    for part in (part.strip() for glob in globs for part in glob.split(",")):
+        if part in ("*", "*:*") or any(map(compile_globs([part]), here)):
+            continue
+        known = [tracepoint.full_name for tracepoint in all_tracepoints()]
+        if not any(map(compile_globs([part]), known)):
+            near = get_close_matches(part, [*known, *(name.partition(":")[2] for name in known)], 1)
+            hint = f"did you mean {near[0]!r}?" if near else "see refault list events"
+            raise UsageError(f"no event matches {part!r}; {hint}")
 
 
 def gaps() -> list[Gap]:

@@ -90,9 +90,12 @@ def run(options: RunOptions) -> int:
     """Run one guest; returns the exit code. UsageError for bad input."""
     from refault.observer import Observer
     from refault.output import print_json
+    from refault.registry import check_globs
     from refault.summary import print_summary
 
     script = _script_text(options)
+    if options.trace is not None:
+        check_globs(options.events)
     with ExitStack() as stack:
         vm = stack.enter_context(_build(options))
         stream = vm.board.host.stream

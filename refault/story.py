@@ -192,8 +192,9 @@ def explain(
     """Why an event happened and what came of it: a paragraph, the chain back, the chain forward."""
     lines = [f"#{event.seq} {event.event} at {moment(event)} in {event.task}", f"  {_text(event, find)}", ""]
     lines += [_prose(analysis, event, find), ""]
-    lines.append("Back to where it began:")
-    lines += _back(analysis, event, find, indent=2)
+    back = _back(analysis, event, find, indent=2)
+    if len(back) > 1:
+        lines += ["Back to where it began:", *back]
     forward = _forward(analysis, event, find)
     if forward:
         lines += ["", "What came of it:", *forward]
@@ -227,11 +228,14 @@ def _prose(analysis: Analysis, event: Event, find: Callable[[str], Tracepoint | 
             if answers
             else "nobody has touched the page since"
         )
-    return " ".join(f"{_capital(clause)}." for clause in said)
+    names = {"vCPU", *(link.task for link in (event, *chain))}
+    return " ".join(f"{_capital(clause, names)}." for clause in said)
 
 
-def _capital(clause: str) -> str:
-    return clause if clause.startswith("vCPU") else clause[0].upper() + clause[1:]
+def _capital(clause: str, names: set[str]) -> str:
+    # A task bears its own name, also where a sentence begins.
+    own = any(clause.startswith((f"{name} ", f"{name}:")) for name in names)
+    return clause if own else clause[0].upper() + clause[1:]
 
 
 def _back(

@@ -94,7 +94,11 @@ def print_summary(summary: RunSummary) -> None:
     if not console.is_terminal:
         console.width = max(console.width, 110)
     console.print()
-    console.print(render(summary))
+    with console.capture() as capture:
+        console.print(render(summary))
+    for line in capture.get().splitlines():
+        # The table pads its cells, which would show in a file.
+        console.out(line.rstrip(), highlight=False)
     if summary.story:
         console.print(f"\n[bold]the story of guest page {summary.top[0][0]:#x}[/]")
         for line in summary.story:

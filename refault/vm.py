@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from emu.board import Board, Stop
 from emu.config import MachineConfig
+from emu.cpu.cpu import SLICE_INSNS
 from emu.hostops import OPERATIONS, perform
 from emu.inspector import WalkTree, walk_gpa, walk_gva
 from emu.loaders import load_image
@@ -193,14 +194,19 @@ class VM:
                 limit.append(Stop("pause", why="the caller's condition holds"))
                 return True
             if budget is not None and board.cpu.instructions >= budget:
-                limit.append(Stop("limit", why=f"{max_insns} instructions"))
+                limit.append(Stop("limit", why=f"the limit of {max_insns} instructions is reached"))
                 return True
             if deadline is not None and time.monotonic() > deadline:
-                limit.append(Stop("limit", why=f"{timeout} s of real time"))
+                limit.append(Stop("limit", why=f"the limit of {timeout:g} s of real time is reached"))
                 return True
             return False
 
-        stop = board.run(done)
+        if max_insns is not None:
+            board.cpu.slice_insns = max(1, min(SLICE_INSNS, max_insns))
+        try:
+            stop = board.run(done)
+        finally:
+            board.cpu.slice_insns = SLICE_INSNS
         return stop if stop.kind != "pause" or not limit else limit[0]
 
     def start_cpu(self, cpu: int, entry: int, stack: int, arg: int = 0) -> None:

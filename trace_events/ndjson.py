@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,15 @@ class TraceWriter:
         self.count = 0
         if self.path.is_dir():
             raise TraceError(f"cannot write trace {self.path}: it is a directory")
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        # A device or a pipe takes the bytes as they come; a rename would put a file in its place.
+        self._in_place = self.path.exists() and not self.path.is_file()
+        # The file that a link names, so that the link stays one.
+        self._target = self.path.resolve()
+        self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.part")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            destination = self.path if self._in_place else self._temporary
+            self._file = open(destination, "wb", buffering=1 << 20)  # noqa: SIM115
         except OSError as exc:
             raise TraceError(f"cannot write trace {self.path}: {exc.strerror}") from exc
         self._encode_into = msgspec.json.Encoder().encode_into
@@ -111,26 +117,30 @@ class TraceWriter:
         self._emit(msgspec.json.encode(_End(end, self.count)) + b"\n")
         try:
             self._file.close()
-            os.replace(self._temporary, self.path)
+            if not self._in_place:
+                os.replace(self._temporary, self._target)
         except OSError as exc:
             raise self._failed(exc) from exc
 
     def discard(self) -> None:
         """Give up: no trace is left behind."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     def _emit(self, data: bytes | bytearray) -> None:
+        if self._file.closed:
+            # It has failed and said so; what the run still fires while it unwinds is lost.
+            return
         try:
             self._file.write(data)
         except OSError as exc:
             raise self._failed(exc) from exc
 
     def _failed(self, exc: OSError) -> TraceError:
-        try:
+        with suppress(OSError):
             self.discard()
-        except OSError:
-            self._temporary.unlink(missing_ok=True)
         return TraceError(f"cannot write trace {self.path}: {exc.strerror}")
 
     def __enter__(self) -> TraceWriter:

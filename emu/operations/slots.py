@@ -66,7 +66,7 @@ def slot_delete(board: Board, slot: int) -> int:
     return 0
 
 
-@operation(example="slot_restore(1)")
+@operation(example="slot_delete(vm.host.slot_create(gpa=0xE0000000, pages=16)); vm.host.slot_restore(1)")
 def slot_restore(board: Board, slot: int) -> int:
     """Show a deleted slot's memory again where it last was."""
     board.memory.restore(slot)

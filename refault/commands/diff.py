@@ -95,6 +95,7 @@ def print_difference(
         analysis = Analysis(trace.events)
         killer = analysis.killer(record)
         chain = (analysis.chain(killer) if killer else []) + analysis.chain(record)
-        print(f"in {name} it came about by")
-        for link in chain:
+        if len(chain) > 1:
+            print(f"in {name} it came about by")
+        for link in chain if len(chain) > 1 else ():
             print(f"  #{link.seq:<7} {lines.line(link)}")

@@ -110,7 +110,7 @@ def _overview(analysis: Analysis, args: argparse.Namespace) -> int:
             print(f"  {count:>8}  gfn {gfn:#x}")
         gfn = top[0][0]
         first = next(refault for refault in refaults if refault.gfn == gfn)
-        print(f"\nits first refault came {duration(first.gap)} after the zap and is event {first.fault.seq}:")
+        print(f"\n{gfn:#x} first refaulted {duration(first.gap)} after the zap, event {first.fault.seq}:")
         print(f"  refault explain {args.trace} {first.fault.seq}")
         print(f"  refault explain {args.trace} --gfn {gfn:#x}")
     return 0

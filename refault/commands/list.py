@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
-from refault.output import add_json_flag, print_json
+from refault.output import add_json_flag, print_json, wrapped
 
 __all__ = ["KINDS", "configure", "main"]
 
@@ -37,7 +38,7 @@ def _operations() -> Iterable[Entry]:
         yield {
             "name": f"{name}({', '.join(_ANNOTATION.sub('', arg) for arg in operation.args)})",
             "what": operation.summary,
-            "notifier_events": list(operation.events),
+            "notifier_events": [event.lower().replace("_", "-") for event in operation.events],
             "example": f"vm.host.{operation.example}",
         }
 
@@ -110,8 +111,23 @@ def main(args: argparse.Namespace) -> int:
             continue
         if not args.kind:
             print(f"{kind}:")
-        _print_entries(entries, "  " if not args.kind else "")
+        if args.kind == "operations":
+            _print_operations(entries)
+        else:
+            _print_entries(entries, "  " if not args.kind else "")
+        if not entries and args.kind:
+            print(f"no {kind} match {args.glob!r}", file=sys.stderr)
     return 0
+
+
+def _print_operations(entries: list[Entry]) -> None:
+    for entry in entries:
+        print(entry["name"])
+        print(wrapped(str(entry["what"]), indent=4))
+        events = entry["notifier_events"]
+        if isinstance(events, list) and events:
+            print(f"    notifier brackets: {', '.join(events)}")
+        print(f"    {entry['example']}")
 
 
 def _print_entries(entries: list[Entry], indent: str) -> None:

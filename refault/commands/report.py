@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from refault.output import add_json_flag, print_json
 
@@ -32,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the trace."""
-    from refault.registry import find_tracepoint
+    from refault.registry import check_globs, find_tracepoint
     from trace_events.filters import compile_filter, compile_globs
     from trace_events.ndjson import read_trace
     from trace_events.text import TextReport
@@ -40,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
     holds = compile_filter(args.filters) if args.filters else None
     wanted = compile_globs(args.event) if args.event else None
     trace = read_trace(args.trace)
+    check_globs(args.event, {event.event for event in trace.events})
     lines = TextReport(
         (event.task for event in trace.events),
         find_tracepoint,
@@ -48,10 +50,14 @@ def main(args: argparse.Namespace) -> int:
     )
     if not args.json:
         print(f"cpus={1 + max((event.vcpu for event in trace.events), default=0)}")
+    shown = 0
     for event in trace.events:
         if (wanted is None or wanted(event.event)) and (holds is None or holds(event)):
+            shown += 1
             if args.json:
                 print_json(event)
             else:
                 print(lines.line(event))
+    if not shown:
+        print(f"none of the {len(trace.events)} events of {args.trace} is wanted", file=sys.stderr)
     return 0
