@@ -46,6 +46,7 @@ from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from host_mm.kernel.locks import Spinlock
     from host_mm.kernel.sched import Task
     from host_mm.mm_types import MmStruct
     from host_mm.mmu_notifier import MmuNotifierRange
@@ -65,6 +66,8 @@ class KvmTruths:
         self.kvm = kvm
         self._noted: dict[int, int | None] = {}
         self._noted_gfns: dict[int, int | None] = {}
+        self._in_brackets: dict[int, int | None] = {}
+        self._held: Spinlock | None = None
         self._open: dict[int, tuple[bool, Ranges]] = {}
         self._ranges: dict[Task, Ranges] = {}
         self._flush_due = False
@@ -128,6 +131,8 @@ class KvmTruths:
         self._ending += entry is not None and entry[0]
         if entry is not None:
             self._open[id(range_)] = (entry[0], [])
+            self._noted_gfns.update(self._in_brackets)
+            self._in_brackets.clear()
 
     def note_end_returned(self, range_: MmuNotifierRange, found: bool | None) -> None:
         """range_end is done; `found` as it saw the memslots, None if it was left out."""
@@ -225,14 +230,23 @@ class KvmTruths:
             self._check_noted()
 
     def _page_table_locked(self) -> bool:
+        # Asked at every point: mostly nobody has one, or somebody still has the one found last.
+        held = self._held
+        if held is not None and held.owner is not None:
+            return True
+        self._held = None
         sched = self.kvm.sched
-        held = [cls for task in (sched.main, *sched.tasks) if task.held for cls in task.held]
-        if "ptl" not in held and "page_table_lock" not in held:
+        for task in (sched.main, *sched.tasks):
+            if "ptl" in task.held or "page_table_lock" in task.held:
+                break
+        else:
             return False
         mm = self.kvm.mm
-        if mm.page_table_lock.owner is not None:
-            return True
-        return any(lock.owner is not None for lock in mm.pte_locks.values())
+        for lock in (mm.page_table_lock, *mm.pte_locks.values()):
+            if lock.owner is not None:
+                self._held = lock
+                return True
+        return False
 
     def _check_noted(self) -> None:
         kvm = self.kvm
@@ -247,8 +261,8 @@ class KvmTruths:
                 self._check_leaf(sptep, gfn, sp.level, spte, seq)
         gfns, self._noted_gfns = self._noted_gfns, {}
         for gfn, seq in gfns.items():
-            if self._in_open_bracket(gfn, 1):
-                self._noted_gfns[gfn] = seq
+            if self._open and self._in_open_bracket(gfn, 1):
+                self._in_brackets[gfn] = seq
                 continue
             for root in kvm.tdp_mmu_roots:
                 for sptep, base, level, spte in self._leaves(root, gfn, gfn + 1):

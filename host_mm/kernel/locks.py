@@ -26,13 +26,13 @@ def _check_order(sched: Scheduler, task: Task, cls: str, nested: bool) -> None:
         if held == cls:
             if not nested:
                 raise BrokenTruth("lock-order", f"{task.name} takes {cls} while holding {cls}")
-            continue
-        if (cls, held) in edges:
-            raise BrokenTruth(
-                "lock-order",
-                f"{task.name} takes {cls} while holding {held}; {edges[cls, held]} took them the other way",
-            )
-        edges.setdefault((held, cls), task.name)
+        elif (held, cls) not in edges:
+            if (cls, held) in edges:
+                raise BrokenTruth(
+                    "lock-order",
+                    f"{task.name} takes {cls} while holding {held}; {edges[cls, held]} took them the other way",
+                )
+            edges[held, cls] = task.name
 
 
 class _Sleeping:
@@ -143,6 +143,9 @@ class _Sleeping:
 
 def _forget(task: Task, cls: str) -> None:
     held = task.held
+    if held and held[-1] == cls:
+        held.pop()
+        return
     for index in range(len(held) - 1, -1, -1):
         if held[index] == cls:
             del held[index]
