@@ -8,7 +8,8 @@ take mmu_lock; note the range, zap, flush, unlock. range_end: the same walk, onl
 the count. Both find the same slots because a memslot update waits for open brackets. KVM ignores the
 event and its owner, never refuses, and takes no mmu_lock if no slot is hit.
 
-Not modelled: SEV's cache flush on reclaim, the APIC access page, guest_memfd invalidation.
+Not modelled: SEV's cache flush on reclaim, the APIC access page, guest_memfd invalidation, roots by
+address space (a slot of the SMM space zaps and ages in the only space's roots).
 """
 
 from __future__ import annotations

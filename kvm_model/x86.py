@@ -35,7 +35,7 @@ from kvm_model.requests import (
     kvm_make_request,
 )
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, UserExit, Vcpu
-from kvm_model.vmx.exits import EXIT_REASON_NAMES, INTR_INFO_VALID, VmExit
+from kvm_model.vmx.exits import EXIT_REASON_NAMES, INTR_INFO_DELIVER_CODE, INTR_INFO_VALID, VmExit
 from kvm_model.vmx.vmx import vmx_handle_exit
 from kvm_model.x86_events import kvm_check_and_inject_events, vmx_cancel_injection, vmx_complete_interrupts
 from trace_events.tracepoint import Tracepoint
@@ -47,6 +47,7 @@ __all__ = ["TRACEPOINTS", "UserExit", "kvm_arch_vcpu_ioctl_run"]
 
 KVM_ISA_VMX = 1
 _RFLAGS_IF = 1 << 9
+_WITH_ERROR_CODE = INTR_INFO_VALID | INTR_INFO_DELIVER_CODE
 _USER_EXIT_REASONS = {
     "io": 2, "hypercall": 3, "hlt": 5, "mmio": 6, "shutdown": 8, "intr": 10, "internal-error": 17,
     "memory-fault": 0,
@@ -236,7 +237,7 @@ def _vmx_vcpu_run(vcpu: Vcpu, force_immediate_exit: bool) -> VmExit:
     if (t := kvm.trace.kvm_entry) is not None:
         t(
             vcpu.vcpu_id, cpu.get_reg(vcpu, "rip"), force_immediate_exit, vcpu.entry_intr_info,
-            vcpu.entry_error_code if vcpu.entry_intr_info & INTR_INFO_VALID else 0,
+            vcpu.entry_error_code if vcpu.entry_intr_info & _WITH_ERROR_CODE == _WITH_ERROR_CODE else 0,
         )
     kvm.sched.advance(COST_VM_ENTRY)
     exit_ = cpu.vcpu_run(vcpu)
@@ -300,4 +301,5 @@ def _kvm_vcpu_halt(vcpu: Vcpu) -> None:
             break
     vcpu.stat["halt_wait_ns"] += kvm.sched.now - start
     if (t := kvm.trace.kvm_vcpu_wakeup) is not None:
-        t(kvm.sched.now - start, waited, _vcpu_runnable(vcpu))
+        # Only s390 knows invalid wake-ups.
+        t(kvm.sched.now - start, waited, True)

@@ -122,6 +122,7 @@ def _kvm_mmu_hugepage_adjust(kvm: Kvm, fault: KvmPageFault) -> None:
 
 def _kvm_handle_error_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
     if fault.pfn == KVM_PFN_ERR_SIGPENDING:
+        vcpu.stat["signal_exits"] += 1
         return -EINTR
     if fault.pfn == KVM_PFN_ERR_RO_FAULT:
         return RET_PF_EMULATE

@@ -25,9 +25,7 @@ from kvm_model.mmu.tdp_zap import (
 )
 from kvm_model.requests import (
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
-    KVM_REQ_TLB_FLUSH_CURRENT,
     kvm_check_request,
-    kvm_clear_request,
     kvm_make_all_cpus_request,
 )
 from trace_events.tracepoint import Tracepoint
@@ -84,10 +82,8 @@ def kvm_mmu_load(vcpu: Vcpu) -> int:
     vcpu.root_hpa = kvm_tdp_mmu_alloc_root(vcpu)
     cpu = vcpu.kvm.cpu
     cpu.load_mmu_pgd(vcpu, vcpu.root_hpa)
-    # Roots are not flushed when they are dropped, so a new one starts with a flush.
-    vcpu.stat["tlb_flush"] += 1
+    # Roots are not flushed when they are dropped, so a new one starts with a flush, which no statistic has.
     cpu.flush_tlb(vcpu)
-    kvm_clear_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu)
     return 0
 
 

@@ -401,7 +401,7 @@ def _map_handle_target_level(vcpu: Vcpu, fault: KvmPageFault, it: TdpIter) -> in
     if masks.is_mmio_spte(new):
         vcpu.stat["pf_mmio_spte_created"] += 1
         if (t := kvm.trace.mark_mmio_spte) is not None:
-            t(it.sptep << 3, it.gfn, new & masks.mmio_access, get_mmio_spte_generation(new))
+            t(it.sptep << 3, it.gfn, new & ACC_ALL, get_mmio_spte_generation(new))
         return RET_PF_EMULATE
     _trace_set_spte(kvm, fault, it, new)
     return ret
@@ -427,7 +427,7 @@ def kvm_tdp_mmu_map(vcpu: Vcpu, fault: KvmPageFault) -> int:
     """
     kvm = vcpu.kvm
     if (t := kvm.trace.kvm_mmu_spte_requested) is not None:
-        t(fault.gfn, fault.pfn, fault.goal_level)
+        t(fault.gfn, fault.pfn | fault.gfn & kvm_pages_per_hpage(fault.goal_level) - 1, fault.goal_level)
     kvm.rcu.read_lock()
     try:
         return _map_walk(vcpu, fault)

@@ -8,7 +8,9 @@ emulator_read_write_onepage.
 A handler returns above 0 to enter the guest again, 0 for user space, or a negative errno.
 
 Not modelled: string port I/O, MMIO of more than 8 bytes or across pages, KVM's own hypercalls
-(every VMCALL goes to user space), CR and INVLPG intercepts (EPT needs none), #PF and NMI intercepts.
+(every VMCALL goes to user space), CR and INVLPG intercepts (EPT needs none), #PF and NMI intercepts,
+the #UD that a guest in ring 3 gets for what cannot be emulated (here the VM stops as for ring 0), and
+handle_ept_misconfig's endless re-entry when an event is delivered through a known MMIO page (it stops too).
 """
 
 from __future__ import annotations
@@ -167,6 +169,9 @@ def _page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
     vcpu.kvm.sched.advance(COST_FAULT)
     r = kvm_mmu_page_fault(vcpu, gpa, error_code)
     if r == RET_PF_EMULATE:
+        if vcpu.exit.idt_vectoring_info & INTR_INFO_VALID:
+            # The access was the CPU's own, to deliver an event; no instruction at RIP makes it.
+            return _internal_error(vcpu, "an event was being delivered through MMIO")
         return _x86_emulate_instruction(vcpu, gpa)
     # Whoever makes this fault retry is on another CPU; let it get on.
     vcpu.need_resched |= r == RET_PF_RETRY
@@ -178,14 +183,17 @@ def _x86_emulate_instruction(vcpu: Vcpu, gpa: int) -> int:
     kvm = vcpu.kvm
     rip = kvm.cpu.get_reg(vcpu, "rip")
     access = kvm.cpu.emulate(vcpu, gpa)
-    if (t := kvm.trace.kvm_emulate_insn) is not None:
-        insn = access.insn if access is not None else b""
-        mode = access.mode if access is not None else 9
-        t(rip, 0, len(insn), insn.hex(" "), mode, access is None)
+    insn = access.insn if access is not None else b""
+    mode = access.mode if access is not None else 9
+    t = kvm.trace.kvm_emulate_insn
+    if t is not None:
+        t(rip, 0, len(insn), insn.hex(" "), mode, False)
+    vcpu.stat["insn_emulation"] += 1
     if access is None:
         vcpu.stat["insn_emulation_fail"] += 1
+        if t is not None:
+            t(rip, 0, len(insn), insn.hex(" "), mode, True)
         return _internal_error(vcpu, "the instruction cannot be emulated")
-    vcpu.stat["insn_emulation"] += 1
     return _emulate_access(vcpu, gpa, access)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvm_model.kvm_main import TRACEPOINTS
+from tests.kvm_model.machine import Machine
 
 # Event: (fields in the format file's order, values, the line its `print fmt` makes of them).
 CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
@@ -110,3 +111,9 @@ def test_a_restarted_run_says_so() -> None:
 def test_event_names_are_unique() -> None:
     names = [tp.full_name for tp in TRACEPOINTS]
     assert len(names) == len(set(names))
+
+
+def test_the_mmio_mark_has_the_low_bits_of_the_spte_as_access() -> None:
+    m = Machine()
+    m.run_raw(("r", 0x1000_0000))
+    assert m.last("mark_mmio_spte").args["access"] == 6

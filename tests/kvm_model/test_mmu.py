@@ -266,6 +266,8 @@ def test_a_huge_host_page_makes_a_huge_spte_and_logging_splits_it(monkeypatch: p
     m.kvm.truths = None
     m.sched.set_on_point(None)
     assert map_huge(m, 0x205, 0x405) == 5
+    requested = m.last("kvm_mmu_spte_requested").args
+    assert (requested["pfn"], requested["level"]) == (0x405, 2)
     assert m.kvm.leaf_spte(0x205)[1] == 2
     assert m.leaf(0x205) & 0x80
     assert spte_to_pfn(m.leaf(0x205)) == 0x400

@@ -240,3 +240,42 @@ def test_vcpu_numbers_are_unique() -> None:
     m = Machine()
     with pytest.raises(KernelError):
         m.kvm.create_vcpu(0)
+
+
+def test_loading_a_root_flushes_without_counting_and_a_requested_flush_counts() -> None:
+    m = Machine()
+    m.run(("w", 0x3000, 1))
+    assert m.cpu.flushes[0] == 1
+    assert m.vcpus[0].stat["tlb_flush"] == 0
+    m.do(m.kvm.kvm_flush_remote_tlbs)
+    m.run(("r", 0x3000))
+    assert m.cpu.flushes[0] == 2
+    assert m.vcpus[0].stat["tlb_flush"] == 1
+
+
+def test_a_wakeup_is_always_valid_on_x86() -> None:
+    m = Machine()
+    m.vcpus[0].irq_source = Pic()
+    m.sched.after(1_000_000, lambda: m.kvm.request_exit(m.vcpus[0]))
+    assert m.run_raw().kind == "intr"
+    assert m.last("kvm_vcpu_wakeup").args["valid"]
+
+
+def test_an_event_delivered_through_mmio_is_an_internal_error() -> None:
+    m = Machine()
+    info = VALID | exits.INTR_TYPE_EXT_INTR | 0x20
+    exit_ = m.run_raw(exit_op(
+        exits.REASON_EPT_VIOLATION, qualification=exits.EPT_ACC_READ, guest_physical=0x1000_0000,
+        idt_vectoring_info=info,
+    ))
+    assert exit_.kind == "internal-error"
+    assert "delivered" in exit_.why
+    assert m.vcpus[0].stat["insn_emulation"] == 0
+
+
+def test_a_failed_emulation_is_traced_and_counted_as_begun_and_as_failed() -> None:
+    m = Machine()
+    m.run_raw(("x", 0x1000_0000))
+    assert [e.args["failed"] for e in m.events if e.name == "kvm_emulate_insn"] == [False, True]
+    stat = m.vcpus[0].stat
+    assert (stat["insn_emulation"], stat["insn_emulation_fail"]) == (1, 1)
