@@ -291,7 +291,10 @@ class UnicornCpu:
     def _decode(self, v: UnicornVcpu) -> Any:
         insn = self.fills.decode(v)
         if insn is None:
-            raise RuntimeError(f"cannot decode the instruction at rip {v.env.eip:#x}")
+            # The guest's tables may have changed under a translation that its TLB still holds: a CPU
+            # may evict that at any time, so the fetch is made again. What comes then is no instruction.
+            v.memory.fetch(v.env.eip, 1)
+            raise GuestFault(_VECTOR_UD)
         return insn
 
     def tsc(self, v: UnicornVcpu) -> int:
