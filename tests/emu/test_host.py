@@ -11,6 +11,7 @@ import refault
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.page import get_page
 from host_mm.page_alloc import GFP_KERNEL, alloc_pages
+from refault.scenarios.emulator import EmulatorBackend
 
 GPA = 0x30_0000
 
@@ -88,3 +89,13 @@ def test_a_vm_that_is_being_destroyed_takes_no_operations(vm: refault.VM) -> Non
     with pytest.raises(KernelError) as refused:
         vm.host.age(GPA, 1)
     assert refused.value.errno == errno.ESRCH
+
+
+def test_a_vcpu_that_must_drop_its_root_holds_no_translations() -> None:
+    """Zapping an invalidated root flushes nothing: the vCPU flushes when it loads the next one."""
+    backend = EmulatorBackend(check=True)
+    backend.load(0)
+    slot = backend.vm.host.slot_create(0x2000_0000)
+    backend.vm.host.slot_delete(slot)
+    assert backend.vm.host.swap_out(0x1000) == 1
+    backend.close()
