@@ -16,7 +16,7 @@ Not modelled: macro default arguments, nested macro definitions, .set.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,31 +54,9 @@ class _Macro(NamedTuple):
     body: tuple[Statement, ...]
 
 
-def strip_comment(line: str) -> str:
-    """`line` without its comment; ; and # inside quotes are text."""
+def _unquoted(text: str) -> Iterator[tuple[int, str]]:
+    """Position and character of what stands outside quotes."""
     quote = ""
-    skip = False
-    for position, char in enumerate(line):
-        if skip:
-            skip = False
-        elif quote:
-            if char == "\\":
-                skip = True
-            elif char == quote:
-                quote = ""
-        elif char in "\"'":
-            quote = char
-        elif char in ";#":
-            return line[:position]
-    return line
-
-
-def split_arguments(text: str) -> list[str]:
-    """`text` split at commas outside quotes, brackets and parentheses."""
-    parts: list[str] = []
-    depth = 0
-    quote = ""
-    start = 0
     skip = False
     for position, char in enumerate(text):
         if skip:
@@ -90,7 +68,25 @@ def split_arguments(text: str) -> list[str]:
                 quote = ""
         elif char in "\"'":
             quote = char
-        elif char in "([":
+        else:
+            yield position, char
+
+
+def strip_comment(line: str) -> str:
+    """`line` without its comment; ; and # inside quotes are text."""
+    for position, char in _unquoted(line):
+        if char in ";#":
+            return line[:position]
+    return line
+
+
+def split_arguments(text: str) -> list[str]:
+    """`text` split at commas outside quotes, brackets and parentheses."""
+    parts: list[str] = []
+    depth = 0
+    start = 0
+    for position, char in _unquoted(text):
+        if char in "([":
             depth += 1
         elif char in ")]":
             depth -= 1

@@ -13,6 +13,7 @@ alone stops the walk), should_defer_flush's look at the CPU mask (a flush is alw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
@@ -100,7 +101,7 @@ def _clear_entry(mm: MmStruct, address: int, pte: int, flags: int) -> int:
 
 
 class _Unmap:
-    """try_to_unmap_one over the VMAs of one page."""
+    """One page on its way out of the VMAs that map it: by swap entries, or by migration entries."""
 
     __slots__ = ("flags", "host", "order", "pfn")
 
@@ -111,8 +112,16 @@ class _Unmap:
         batched = flags & TTU_BATCH_FLUSH
         self.order = mmu_notifier.ORDER_BATCHED if batched else mmu_notifier.ORDER_UNDER_PTL
 
-    def one(self, vma: VmArea, address: int) -> bool:
-        """Unmap from one VMA, inside a bracket of its own; false ends the walk."""
+    def try_to_unmap_one(self, vma: VmArea, address: int) -> bool:
+        """Unmap from one VMA; false ends the walk."""
+        return self._in_bracket(vma, address, self._unmap_locked)
+
+    def try_to_migrate_one(self, vma: VmArea, address: int) -> bool:
+        """Replace the entry of one VMA by a migration entry; false ends the walk."""
+        return self._in_bracket(vma, address, self._set_migration_entry)
+
+    def _in_bracket(self, vma: VmArea, address: int, change: Callable[[VmArea, int, int], bool]) -> bool:
+        """`change(vma, address, pte)` with the entry locked, inside a bracket of its own."""
         mm = vma.mm
         range_ = mmu_notifier.mmu_notifier_range_init(
             mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, address + 4096,
@@ -123,16 +132,15 @@ class _Unmap:
         pte = page_vma_mapped_walk(self.host, self.pfn, vma, address)
         if pte:
             ptl = pte_lockptr(mm, pte)
-            if vma.flags & VM_LOCKED and not self.flags & TTU_IGNORE_MLOCK:
-                ret = False
-            else:
-                ret = self._locked(mm, address, pte)
+            ret = change(vma, address, pte)
             ptl.unlock()
         mmu_notifier.mmu_notifier_invalidate_range_end(range_)
         return ret
 
-    def _locked(self, mm: MmStruct, address: int, pte: int) -> bool:
-        host, pfn = self.host, self.pfn
+    def _unmap_locked(self, vma: VmArea, address: int, pte: int) -> bool:
+        if vma.flags & VM_LOCKED and not self.flags & TTU_IGNORE_MLOCK:
+            return False
+        host, pfn, mm = self.host, self.pfn, vma.mm
         pages = host.pages
         exclusive = pages.flags[pfn] & (PG_anon | PG_anon_exclusive) == PG_anon | PG_anon_exclusive
         old = _clear_entry(mm, address, pte, self.flags)
@@ -190,25 +198,8 @@ class _Unmap:
         set_pte(mm, address, pte, value)
         return True
 
-    def migrate_one(self, vma: VmArea, address: int) -> bool:
-        """try_to_migrate_one: replace the entry of one VMA by a migration entry."""
-        mm = vma.mm
-        range_ = mmu_notifier.mmu_notifier_range_init(
-            mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, address + 4096,
-            order=self.order,
-        )
-        mmu_notifier.mmu_notifier_invalidate_range_start(range_)
-        ret = True
-        pte = page_vma_mapped_walk(self.host, self.pfn, vma, address)
-        if pte:
-            ptl = pte_lockptr(mm, pte)
-            ret = self._set_migration_entry(mm, address, pte)
-            ptl.unlock()
-        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
-        return ret
-
-    def _set_migration_entry(self, mm: MmStruct, address: int, pte: int) -> bool:
-        host, pfn = self.host, self.pfn
+    def _set_migration_entry(self, vma: VmArea, address: int, pte: int) -> bool:
+        host, pfn, mm = self.host, self.pfn, vma.mm
         flags = host.pages.flags[pfn]
         exclusive = flags & (PG_anon | PG_anon_exclusive) == PG_anon | PG_anon_exclusive
         old = _clear_entry(mm, address, pte, self.flags)
@@ -241,7 +232,7 @@ def try_to_unmap(host: HostMm, pfn: int, flags: int = 0) -> bool:
     unmap = _Unmap(host, pfn, flags)
     pages = host.pages
     locked = bool(flags & TTU_RMAP_LOCKED)
-    rmap_walk(host, pfn, unmap.one, locked=locked, done=lambda: not pages.mapcount[pfn])
+    rmap_walk(host, pfn, unmap.try_to_unmap_one, locked=locked, done=lambda: not pages.mapcount[pfn])
     return not pages.mapcount[pfn]
 
 
@@ -250,7 +241,7 @@ def try_to_migrate(host: HostMm, pfn: int, flags: int = 0) -> bool:
     unmap = _Unmap(host, pfn, flags)
     pages = host.pages
     locked = bool(flags & TTU_RMAP_LOCKED)
-    rmap_walk(host, pfn, unmap.migrate_one, locked=locked, done=lambda: not pages.mapcount[pfn])
+    rmap_walk(host, pfn, unmap.try_to_migrate_one, locked=locked, done=lambda: not pages.mapcount[pfn])
     return not pages.mapcount[pfn]
 
 

@@ -78,7 +78,7 @@ __all__ = [
     "ACCESS_AC", "ACCESS_FETCH", "ACCESS_IMPLICIT", "ACCESS_READ", "ACCESS_USER", "ACCESS_WRITE",
     "EPT_MISCONFIG", "EPT_VIOLATION", "NON_CANONICAL", "OK", "OUTSIDE_RAM", "PAGE_FAULT", "PAGING_MODE",
     "RIGHT_R", "RIGHT_W", "RIGHT_X", "STATUS_NAMES", "Walk", "ept_set_accessed_dirty", "ept_translate",
-    "guest_rights", "page_fault_code", "walk",
+    "guest_rights", "page_fault_code", "walk", "walk_guest",
 ]
 
 OK = 0
@@ -213,72 +213,82 @@ def guest_rights(combined: int, xd: int, cr0: int, cr4: int, access: int) -> int
     return rights
 
 
+def walk_guest(
+    mem: Words, nr_frames: int, cr0: int, cr3: int, cr4: int, efer: int, eptp: int, gva: int, access: int
+) -> Walk:
+    """The guest's tables only: (OK, gpa, rights, 0, 0, level), or what `walk` then answers."""
+    if not efer & EFER_LMA or cr4 & CR4_LA57:
+        return PAGING_MODE, 0, 0, 0, 0, 0
+    if not is_canonical(gva):
+        return NON_CANONICAL, 0, 0, 0, 0, 0
+    need = RIGHT_R
+    if access & ACCESS_WRITE:
+        need = RIGHT_W
+    elif access & ACCESS_FETCH:
+        need = RIGHT_X
+    # With A/D flags for EPT, accesses to guest paging structures count as writes (SDM 29.3.3.2).
+    structure = EPT_ACC_READ
+    if eptp & EPTP_AD_ENABLE:
+        structure = _READ_WRITE
+    combined = PTE_RW | PTE_USER
+    xd = 0
+    table = cr3 & _CR3_MASK
+    level = 4
+    while True:
+        gpa = table + table_index(gva, level) * 8
+        status, hpa, ept_rights, ept_level = ept_translate(mem, nr_frames, eptp, gpa, structure)
+        if status == EPT_VIOLATION:
+            return status, 0, 0, structure | ept_rights << 3 | EPT_GVA_VALID, gpa, level
+        if status != OK:
+            return status, hpa, 0, ept_level, gpa, level
+        entry = mem[hpa >> 3]
+        if not entry & PTE_PRESENT:
+            return PAGE_FAULT, 0, 0, page_fault_code(access, cr4, efer), gpa, level
+        if pte_reserved(entry, level, efer):
+            code = PFERR_PRESENT | PFERR_RSVD | page_fault_code(access, cr4, efer)
+            return PAGE_FAULT, 0, 0, code, gpa, level
+        combined &= entry
+        if entry < 0:
+            xd = 1
+        wanted = entry | PTE_ACCESSED
+        leaf = level == 1 or entry & PTE_PS
+        if leaf:
+            rights = guest_rights(combined, xd, cr0, cr4, access)
+            if not rights & need:
+                return PAGE_FAULT, 0, 0, PFERR_PRESENT | page_fault_code(access, cr4, efer), gpa, level
+            if access & ACCESS_WRITE:
+                wanted |= PTE_DIRTY
+        if wanted != entry:
+            # The update is a locked read-modify-write: both access bits are reported.
+            if not ept_rights & RIGHT_W:
+                return EPT_VIOLATION, 0, 0, _READ_WRITE | ept_rights << 3 | EPT_GVA_VALID, gpa, level
+            mem[hpa >> 3] = wanted
+        if leaf:
+            if not wanted & PTE_DIRTY:
+                rights &= ~RIGHT_W
+            offset_mask = (1 << (12 + 9 * (level - 1))) - 1
+            return OK, (entry & PTE_ADDR_MASK & ~offset_mask) | (gva & offset_mask), rights, 0, 0, level
+        table = entry & PTE_ADDR_MASK
+        level -= 1
+
+
 def walk(
     mem: Words, nr_frames: int, cr0: int, cr3: int, cr4: int, efer: int, eptp: int, gva: int, access: int
 ) -> Walk:
     """Translate `gva` for `access` (ACCESS_* bits), updating A and D flags; see the module for the result."""
-    need, ept_access = RIGHT_R, EPT_ACC_READ
-    if access & ACCESS_WRITE:
-        need, ept_access = RIGHT_W, EPT_ACC_WRITE
-    elif access & ACCESS_FETCH:
-        need, ept_access = RIGHT_X, EPT_ACC_EXEC
-
-    level = 0
-    rights = RIGHT_R | RIGHT_W | RIGHT_X
-    if not cr0 & CR0_PG:
-        gpa = gva & 0xFFFFFFFF
+    if cr0 & CR0_PG:
+        result = walk_guest(mem, nr_frames, cr0, cr3, cr4, efer, eptp, gva, access)
+        if result[0] != OK:
+            return result
+        _, gpa, rights, _, _, level = result
     else:
-        if not efer & EFER_LMA or cr4 & CR4_LA57:
-            return PAGING_MODE, 0, 0, 0, 0, 0
-        if not is_canonical(gva):
-            return NON_CANONICAL, 0, 0, 0, 0, 0
-        # With A/D flags for EPT, accesses to guest paging structures count as writes (SDM 29.3.3.2).
-        structure = EPT_ACC_READ
-        if eptp & EPTP_AD_ENABLE:
-            structure = _READ_WRITE
-        combined = PTE_RW | PTE_USER
-        xd = 0
-        table = cr3 & _CR3_MASK
-        level = 4
-        while True:
-            gpa = table + table_index(gva, level) * 8
-            status, hpa, ept_rights, ept_level = ept_translate(mem, nr_frames, eptp, gpa, structure)
-            if status == EPT_VIOLATION:
-                return status, 0, 0, structure | ept_rights << 3 | EPT_GVA_VALID, gpa, level
-            if status != OK:
-                return status, hpa, 0, ept_level, gpa, level
-            entry = mem[hpa >> 3]
-            if not entry & PTE_PRESENT:
-                return PAGE_FAULT, 0, 0, page_fault_code(access, cr4, efer), gpa, level
-            if pte_reserved(entry, level, efer):
-                code = PFERR_PRESENT | PFERR_RSVD | page_fault_code(access, cr4, efer)
-                return PAGE_FAULT, 0, 0, code, gpa, level
-            combined &= entry
-            if entry < 0:
-                xd = 1
-            wanted = entry | PTE_ACCESSED
-            leaf = level == 1 or entry & PTE_PS
-            if leaf:
-                rights = guest_rights(combined, xd, cr0, cr4, access)
-                if not rights & need:
-                    code = PFERR_PRESENT | page_fault_code(access, cr4, efer)
-                    return PAGE_FAULT, 0, 0, code, gpa, level
-                if access & ACCESS_WRITE:
-                    wanted |= PTE_DIRTY
-            if wanted != entry:
-                # The update is a locked read-modify-write: both access bits are reported.
-                if not ept_rights & RIGHT_W:
-                    return EPT_VIOLATION, 0, 0, _READ_WRITE | ept_rights << 3 | EPT_GVA_VALID, gpa, level
-                mem[hpa >> 3] = wanted
-            if leaf:
-                break
-            table = entry & PTE_ADDR_MASK
-            level -= 1
-        if not wanted & PTE_DIRTY:
-            rights &= ~RIGHT_W
-        offset_mask = (1 << (12 + 9 * (level - 1))) - 1
-        gpa = (entry & PTE_ADDR_MASK & ~offset_mask) | (gva & offset_mask)
+        gpa, rights, level = gva & 0xFFFFFFFF, RIGHT_R | RIGHT_W | RIGHT_X, 0
 
+    ept_access = EPT_ACC_READ
+    if access & ACCESS_WRITE:
+        ept_access = EPT_ACC_WRITE
+    elif access & ACCESS_FETCH:
+        ept_access = EPT_ACC_EXEC
     status, hpa, ept_rights, ept_level = ept_translate(mem, nr_frames, eptp, gpa, ept_access)
     if status == EPT_VIOLATION:
         qualification = ept_access | ept_rights << 3 | EPT_GVA_VALID | EPT_GVA_TRANSLATED

@@ -12,13 +12,18 @@ __all__ = ["configure", "main"]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    from refault.numbers import number, size
-
     parser.add_argument("payload", help="see refault list payloads, or a file")
     parser.add_argument(
         "words", nargs="*", type=_word, metavar="NAME=VALUE", help="parameters of the payload, e.g. pages=512"
     )
-    machine = parser.add_argument_group("the machine")
+    _configure_machine(parser.add_argument_group("the machine"))
+    _configure_watching(parser.add_argument_group("watching"))
+    _configure_limits(parser.add_argument_group("limits"))
+
+
+def _configure_machine(machine: argparse._ArgumentGroup) -> None:
+    from refault.numbers import number, size
+
     machine.add_argument(
         "--memory", type=size, default="64M", metavar="SIZE", help="guest memory (default: 64M)"
     )
@@ -65,7 +70,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SCRIPT.py",
         help="a script of host operations to run beside the guest",
     )
-    watch = parser.add_argument_group("watching")
+
+
+def _configure_watching(watch: argparse._ArgumentGroup) -> None:
     watch.add_argument("--check", action="store_true", help="check the model's truths while running")
     watch.add_argument("--trace", metavar="FILE", help="write a trace")
     watch.add_argument(
@@ -81,7 +88,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the summary as one JSON object on stdout; the serial port goes to stderr",
     )
     watch.add_argument("-q", "--quiet", action="store_true", help="no summary")
-    limits = parser.add_argument_group("limits")
+
+
+def _configure_limits(limits: argparse._ArgumentGroup) -> None:
+    from refault.numbers import number
+
     limits.add_argument("--max-insns", type=number, metavar="N", help="stop after about N guest instructions")
     limits.add_argument(
         "--timeout",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from emu.cpu import paging as P
 from emu.cpu.walk import ACCESS_AC, ACCESS_FETCH, ACCESS_IMPLICIT, ACCESS_USER, ACCESS_WRITE
@@ -112,6 +113,24 @@ def random_case(rng: random.Random, aim: tuple[str, int, str]) -> Case:
     xd = rng.randrange(leaf, 5) if why == "xd" or (nxe and not fetch and chance(0.1 + noise)) else 0
     no_user = rng.randrange(leaf, 5)
 
+    gva = _random_gva(rng, leaf, why)
+    case = Case(
+        cr0=CR0_BASE | (P.CR0_WP if wp else 0),
+        cr4=CR4_BASE | (P.CR4_SMEP if smep else 0) | (P.CR4_SMAP if smap else 0),
+        efer=LONG_MODE | (P.EFER_NXE if nxe else 0),
+        gva=to_signed(gva),
+        access=(ACCESS_WRITE if write else 0) | (ACCESS_FETCH if fetch else 0)
+        | (ACCESS_USER if user_mode else (ACCESS_AC if ac else 0) | (ACCESS_IMPLICIT if implicit else 0)),
+        leaf=leaf,
+    )
+    aims = _EntryAims(why, level, leaf, noise, user_page, no_user, read_only, xd)
+    for n in range(4, leaf - 1, -1):
+        slot = (TABLE_FRAMES[n] << 9) + ((gva >> (12 + 9 * (n - 1))) & 511)
+        case.entries[slot] = to_signed(_random_entry(rng, n, aims))
+    return case
+
+
+def _random_gva(rng: random.Random, leaf: int, why: str) -> int:
     gva = rng.getrandbits(48)
     if leaf > 1:
         # few places in a large page, so that few frames of the test's memory are touched
@@ -124,49 +143,54 @@ def random_case(rng: random.Random, aim: tuple[str, int, str]) -> Case:
         gva |= 0xFFFF << 48
     if why == "non-canonical":
         gva ^= 1 << rng.randrange(48, 64)
+    return gva
 
-    case = Case(
-        cr0=CR0_BASE | (P.CR0_WP if wp else 0),
-        cr4=CR4_BASE | (P.CR4_SMEP if smep else 0) | (P.CR4_SMAP if smap else 0),
-        efer=LONG_MODE | (P.EFER_NXE if nxe else 0),
-        gva=to_signed(gva),
-        access=(ACCESS_WRITE if write else 0) | (ACCESS_FETCH if fetch else 0)
-        | (ACCESS_USER if user_mode else (ACCESS_AC if ac else 0) | (ACCESS_IMPLICIT if implicit else 0)),
-        leaf=leaf,
-    )
-    for n in range(4, leaf - 1, -1):
-        entry = rng.getrandbits(11) << 52 | rng.getrandbits(3) << 9 | rng.getrandbits(2) << 3
-        entry |= P.PTE_PRESENT | P.PTE_RW | P.PTE_USER | (rng.getrandbits(4) & 0xB) << 5
-        if n == 4:
-            entry &= ~P.PTE_PS
-        if n == leaf:
-            frame = rng.choice(DATA_FRAMES) if n == 1 else rng.randrange(1, 3) << (9 * (n - 1))
-            if n > 1:
-                entry |= P.PTE_PS
-                frame |= rng.getrandbits(1)  # bit 12: PAT of a large page
-                if why == "misaligned":
-                    frame |= 1 << rng.randrange(1, 9 * (n - 1))
-            elif chance(0.5):
-                entry ^= P.PTE_PS  # PAT of a 4K page
+
+class _EntryAims(NamedTuple):
+    """What the entries of one case shall come to; `no_user`, `read_only` and `xd` are levels (0: none)."""
+
+    why: str
+    level: int
+    leaf: int
+    noise: float
+    user_page: bool
+    no_user: int
+    read_only: int
+    xd: int
+
+
+def _random_entry(rng: random.Random, n: int, aims: _EntryAims) -> int:
+    """The entry of level `n`."""
+    entry = rng.getrandbits(11) << 52 | rng.getrandbits(3) << 9 | rng.getrandbits(2) << 3
+    entry |= P.PTE_PRESENT | P.PTE_RW | P.PTE_USER | (rng.getrandbits(4) & 0xB) << 5
+    if n == 4:
+        entry &= ~P.PTE_PS
+    if n == aims.leaf:
+        frame = rng.choice(DATA_FRAMES) if n == 1 else rng.randrange(1, 3) << (9 * (n - 1))
+        if n > 1:
+            entry |= P.PTE_PS
+            frame |= rng.getrandbits(1)  # bit 12: PAT of a large page
+            if aims.why == "misaligned":
+                frame |= 1 << rng.randrange(1, 9 * (n - 1))
+        elif rng.random() < 0.5:
+            entry ^= P.PTE_PS  # PAT of a 4K page
+    else:
+        entry &= ~P.PTE_PS
+        frame = TABLE_FRAMES[n - 1]
+    entry |= frame << 12
+    if n == aims.read_only or (aims.read_only and rng.random() < 0.2):
+        entry &= ~P.PTE_RW
+    if not aims.user_page and (n == aims.no_user or rng.random() < 0.3):
+        entry &= ~P.PTE_USER
+    if n == aims.xd:
+        entry |= P.PTE_XD
+    if (aims.why == "not-present" and n == aims.level) or rng.random() < aims.noise / 5:
+        entry &= ~P.PTE_PRESENT
+    if aims.why == "reserved" and n == aims.level:
+        if n == 4 and rng.random() < 0.5:
+            entry |= P.PTE_PS
         else:
-            entry &= ~P.PTE_PS
-            frame = TABLE_FRAMES[n - 1]
-        entry |= frame << 12
-        if n == read_only or (read_only and chance(0.2)):
-            entry &= ~P.PTE_RW
-        if not user_page and (n == no_user or chance(0.3)):
-            entry &= ~P.PTE_USER
-        if n == xd:
-            entry |= P.PTE_XD
-        if (why == "not-present" and n == level) or chance(noise / 5):
-            entry &= ~P.PTE_PRESENT
-        if why == "reserved" and n == level:
-            if n == 4 and chance(0.5):
-                entry |= P.PTE_PS
-            else:
-                entry |= 1 << rng.randrange(P.MAXPHYADDR, 52)
-        if why == "reserved-xd" and n == level:
-            entry |= P.PTE_XD
-        slot = (TABLE_FRAMES[n] << 9) + ((gva >> (12 + 9 * (n - 1))) & 511)
-        case.entries[slot] = to_signed(entry)
-    return case
+            entry |= 1 << rng.randrange(P.MAXPHYADDR, 52)
+    if aims.why == "reserved-xd" and n == aims.level:
+        entry |= P.PTE_XD
+    return entry
