@@ -45,19 +45,19 @@ from typing import NamedTuple
 
 __all__ = [
     "CPUID_SIGNATURE", "CPUID_SIGNATURE_EBX", "CPUID_SIGNATURE_ECX", "CPUID_SIGNATURE_EDX",
-    "CPUID_SIGNATURE_LEAF", "EBUSY", "ECHILD", "EEXIST", "EFAULT", "EINVAL", "ENODATA", "ENOENT",
-    "ENOMEM", "ENOSYS", "EXIT_FAIL", "EXIT_OK", "EXIT_PORT", "EXIT_SKIPPED", "HEAP_BASE", "IMAGE_BASE",
+    "CPUID_SIGNATURE_LEAF", "EBUSY", "ECHILD", "EEXIST", "EFAULT", "EINVAL", "ENODATA", "ENOENT", "ENOMEM",
+    "ENOSYS", "EXIT_FAIL", "EXIT_OK", "EXIT_PORT", "EXIT_SKIPPED", "HEAP_BASE", "IMAGE_BASE",
     "LAST_EXIT_CAUGHT", "LAST_EXIT_GPA", "LAST_EXIT_GVA", "LAST_EXIT_QUALIFICATION", "LAST_EXIT_REASON",
-    "LOW_MEMORY", "MMIO_COUNT", "MMIO_LAST_ACCESS", "MMIO_LAST_VALUE", "MMIO_STORE_SIZE",
-    "MMIO_TEST_GPA", "MMIO_TEST_SIZE", "OPEN_BUS_GPA", "PIC1_COMMAND", "PIC1_DATA", "PIC2_COMMAND",
-    "PIC2_DATA", "PIT_CHANNEL0", "PIT_COMMAND", "PIT_HZ", "PROT_EXEC", "PROT_READ", "PROT_WRITE",
-    "SERIAL_PORT", "SLOT_TEST_GPA", "VMCALLS", "VMCALL_AGE", "VMCALL_CHILD_EXIT", "VMCALL_CHILD_READ",
-    "VMCALL_CPU_COUNT", "VMCALL_DIRTY_LOG", "VMCALL_DONTNEED", "VMCALL_EPT_AD", "VMCALL_EPT_RESTORE",
+    "LOW_MEMORY", "MMIO_COUNT", "MMIO_LAST_ACCESS", "MMIO_LAST_VALUE", "MMIO_STORE_SIZE", "MMIO_TEST_GPA",
+    "MMIO_TEST_SIZE", "OPEN_BUS_GPA", "PIC1_COMMAND", "PIC1_DATA", "PIC2_COMMAND", "PIC2_DATA",
+    "PIT_CHANNEL0", "PIT_COMMAND", "PIT_HZ", "PROT_EXEC", "PROT_READ", "PROT_WRITE", "SERIAL_PORT",
+    "SLOT_TEST_GPA", "VMCALLS", "VMCALL_AGE", "VMCALL_CHILD_EXIT", "VMCALL_CHILD_READ", "VMCALL_CPU_COUNT",
+    "VMCALL_DIRTY_LOG", "VMCALL_DMA_WRITE", "VMCALL_DONTNEED", "VMCALL_EPT_AD", "VMCALL_EPT_RESTORE",
     "VMCALL_EPT_SET", "VMCALL_FORK", "VMCALL_GET_DIRTY", "VMCALL_HOST_READ", "VMCALL_HOST_WRITE",
-    "VMCALL_LAST_EXIT", "VMCALL_MAP_LEVEL", "VMCALL_MIGRATE", "VMCALL_MMIO_DEVICE", "VMCALL_PROTECT",
-    "VMCALL_PROTECT_FAULTS", "VMCALL_SLOT_CREATE", "VMCALL_SLOT_DELETE", "VMCALL_SLOT_MOVE",
-    "VMCALL_SLOT_RESTORE", "VMCALL_START_CPU", "VMCALL_SWAP_OUT", "VMCALL_WEATHER", "Vmcall",
-    "cpuid_signature_leaf", "vmcall_by_name", "vmcall_by_number",
+    "VMCALL_KVM_MAP_WRITE", "VMCALL_LAST_EXIT", "VMCALL_MAP_LEVEL", "VMCALL_MIGRATE", "VMCALL_MIRROR_READ",
+    "VMCALL_MMIO_DEVICE", "VMCALL_PROTECT", "VMCALL_PROTECT_FAULTS", "VMCALL_SLOT_CREATE",
+    "VMCALL_SLOT_DELETE", "VMCALL_SLOT_MOVE", "VMCALL_SLOT_RESTORE", "VMCALL_START_CPU", "VMCALL_SWAP_OUT",
+    "VMCALL_WEATHER", "Vmcall", "cpuid_signature_leaf", "vmcall_by_name", "vmcall_by_number",
 ]
 
 CPUID_SIGNATURE_LEAF = 0x4000_0000
@@ -127,6 +127,9 @@ VMCALL_CPU_COUNT = 0x5246_0050
 VMCALL_START_CPU = 0x5246_0051
 VMCALL_MMIO_DEVICE = 0x5246_0060
 VMCALL_WEATHER = 0x5246_0070
+VMCALL_MIRROR_READ = 0x5246_0080
+VMCALL_DMA_WRITE = 0x5246_0081
+VMCALL_KVM_MAP_WRITE = 0x5246_0082
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -254,6 +257,16 @@ VMCALLS: tuple[Vmcall, ...] = (
            "Until the guest ends, a host thread does something to random pages about every `period` ns: "
            "migrates, swaps out, ages, cools or reclaims them, or forks the VMM for a while. All of it is "
            "transparent. -EBUSY when it is on already, -EINVAL below 1000 ns."),
+    Vmcall(VMCALL_MIRROR_READ, "mirror_read", ("gpa", "size"), "the value, zero-extended", (),
+           "A device that keeps page tables of its own for the slot's memory, as an interval notifier's "
+           "user does, reads `size` bytes (1, 2, 4 or 8) at `gpa`, aligned to the size."),
+    Vmcall(VMCALL_DMA_WRITE, "dma_write", ("gpa", "value", "size", "ns"), "0", ("ENOMEM",),
+           "A device pins the page of `gpa`, stores the low `size` bytes of `value` by DMA `ns` later and "
+           "unpins the page, dirty. The call returns after that; other CPUs go on meanwhile. The device "
+           "goes by the frame: were the page moved in spite of the pin, the store would be lost."),
+    Vmcall(VMCALL_KVM_MAP_WRITE, "kvm_map_write", ("gpa", "value", "size", "ns"), "0", (),
+           "The same, but it is KVM that maps the page for itself, as the VMCS12 of a nested guest: with a "
+           "plain reference, marked dirty at the end without the folio lock."),
 )
 
 

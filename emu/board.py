@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from emu.host import Host
     from emu.loaders.image import Image
     from emu.operations.instrument import ArmedEntry
+    from host_mm.hmm import HmmMirror
     from kvm_model.vcpu import Vcpu
 
 __all__ = ["Board", "Stop"]
@@ -92,6 +93,7 @@ class Board:
         self.serial_bytes = bytearray()
         self.output = output
         self.child: Vmm | None = None
+        self.mirrors: dict[int, HmmMirror] = {}
         self.protected: list[tuple[int, int]] = []
         self.protection_faults = 0
         self.armed: ArmedEntry | None = None
@@ -285,6 +287,8 @@ class Board:
         def teardown() -> None:
             if self.child is not None:
                 self.child.exit()
+            for mirror in self.mirrors.values():
+                mirror.close()
             self.vmm.exit()
             self.kvm.destroy()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 __all__ = ["BREAKS"]
 
 BREAKS: dict[str, str] = {
-    "flush-after-unlock": "a COW flushes the old translation only after the page-table lock is dropped",
+    "cow-flush-after-unlock": "a COW flushes the old translation only after the page-table lock is dropped",
     "free-before-batched-flush": "reclaim frees its frames before the batched flush",
     "free-before-flush": "mmu_gather frees its pages before it flushes the primary TLB",
     "migrate-ignore-refs": "migration moves a folio although somebody else holds a reference to it",

@@ -74,7 +74,8 @@ class HostMm:
     `pte_hooks` are called as (mm, address, old, new) with each store to a level-1 entry; `free_hooks`
     as (pfn, order) with each block that goes back to the allocator. `checks` is the checker or None.
     `frame_holders` give, as pfn to count, the references that no page table, swap cache or LRU batch
-    explains: pins, and frames that upper rooms allocated (for truths.audit).
+    explains: pins, and frames that upper rooms allocated (for truths.audit). `held` counts, by frame,
+    plain references (FOLL_GET) whose holders write through them.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class HostMm:
         self.free_hooks: list[Callable[[int, int], None]] = []
         self.mms: list[MmStruct] = []
         self.pins: Counter[int] = Counter()
+        self.held: Counter[int] = Counter()
         self.frame_holders: list[Callable[[], Mapping[int, int]]] = [self._tables_of_the_dead, self._pins]
         self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
         self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
@@ -119,13 +121,15 @@ class HostMm:
         if checks:
             self.checks = truths.HostTruths(self)
             self.free_hooks.append(self.checks.frame_freed)
+            self.pte_hooks.append(self.checks.pte_set)
 
     def _tables_of_the_dead(self) -> dict[int, int]:
         """Page directories that outlive their process because a notifier still holds the mm."""
         return {mm.pgd >> 12: 1 for mm in self.mms if not mm.process.alive}
 
     def _pins(self) -> dict[int, int]:
-        return {pfn: nr * GUP_PIN_COUNTING_BIAS for pfn, nr in self.pins.items() if nr}
+        pins = Counter({pfn: nr * GUP_PIN_COUNTING_BIAS for pfn, nr in self.pins.items() if nr})
+        return pins + self.held
 
     @property
     def nodes(self) -> list[page_alloc.PgData]:
@@ -179,13 +183,13 @@ class HostMm:
 
     # -- seams --------------------------------------------------------------------------------
 
-    def reclaim(self, order: int, nid: int) -> int:
-        """page_alloc -> vmscan: direct reclaim; frames freed."""
-        return vmscan.try_to_free_pages(self, order, nid)
+    def reclaim(self, order: int, nid: int, gfp: int) -> int:
+        """page_alloc -> vmscan: direct reclaim for a request with these flags; frames freed."""
+        return vmscan.try_to_free_pages(self, order, nid, gfp)
 
-    def wakeup_kswapd(self, nid: int, order: int) -> None:
+    def wakeup_kswapd(self, nid: int, order: int, gfp: int) -> None:
         """page_alloc -> vmscan."""
-        vmscan.wakeup_kswapd(self, nid, order)
+        vmscan.wakeup_kswapd(self, nid, order, gfp)
 
     def out_of_memory(self, order: int) -> bool:
         """page_alloc -> oom_kill: whether anything was killed."""

@@ -401,7 +401,7 @@ def _install_copy(vmf: VmFault, new: int) -> bool:
         entry |= vmf.orig_pte & _PAGE_SOFT_DIRTY
     else:
         entry = maybe_mkwrite(pte_mkdirty(entry), vma)
-    late_flush = "flush-after-unlock" in host.breaks
+    late_flush = "cow-flush-after-unlock" in host.breaks
     if not late_flush:
         ptep_clear_flush(mm, vmf.address, vmf.pte)
     if host.profile.invalidate_range:

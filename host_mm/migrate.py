@@ -207,6 +207,8 @@ class _Batch:
         ignore = "migrate-ignore-refs" in host.breaks
         if pages.refcount[src] != expected and not ignore:
             return -EAGAIN
+        if host.checks is not None:
+            host.checks.folio_moves(src)
         host.ram.copy_page(dst, src)
         host.sched.advance(COST_MIGRATE_PAGE)
         if host.sched.preempt:

@@ -123,7 +123,7 @@ def mmu_notifier_invalidate_range_start(range_: MmuNotifierRange) -> None:
     """Open a bracket; callbacks may sleep."""
     mm = range_.mm
     subs = mm.notifier_subscriptions
-    if subs is not None and "skip-start" not in mm.host.breaks:
+    if subs is not None:
         range_.flags |= MMU_NOTIFIER_RANGE_BLOCKABLE
         _range_start(subs, range_)
 
@@ -132,7 +132,7 @@ def mmu_notifier_invalidate_range_start_nonblock(range_: MmuNotifierRange) -> in
     """Open a bracket without sleeping; -EAGAIN: it is not open and end must not be called."""
     mm = range_.mm
     subs = mm.notifier_subscriptions
-    if subs is None or "skip-start" in mm.host.breaks:
+    if subs is None:
         return 0
     range_.flags &= ~MMU_NOTIFIER_RANGE_BLOCKABLE
     return _range_start(subs, range_)
@@ -142,7 +142,7 @@ def mmu_notifier_invalidate_range_end(range_: MmuNotifierRange) -> None:
     """Close a bracket."""
     mm = range_.mm
     subs = mm.notifier_subscriptions
-    if subs is not None and "skip-end" not in mm.host.breaks:
+    if subs is not None:
         _range_end(subs, range_, only_end=False)
 
 
@@ -150,7 +150,7 @@ def mmu_notifier_invalidate_range_only_end(range_: MmuNotifierRange) -> None:
     """Linux 5.10: close a bracket inside which invalidate_range was called already."""
     mm = range_.mm
     subs = mm.notifier_subscriptions
-    if subs is not None and "skip-end" not in mm.host.breaks:
+    if subs is not None:
         _range_end(subs, range_, only_end=True)
 
 

@@ -6,6 +6,9 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     freed-frame-translated   no host TLB entry reaches a frame that is being freed
     io-while-writable        no writable host TLB entry reaches a folio whose write-out begins
     dirty-dropped            a folio dropped as clean has the bytes that its swap slot has
+    held-frame-moved         no frame is migrated that somebody writes to by a reference of his own
+    flush-before-set         no entry gets another frame while a host TLB entry still reaches the old one,
+                             unless a flush is pending
     interval-publish         nothing is published under a sequence number that has moved on
     frame-refcount           at rest, a frame is free or has exactly the references that exist
     frame-mapcount, rss      ... and the mappings, per frame and per process
@@ -13,7 +16,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     lru                      ... and PG_lru says where the folio is
     tlb-stale                ... and every host TLB entry is what the tables say
 
-The first four raise from the place where they break; `audit` checks the others when nobody is
+The first six raise from the place where they break; `audit` checks the others when nobody is
 inside mm. References that are neither mappings, page tables, swap cache nor LRU batches come from
 `host.frame_holders`: callables that give a dict of pfn to count (KVM's tables, pins).
 
@@ -26,6 +29,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import (
+    _PAGE_PRESENT,
     _PAGE_RW,
     _PAGE_SPECIAL,
     PFN_MASK,
@@ -85,6 +89,28 @@ class HostTruths:
                         f"pfn {pfn:#x} is written out, but pid {_pid(mm)} can write it at {vpn << 12:#x}",
                         self.host.stream.ctx.cause,
                     )
+
+    def folio_moves(self, pfn: int) -> None:
+        """Migration gives the folio's identity to another frame: nobody may write to the old one."""
+        host = self.host
+        if host.pins[pfn] or host.held[pfn]:
+            raise BrokenTruth(
+                "held-frame-moved", f"pfn {pfn:#x} is migrated although its user still writes to it",
+                host.stream.ctx.cause,
+            )
+
+    def pte_set(self, mm: MmStruct, address: int, old: int, new: int) -> None:
+        """A pte hook: a CPU that still has the old translation would go on with the old frame."""
+        if not new & _PAGE_PRESENT:
+            return
+        cached = mm.tlb.entries.get(address >> 12)
+        if cached is None or cached >> 1 == pte_pfn(new) or mm.tlb_flush_pending or mm.tlb_flush_batched:
+            return
+        raise BrokenTruth(
+            "flush-before-set",
+            f"{address:#x} gets pfn {pte_pfn(new):#x}, pid {_pid(mm)} still translates it to {cached >> 1:#x}",
+            self.host.stream.ctx.cause,
+        )
 
     def folio_dropped_clean(self, pfn: int) -> None:
         """The folio goes; what it holds must be in its swap slot."""

@@ -5,10 +5,11 @@
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `process.py` | fork and exit |
 | `slots.py` | memory slots and the dirty log |
+| `device.py` | a mirroring device, a pinning device, KVM's own mappings |
 | `weather.py` | random transparent operations beside the guest |
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
 """
 
-from emu.operations import instrument, memory, process, slots, weather
+from emu.operations import device, instrument, memory, process, slots, weather
 
-__all__ = ["instrument", "memory", "process", "slots", "weather"]
+__all__ = ["device", "instrument", "memory", "process", "slots", "weather"]

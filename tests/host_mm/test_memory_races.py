@@ -149,7 +149,7 @@ def test_no_interleaving_loses_a_store_a_pin_or_a_frame(seed: int, profile: MmPr
 
 
 @pytest.mark.parametrize(
-    "switch", ["no-fault-recheck", "no-primary-flush", "free-before-flush", "flush-after-unlock"]
+    "switch", ["no-fault-recheck", "no-primary-flush", "free-before-flush", "cow-flush-after-unlock"]
 )
 def test_leaving_out_a_step_is_noticed(switch: str) -> None:
     def survives(seed: int) -> bool:

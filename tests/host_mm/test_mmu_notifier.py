@@ -246,16 +246,6 @@ def test_get_shares_one_notifier_per_class_and_put_frees_it_after_srcu() -> None
     assert mm.mm_count == 1
 
 
-@pytest.mark.parametrize(("name", "left"), [("skip-start", ["end"]), ("skip-end", ["start"])])
-def test_a_protocol_switch_leaves_out_one_side_of_the_bracket(name: str, left: list[str]) -> None:
-    mm, log = make_mm(frozenset({name})), []
-    mn.mmu_notifier_register(Recorder(log), mm)
-    range_ = bracket(mm)
-    mn.mmu_notifier_invalidate_range_start(range_)
-    mn.mmu_notifier_invalidate_range_end(range_)
-    assert log == left
-
-
 def test_the_5_10_end_calls_invalidate_range_unless_it_was_called_before() -> None:
     class Old(Recorder):
         def invalidate_range(self, mm: MmStruct, start: int, end: int) -> None:

@@ -168,7 +168,7 @@ def test_a_cow_that_rechecks_its_entry_loses_nothing() -> None:
 
 
 def test_a_cow_that_flushes_late_lets_another_thread_write_the_old_page() -> None:
-    vm = Vmm(breaks=frozenset({"flush-after-unlock"}))
+    vm = Vmm(breaks=frozenset({"cow-flush-after-unlock"}), checks=False)
     written(vm)
     seen: list[bool] = []
     child = fork_process(vm.process)
@@ -180,3 +180,12 @@ def test_a_cow_that_flushes_late_lets_another_thread_write_the_old_page() -> Non
     vm.host_write(0, 2)
     assert seen == [True], "the new entry is set while the old translation is still cached"
     exit_process(child)
+
+
+def test_a_cow_that_flushes_late_breaks_a_truth() -> None:
+    vm = Vmm(breaks=frozenset({"cow-flush-after-unlock"}))
+    written(vm)
+    fork_process(vm.process)
+    vm.host_read(0)
+    with pytest.raises(BrokenTruth, match="flush-before-set"):
+        vm.host_write(0, 2)

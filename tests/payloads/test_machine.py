@@ -26,7 +26,7 @@ def run(name: str, *words: str, check: bool = True, **config: Any) -> str:
 
 @pytest.mark.parametrize("name", [n for n in payload_names() if n != "swap-storm"])
 def test_payload_passes_in_full(name: str) -> None:
-    text = run(name, vcpus=3 if name == "smp" else 1)
+    text = run(name, vcpus=3 if name in ("smp", "race") else 1)
     assert "FAIL" not in text, text
     assert " 0 unexpected failures" in text, text
     assert "SKIP" not in text, text
