@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from bench import faults, refill, startup, warm
@@ -40,11 +41,11 @@ def main(arguments: list[str]) -> int:
     return int(bool(missed))
 
 
-def _measure(group: Group, again: object) -> dict[str, float]:
+def _measure(group: Group, again: Callable[[dict[str, float]], bool]) -> dict[str, float]:
     print(f"measuring {group.name} ...", file=sys.stderr)
     values = group.run()
     for _ in range(TRIES - 1):
-        if not again(values):  # type: ignore[operator]
+        if not again(values):
             break
         values = group.better(values, group.run())
     return values

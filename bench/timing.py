@@ -6,7 +6,7 @@ Nothing that is measured waits: the swap file is in the page cache.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 __all__ = ["best", "in_turns", "seconds"]
 
@@ -27,7 +27,7 @@ def best(run: Callable[[], object], before: Callable[[], object] = lambda: None,
     return least
 
 
-def in_turns(runs: dict[str, Callable[[], object]], rounds: int = 10) -> dict[str, list[float]]:
+def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int = 10) -> dict[str, list[float]]:
     """Times of each, taken in turns: for ratios of neighbours, as slow spells hit alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 from bench.bare import DATA, TrivialCpu
 from bench.code import ALU, CALLS, HALT, INSNS, MEMORY
@@ -29,13 +30,17 @@ LOOPS = {"alu": ALU, "memory": MEMORY, "calls": CALLS}
 Run = Callable[[int], None]
 
 
+def _run_bare(cpu: TrivialCpu, at: int, rounds: int) -> None:
+    cpu.run(at, {1: rounds, 3: DATA, 7: 0, 4: STACK})
+
+
 def _bare(counted: bool) -> dict[str, Run]:
     cpu = TrivialCpu(counted=counted)
     runs: dict[str, Run] = {}
     for name, code in LOOPS.items():
         at = ENTRY[name]
         cpu.ram.b[at : at + len(code) + 2] = code + HALT
-        runs[name] = lambda rounds, at=at: cpu.run(at, {1: rounds, 3: DATA, 7: 0, 4: STACK})
+        runs[name] = partial(_run_bare, cpu, at)
     return runs
 
 
@@ -44,8 +49,8 @@ def _net(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     turns: dict[str, Callable[[], None]] = {}
     for name, run in runs.items():
         run(rounds)
-        turns[name] = lambda run=run: run(rounds + rounds // SHORT)
-        turns[f"{name} short"] = lambda run=run: run(rounds // SHORT)
+        turns[name] = partial(run, rounds + rounds // SHORT)
+        turns[f"{name} short"] = partial(run, rounds // SHORT)
     times = in_turns(turns)
     return {name: [a - b for a, b in zip(times[name], times[f"{name} short"])] for name in runs}
 
