@@ -1,4 +1,15 @@
-"""Room 3: the computer. `cpu/` (Unicorn vCPUs, the hardware walk, event delivery), `devices/`,
-`loaders/`, `abi.py` (what guest payloads may know), `host.py` (one host), `board.py` (one VM on
-it), `hostops.py` (what can be asked of the host), `truths.py` (the rule only this floor can check).
+"""Room 3: the computer.
+
+| what | subject |
+|---|---|
+| `host.py` | one host: RAM, clock, event stream, mm, and the VMs on it |
+| `board.py` | one VM: its VMM process, KVM, vCPU threads, devices |
+| `memory.py`, `vmm.py` | the guest's memory as the VMM keeps it; the VMM's system calls |
+| `cpu/` | Unicorn vCPUs, the hardware walk, TLB fills, event delivery |
+| `devices/`, `loaders/` | what answers ports and device memory; guest program files |
+| `abi.py` | what guest payloads may know of the machine |
+| `hostops.py`, `operations/` | what can be asked of the host |
+| `config.py` | everything that decides what a machine does |
+| `inspector.py` | a translation shown without making one |
+| `checker.py` | the truths of all rooms, at scheduling points; its own is truth 2's TLB half |
 """

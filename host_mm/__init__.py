@@ -4,7 +4,7 @@ Reading order:
 
     ram.py                       the frames
     page.py page_alloc.py        struct page, and who owns which frame
-    arch/x86/pgtable.py          the bits of a host page-table entry
+    mempolicy.py                 and on which node
     pgtable_generic.py           tables as bytes in RAM; the funnel of every store
     mm_types.py process.py       address spaces, VMAs, processes
     memory.py                    faults; memory_zap.py, memory_copy.py: entries out, entries into a child
@@ -12,10 +12,16 @@ Reading order:
     gup.py uaccess.py            memory for others than the CPU, and for the process itself
     rmap.py rmap_unmap.py        from a page to its entries
     tlb.py mmu_gather.py         when the host's own translations go
-    mmu_notifier.py              how secondary MMUs are told
-    lru.py vmscan.py swapfile.py swap_state.py swapin.py migrate.py oom_kill.py   what takes frames away
+    mmu_notifier.py              how secondary MMUs are told; mmu_notifier_types.py: what a bracket is
+    interval_notifier.py hmm.py  the other scheme, by sequence counts, and a device that uses it
+    lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
+    shrink_folio_list.py         and how
+    filemap.py                   the folio lock and writeback
+    swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
+    migrate.py oom_kill.py       to another frame; to nowhere
     host.py                      all of it, wired
-    truths.py                    what must hold
+    truths.py breaks.py          what must hold, and how to break it
+    profile.py                   what differs between kernels
 
 `kernel/` holds tasks, locks, costs and the clock; `arch/x86/` what depends on the CPU.
 """

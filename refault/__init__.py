@@ -13,6 +13,7 @@ Map of this room, the front door. It holds no model logic.
 |---|---|
 | `vm.py`, `host.py`, `host_machine.py` | `VM` and `Host`: the machine as a Python object |
 | `header.py`, `machine.py` | what a trace's header says of a machine, and the machine made from it again |
+| `params.py`, `numbers.py` | what `--param` takes; numbers and sizes as people type them |
 | `host_script.py` | `--host SCRIPT.py` |
 | `options.py`, `runner.py` | `refault run`: what was asked, and doing it |
 | `observer.py`, `summary.py` | what a run notes, and the table it ends with |
@@ -22,6 +23,7 @@ Map of this room, the front door. It holds no model logic.
 | `compare.py` | differences: the first place where two traces part |
 | `registry.py` | which tracepoints, payloads and modules exist, found without importing them |
 | `cli.py`, `commands/` | the `refault` command, one file a verb |
+| `errors.py`, `output.py` | exit codes and the errors that carry one; how the commands print |
 
 Names are imported when they are first used, so that `import refault` costs nothing.
 """

@@ -1,1 +1,1 @@
-"""Intel's part: exit information and the EPT entry layout."""
+"""Intel's part: exits.py, what an exit says; ept.py, the EPT entry's layout; vmx.py, the exit handlers."""

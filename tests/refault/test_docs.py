@@ -57,6 +57,20 @@ def test_every_link_inside_the_repository_resolves(document):
             assert (document.parent / target).exists(), target
 
 
+def packages() -> list[Path]:
+    found = (init.parent for room in PACKAGES for init in (ROOT / room).rglob("__init__.py"))
+    return sorted(folder for folder in found if len(list(folder.glob("*.py"))) > 1)
+
+
+@pytest.mark.parametrize("folder", packages(), ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_the_map_of_a_package_names_its_modules_and_no_other(folder):
+    told = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
+    assert {name for name in modules if not re.search(rf"(?<!\w){name}\b", told)} == set()
+    named = set(re.findall(r"(?<![\w/])([a-z_0-9]+)\.py\b", told))
+    assert named <= modules
+
+
 def test_the_reading_guide_cites_enough_to_be_worth_its_name():
     assert len(citations((ROOT / "docs" / "READING.md").read_text())) > 25
 
