@@ -136,11 +136,14 @@ class TraceStream:
         wanted = self._wanted[full_name]
         scopes = self._scopes
 
+        def number(*args: Any, killed_by: int | None = None) -> int:
+            seq = self.seq
+            self.seq = seq + 1
+            return seq
+
         def emit(*args: Any, killed_by: int | None = None) -> int:
             seq = self.seq
             self.seq = seq + 1
-            if not wanted and not scope:
-                return seq
             ctx = self.ctx
             event = Event(
                 seq, self.now(), full_name, ctx.name, ctx.vcpu, ctx.cause, killed_by,
@@ -154,7 +157,7 @@ class TraceStream:
                 self._deliver(listener, event)
             return seq
 
-        return emit
+        return emit if wanted or scope else number
 
     def _forget_old_scopes(self) -> None:
         for seq in list(self._scopes)[:SCOPES_KEPT]:

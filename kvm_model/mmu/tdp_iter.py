@@ -114,15 +114,18 @@ class TdpIter:
         if level == self.min_level:
             return False
         # Read again: the table may have been unlinked since.
-        self.old_spte = spte = self.u64[self.sptep]
-        child = spte_to_child_pt(spte, level)
-        if child < 0:
+        u64 = self.u64
+        self.old_spte = spte = u64[self.sptep]
+        # spte_to_child_pt and _refresh_sptep, written out: every fault takes three of these steps.
+        if not spte & SPTE_MMU_PRESENT_MASK or spte & PT_PAGE_SIZE_MASK:
             return False
         self.level = level = level - 1
-        self.pt_path[level] = child
+        self.pt_path[level] = child = (spte & SPTE_BASE_ADDR_MASK) >> 3
         shift = 9 * (level - 1)
-        self.gfn = self.next_last_level_gfn >> shift << shift
-        self._refresh_sptep()
+        index = self.next_last_level_gfn >> shift
+        self.gfn = index << shift
+        self.sptep = sptep = child + (index & 511)
+        self.old_spte = u64[sptep]
         return True
 
     def _try_step_side(self) -> bool:
