@@ -35,7 +35,11 @@ from kvm_model.mmu.killed_by import KilledBy
 from kvm_model.mmu.mmu_internal import PFERR_GUEST_FINAL_MASK, PFERR_WRITE_MASK, KvmMmuPage, tdp_root_role
 from kvm_model.mmu.rcu import Rcu
 from kvm_model.mmu.spte import PG_LEVEL_4K, ept_masks, is_last_spte, is_shadow_present_pte
-from kvm_model.mmu.tdp_zap import kvm_tdp_mmu_invalidate_roots, kvm_tdp_mmu_zap_invalidated_roots
+from kvm_model.mmu.tdp_zap import (
+    kvm_tdp_mmu_invalidate_roots,
+    kvm_tdp_mmu_zap_invalidated_roots,
+    kvm_tdp_mmu_zap_leafs,
+)
 from kvm_model.pfncache import GfnToPfnCache
 from kvm_model.profile import LINUX_6_18, KvmProfile
 from kvm_model.truths import KvmTruths
@@ -257,3 +261,9 @@ class Kvm:
             self.instrumented.add(self.leaf_spte(gfn)[0] >> 3)
         finally:
             self.srcu.read_unlock(idx)
+
+    def zap_for_instrument(self, gfn: int) -> None:
+        """Drop the leaves of `gfn`, with a flush: the guest's next access faults it in anew."""
+        with self.mmu_lock:
+            if kvm_tdp_mmu_zap_leafs(self, gfn, gfn + 1, False):
+                requests.kvm_flush_remote_tlbs(self)

@@ -23,6 +23,7 @@ from emu.abi import (
 from emu.hostops import operation
 from emu.operations.memory import check_range, spans
 from host_mm.kernel.errors import KernelError
+from kvm_model.memslots import kvm_slot_dirty_track_enabled
 from kvm_model.vmx.exits import REASON_EPT_MISCONFIG, REASON_EPT_VIOLATION, VmExit
 
 if TYPE_CHECKING:
@@ -32,21 +33,35 @@ if TYPE_CHECKING:
 __all__ = ["ArmedEntry"]
 
 
+_ACCESSED_DIRTY = 1 << 8 | 1 << 9
+"""EPT's flags, which the CPU sets and aging clears."""
+
+
 class ArmedEntry(msgspec.Struct):
-    """The one EPT leaf that is armed: where it is, its own permission bits, what was caught."""
+    """The one EPT leaf that is armed: where it is, what it holds, its own permission bits, what was caught."""
 
     gfn: int
     sptep: int
+    value: int
     rwx: int
     armed: bool = True
     caught: VmExit | None = None
 
     def disarm(self, board: Board) -> None:
-        """Give the entry its bits back, if it is still the same mapping."""
-        if self.armed:
-            self.armed = False
-            u64 = board.host.mm.ram.u64
-            u64[self.sptep >> 3] = (u64[self.sptep >> 3] & ~7) | self.rwx
+        """Give the entry its bits back; if KVM changed it or looked at its W bit, drop it instead."""
+        if not self.armed:
+            return
+        self.armed = False
+        kvm = board.kvm
+        u64 = board.host.mm.ram.u64
+        index = self.sptep >> 3
+        kvm.instrumented.discard(index)
+        slot = kvm.slots().gfn_to_memslot(self.gfn)
+        logged = slot is not None and kvm_slot_dirty_track_enabled(slot)
+        if (u64[index] ^ self.value) & ~_ACCESSED_DIRTY or logged:
+            kvm.zap_for_instrument(self.gfn)
+        else:
+            u64[index] = (u64[index] & ~7) | self.rwx
 
     def filter(self, board: Board, vcpu: Vcpu, vmexit: VmExit) -> bool:
         """Whether this exit is the one waited for; then it is recorded and KVM never sees it."""
@@ -85,8 +100,9 @@ def ept_set(board: Board, gpa: int, rwx: int) -> int:
         raise KernelError(errno.EFAULT, f"no 4 KiB EPT leaf maps gpa {gpa:#x}")
     u64 = board.host.mm.ram.u64
     entry = u64[sptep >> 3]
-    board.armed = ArmedEntry(gpa >> 12, sptep, entry & 7)
-    u64[sptep >> 3] = (entry & ~7) | rwx
+    armed = (entry & ~7) | rwx
+    board.armed = ArmedEntry(gpa >> 12, sptep, armed, entry & 7)
+    u64[sptep >> 3] = armed
     board.flush_all()
     return 0
 
