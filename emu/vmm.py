@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from host_mm.kernel.errors import KernelError
+
 if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.process import Process
@@ -79,6 +81,21 @@ class Vmm:
 
         clear_refs_write(self.process.mm, kind)
 
+    def pin(self, address: int) -> int:
+        """A long-term pin for writing, as io_uring takes on a registered buffer: the frame; KernelError."""
+        from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, pin_user_page
+
+        pfn = pin_user_page(self.process.mm, address, FOLL_WRITE | FOLL_LONGTERM)
+        if pfn < 0:
+            raise KernelError(-pfn, f"no page to pin at {address:#x}")
+        return pfn
+
+    def unpin(self, pfn: int) -> None:
+        """Give a pin back; the page was written."""
+        from host_mm.gup import unpin_user_page
+
+        unpin_user_page(self.mm, pfn, dirty=True)
+
     def present_pfn(self, address: int) -> int:
         """The frame that maps `address`, or -1: what /proc/PID/pagemap says."""
         from host_mm.arch.x86.pgtable import pte_pfn, pte_present, walk_lockless
@@ -106,10 +123,12 @@ class Vmm:
 
     def reclaim(self, pages: int) -> int:
         """Proactive reclaim of `pages` frames over all nodes; how many came free."""
+        from host_mm.page_alloc import GFP_KERNEL
+
         freed = 0
         for node in self.mm.nodes:
             while freed < pages:
-                got = self.mm.reclaim(0, node.nid)
+                got = self.mm.reclaim(0, node.nid, GFP_KERNEL)
                 if not got:
                     break
                 freed += got
