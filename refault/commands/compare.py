@@ -43,12 +43,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _both(name: str, check: bool) -> tuple[list[str], list[str]]:
-    from refault.scenarios import SCENARIOS
+    from refault.scenarios import MACHINES, SCENARIOS
     from refault.scenarios.emulator import run_on_emulator
     from refault.scenarios.normal import normal_recorded
     from refault.scenarios.recordings import recording
 
-    return run_on_emulator(SCENARIOS[name], check=check).lines, normal_recorded(recording(name))
+    return run_on_emulator(SCENARIOS[name], check=check, **MACHINES[name]).lines, normal_recorded(recording(name))
 
 
 def _all(args: argparse.Namespace) -> int:

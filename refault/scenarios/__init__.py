@@ -15,17 +15,24 @@ Not modelled: a live `/dev/kvm` as a back end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from refault.scenarios.api import Scenario
 
-__all__ = ["SCENARIOS", "scenario"]
+__all__ = ["MACHINES", "SCENARIOS", "scenario"]
 
 SCENARIOS: dict[str, Callable[[Scenario], None]] = {}
+MACHINES: dict[str, dict[str, Any]] = {}
+"""What a scenario's machine has that the usual one has not: options of `refault.VM`."""
 
 
-def scenario(fn: Callable[[Scenario], None]) -> Callable[[Scenario], None]:
+def scenario(**machine: Any) -> Callable[[Callable[[Scenario], None]], Callable[[Scenario], None]]:
     """Register a scenario under its function's name; its docstring is its claim."""
-    SCENARIOS[fn.__name__] = fn
-    return fn
+
+    def register(fn: Callable[[Scenario], None]) -> Callable[[Scenario], None]:
+        SCENARIOS[fn.__name__] = fn
+        MACHINES[fn.__name__] = machine
+        return fn
+
+    return register

@@ -74,6 +74,14 @@ class Backend(Protocol):
         """Write to /proc/self/clear_refs."""
         ...
 
+    def pin(self, offset: int) -> Any:
+        """A long-term pin for writing of the page at D + offset, as an io_uring fixed buffer takes."""
+        ...
+
+    def unpin(self) -> Any:
+        """Give every pin back."""
+        ...
+
 
 class Scenario:
     """The steps, told to a back end. Titles follow the recordings'."""
@@ -137,3 +145,11 @@ class Scenario:
     def clear_refs(self, kind: int) -> Any:
         """clear_refs."""
         return self._step(f"clear_refs {kind}", "clear_refs", kind)
+
+    def pin(self, offset: int, title: str) -> Any:
+        """A long-term pin."""
+        return self._step(title, "pin", offset)
+
+    def unpin(self, title: str) -> Any:
+        """Pins back."""
+        return self._step(title, "unpin")

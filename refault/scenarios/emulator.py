@@ -74,7 +74,7 @@ class EmulatorBackend:
 
     def __init__(self, **options: Any) -> None:
         params = {"kvm_intel.eptad": "0", **options.pop("params", {})}
-        self.vm = VM("2M", host_ram="64M", swap="64M", params=params, **options)
+        self.vm = VM("2M", params=params, **{"host_ram": "64M", "swap": "64M", **options})
         board = self.board = self.vm.board
         slot0 = board.memory.regions[0]
         self.data_hva = slot0.hva - SLOT0_OFFSET
@@ -87,11 +87,13 @@ class EmulatorBackend:
         self.lines: list[str] = []
         self.events: list[Event] = []
         self.child: Vmm | None = None
+        self.pinned: list[int] = []
         board.host.stream.listen(Listener(("*",), self._note))
 
     def close(self) -> None:
         """Destroy the machine."""
         self.vm.finish()
+        self.unpin()
         if self.child is not None:
             self._host(self.child.exit)
         self.vm.close()
@@ -197,6 +199,21 @@ class EmulatorBackend:
     def clear_refs(self, kind: int) -> Any:
         """clear_refs."""
         return self._host(lambda: self.board.vmm.clear_refs(kind))
+
+    def pin(self, offset: int) -> Any:
+        """A long-term pin."""
+        pfn = self._host(lambda: self.board.vmm.pin(self.data_hva + offset))
+        if isinstance(pfn, str):
+            return pfn
+        self.pinned.append(pfn)
+        return 0
+
+    def unpin(self) -> Any:
+        """Pins back."""
+        pinned, self.pinned = self.pinned, []
+        for pfn in pinned:
+            self._host(lambda pfn=pfn: self.board.vmm.unpin(pfn))
+        return 0
 
 
 def run_on_emulator(scenario: Callable[[Scenario], None], **options: Any) -> EmulatorBackend:

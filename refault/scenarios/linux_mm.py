@@ -8,7 +8,7 @@ from refault.scenarios.api import PAGE, PROT_NONE, PROT_READ, PROT_RW, Scenario
 __all__: list[str] = []
 
 
-@scenario
+@scenario()
 def first_touch(s: Scenario) -> None:
     """A read maps the zero page, a write over it is refused, copied and faulted again."""
     s.ld(0x3000, "unpopulated: zero page")
@@ -22,7 +22,7 @@ def first_touch(s: Scenario) -> None:
     s.rmw(0x6000)
 
 
-@scenario
+@scenario()
 def dontneed(s: Scenario) -> None:
     """MADV_DONTNEED drops the requested range in one bracket; what comes back is zeros."""
     for i in range(4):
@@ -37,7 +37,7 @@ def dontneed(s: Scenario) -> None:
     s.madv(0x200000, 0x200000, "DONTNEED")
 
 
-@scenario
+@scenario()
 def fork_cow(s: Scenario) -> None:
     """fork takes write access from the whole VMA; the first write of either side copies."""
     s.st(0x3000, 1)
@@ -54,7 +54,7 @@ def fork_cow(s: Scenario) -> None:
     s.st(0x5000, 1)
 
 
-@scenario
+@scenario()
 def mprotect(s: Scenario) -> None:
     """mprotect of one page splits its VMA, which brackets the aligned 2 MiB first."""
     s.st(0x3000, 1)
@@ -71,7 +71,7 @@ def mprotect(s: Scenario) -> None:
     s.ld(0x4000)
 
 
-@scenario
+@scenario()
 def vma_split(s: Scenario) -> None:
     """A split fires the 2 MiB bracket only if those 2 MiB lie wholly in the VMA being split."""
     s.mprotect(0x101000, PAGE, PROT_READ)
@@ -85,7 +85,7 @@ def vma_split(s: Scenario) -> None:
     s.st(0x4C0000, 2)
 
 
-@scenario
+@scenario()
 def pageout_swapfile(s: Scenario) -> None:
     """MADV_PAGEOUT fires one bracket a page and skips the zero page; a page comes back writable."""
     s.st(0x3000, 0x11)
@@ -101,7 +101,7 @@ def pageout_swapfile(s: Scenario) -> None:
     s.ld(0x5000)
 
 
-@scenario
+@scenario()
 def free_cold(s: Scenario) -> None:
     """MADV_COLD takes no mapping away; MADV_FREE does, and keeps the bytes until reclaim."""
     s.st(0x3000, 1)
@@ -113,7 +113,7 @@ def free_cold(s: Scenario) -> None:
     s.st(0x4000, 4)
 
 
-@scenario
+@scenario()
 def munmap_middle(s: Scenario) -> None:
     """munmap of the middle leaves both sides; the hole is EFAULT until something is mapped there."""
     for offset in (0x300000, 0x310000, 0x31F000, 0x320000):
@@ -130,7 +130,7 @@ def munmap_middle(s: Scenario) -> None:
     s.ld(0x300000)
 
 
-@scenario
+@scenario()
 def clear_refs(s: Scenario) -> None:
     """Clearing referenced bits takes nothing away; clearing soft-dirty brackets the whole mm."""
     s.st(0x3000, 1)
@@ -139,3 +139,50 @@ def clear_refs(s: Scenario) -> None:
     s.ld(0x3000)
     s.clear_refs(4)
     s.st(0x3000, 2)
+
+
+@scenario(swap=None)
+def pageout_noswap(s: Scenario) -> None:
+    """Without swap MADV_PAGEOUT takes no anonymous page and tells nobody."""
+    s.st(0x3000, 1)
+    s.madv(0x3000, PAGE, "PAGEOUT")
+    s.ld(0x3000)
+
+
+@scenario()
+def madv_populate(s: Scenario) -> None:
+    """POPULATE_READ maps the zero page, POPULATE_WRITE pages of one's own; neither tells anybody."""
+    s.madv(0x0, 0x10000, "POPULATE_READ")
+    s.ld(0x3000)
+    s.ld(0x4000)
+    s.st(0x3000, 1)
+    s.madv(0x100000, 0x10000, "POPULATE_WRITE")
+    s.ld(0x103000, "prefetches the group")
+    s.ld(0x104000)
+    s.st(0x104000, 1)
+    s.st(0x10B000, 2, "next group, by store")
+    s.ld(0x10C000)
+    s.madv(0x200000, 0x10000, "POPULATE_WRITE")
+    s.madv(0x203000, PAGE, "DONTNEED")
+    s.ld(0x206000, "hole at 3 of the group")
+
+
+@scenario()
+def fork_pinned(s: Scenario) -> None:
+    """fork copies a pinned page at once, so that the parent's stays the pinned one and writable."""
+    s.st(0x3000, 1)
+    s.st(0x4000, 1)
+    s.ld(0x5000, "zero page")
+    s.pin(0x3000, "io_uring REGISTER_BUFFERS 0x3000 (FOLL_LONGTERM)")
+    s.st(0x3000, 2)
+    s.fork()
+    s.ld(0x3000, "pinned: read")
+    s.st(0x3000, 3, "pinned: store")
+    s.ld(0x4000, "not pinned")
+    s.st(0x4000, 3)
+    s.child_exit()
+    s.unpin("UNREGISTER_BUFFERS")
+    s.pin(0x5000, "REGISTER_BUFFERS 0x5000: pin breaks the zero page")
+    s.st(0x5000, 4)
+    s.madv(0x5000, PAGE, "DONTNEED")
+    s.st(0x5000, 5, "pin stays on the old page")

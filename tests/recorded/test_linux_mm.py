@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import refault.scenarios.linux_mm  # noqa: F401
-from refault.scenarios import SCENARIOS
+from refault.scenarios import MACHINES, SCENARIOS
 from refault.scenarios.emulator import run_on_emulator
 from refault.scenarios.normal import normal_recorded
 from refault.scenarios.recordings import recorded_names, recording
@@ -13,7 +13,7 @@ from refault.scenarios.recordings import recorded_names, recording
 
 @pytest.mark.parametrize("name", recorded_names())
 def test_host_side_lines_equal_the_real_kernels(name: str) -> None:
-    backend = run_on_emulator(SCENARIOS[name], check=True)
+    backend = run_on_emulator(SCENARIOS[name], check=True, **MACHINES[name])
     assert backend.lines == normal_recorded(recording(name))
 
 
