@@ -183,7 +183,7 @@ class HostMm:
 
     # -- seams --------------------------------------------------------------------------------
 
-    def reclaim(self, order: int, nid: int, gfp: int) -> int:
+    def reclaim(self, order: int, nid: int, gfp: int = page_alloc.GFP_HIGHUSER_MOVABLE) -> int:
         """page_alloc -> vmscan: direct reclaim for a request with these flags; frames freed."""
         return vmscan.try_to_free_pages(self, order, nid, gfp)
 

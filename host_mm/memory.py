@@ -59,7 +59,7 @@ from host_mm.page import (
     get_page,
     put_page,
 )
-from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, GFP_ZERO
+from host_mm.page_alloc import GFP_COMP, GFP_HIGHUSER_MOVABLE, GFP_ZERO
 from host_mm.pgtable_generic import (
     pmd_alloc,
     pte_alloc,
@@ -133,7 +133,7 @@ def maybe_mkwrite(pte: int, vma: VmArea) -> int:
 def folio_prealloc(host: HostMm, vma: VmArea, *, zero: bool) -> int:
     """A page for this VMA by its memory policy, or -1."""
     nid = vma.policy.preferred_node() if vma.policy is not None else vma.mm.process.home_node
-    pfn = host.allocator.alloc_pages(GFP_HIGHUSER_MOVABLE | (GFP_ZERO if zero else 0), 0, nid)
+    pfn = host.allocator.alloc_pages(GFP_HIGHUSER_MOVABLE | GFP_COMP | (GFP_ZERO if zero else 0), 0, nid)
     if pfn >= 0:
         host.pages.flags[pfn] |= PG_uptodate
     return pfn

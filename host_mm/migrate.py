@@ -44,7 +44,7 @@ from host_mm.page import (
     get_page,
     put_page,
 )
-from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, GFP_NORETRY, GFP_THISNODE, alloc_pages
+from host_mm.page_alloc import GFP_COMP, GFP_HIGHUSER_MOVABLE, GFP_THISNODE, alloc_pages
 from host_mm.pgtable_generic import pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get
 from host_mm.rmap_unmap import TTU_BATCH_FLUSH, remove_migration_ptes, try_to_migrate
 from host_mm.swap_state import swap_cache_replace_folio
@@ -324,7 +324,7 @@ class _Batch:
 
 def alloc_migration_target(host: HostMm, nid: int) -> int:
     """A frame on exactly this node, or -1; no process dies for it."""
-    return alloc_pages(host, GFP_HIGHUSER_MOVABLE | GFP_THISNODE | GFP_NORETRY, 0, nid)
+    return alloc_pages(host, GFP_HIGHUSER_MOVABLE | GFP_THISNODE | GFP_COMP, 0, nid)
 
 
 def putback_movable_pages(host: HostMm, pfns: list[int]) -> None:

@@ -34,20 +34,26 @@ __all__ = [
     "GFP_HIGH",
     "GFP_HIGHUSER_MOVABLE",
     "GFP_KERNEL",
+    "GFP_KERNEL_ACCOUNT",
     "GFP_KSWAPD_RECLAIM",
     "GFP_NORETRY",
     "GFP_NOWAIT",
     "GFP_NOWARN",
+    "GFP_PGTABLE_USER",
     "GFP_THISNODE",
     "GFP_ZERO",
     "MAX_ORDER",
     "MAX_RECLAIM_RETRIES",
     "NUMA_NO_NODE",
     "TRACEPOINTS",
+    "ZONE_MOVABLE",
+    "ZONE_NAMES",
+    "ZONE_NORMAL",
     "PageAllocator",
     "PgData",
     "Zone",
     "alloc_pages",
+    "gfp_zone",
 ]
 
 MAX_ORDER = 10
@@ -71,10 +77,18 @@ GFP_NORETRY = 1 << 16
 GFP_COMP = 1 << 18
 GFP_HARDWALL = 1 << 20
 GFP_THISNODE = 1 << 21
+GFP_ACCOUNT = 1 << 22
 GFP_ATOMIC = GFP_HIGH | GFP_KSWAPD_RECLAIM
 GFP_NOWAIT = GFP_KSWAPD_RECLAIM | GFP_NOWARN
 GFP_KERNEL = GFP_DIRECT_RECLAIM | GFP_KSWAPD_RECLAIM | GFP_IO | GFP_FS
+GFP_KERNEL_ACCOUNT = GFP_KERNEL | GFP_ACCOUNT
+GFP_PGTABLE_USER = GFP_KERNEL_ACCOUNT | GFP_ZERO
 GFP_HIGHUSER_MOVABLE = GFP_KERNEL | GFP_HARDWALL | GFP_HIGHMEM | GFP_MOVABLE
+
+# enum zone_type of x86-64. Every frame here is ZONE_NORMAL's, but requests name the zone they may go up to.
+ZONE_NORMAL = 2
+ZONE_MOVABLE = 3
+ZONE_NAMES = {ZONE_NORMAL: "normal", ZONE_MOVABLE: "movable"}
 
 FRAME_FREE = Tracepoint(
     "refault", "frame_free", ("pfn", "order", "nid"),
@@ -82,6 +96,12 @@ FRAME_FREE = Tracepoint(
     doc="A frame goes back to the allocator: whoever still translates to it is wrong from here on.",
 )
 TRACEPOINTS = (FRAME_FREE,)
+
+
+def gfp_zone(gfp: int) -> int:
+    """The highest zone that a request with these flags may use."""
+    movable = GFP_HIGHMEM | GFP_MOVABLE
+    return ZONE_MOVABLE if gfp & movable == movable else ZONE_NORMAL
 
 
 class Zone:
@@ -281,9 +301,7 @@ class PageAllocator:
     def _slowpath(self, gfp: int, order: int, nid: int, zonelist: list[PgData]) -> int:
         host = self.host
         task = host.sched.current
-        if gfp & GFP_KSWAPD_RECLAIM:
-            for node in zonelist:
-                host.wakeup_kswapd(node.nid, order)
+        self._wake_all_kswapds(gfp, order, zonelist)
         mark = "wmark_min"
         pfn = self._get_page_from_freelist(order, zonelist, mark)
         if pfn >= 0:
@@ -295,9 +313,8 @@ class PageAllocator:
             return self._get_page_from_freelist(order, zonelist, None) if gfp & GFP_HIGH else -1
         no_progress = 0
         while True:
-            host.vmstat["allocstall_normal"] += 1
             host.sched.advance(COST_DIRECT_RECLAIM)
-            freed = host.reclaim(order, nid)
+            freed = host.reclaim(order, nid, gfp)
             pfn = self._get_page_from_freelist(order, zonelist, mark)
             if pfn >= 0:
                 return pfn
@@ -305,12 +322,21 @@ class PageAllocator:
             if gfp & GFP_NORETRY or (order > 3 and no_progress):
                 return -1
             if no_progress > MAX_RECLAIM_RETRIES or (not freed and no_progress > 1):
+                if gfp & GFP_THISNODE:
+                    # Whoever was killed might have nothing on that node.
+                    return -1
                 if not host.out_of_memory(order):
                     raise OutOfMemory(f"no block of order {order}; {self.nr_free_pages()} frames are free")
                 no_progress = 0
                 pfn = self._get_page_from_freelist(order, zonelist, mark)
                 if pfn >= 0:
                     return pfn
+            self._wake_all_kswapds(gfp, order, zonelist)
+
+    def _wake_all_kswapds(self, gfp: int, order: int, zonelist: list[PgData]) -> None:
+        if gfp & GFP_KSWAPD_RECLAIM:
+            for node in zonelist:
+                self.host.wakeup_kswapd(node.nid, order, gfp)
 
     def _prep_new_page(self, pfn: int, order: int, gfp: int) -> int:
         host = self.host

@@ -28,7 +28,7 @@ from host_mm.arch.x86.pgtable import (
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Spinlock
 from host_mm.page import PG_table, put_page
-from host_mm.page_alloc import GFP_KERNEL, GFP_ZERO
+from host_mm.page_alloc import GFP_COMP, GFP_PGTABLE_USER
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct
@@ -151,7 +151,7 @@ def pte_offset_map_lock(mm: MmStruct, pmd: int, address: int) -> int:
 # -- tables -------------------------------------------------------------------------------------
 def _alloc_table(mm: MmStruct) -> int:
     host = mm.host
-    pfn = host.allocator.alloc_pages(GFP_KERNEL | GFP_ZERO, 0, mm.process.home_node)
+    pfn = host.allocator.alloc_pages(GFP_PGTABLE_USER | GFP_COMP, 0, mm.process.home_node)
     if pfn >= 0:
         host.pages.flags[pfn] |= PG_table
         host.vmstat["nr_page_table_pages"] += 1

@@ -13,7 +13,8 @@ before any frame is given back try_to_unmap_flush has run.
     break free-before-batched-flush    frames are freed before the last flush
     break skip-dirty-check             a folio that is dirty again is dropped
 
-Not modelled: large folios and their splits, the page cache, demotion to slower nodes, memcg.
+Not modelled: large folios and their splits, the page cache, demotion to slower nodes, memcg,
+PGDAT_WRITEBACK (kswapd does not stall on folios marked for immediate reclaim: nr_immediate stays 0).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from host_mm.page import (
     folio_ref_unfreeze,
     set_page_dirty,
 )
+from host_mm.page_alloc import gfp_zone
 from host_mm.page_io import swap_writeout
 from host_mm.rmap import folio_referenced
 from host_mm.rmap_unmap import TTU_BATCH_FLUSH, try_to_unmap
@@ -65,11 +67,12 @@ class ScanControl:
     __slots__ = (
         "force_deactivate", "gfp_mask", "is_kswapd", "may_deactivate", "may_swap",
         "may_writepage", "nr_congested", "nr_immediate", "nr_reclaimed", "nr_scanned", "nr_taken",
-        "nr_to_reclaim", "nr_writeback", "order", "priority", "skipped_deactivate",
+        "nr_to_reclaim", "nr_writeback", "order", "priority", "reclaim_idx", "skipped_deactivate",
     )
 
     def __init__(self, gfp_mask: int, *, order: int = 0, nr_to_reclaim: int = 0) -> None:
         self.gfp_mask = gfp_mask
+        self.reclaim_idx = gfp_zone(gfp_mask)
         self.order = order
         self.nr_to_reclaim = nr_to_reclaim
         self.priority = 12
@@ -149,11 +152,8 @@ class _Shrink:
 
     def _under_writeback(self, pfn: int) -> int:
         flags = self.host.pages.flags
-        if self.sc.is_kswapd and flags[pfn] & PG_reclaim and self.sc.nr_immediate:
-            self.stat.nr_immediate += 1
-        else:
-            flags[pfn] |= PG_reclaim
-            self.stat.nr_writeback += 1
+        flags[pfn] |= PG_reclaim
+        self.stat.nr_writeback += 1
         return _ACTIVATED
 
     def _unmap(self, pfn: int) -> bool:

@@ -31,7 +31,7 @@ from host_mm.page import (
     set_page_dirty,
     try_get_page,
 )
-from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, alloc_pages
+from host_mm.page_alloc import GFP_COMP, GFP_HIGHUSER_MOVABLE, alloc_pages
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def read_swap_cache(
         if pfn >= 0 or not swap.swap_count(swp_offset(entry)):
             break
         if new < 0:
-            new = alloc_pages(host, gfp, 0, nid)
+            new = alloc_pages(host, gfp | GFP_COMP, 0, nid)
             if new < 0:
                 return -1
         err = swap.swapcache_prepare(entry)

@@ -11,13 +11,14 @@ looks at size >> priority of each list.
 A reclaimer that made no progress while I/O is in flight waits for some of it to complete (the
 kernel's VMSCAN_THROTTLE_WRITEBACK), so that out of memory means that nothing is left.
 
-Not modelled: MGLRU, swappiness and the anon/file cost balance (the file lists hold only MADV_FREE
+Not modelled: kswapd's short first sleep, MGLRU, swappiness and the anon/file cost balance (the file lists hold only MADV_FREE
 pages and go first), workingset refaults, memcg, compaction, watermark boost, slab shrinkers,
 too_many_isolated, pfmemalloc throttling, node reclaim.
 """
 
 from __future__ import annotations
 
+from itertools import groupby
 from math import isqrt
 from typing import TYPE_CHECKING
 
@@ -41,11 +42,19 @@ from host_mm.page import (
     put_page,
     try_get_page,
 )
-from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, GFP_KERNEL, MAX_RECLAIM_RETRIES
+from host_mm.page_alloc import (
+    GFP_HIGHUSER_MOVABLE,
+    GFP_KERNEL,
+    GFP_THISNODE,
+    MAX_RECLAIM_RETRIES,
+    ZONE_NAMES,
+    ZONE_NORMAL,
+    gfp_zone,
+)
 from host_mm.page_io import SWAP_CLUSTER_MAX
 from host_mm.rmap import folio_referenced
 from host_mm.shrink_folio_list import ScanControl, shrink_folio_list
-from host_mm.vmscan_trace import TRACEPOINTS, VMSCAN_THROTTLE_WRITEBACK, ZONE_NORMAL, trace_reclaim_flags
+from host_mm.vmscan_trace import TRACEPOINTS, VMSCAN_THROTTLE_WRITEBACK, trace_reclaim_flags
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -72,8 +81,10 @@ _ANON = 1 << 0
 # -- lists --------------------------------------------------------------------------------------
 
 
-def _isolate_lru_folios(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc: ScanControl) -> list[int]:
-    """Take up to `nr_to_scan` folios from the tail of a list; under lru_lock."""
+def _isolate_lru_folios(
+    host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc: ScanControl
+) -> tuple[list[int], int]:
+    """Take up to `nr_to_scan` folios from the tail of a list, under lru_lock: (folios, number scanned)."""
     source = vec.lists[lru]
     flags = host.pages.flags
     taken: list[int] = []
@@ -90,10 +101,14 @@ def _isolate_lru_folios(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc
         taken.append(pfn)
     sc.nr_taken += len(taken)
     if (t := host.trace.mm_vmscan_lru_isolate) is not None:
-        t(ZONE_NORMAL, sc.order, nr_to_scan, scanned, 0, len(taken), LRU_NAMES[lru])
-    host.vmstat["pgrefill" if lru & 1 else f"pgscan_{_reclaimer(sc)}"] += scanned
+        t(sc.reclaim_idx, sc.order, nr_to_scan, scanned, 0, len(taken), LRU_NAMES[lru])
+    if lru & 1:
+        host.vmstat["pgrefill"] += scanned
+    else:
+        host.vmstat[f"pgscan_{_reclaimer(sc)}"] += scanned
+        host.vmstat["pgscan_file" if lru >= LRU_INACTIVE_FILE else "pgscan_anon"] += scanned
     host.sched.advance(COST_SCAN_PAGE * len(taken))
-    return taken
+    return taken, scanned
 
 
 def _reclaimer(sc: ScanControl) -> str:
@@ -124,18 +139,19 @@ def _move_folios_to_lru(host: HostMm, vec: Lruvec, folios: list[int]) -> int:
 def _shrink_inactive_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc: ScanControl) -> int:
     host.lru.lru_add_drain()
     with vec.lock:
-        folios = _isolate_lru_folios(host, vec, lru, nr_to_scan, sc)
+        folios, scanned = _isolate_lru_folios(host, vec, lru, nr_to_scan, sc)
     if not folios:
         return 0
+    file = lru >= LRU_INACTIVE_FILE
     reclaimed, stat, kept = shrink_folio_list(host, folios, sc)
     _move_folios_to_lru(host, vec, kept)
     host.vmstat[f"pgsteal_{_reclaimer(sc)}"] += reclaimed
+    host.vmstat["pgsteal_file" if file else "pgsteal_anon"] += reclaimed
     sc.nr_writeback += stat.nr_writeback + stat.nr_pageout
     sc.nr_congested += stat.nr_congested
     sc.nr_immediate += stat.nr_immediate
     if (t := host.trace.mm_vmscan_lru_shrink_inactive) is not None:
-        file = lru >= LRU_INACTIVE_FILE
-        t(vec.nid, len(folios), reclaimed, *stat.args(), sc.priority, trace_reclaim_flags(file))
+        t(vec.nid, scanned, reclaimed, *stat.args(), sc.priority, trace_reclaim_flags(file))
     return reclaimed
 
 
@@ -144,7 +160,7 @@ def _shrink_active_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc
     flags = host.pages.flags
     host.lru.lru_add_drain()
     with vec.lock:
-        folios = _isolate_lru_folios(host, vec, lru, nr_to_scan, sc)
+        folios, _ = _isolate_lru_folios(host, vec, lru, nr_to_scan, sc)
     active: list[int] = []
     inactive: list[int] = []
     for pfn in folios:
@@ -194,6 +210,9 @@ def _scan_counts(host: HostMm, vec: Lruvec, sc: ScanControl) -> list[int]:
 def _shrink_lruvec(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
     nr = _scan_counts(host, vec, sc)
     sched = host.sched
+    # Who reclaims directly does all of the first, light pass: kswapd does not keep up.
+    whole = not sc.is_kswapd and sc.priority == DEF_PRIORITY
+    reclaimed = 0
     while nr[LRU_INACTIVE_ANON] or nr[LRU_ACTIVE_FILE] or nr[LRU_INACTIVE_FILE]:
         for lru in (LRU_INACTIVE_FILE, LRU_ACTIVE_FILE, LRU_INACTIVE_ANON, LRU_ACTIVE_ANON):
             if not nr[lru]:
@@ -201,15 +220,21 @@ def _shrink_lruvec(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
             nr_to_scan = min(nr[lru], SWAP_CLUSTER_MAX)
             nr[lru] -= nr_to_scan
             if not lru & 1:
-                sc.nr_reclaimed += _shrink_inactive_list(host, vec, lru, nr_to_scan, sc)
+                reclaimed += _shrink_inactive_list(host, vec, lru, nr_to_scan, sc)
             elif sc.may_deactivate & (_FILE if lru == LRU_ACTIVE_FILE else _ANON):
                 _shrink_active_list(host, vec, lru, nr_to_scan, sc)
             else:
                 sc.skipped_deactivate = True
         if sched.preempt:
             sched.point("cond_resched")
-        if sc.nr_reclaimed >= sc.nr_to_reclaim:
+        if reclaimed >= sc.nr_to_reclaim and not whole:
             break
+    sc.nr_reclaimed += reclaimed
+    _age_anon(host, vec, sc)
+
+
+def _age_anon(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
+    """Rebalance the anonymous lists whether or not any of them is reclaimed."""
     if host.swap is not None and _inactive_is_low(vec, LRU_INACTIVE_ANON):
         _shrink_active_list(host, vec, LRU_ACTIVE_ANON, SWAP_CLUSTER_MAX, sc)
 
@@ -254,7 +279,9 @@ def _reclaim_throttle(host: HostMm, nid: int) -> None:
         t(nid, _THROTTLE_NS // 1000, (sched.now - begin) // 1000, 1 << VMSCAN_THROTTLE_WRITEBACK)
 
 
-def _zonelist(host: HostMm, nid: int) -> list[int]:
+def _zonelist(host: HostMm, nid: int, gfp: int) -> list[int]:
+    if gfp & GFP_THISNODE:
+        return [nid]
     nodes = [node.nid for node in host.allocator.nodes]
     return nodes[nid:] + nodes[:nid]
 
@@ -262,10 +289,11 @@ def _zonelist(host: HostMm, nid: int) -> list[int]:
 def _do_try_to_free_pages(host: HostMm, nid: int, sc: ScanControl) -> int:
     retried = False
     while True:
+        host.vmstat[f"allocstall_{ZONE_NAMES[sc.reclaim_idx]}"] += 1
         sc.priority = DEF_PRIORITY
         while sc.priority >= 0:
             sc.nr_scanned = 0
-            for node in _zonelist(host, nid):
+            for node in _zonelist(host, nid, sc.gfp_mask):
                 _shrink_node(host, node, sc)
             if sc.nr_reclaimed >= sc.nr_to_reclaim:
                 break
@@ -310,8 +338,9 @@ def reclaim_pages(host: HostMm, pfns: list[int]) -> int:
     flags = host.pages.flags
     total = 0
     try:
-        for nid in sorted({host.allocator.nid_of(pfn) for pfn in pfns}):
-            folios = [pfn for pfn in pfns if host.allocator.nid_of(pfn) == nid]
+        # One call for each run of folios of one node.
+        for nid, run in groupby(pfns, host.allocator.nid_of):
+            folios = list(run)
             for pfn in folios:
                 flags[pfn] &= ~PG_active
             sc = ScanControl(GFP_KERNEL)
@@ -333,11 +362,12 @@ def reclaim_pages(host: HostMm, pfns: list[int]) -> int:
 class Kswapd:
     """What struct pglist_data keeps for its kswapd."""
 
-    __slots__ = ("cause", "failures", "order", "wait", "woken")
+    __slots__ = ("cause", "failures", "highest_zoneidx", "order", "wait", "woken")
 
     def __init__(self, host: HostMm, nid: int) -> None:
         self.wait = WaitQueue(host.sched, f"kswapd{nid}")
         self.order = 0
+        self.highest_zoneidx = -1
         self.woken = False
         self.failures = 0
         self.cause: int | None = None
@@ -348,41 +378,44 @@ def _balanced(host: HostMm, nid: int, order: int) -> bool:
     return bool(zone.watermark_ok(zone.wmark_high, order))
 
 
-def wakeup_kswapd(host: HostMm, nid: int, order: int, gfp: int = GFP_HIGHUSER_MOVABLE) -> None:
+def wakeup_kswapd(host: HostMm, nid: int, order: int, gfp: int) -> None:
     """Wake the node's kswapd if it runs at all, the node is short and reclaim is not hopeless."""
     state = host.allocator.nodes[nid].vmscan
     if not isinstance(state, Kswapd):
         return
     state.order = max(state.order, order)
+    state.highest_zoneidx = max(state.highest_zoneidx, gfp_zone(gfp))
     if state.woken or not state.wait.waiters:
         return
     if state.failures >= MAX_RECLAIM_RETRIES or _balanced(host, nid, order):
         return
     if (t := host.trace.mm_vmscan_wakeup_kswapd) is not None:
-        t(nid, ZONE_NORMAL, order, gfp)
+        t(nid, gfp_zone(gfp), order, gfp)
     state.woken = True
     state.cause = host.stream.ctx.cause
     state.wait.wake_all()
 
 
-def _balance_pgdat(host: HostMm, nid: int, state: Kswapd, order: int) -> None:
+def _balance_pgdat(host: HostMm, nid: int, state: Kswapd, order: int, zoneidx: int) -> None:
     """Reclaim until the node is above its high watermark or priority runs out."""
     zone = host.allocator.nodes[nid].zone
     sc = ScanControl(GFP_KERNEL, order=order)
+    sc.reclaim_idx = zoneidx
     sc.is_kswapd = True
     host.vmstat["pageoutrun"] += 1
     while sc.priority >= 1:
         if _balanced(host, nid, order):
             return
+        _age_anon(host, host.lru.vecs[nid], sc)
         before = sc.nr_reclaimed
         sc.nr_scanned = 0
-        sc.nr_to_reclaim = before + max(zone.wmark_high, SWAP_CLUSTER_MAX)
+        sc.nr_to_reclaim = max(zone.wmark_high, SWAP_CLUSTER_MAX)
         sc.nr_writeback = sc.nr_taken = 0
         _shrink_node(host, nid, sc)
         progress = sc.nr_reclaimed - before
         if not progress and sc.nr_writeback and host.swap_device.inflight:
             _reclaim_throttle(host, nid)
-        if not progress or sc.nr_scanned < sc.nr_to_reclaim - before:
+        if not progress or max(sc.nr_scanned, progress) < sc.nr_to_reclaim:
             sc.priority -= 1
     if not sc.nr_reclaimed:
         state.failures += 1
@@ -401,7 +434,7 @@ def kswapd(host: HostMm, nid: int) -> None:
     task = host.sched.current
     host.allocator.memalloc.add(task)
     ctx = task.ctx
-    order = 0
+    order, zoneidx = 0, ZONE_NORMAL
     while True:
         # prepare_kswapd_sleep: a node that is still short gets another round unless that is hopeless.
         if _balanced(host, nid, order) or state.failures >= MAX_RECLAIM_RETRIES:
@@ -413,8 +446,10 @@ def kswapd(host: HostMm, nid: int) -> None:
             ctx.cause = state.cause
         state.woken = False
         order, state.order = max(order, state.order), 0
+        if state.highest_zoneidx >= 0:
+            zoneidx, state.highest_zoneidx = state.highest_zoneidx, -1
         if (t := host.trace.mm_vmscan_kswapd_wake) is not None:
-            ctx.cause = t(nid, ZONE_NORMAL, order)
-        _balance_pgdat(host, nid, state, order)
+            ctx.cause = t(nid, zoneidx, order)
+        _balance_pgdat(host, nid, state, order, zoneidx)
         # A higher order that was not reached is not asked for again by itself.
         order = 0

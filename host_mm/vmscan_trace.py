@@ -2,7 +2,7 @@
 
 Source of truth: include/trace/events/vmscan.h, include/trace/events/mmflags.h (Linux 6.18).
 
-`classzone` is 2, ZONE_NORMAL of x86-64, the only zone there is here. A `page=%p` is printed as the
+A `page=%p` is printed as the
 address in vmemmap that the pfn has without KASLR; the kernel prints a hash of it.
 
 Not modelled: memcg, slab shrinker, node reclaim and LRU insertion tracepoints.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from host_mm.page_alloc import GFP_ATOMIC, GFP_HIGHUSER_MOVABLE, GFP_KERNEL, GFP_NOWAIT
+from host_mm.page_alloc import GFP_ATOMIC, GFP_HIGHUSER_MOVABLE, GFP_KERNEL, GFP_KERNEL_ACCOUNT, GFP_NOWAIT
 from trace_events.tracepoint import Tracepoint
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "trace_reclaim_flags",
 ]
 
-ZONE_NORMAL = 2
 _VMEMMAP = 0xFFFFEA0000000000
 
 RECLAIM_WB_ANON = 0x1
@@ -47,11 +46,14 @@ _RECLAIM_NAMES = ((1, "RECLAIM_WB_ANON"), (2, "RECLAIM_WB_FILE"), (8, "RECLAIM_W
 
 # Most bits first: a mask that matches takes its bits away from those after it.
 _GFP_NAMES = (
-    (GFP_HIGHUSER_MOVABLE, "GFP_HIGHUSER_MOVABLE"), (GFP_KERNEL, "GFP_KERNEL"), (GFP_ATOMIC, "GFP_ATOMIC"),
-    (GFP_NOWAIT, "GFP_NOWAIT"), (1 << 1, "__GFP_HIGHMEM"), (1 << 3, "__GFP_MOVABLE"), (1 << 5, "__GFP_HIGH"),
+    (GFP_HIGHUSER_MOVABLE, "GFP_HIGHUSER_MOVABLE"), (GFP_KERNEL_ACCOUNT, "GFP_KERNEL_ACCOUNT"),
+    (GFP_KERNEL, "GFP_KERNEL"), (GFP_ATOMIC, "GFP_ATOMIC"), (GFP_NOWAIT, "GFP_NOWAIT"),
+    (1 << 10 | 1 << 11, "__GFP_RECLAIM"), (1 << 1, "__GFP_HIGHMEM"), (1 << 3, "__GFP_MOVABLE"),
+    (1 << 5, "__GFP_HIGH"),
     (1 << 6, "__GFP_IO"), (1 << 7, "__GFP_FS"), (1 << 8, "__GFP_ZERO"), (1 << 10, "__GFP_DIRECT_RECLAIM"),
     (1 << 11, "__GFP_KSWAPD_RECLAIM"), (1 << 13, "__GFP_NOWARN"), (1 << 16, "__GFP_NORETRY"),
     (1 << 18, "__GFP_COMP"), (1 << 20, "__GFP_HARDWALL"), (1 << 21, "__GFP_THISNODE"),
+    (1 << 22, "__GFP_ACCOUNT"),
 )
 
 

@@ -14,7 +14,7 @@ from errno import ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.page import put_page
-from host_mm.page_alloc import GFP_KERNEL, alloc_pages
+from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, alloc_pages
 from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage
 from kvm_model.mmu.spte import MMIO_SPTE_GEN_MASK
 from kvm_model.mmu.tdp_mmu import init_spt, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root, root_to_sp
@@ -55,7 +55,7 @@ def mmu_topup_memory_caches(vcpu: Vcpu) -> int:
     if len(cache) >= kvm.profile.mmu_cache_min:
         return 0
     while len(cache) < kvm.profile.mmu_cache_objects:
-        pfn = alloc_pages(kvm.host, GFP_KERNEL, 0, vcpu.kvm.process.home_node)
+        pfn = alloc_pages(kvm.host, GFP_KERNEL_ACCOUNT, 0, vcpu.kvm.process.home_node)
         if pfn < 0:
             return 0 if len(cache) >= kvm.profile.mmu_cache_min else -ENOMEM
         init_spt(kvm, pfn)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from host_mm.page import put_page
-from host_mm.page_alloc import GFP_KERNEL, alloc_pages
+from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, alloc_pages
 from kvm_model.mmu.mmu_internal import KVM_MAX_HUGEPAGE_LEVEL, KvmMmuPage
 from kvm_model.mmu.spte import (
     PG_LEVEL_2M,
@@ -151,7 +151,7 @@ def _alloc_split_spt(kvm: Kvm, shared: bool) -> int:
     lock = kvm.mmu_lock
     unlock, relock = (lock.read_unlock, lock.read_lock) if shared else (lock.unlock, lock.lock)
     unlock()
-    pfn = alloc_pages(kvm.host, GFP_KERNEL)
+    pfn = alloc_pages(kvm.host, GFP_KERNEL_ACCOUNT)
     init_spt(kvm, pfn)
     relock()
     kvm.rcu.read_lock()

@@ -8,14 +8,26 @@ from typing import Any
 
 import pytest
 
+from host_mm import vmscan
 from host_mm.host import HostMm
 from host_mm.kernel.errors import KernelError, OutOfMemory
 from host_mm.kernel.sched import RandomStrategy, Scheduler
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
+from host_mm.migrate import move_pages
 from host_mm.mmap import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_mmap
+from host_mm.page_alloc import (
+    GFP_HIGHUSER_MOVABLE,
+    GFP_PGTABLE_USER,
+    GFP_THISNODE,
+    ZONE_MOVABLE,
+    ZONE_NORMAL,
+    gfp_zone,
+)
 from host_mm.process import Process
+from host_mm.shrink_folio_list import ScanControl
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
+from host_mm.vmscan_trace import show_gfp_flags
 from trace_events.stream import Listener, TraceStream
 
 PAGE = 4096
@@ -292,10 +304,81 @@ def test_lines_have_the_kernel_s_format() -> None:
         ancestors=False,
     ))
     host.sched.run_task("p", lambda: churn(host, process, 500, 1500, 4))
-    assert lines["mm_vmscan_direct_reclaim_begin"] == "order=0 gfp_flags=GFP_HIGHUSER_MOVABLE"
+    assert lines["mm_vmscan_direct_reclaim_begin"] == (
+        "order=0 gfp_flags=GFP_HIGHUSER_MOVABLE|__GFP_ZERO|__GFP_COMP"
+    )
     assert lines["mm_vmscan_direct_reclaim_end"].startswith("nr_reclaimed=")
-    assert lines["mm_vmscan_lru_isolate"].startswith("classzone=2 order=0 nr_requested=")
+    assert lines["mm_vmscan_lru_isolate"].startswith("classzone=3 order=0 nr_requested=")
     assert lines["mm_vmscan_lru_isolate"].endswith(("lru=inactive_anon", "lru=active_anon"))
     assert lines["mm_vmscan_lru_shrink_inactive"].endswith("flags=RECLAIM_WB_ANON|RECLAIM_WB_ASYNC")
     assert lines["mm_vmscan_write_folio"].startswith("page=ffffea00")
     assert Counter(lines["mm_vmscan_lru_shrink_inactive"])["="] == 13
+
+
+def test_reclaim_names_the_request_and_the_zone_it_may_go_up_to() -> None:
+    host = make_host(ram=300)
+    host.start_daemons()
+    seen = events(host, "vmscan:*")
+    process = make_process(host, 500)
+    host.sched.run_task("p", lambda: churn(host, process, 500, 1500, 4))
+    woken = [e.args for e in seen if e.name == "mm_vmscan_wakeup_kswapd"]
+    assert {show_gfp_flags(a["gfp_flags"]) for a in woken} >= {"GFP_HIGHUSER_MOVABLE|__GFP_ZERO|__GFP_COMP"}
+    assert {a["zid"] for a in woken if a["gfp_flags"] & 8} == {ZONE_MOVABLE}
+    assert {e.args["zid"] for e in seen if e.name == "mm_vmscan_kswapd_wake"} <= {ZONE_MOVABLE, ZONE_NORMAL}
+    assert show_gfp_flags(GFP_PGTABLE_USER) == "GFP_KERNEL_ACCOUNT|__GFP_ZERO"
+    assert gfp_zone(GFP_PGTABLE_USER) == ZONE_NORMAL
+
+
+def test_scans_and_steals_are_counted_by_reclaimer_and_by_kind() -> None:
+    host = make_host(ram=300)
+    process = make_process(host, 500)
+    host.sched.run_task("p", lambda: churn(host, process, 500, 1500, 4))
+    stat = host.vmstat
+    assert stat["pgscan_anon"] + stat["pgscan_file"] == stat["pgscan_direct"] + stat["pgscan_kswapd"]
+    assert stat["pgsteal_anon"] + stat["pgsteal_file"] == stat["pgsteal_direct"] + stat["pgsteal_kswapd"]
+    assert stat["pgsteal_direct"] > 0
+    assert stat["allocstall_movable"] > 0
+
+
+def test_shrinking_a_list_reports_what_it_scanned_not_what_it_took() -> None:
+    host = make_host()
+    process = make_process(host, 64)
+    for page in range(64):
+        copy_to_user(process, BASE + page * PAGE, b"x")
+    host.sched.run_task("drain", host.lru.lru_add_drain_all)
+    vec = next(v for v in host.lru.vecs if v.lists[0])
+    frozen = next(iter(vec.lists[0]))
+    host.pages.refcount[frozen], count = 0, host.pages.refcount[frozen]
+    seen = events(host, "vmscan:mm_vmscan_lru_*")
+    sc = ScanControl(GFP_PGTABLE_USER)
+    host.sched.run_task("r", lambda: vmscan._shrink_inactive_list(host, vec, 0, 8, sc))
+    host.pages.refcount[frozen] = count
+    isolate, shrink = seen
+    assert (isolate.args["nr_scanned"], isolate.args["nr_taken"]) == (8, 7)
+    assert shrink.args["nr_scanned"] == 8
+
+
+def test_pageout_reclaims_each_run_of_pages_of_one_node_by_itself() -> None:
+    host = make_host()
+    process = make_process(host, 6)
+    for page in range(6):
+        copy_to_user(process, BASE + page * PAGE, b"x")
+
+    def body() -> None:
+        for page in (1, 4):
+            move_pages(process, [BASE + page * PAGE], [1])
+        do_madvise(process.mm, BASE, 6 * PAGE, MADV_PAGEOUT)
+
+    seen = events(host, "vmscan:mm_vmscan_reclaim_pages")
+    host.sched.run_task("p", body)
+    assert [e.args["nid"] for e in seen] == [0, 1, 0, 1, 0]
+
+
+def test_direct_reclaim_for_one_node_leaves_the_others_alone() -> None:
+    host = make_host()
+    process = make_process(host, 400)
+    for page in range(400):
+        copy_to_user(process, BASE + page * PAGE, b"x")
+    seen = events(host, "vmscan:mm_vmscan_lru_shrink_inactive")
+    host.sched.run_task("r", lambda: host.reclaim(0, 1, GFP_HIGHUSER_MOVABLE | GFP_THISNODE))
+    assert {e.args["nid"] for e in seen} == {1}
