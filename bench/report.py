@@ -79,5 +79,8 @@ def print_report(groups: list[Group], values: dict[str, float], targets: dict[st
                 shown = f"[{colour}]{shown}[/]"
             table.add_row(measure.name, shown, measure.unit, str(target or ""), measure.doc)
         table.add_section()
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    console.print(table)
     print(json.dumps({name: float(f"{value:.4g}") for name, value in values.items()}))
