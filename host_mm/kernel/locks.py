@@ -28,9 +28,10 @@ def _check_order(sched: Scheduler, task: Task, cls: str, nested: bool) -> None:
                 raise BrokenTruth("lock-order", f"{task.name} takes {cls} while holding {cls}")
         elif (held, cls) not in edges:
             if (cls, held) in edges:
+                other = edges[cls, held]
                 raise BrokenTruth(
                     "lock-order",
-                    f"{task.name} takes {cls} while holding {held}; {edges[cls, held]} took them the other way",
+                    f"{task.name} takes {cls} while holding {held}; {other} took them the other way",
                 )
             edges[held, cls] = task.name
 
@@ -182,10 +183,7 @@ class Spinlock(_Sleeping):
 
 
 class RwLock(_Sleeping):
-    """rwlock_t: `lock` for write, `read_lock` for read; the holder may not block.
-
-    The holder can be preempted at points by way of `relax`, which is cond_resched_rwlock_*.
-    """
+    """rwlock_t: `lock` for write, `read_lock` for read; the holder may not block."""
 
     __slots__ = ()
     SPIN = True
@@ -197,7 +195,7 @@ class Srcu:
     `synchronize` waits for the readers that were inside when it began.
     """
 
-    __slots__ = ("callbacks", "epoch", "name", "readers", "sched", "wq")
+    __slots__ = ("epoch", "name", "readers", "sched", "wq")
 
     def __init__(self, sched: Scheduler, name: str) -> None:
         self.sched = sched
