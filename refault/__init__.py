@@ -34,7 +34,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from host_mm.kernel.errors import BrokenTruth as BrokenTruth
+    from host_mm.kernel.errors import KernelError as KernelError
+    from host_mm.kernel.errors import OutOfMemory as OutOfMemory
     from refault.analysis import Analysis as Analysis
+    from refault.errors import UsageError as UsageError
     from refault.host import Host as Host
     from refault.vm import HALT as HALT
     from refault.vm import VM as VM
@@ -43,17 +47,24 @@ if TYPE_CHECKING:
     from trace_events.ndjson import TraceError as TraceError
     from trace_events.ndjson import read_trace as read_trace
 
-__all__ = ["HALT", "VM", "Analysis", "Event", "Host", "Trace", "TraceError", "__version__", "read_trace"]
+__all__ = [
+    "HALT", "VM", "Analysis", "BrokenTruth", "Event", "Host", "KernelError", "OutOfMemory", "Trace",
+    "TraceError", "UsageError", "__version__", "read_trace",
+]
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Analysis": "refault.analysis",
+    "BrokenTruth": "host_mm.kernel.errors",
     "Event": "trace_events.event",
     "HALT": "refault.vm",
     "Host": "refault.host",
+    "KernelError": "host_mm.kernel.errors",
+    "OutOfMemory": "host_mm.kernel.errors",
     "Trace": "trace_events.ndjson",
     "TraceError": "trace_events.ndjson",
+    "UsageError": "refault.errors",
     "VM": "refault.vm",
     "read_trace": "trace_events.ndjson",
 }

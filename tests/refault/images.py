@@ -12,10 +12,13 @@ __all__ = ["random_image"]
 _PAYLOADS = ("first-touch", "guest-paging", "idt-swapped", "mmio", "selfmod", "slots", "syscalls", "timer")
 
 # Control and debug registers, descriptor tables, MSRs, interrupts, far transfers, strings, ports, SSE, x87.
-_OPCODES = tuple(map(bytes.fromhex, (
-    "0f20 0f22 0f01 0f00 0f30 0f32 cd 48cf cf ea ff f4 fa fb 0f05 0f07 e4 e6 ec ef 6c f36e f3a4 f3ab 0fa2 0fae "
-    "0fc7 0f21 0f23 8e cb c8 9d f00fb1 f00fc7 0f01c1 0f01d0 0f0b cc f1 0f34 0f31 0f33 0f38 660f d9 dd 48a3 a1"
-).split()))
+_OPCODES = tuple(
+    bytes.fromhex(code) for line in (
+        "0f20 0f22 0f01 0f00 0f30 0f32 cd 48cf cf ea ff f4 fa fb 0f05 0f07 e4 e6 ec ef 6c f36e f3a4 f3ab",
+        "0fa2 0fae 0fc7 0f21 0f23 8e cb c8 9d f00fb1 f00fc7 0f01c1 0f01d0 0f0b cc f1 0f34 0f31 0f33 0f38",
+        "660f d9 dd 48a3 a1",
+    ) for code in line.split()
+)
 _PLACES = (0xFEB0_0000, 0xFEB1_0000, 0xC000_0080, 0x3F8, 1 << 47, (1 << 64) - 8)
 
 

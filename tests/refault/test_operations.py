@@ -1,0 +1,68 @@
+"""What `refault list operations` shows is true: each example runs, and fires the brackets it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import emu.operations  # noqa: F401  (fills the registry)
+import refault
+from emu.hostops import OPERATIONS
+
+# Those that fire a bracket whatever state the guest's pages are in, once it has written them.
+ALWAYS = {"clear_refs", "dontneed", "fork", "free", "migrate", "protect", "swap_out"}
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[refault.VM]:
+    with refault.VM("8M", vcpus=2, seed=1) as vm:
+        vm.load("swap-storm", "mib=4", "weather=0")
+        vm.run(max_insns=3_000_000)
+        yield vm
+
+
+def fresh() -> refault.VM:
+    vm = refault.VM("8M", vcpus=2, seed=1, check=True)
+    vm.load("swap-storm", "mib=4", "weather=0")
+    vm.run(max_insns=3_000_000)
+    return vm
+
+
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_the_example_of_an_operation_runs_on_a_live_guest(name: str) -> None:
+    operation = OPERATIONS[name]
+    with fresh() as vm:
+        with vm.trace("refault:host_op", "refault:mmu_notifier_start") as recording:
+            exec(f"answer = vm.host.{operation.example}", {"vm": vm}, scope := {})
+        assert scope["answer"] >= 0
+        events = recording.trace().events
+        number = {event.seq: event for event in events}
+        asked = {seq for seq, event in number.items() if event.args.get("op") == name}
+        assert asked
+        declared = {event.lower().replace("_", "-") for event in operation.events}
+        fired = {
+            event.args["event"] for event in events
+            if event.event == "refault:mmu_notifier_start" and asked & set(_causes(number, event.cause))
+        }
+        assert fired <= declared, f"{name} fires {fired - declared} as well"
+        if name in ALWAYS:
+            assert fired
+        vm.finish()
+
+
+def _causes(number: dict[int, object], seq: int | None) -> Iterator[int]:
+    while seq is not None:
+        yield seq
+        seq = getattr(number.get(seq), "cause", None)
+
+
+def test_an_operation_that_does_not_exist_or_fit_says_so(running: refault.VM) -> None:
+    with pytest.raises(AttributeError, match="no host operation named 'swap_ot'"):
+        running.host.swap_ot(1)
+    with pytest.raises(refault.KernelError, match=r"swap_out\(.*\)"):
+        running.host.swap_out()
+    with pytest.raises(refault.KernelError):
+        running.host.swap_out(gpa=0x200001)
+    with pytest.raises(refault.KernelError):
+        running.host.swap_out(gpa=1 << 40)
