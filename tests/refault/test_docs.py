@@ -26,7 +26,7 @@ def paths(text: str) -> set[str]:
     found = set()
     for quoted in re.findall(r"`([^`]+)`", text):
         path = re.split(r":\s", quoted)[0].strip().rstrip(":")
-        if path.split("/")[0] in PACKAGES and "/" in path and not re.search(r"[*?\s]", path):
+        if path.split("/")[0] in PACKAGES and "/" in path and not re.search(r"[*?<\s]", path):
             found.add(path)
     return found
 
@@ -69,6 +69,35 @@ def test_the_map_of_a_package_names_its_modules_and_no_other(folder):
     assert {name for name in modules if not re.search(rf"(?<!\w){name}\b", told)} == set()
     named = set(re.findall(r"(?<![\w/])([a-z_0-9]+)\.py\b", told))
     assert named <= modules
+
+
+def told_elsewhere() -> tuple[set[str], set[str]]:
+    """The source files and the test files of the last table of tests/README.md."""
+    table = (ROOT / "tests" / "README.md").read_text().partition("## Where else")[2]
+    sources, tests = set(), set()
+    for row in re.findall(r"^\| (`.*) \| (`.*) \|$", table, re.M):
+        for cell, found in zip(row, (sources, tests)):
+            folder = ""
+            for path in re.findall(r"`([^`]+)`", cell):
+                # `a/b.py`, `c.py`: the folder is told once; or the path from the room is told.
+                if (ROOT / path).exists():
+                    folder = str(Path(path).parent)
+                room = folder.split("/")[0]
+                near = [p for p in (path, f"{folder}/{path}", f"{room}/{path}") if (ROOT / p).exists()]
+                found.add(near[0] if near else path)
+    return sources, tests
+
+
+def test_every_source_file_has_tests_and_the_readme_knows_where():
+    sources, tests = told_elsewhere()
+    assert {path for path in sources | tests if not (ROOT / path).exists()} == set()
+    without = set()
+    for room in ("trace_events", "host_mm", "kvm_model", "emu", "guest_payloads", "refault"):
+        folder = ROOT / "tests" / ("payloads" if room == "guest_payloads" else room)
+        for path in (ROOT / room).rglob("*.py"):
+            if not path.stem.startswith("__") and not (folder / f"test_{path.stem}.py").exists():
+                without.add(str(path.relative_to(ROOT)))
+    assert without - sources == set()
 
 
 def test_the_reading_guide_cites_enough_to_be_worth_its_name():
