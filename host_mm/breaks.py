@@ -1,7 +1,7 @@
 """The host side's protocol switches: each leaves out one step of the mm's protocol.
 
 A switch is tested where the step stands: `if "no-primary-flush" not in host.breaks`. With a switch on,
-one of the checked truths is expected to fail; which one is said in the line.
+one of the checked truths is expected to fail.
 
 Not modelled: switches of the KVM side (kvm_model/breaks.py).
 """
