@@ -69,7 +69,7 @@ class Checker:
                         raise BrokenTruth(
                             "stale-translation",
                             f"pfn {frame:#x} is freed while vCPU {vcpu.vcpu_id} still translates to it",
-                            self.host.stream.ctx.cause,
+                            self.host.stream.here(),
                         )
 
     def sweep(self) -> None:

@@ -80,7 +80,9 @@ def folio_unlock(host: HostMm, pfn: int) -> None:
     """Give PG_locked back and wake who waits. Also from I/O completion."""
     flags = host.pages.flags
     if not flags[pfn] & PG_locked:
-        raise BrokenTruth("folio-lock", f"folio_unlock of pfn {pfn:#x}, which is not locked")
+        raise BrokenTruth(
+            "folio-lock", f"folio_unlock of pfn {pfn:#x}, which is not locked", host.stream.here()
+        )
     flags[pfn] &= ~PG_locked
     if pfn in host.folio_waitqueues:
         _wake(host, pfn)
@@ -125,7 +127,7 @@ def folio_start_writeback(host: HostMm, pfn: int) -> None:
     """The bytes go out from now on; the folio is locked."""
     flags = host.pages.flags
     if flags[pfn] & PG_writeback:
-        raise BrokenTruth("folio-writeback", f"pfn {pfn:#x} is under writeback already")
+        raise BrokenTruth("folio-writeback", f"pfn {pfn:#x} is under writeback already", host.stream.here())
     flags[pfn] |= PG_writeback
 
 
@@ -133,7 +135,9 @@ def folio_end_writeback(host: HostMm, pfn: int) -> None:
     """The bytes are out. A folio marked for reclaim goes to the tail of its list."""
     flags = host.pages.flags
     if not flags[pfn] & PG_writeback:
-        raise BrokenTruth("folio-writeback", f"pfn {pfn:#x} ends a writeback that did not start")
+        raise BrokenTruth(
+            "folio-writeback", f"pfn {pfn:#x} ends a writeback that did not start", host.stream.here()
+        )
     get_page(host, pfn)
     if flags[pfn] & PG_reclaim:
         flags[pfn] &= ~PG_reclaim

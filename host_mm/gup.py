@@ -341,6 +341,6 @@ def unpin_user_page(host: HostMm, pfn: int, *, dirty: bool = False) -> None:
         set_page_dirty(host, pfn)
     if pfn != host.zero_pfn:
         if not host.pins[pfn]:
-            raise BrokenTruth("page-pins", f"pfn {pfn:#x} is unpinned but has no pin")
+            raise BrokenTruth("page-pins", f"pfn {pfn:#x} is unpinned but has no pin", host.stream.here())
         host.pins[pfn] -= 1
     _ungrab(host, pfn, FOLL_PIN)

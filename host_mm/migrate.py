@@ -178,7 +178,9 @@ class _Batch:
                 return -EBUSY
             folio_wait_writeback(host, src)
         if not folio_trylock(host, dst):
-            raise BrokenTruth("migrate", f"the new frame {dst:#x} is locked by somebody else")
+            raise BrokenTruth(
+                "migrate", f"the new frame {dst:#x} is locked by somebody else", host.stream.here()
+            )
         anon_vma = pages.mapping.get(src) if pages.mapcount[src] else None
         item = _Unmapped(src, dst, anon_vma, False)
         if pages.mapcount[src]:

@@ -122,7 +122,9 @@ def get_page(host: HostMm, pfn: int, nr: int = 1) -> None:
     head = pfn - pages.tail[pfn]
     count = pages.refcount[head]
     if count <= 0:
-        raise BrokenTruth("page-refcount", f"get_page of free pfn {pfn:#x} (refcount {count})")
+        raise BrokenTruth(
+            "page-refcount", f"get_page of free pfn {pfn:#x} (refcount {count})", host.stream.here()
+        )
     pages.refcount[head] = count + nr
 
 
@@ -143,7 +145,9 @@ def put_page(host: HostMm, pfn: int, nr: int = 1) -> None:
     head = pfn - pages.tail[pfn]
     count = pages.refcount[head] - nr
     if count < 0:
-        raise BrokenTruth("page-refcount", f"put_page of pfn {pfn:#x} takes its refcount to {count}")
+        raise BrokenTruth(
+            "page-refcount", f"put_page of pfn {pfn:#x} takes its refcount to {count}", host.stream.here()
+        )
     pages.refcount[head] = count
     if count == 0:
         __folio_put(host, head)

@@ -132,7 +132,7 @@ class SwapDevice:
 
 def _swap(host: HostMm) -> SwapInfo:
     if host.swap is None:
-        raise BrokenTruth("swap-file", "swap I/O on a host without swap")
+        raise BrokenTruth("swap-file", "swap I/O on a host without swap", host.stream.here())
     return host.swap
 
 
@@ -175,7 +175,9 @@ def swap_read_folio(host: HostMm, pfn: int) -> None:
     swap = _swap(host)
     pages = host.pages
     if not pages.flags[pfn] & PG_locked or not pages.flags[pfn] & PG_swapcache:
-        raise BrokenTruth("swap-file", f"pfn {pfn:#x} is read without being locked in the swap cache")
+        raise BrokenTruth(
+            "swap-file", f"pfn {pfn:#x} is read without being locked in the swap cache", host.stream.here()
+        )
     slot = swp_offset(pages.private[pfn])
     if swap.zeromap[slot]:
         host.vmstat["swpin_zero"] += 1

@@ -170,7 +170,9 @@ def folio_add_new_anon_rmap(
     pages = host.pages
     anon_vma = vma.anon_vma
     if anon_vma is None:
-        raise BrokenTruth("anon-vma", f"an anonymous page at {address:#x} without an anon_vma")
+        raise BrokenTruth(
+            "anon-vma", f"an anonymous page at {address:#x} without an anon_vma", host.stream.here()
+        )
     # A page that is not exclusive may be found through any VMA of the tree: it hangs on the root.
     pages.mapping[pfn] = anon_vma if exclusive else anon_vma.root
     pages.index[pfn] = vma.page_index(address)
@@ -194,7 +196,9 @@ def folio_remove_rmap_pte(host: HostMm, pfn: int) -> None:
     pages = host.pages
     count = pages.mapcount[pfn] - 1
     if count < 0:
-        raise BrokenTruth("page-mapcount", f"pfn {pfn:#x} loses an entry it does not have")
+        raise BrokenTruth(
+            "page-mapcount", f"pfn {pfn:#x} loses an entry it does not have", host.stream.here()
+        )
     pages.mapcount[pfn] = count
     if not count and pages.flags[pfn] & PG_anon:
         host.vmstat["nr_anon_pages"] -= 1

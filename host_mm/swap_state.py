@@ -67,7 +67,7 @@ _RECLAIM_SCAN = 64
 
 def _swap(host: HostMm) -> SwapInfo:
     if host.swap is None:
-        raise BrokenTruth("swap-cache", "a swap entry on a host without swap")
+        raise BrokenTruth("swap-cache", "a swap entry on a host without swap", host.stream.here())
     return host.swap
 
 
@@ -88,9 +88,11 @@ def swap_cache_add_folio(host: HostMm, pfn: int, entry: int) -> None:
     swap = _swap(host)
     offset = swp_offset(entry)
     if not pages.flags[pfn] & PG_locked or pages.flags[pfn] & PG_swapcache:
-        raise BrokenTruth("swap-cache", f"pfn {pfn:#x} enters the swap cache unlocked or twice")
+        raise BrokenTruth(
+            "swap-cache", f"pfn {pfn:#x} enters the swap cache unlocked or twice", host.stream.here()
+        )
     if swap.cache[offset] or not swap.has_cache(offset):
-        raise BrokenTruth("swap-cache", f"slot {offset} is taken or was not claimed")
+        raise BrokenTruth("swap-cache", f"slot {offset} is taken or was not claimed", host.stream.here())
     swap.cache[offset] = pfn + 1
     get_page(host, pfn)
     pages.flags[pfn] |= PG_swapcache
@@ -106,9 +108,12 @@ def _swap_cache_forget(host: HostMm, pfn: int) -> int:
     flags = pages.flags[pfn]
     offset = swp_offset(pages.private[pfn])
     if not flags & PG_locked or not flags & PG_swapcache or flags & PG_writeback:
-        raise BrokenTruth("swap-cache", f"pfn {pfn:#x} leaves the swap cache unlocked or under writeback")
+        raise BrokenTruth(
+            "swap-cache", f"pfn {pfn:#x} leaves the swap cache unlocked or under writeback",
+            host.stream.here(),
+        )
     if swap.cache[offset] != pfn + 1:
-        raise BrokenTruth("swap-cache", f"slot {offset} does not hold pfn {pfn:#x}")
+        raise BrokenTruth("swap-cache", f"slot {offset} does not hold pfn {pfn:#x}", host.stream.here())
     swap.cache[offset] = 0
     pages.private[pfn] = 0
     pages.flags[pfn] = flags & ~PG_swapcache
@@ -140,7 +145,9 @@ def swap_cache_replace_folio(host: HostMm, old: int, new: int) -> None:
     entry = pages.private[old]
     offset = swp_offset(entry)
     if swap.cache[offset] != old + 1 or pages.flags[old] & PG_writeback:
-        raise BrokenTruth("swap-cache", f"slot {offset} does not hold pfn {old:#x} quietly")
+        raise BrokenTruth(
+            "swap-cache", f"slot {offset} does not hold pfn {old:#x} quietly", host.stream.here()
+        )
     swap.cache[offset] = new + 1
     pages.private[new] = entry
     pages.flags[new] |= PG_swapcache

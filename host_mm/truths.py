@@ -76,7 +76,7 @@ class HostTruths:
                     raise BrokenTruth(
                         "freed-frame-translated",
                         f"pfn {frame:#x} is freed, but pid {_pid(mm)} translates {vpn << 12:#x} to it",
-                        self.host.stream.ctx.cause,
+                        self.host.stream.here(),
                     )
 
     def writeback_starts(self, pfn: int) -> None:
@@ -87,7 +87,7 @@ class HostTruths:
                     raise BrokenTruth(
                         "io-while-writable",
                         f"pfn {pfn:#x} is written out, but pid {_pid(mm)} can write it at {vpn << 12:#x}",
-                        self.host.stream.ctx.cause,
+                        self.host.stream.here(),
                     )
 
     def folio_moves(self, pfn: int) -> None:
@@ -96,7 +96,7 @@ class HostTruths:
         if host.pins[pfn] or host.held[pfn]:
             raise BrokenTruth(
                 "held-frame-moved", f"pfn {pfn:#x} is migrated although its user still writes to it",
-                host.stream.ctx.cause,
+                host.stream.here(),
             )
 
     def pte_set(self, mm: MmStruct, address: int, old: int, new: int) -> None:
@@ -108,8 +108,8 @@ class HostTruths:
             return
         raise BrokenTruth(
             "flush-before-set",
-            f"{address:#x} gets pfn {pte_pfn(new):#x}, pid {_pid(mm)} still translates it to {cached >> 1:#x}",
-            self.host.stream.ctx.cause,
+            f"{address:#x} gets pfn {pte_pfn(new):#x}, pid {_pid(mm)} still reaches pfn {cached >> 1:#x}",
+            self.host.stream.here(),
         )
 
     def folio_dropped_clean(self, pfn: int) -> None:
@@ -126,7 +126,7 @@ class HostTruths:
         if host.ram.b[pfn << 12 : (pfn + 1) << 12] != kept:
             raise BrokenTruth(
                 "dirty-dropped", f"pfn {pfn:#x} is dropped as clean, slot {slot:#x} has other bytes",
-                host.stream.ctx.cause,
+                host.stream.here(),
             )
 
     def interval_published(self, sub: MmuIntervalNotifier, seq: int) -> None:
@@ -135,7 +135,7 @@ class HostTruths:
             raise BrokenTruth(
                 "interval-publish",
                 f"{sub.start:#x} -- {sub.last:#x}: published under seq {seq}, now {sub.invalidate_seq}",
-                self.host.stream.ctx.cause,
+                self.host.stream.here(),
             )
 
 

@@ -80,7 +80,7 @@ class KvmTruths:
         kvm.host.free_hooks.append(self._frame_freed)
 
     def _broken(self, truth: str, what: str, seq: int | None = None) -> NoReturn:
-        raise BrokenTruth(truth, what, self.kvm.stream.ctx.cause if seq is None else seq)
+        raise BrokenTruth(truth, what, self.kvm.stream.here() if seq is None else seq)
 
     # -- brackets -------------------------------------------------------------------------------
 
@@ -329,11 +329,12 @@ class KvmTruths:
     def _check_logged(self, slot: KvmMemorySlot, gfn: int, spte: int, seq: int | None) -> None:
         bitmap = slot.dirty_bitmap
         if bitmap is None or not kvm_slot_dirty_track_enabled(slot) or self.kvm.slots_lock.owner is not None:
-            # Under slots_lock the log is being turned on, read or cleared: protection and bits are on their way.
+            # Under slots_lock the log is turned on, read or cleared: protection and bits are on their way.
             return
         page = gfn - slot.base_gfn
         if not bitmap[page >> 3] >> (page & 7) & 1:
-            self._broken("write-logged", f"gfn {gfn:#x} is writable by {spte:#x}, its dirty bit is clear", seq)
+            why = f"gfn {gfn:#x} is writable by {spte:#x}, its dirty bit is clear"
+            self._broken("write-logged", why, seq)
 
     def sweep(self) -> int:
         """Check every leaf of every root; how many there are."""

@@ -13,11 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from host_mm.kernel.errors import BrokenTruth
 from refault.errors import EXIT_DIED, EXIT_FAILED, EXIT_OK, EXIT_SKIPPED, UsageError
 from refault.host_script import start_host_script
 from refault.vm import VM
 from trace_events.ndjson import TraceWriter
-from trace_events.stream import Listener
+from trace_events.stream import Listener, TraceStream
 
 if TYPE_CHECKING:
     from emu.board import Stop
@@ -61,6 +62,19 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def _naming_the_event() -> Iterator[list[TraceStream]]:
+    """A broken truth that leaves here says which event of the yielded streams broke it."""
+    streams: list[TraceStream] = []
+    try:
+        yield streams
+    except BrokenTruth as exc:
+        for stream in streams:
+            exc.seq = stream.here() if exc.seq is None else exc.seq
+            exc.event = stream.told(exc.seq)
+        raise
+
+
 def _build(options: RunOptions) -> VM:
     out = sys.stderr if options.json else sys.stdout
 
@@ -97,8 +111,10 @@ def run(options: RunOptions) -> int:
     if options.trace is not None:
         check_globs(options.events)
     with ExitStack() as stack:
+        streams = stack.enter_context(_naming_the_event())
         vm = stack.enter_context(_build(options))
         stream = vm.board.host.stream
+        streams.append(stream)
         extra = {"host_script": script, "max_insns": options.max_insns}
         vm.extra = {name: value for name, value in extra.items() if value is not None}
         image = vm.prepare(options.payload, *options.words)

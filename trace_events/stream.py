@@ -87,6 +87,7 @@ class TraceStream:
         self._bindings: list[Binding] = []
         self._listeners: list[Listener] = []
         self._scopes: dict[int, Event] = {}
+        self._last: Event | None = None
         self._wanted: dict[str, list[Listener]] = {}
 
     def bind(self, tracepoints: Iterable[Tracepoint]) -> Binding:
@@ -121,6 +122,22 @@ class TraceStream:
         """The scope event numbered `seq`, if it was fired while somebody listened and not long ago."""
         return None if seq is None else self._scopes.get(seq)
 
+    def here(self) -> int | None:
+        """The event to blame for what is found now: the enclosing scope, else the last one built."""
+        if self.ctx.cause is not None:
+            return self.ctx.cause
+        return None if self._last is None else self._last.seq
+
+    def told(self, seq: int | None) -> str:
+        """Name and text of event `seq`, if it is the last one built or a scope of late; else nothing."""
+        event = self.ancestor(seq)
+        if event is None and self._last is not None and self._last.seq == seq:
+            event = self._last
+        if event is None:
+            return ""
+        fmt = next(tp.fmt for tp in self.tracepoints() if tp.full_name == event.event)
+        return f"{event.event} {fmt(*event.args.values())}"
+
     def _rebind_all(self) -> None:
         self._wanted.clear()
         for binding in self._bindings:
@@ -149,6 +166,7 @@ class TraceStream:
                 seq, self.now(), full_name, ctx.name, ctx.vcpu, ctx.cause, killed_by,
                 dict(zip(fields, args, strict=True)),
             )
+            self._last = event
             if scope:
                 scopes[seq] = event
                 if len(scopes) > 2 * SCOPES_KEPT:

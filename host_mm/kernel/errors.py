@@ -39,11 +39,25 @@ class BrokenTruth(Exception):
     """A rule of the model does not hold.
 
     `truth` is the rule's stable kebab-case name, `what` one sentence with the numbers, `seq` the
-    sequence number of the event that broke it where one is known.
+    sequence number of the event that broke it where one is known, `event` that event in words.
     """
 
+    event = ""
+
     def __init__(self, truth: str, what: str, seq: int | None = None) -> None:
-        super().__init__(f"{truth}: {what}" + (f" (event {seq})" if seq is not None else ""))
+        super().__init__(truth, what, seq)
         self.truth = truth
         self.what = what
         self.seq = seq
+
+    def __str__(self) -> str:
+        if self.seq is None:
+            return f"{self.truth}: {self.what}"
+        return f"{self.truth}: {self.what} (event {self.seq}{': ' * bool(self.event)}{self.event})"
+
+    def first(self) -> BrokenTruth:
+        """The truth that broke first: what is found while its task unwinds follows from it."""
+        found = self
+        while isinstance(found.__context__, BrokenTruth):
+            found = found.__context__
+        return found

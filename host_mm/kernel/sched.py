@@ -158,6 +158,8 @@ class Scheduler:
                 task.result = fn()
             except greenlet.GreenletExit:
                 raise
+            except BrokenTruth as exc:
+                task.error = exc.first()
             except BaseException as exc:
                 task.error = exc
             task.done = True

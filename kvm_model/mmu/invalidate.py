@@ -86,7 +86,7 @@ def kvm_mmu_invalidate_end(kvm: Kvm) -> None:
         kvm.mmu_invalidate_in_progress -= 1
     if kvm.mmu_invalidate_in_progress < 0:
         raise BrokenTruth(
-            "bracket-balance", "mmu_invalidate_in_progress went below zero", kvm.stream.ctx.cause
+            "bracket-balance", "mmu_invalidate_in_progress went below zero", kvm.stream.here()
         )
     if (t := kvm.trace.mmu_invalidate_end) is not None:
         t(
