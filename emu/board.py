@@ -11,6 +11,7 @@ ACPI, firmware.
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -166,7 +167,8 @@ class Board:
         thread.halted = False
         if thread.task is None:
             number = thread.vcpu.vcpu_id
-            thread.task = self.host.sched.spawn(f"vcpu{number}", lambda: self._thread_body(thread), vcpu=number)
+            body = functools.partial(self._thread_body, thread)
+            thread.task = self.host.sched.spawn(f"vcpu{number}", body, vcpu=number)
         else:
             thread.wq.wake_all()
 

@@ -11,9 +11,9 @@ looks at size >> priority of each list.
 A reclaimer that made no progress while I/O is in flight waits for some of it to complete (the
 kernel's VMSCAN_THROTTLE_WRITEBACK), so that out of memory means that nothing is left.
 
-Not modelled: kswapd's short first sleep, MGLRU, swappiness and the anon/file cost balance (the file lists hold only MADV_FREE
-pages and go first), workingset refaults, memcg, compaction, watermark boost, slab shrinkers,
-too_many_isolated, pfmemalloc throttling, node reclaim.
+Not modelled: kswapd's short first sleep, MGLRU, swappiness and the anon/file cost balance (the file
+lists hold only MADV_FREE pages and go first), workingset refaults, memcg, compaction, watermark boost,
+slab shrinkers, too_many_isolated, pfmemalloc throttling, node reclaim.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ NS_PER_INSN = 1
 COST_RDTSC = 400
 """ns: enough that a guest's delay loop does not take millions of turns."""
 SLICE_INSNS = 1_000_000
-"""Guest instructions: a tick of HZ=1000, 1 to 20 ms of real time, below the 50 ms after which Ctrl-C feels late."""
+"""Guest instructions: a tick of HZ=1000, 1 to 20 ms of real time. After 50 ms Ctrl-C would feel late."""
 EXIT_INSNS = 10_000
 """What an exit takes from the slice: handling it here takes as long as thousands of instructions."""
 

@@ -38,7 +38,7 @@ _ACCESSED_DIRTY = 1 << 8 | 1 << 9
 
 
 class ArmedEntry(msgspec.Struct):
-    """The one EPT leaf that is armed: where it is, what it holds, its own permission bits, what was caught."""
+    """The one EPT leaf that is armed: where it is, what it holds, its own rights, what was caught."""
 
     gfn: int
     sptep: int

@@ -48,7 +48,8 @@ def _both(name: str, check: bool) -> tuple[list[str], list[str]]:
     from refault.scenarios.normal import normal_recorded
     from refault.scenarios.recordings import recording
 
-    return run_on_emulator(SCENARIOS[name], check=check, **MACHINES[name]).lines, normal_recorded(recording(name))
+    ours = run_on_emulator(SCENARIOS[name], check=check, **MACHINES[name]).lines
+    return ours, normal_recorded(recording(name))
 
 
 def _all(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ walk reads guest tables as shadow paging does, which the recordings were made wi
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -212,7 +213,7 @@ class EmulatorBackend:
         """Pins back."""
         pinned, self.pinned = self.pinned, []
         for pfn in pinned:
-            self._host(lambda pfn=pfn: self.board.vmm.unpin(pfn))
+            self._host(functools.partial(self.board.vmm.unpin, pfn))
         return 0
 
 
