@@ -6,13 +6,12 @@ STAMP := $(VENV)/.installed
 JOBS ?= 2
 RUN_ARGS ?= --memory 64M --host-ram 24M --check --trace out/swap-storm.ndjson
 
-.PHONY: venv run test lint bench bench-check soak live-less clean help
+.PHONY: venv run test lint bench bench-check soak clean help
 
 help:
 	@echo 'make run          a guest on a host with too little RAM, checked and traced to out/'
 	@echo 'make test         the tests'
 	@echo 'make lint         ruff, mypy --strict, the law of imports'
-	@echo 'make live-less    the tests without those that would use /dev/kvm'
 	@echo 'make bench        measure; bench-check holds the numbers to bench/targets.toml'
 	@echo 'make soak         random runs: SOAK_SEEDS (20) seeds from SOAK_FROM (100), SOAK_STEPS (20000) steps each'
 	@echo 'make venv         only the environment, with the versions of constraints.txt'
@@ -28,9 +27,6 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS) $(TESTS)
-
-live-less: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not live' $(TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -48,7 +44,7 @@ SOAK_SEEDS ?= 20
 SOAK_STEPS ?= 20000
 soak: $(STAMP)
 	REFAULT_STEPS=$(SOAK_STEPS) REFAULT_SEEDS=$$(seq -s, $(SOAK_FROM) $$(($(SOAK_FROM) + $(SOAK_SEEDS) - 1))) \
-	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q -n $(JOBS) --timeout=0 tests/property
+	REFAULT_PROGRESS=1 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q -s -n $(JOBS) --timeout=0 tests/property
 
 clean:
 	rm -rf out build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
