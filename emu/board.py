@@ -30,7 +30,7 @@ from emu.devices.serial import Serial
 from emu.hostops import OPERATIONS, TRACEPOINTS, perform
 from emu.memory import PROT_RW, GuestMemory
 from emu.vmm import Vmm
-from host_mm.kernel.errors import KernelError
+from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.sched import Task, WaitQueue
 from kvm_model.kvm_main import Kvm
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
@@ -199,7 +199,8 @@ class Board:
             self._stop_all("shutdown", f"triple fault on vCPU {vcpu.vcpu_id} at rip {rip:#x}")
         elif out.kind != "intr":
             name = out.kind.upper().replace("-", "_")
-            self._stop_all("error", f"KVM_EXIT_{name} on vCPU {vcpu.vcpu_id}: {out.why}")
+            why = self.cpu.unsupported or out.why
+            self._stop_all("error", f"KVM_EXIT_{name} on vCPU {vcpu.vcpu_id}: {why}")
 
     def _serve_io(self, vcpu: Vcpu, out: UserExit) -> None:
         if out.write:
@@ -248,7 +249,13 @@ class Board:
     def run(self, until: Callable[[], bool] = lambda: False) -> Stop:
         """Run the host until this VM stops or `until()` is true; the reason it stopped."""
         self.resume()
-        self.host.sched.run_until(lambda: self.stop is not None or until())
+        try:
+            self.host.sched.run_until(lambda: self.stop is not None or until())
+        except BrokenTruth as exc:
+            # Nobody can run and no timer is set: no deadlock if it is the guest that waits for nothing.
+            if exc.truth != "no-deadlock" or not self.all_halted():
+                raise
+            self._stop_all("halt", "every vCPU waits in HLT and no interrupt can come")
         return self.stop or Stop("pause")
 
     def resume(self) -> None:

@@ -16,6 +16,9 @@ from typing import NoReturn
 
 __all__ = ["VERBS", "main"]
 
+LONGEST_TEXT = 400
+"""Characters of an error: some quote what a file holds."""
+
 VERBS: dict[str, str] = {
     "run": "run a guest on a host that swaps, migrates and copies behind its back",
     "report": "print a trace as trace-cmd report does",
@@ -55,10 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exc.code if isinstance(exc.code, int) else 0
     except BrokenPipeError:
         # The reader has seen enough, as with `refault report | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 0
     except BaseException as exc:
+        if isinstance(exc, OSError) and exc.filename is None:
+            _drop_stdout()
         return _fail(exc)
+
+
+def _drop_stdout() -> None:
+    # What could not be written would be tried again, and complained of, when the interpreter ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -104,7 +114,7 @@ def _usage() -> str:
 
 
 def _fail(error: BaseException) -> int:
-    from refault.errors import EXIT_BROKEN, EXIT_INTERRUPTED, exit_code_of
+    from refault.errors import EXIT_BROKEN, EXIT_INTERRUPTED, WRITE_ERRORS, exit_code_of
 
     if os.environ.get("REFAULT_TRACEBACK"):
         import traceback
@@ -117,6 +127,10 @@ def _fail(error: BaseException) -> int:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+        text = f"cannot write: {error.strerror}"
+    if len(text) > LONGEST_TEXT:
+        text = f"{text[:LONGEST_TEXT]} ..."
     if code is None:
         code = EXIT_BROKEN
         text = f"a bug in refault: {type(error).__name__}: {text} (set REFAULT_TRACEBACK=1 to see where)"

@@ -5,6 +5,7 @@ Any exception may carry an `exit_code`; `exit_code_of` knows the rest. Every suc
 
 from __future__ import annotations
 
+import errno
 import sys
 
 from host_mm.kernel.errors import BrokenTruth, KernelError, OutOfMemory
@@ -17,6 +18,7 @@ __all__ = [
     "EXIT_OK",
     "EXIT_SKIPPED",
     "EXIT_USAGE",
+    "WRITE_ERRORS",
     "UsageError",
     "exit_code_of",
 ]
@@ -47,6 +49,10 @@ INPUT_ERRORS = (
 )
 
 
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a write may meet that no argument check foresees."""
+
+
 class UsageError(Exception):
     """What was asked for cannot be done as asked; the text says what to do instead, in one line."""
 
@@ -66,7 +72,7 @@ def exit_code_of(error: BaseException) -> int | None:
         return EXIT_DIED
     if isinstance(error, KernelError):
         return EXIT_USAGE
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in WRITE_ERRORS):
         return EXIT_USAGE
     for module, name in INPUT_ERRORS:
         if module in sys.modules and isinstance(error, getattr(sys.modules[module], name)):

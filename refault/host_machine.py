@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+
 from emu.host import Host
 from refault.errors import UsageError
 from refault.numbers import size
 from refault.params import check_params
+from refault.registry import switches
 
 __all__ = ["HostMachine", "as_bytes"]
 
@@ -18,7 +21,10 @@ MIN_SWAP = 8 << 10
 
 def as_bytes(value: int | str | None) -> int | None:
     """A size given as bytes or as text such as "24M"; None stays None."""
-    return size(value) if isinstance(value, str) else value
+    try:
+        return size(value) if isinstance(value, str) else value
+    except ArgumentTypeError as exc:
+        raise UsageError(str(exc)) from None
 
 
 class HostMachine:
@@ -39,6 +45,9 @@ class HostMachine:
         check: bool = False,
     ) -> None:
         check_params(params or {})
+        unknown = sorted(set(breaks) - set(switches()))
+        if unknown:
+            raise UsageError(f"no protocol switch {unknown[0]!r}; see refault list switches")
         ram_bytes = as_bytes(ram)
         assert ram_bytes is not None
         self.ram = ram_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from host_mm.kernel.errors import BrokenTruth, OutOfMemory
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
 __all__ = ["start_host_script"]
 
 
+_NAME = "--host script"
+
+
+def _error(error: BaseException) -> UsageError:
+    """The error with the last line of the script that led to it."""
+    # A SyntaxError names its line itself.
+    lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename == _NAME]
+    place = f"{_NAME}, line {lines[-1]}" if lines else _NAME
+    return UsageError(f"{place}: {type(error).__name__}: {error}")
+
+
 def start_host_script(vm: VM, text: str) -> None:
     """Run a host script beside the guest: its function `main(vm, host)` in a task of its own.
 
@@ -21,9 +33,9 @@ def start_host_script(vm: VM, text: str) -> None:
     """
     scope: dict[str, Any] = {"__name__": "host_script"}
     try:
-        exec(compile(text, "--host script", "exec"), scope)
-    except Exception as exc:
-        raise UsageError(f"--host script: {type(exc).__name__}: {exc}") from None
+        exec(compile(text, _NAME, "exec"), scope)
+    except (Exception, SystemExit) as exc:
+        raise _error(exc) from None
     entry = scope.get("main")
     if not callable(entry):
         raise UsageError("--host script: it defines no function main(vm, host)")
@@ -40,7 +52,7 @@ def start_host_script(vm: VM, text: str) -> None:
             entry(vm, _Host())
         except (BrokenTruth, OutOfMemory):
             raise
-        except Exception as exc:
-            raise UsageError(f"--host script: {type(exc).__name__}: {exc}") from None
+        except (Exception, SystemExit) as exc:
+            raise _error(exc) from None
 
     sched.spawn("host script", body)

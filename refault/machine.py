@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -20,21 +20,38 @@ if TYPE_CHECKING:
 __all__ = ["replay"]
 
 
-def vm_from_header(header: dict[str, Any]) -> VM:
-    """An unstarted VM as the header describes it, its payload not yet loaded."""
-    machine = dict(header["machine"])
+class _Payload(msgspec.Struct):
+    name: str
+    sha256: str
+    words: tuple[str, ...] = ()
+
+
+class _Rest(msgspec.Struct):
+    """What a header's machine holds beside its MachineConfig."""
+
+    payload: _Payload
+    host_script: str | None = None
+    max_insns: Annotated[int, msgspec.Meta(ge=0)] | None = None
+
+
+def _read(header: dict[str, Any]) -> tuple[MachineConfig, _Rest]:
+    machine = header["machine"]
     try:
-        config = msgspec.convert(
-            {k: v for k, v in machine.items() if k in MachineConfig.__struct_fields__}, MachineConfig
-        )
+        return msgspec.convert(machine, MachineConfig), msgspec.convert(machine, _Rest)
     except msgspec.ValidationError as exc:
         raise UsageError(f"the trace's machine configuration is not one of ours: {exc}") from None
+
+
+def vm_from_header(header: dict[str, Any]) -> VM:
+    """An unstarted VM as the header describes it, its payload not yet loaded."""
+    config, rest = _read(header)
     vm = VM(
         config.memory, host_ram=config.host_ram, swap=config.swap, vcpus=config.vcpus, mmu=config.mmu,
         profile=config.profile, params=config.params, seed=config.seed, breaks=frozenset(config.breaks),
         check=config.checks,
     )
-    vm.extra = {k: machine[k] for k in ("host_script", "max_insns") if machine.get(k) is not None}
+    extra = {"host_script": rest.host_script, "max_insns": rest.max_insns}
+    vm.extra = {name: value for name, value in extra.items() if value is not None}
     return vm
 
 
@@ -45,12 +62,14 @@ def replay(header: dict[str, Any], until_event: int | None = None, listener: Lis
     """
     from trace_events.stream import Listener
 
-    payload = header["machine"].get("payload", {})
-    name = payload.get("name", "")
+    if not header["machine"].get("payload"):
+        raise UsageError("the trace names no payload that could be loaded again")
+    payload = _read(header)[1].payload
+    name = payload.name
     if not name or name == "bytes":
         raise UsageError("the trace names no payload that could be loaded again")
     data = read_payload(name)
-    if hashlib.sha256(data).hexdigest() != payload.get("sha256"):
+    if hashlib.sha256(data).hexdigest() != payload.sha256:
         raise UsageError(f"{name}: not the payload of this trace any more (its hash differs)")
     vm = vm_from_header(header)
     sched, stream = vm.board.host.sched, vm.board.host.stream
@@ -65,7 +84,7 @@ def replay(header: dict[str, Any], until_event: int | None = None, listener: Lis
         stream.listen(listener)
     if until_event is not None:
         stream.listen(Listener(("*",), watch, ancestors=False))
-    vm.load(name, *payload.get("words", ()))
+    vm.load(name, *payload.words)
     if vm.extra.get("host_script") is not None:
         start_host_script(vm, vm.extra["host_script"])
     if not reached:

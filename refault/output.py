@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-__all__ = ["add_json_flag", "columns", "print_json", "wrapped"]
+__all__ = ["add_json_flag", "columns", "print_json", "wrapped", "write_whole"]
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +22,21 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
 def print_json(value: Any) -> None:
     """One value as one line of JSON."""
     print(msgspec.json.encode(value).decode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all; a device takes the bytes as they come."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, target)
+    except OSError as exc:
+        temporary.unlink(missing_ok=True)
+        raise OSError(exc.errno, exc.strerror, str(path)) from None
 
 
 def columns() -> int:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +25,10 @@ from emu.hostops import OPERATIONS, perform
 from emu.inspector import WalkTree, walk_gpa, walk_gva
 from emu.loaders import load_image
 from emu.loaders.image import LoaderError
-from host_mm.kernel.errors import KernelError
 from refault.errors import UsageError
 from refault.header import check_words, make_header, read_payload
 from refault.host_machine import HostMachine, as_bytes
+from refault.registry import profiles
 from trace_events.ndjson import Trace, write_trace
 from trace_events.stream import Listener
 
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HALT", "VM", "HostCalls", "Recording"]
 
+MAX_VCPUS = 64
 HALT = "halt"
 """For `VM.run(until=HALT)`: stop when every started vCPU waits in HLT."""
 
@@ -106,6 +106,17 @@ class HostCalls:
         return sorted(OPERATIONS)
 
 
+def _check(memory: int, vcpus: int, mmu: str, profile: str) -> None:
+    if memory <= 0 or memory % 4096:
+        raise UsageError(f"memory {memory}: not a positive multiple of 4 KiB")
+    if not 1 <= vcpus <= MAX_VCPUS:
+        raise UsageError(f"vcpus {vcpus}: not a number from 1 to {MAX_VCPUS}")
+    if mmu != "ept":
+        raise UsageError(f"mmu {mmu!r}: there is only 'ept'")
+    if profile not in profiles():
+        raise UsageError(f"no kernel {profile!r}; there is {', '.join(profiles())}")
+
+
 class VM:
     """A VM. Without `on` it gets a private host of `host_ram` and `swap`.
 
@@ -132,8 +143,7 @@ class VM:
     ) -> None:
         memory_bytes = as_bytes(memory)
         assert memory_bytes is not None
-        if mmu != "ept":
-            raise KernelError(errno.EINVAL, f"mmu {mmu!r}: want 'ept'")
+        _check(memory_bytes, vcpus, mmu, profile)
         if on is None:
             swap = memory_bytes if swap == "auto" else swap
             on = HostMachine(

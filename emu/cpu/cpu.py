@@ -45,7 +45,7 @@ from emu.cpu.intercept import (
     STOP_WRITE_CR3,
     STOP_WRITE_CR4,
 )
-from emu.cpu.memory import VECTOR_GP, EptExit, GuestFault
+from emu.cpu.memory import VECTOR_GP, EptExit, GuestFault, GuestNotSupported
 from emu.cpu.portio import StringElement, finish_element, io_exit
 from emu.cpu.registers import GENERAL_REGISTERS, read_register, write_register
 from emu.cpu.vcpu import EMU_EXCEPTION, EMU_INSN_INVALID, EMU_OK, UnicornVcpu
@@ -66,6 +66,7 @@ from kvm_model.vmx.exits import (
     REASON_EXTERNAL_INTERRUPT,
     REASON_HLT,
     REASON_INTERRUPT_WINDOW,
+    REASON_INVALID_STATE,
     REASON_MSR_READ,
     REASON_MSR_WRITE,
     REASON_VMCALL,
@@ -113,6 +114,7 @@ class UnicornCpu:
         self.sched = sched
         self.interpreted = interpreted
         self.ept_ad = (params or {}).get("kvm_intel.eptad", "Y") not in ("0", "N", "n")
+        self.unsupported = ""
         self.exit_filter: Callable[[Vcpu, VmExit], bool] | None = None
         self.slice_insns = SLICE_INSNS
         self.vcpus: dict[int, UnicornVcpu] = {}
@@ -183,7 +185,12 @@ class UnicornCpu:
         info, error, length = vcpu.entry_intr_info, vcpu.entry_error_code, vcpu.entry_insn_len
         vcpu.entry_intr_info = 0
         while True:
-            vmexit = self._enter(vcpu, v, info, error, length)
+            try:
+                vmexit = self._enter(vcpu, v, info, error, length)
+            except GuestNotSupported as exc:
+                # As a CPU without that mode would refuse the state; the VMM tells why.
+                self.unsupported = str(exc)
+                return VmExit(REASON_INVALID_STATE, v.env.eip)
             if self.exit_filter is None or not self.exit_filter(vcpu, vmexit):
                 return vmexit
             info, error = vmexit.idt_vectoring_info, vmexit.idt_vectoring_error

@@ -22,12 +22,13 @@ def main(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from guest_payloads.builder import build
+    from refault.output import write_whole
 
     image = build(args.payload)
     if args.output == "-":
         sys.stdout.buffer.write(image)
         return 0
     path = Path(args.output or f"{Path(args.payload).stem}.elf")
-    path.write_bytes(image)
+    write_whole(path, image)
     print(f"{path}: {len(image)} bytes", file=sys.stderr)
     return 0
