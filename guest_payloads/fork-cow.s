@@ -117,17 +117,7 @@ check_own:
 .increment:
     inc r8d
 .compare:
-    mov rdi, rcx
-    shl rdi, 12
-    add rdi, r13
-    cmp [rdi + 64], r8d
-    setne al
-    movzx eax, al
-    add edx, eax
-    cmp [rdi + 4092], r8d
-    setne al
-    movzx eax, al
-    add edx, eax
+    call compare_page
     inc rcx
     cmp rcx, r12
     jb .page
@@ -140,21 +130,25 @@ check_old:
     xor ecx, ecx
 .page:
     call old_value
-    mov rdi, rcx
-    shl rdi, 12
-    add rdi, r13
-    cmp [rdi + 64], r8d
-    setne al
-    movzx eax, al
-    add edx, eax
-    cmp [rdi + 4092], r8d
-    setne al
-    movzx eax, al
-    add edx, eax
+    call compare_page
     inc rcx
     cmp rcx, r12
     jb .page
     mov eax, edx
+    ret
+
+; Adds to edx how many of the two words of page rcx are not r8d.          changes rax, rdi
+compare_page:
+    mov rdi, rcx
+    shl rdi, 12
+    add rdi, r13
+    xor eax, eax
+    cmp [rdi + 64], r8d
+    setne al
+    add edx, eax
+    cmp [rdi + 4092], r8d
+    setne al
+    add edx, eax
     ret
 
 ; rax = words of the child that are not the old ones.

@@ -10,8 +10,6 @@
 .include "guest-paging-cases.inc"
 .include "guest-paging-demand.inc"
 
-.equ USER_TEXT_VA, TEST_VA
-.equ USER_STACK_VA, TEST_VA + 0x10000
 .equ MATRIX_VA, TEST_VA + 0x40000000
 .equ TARGET_OFFSET, 0x123
 .equ RET, 0xC3
@@ -37,7 +35,8 @@
 .equ GROUP_USER, 4
 
 main:
-    call map_user_program
+    mov esi, user_text
+    call map_user
     mov rdi, MATRIX_VA
     mov esi, 2
     mov edx, pml4
@@ -72,16 +71,6 @@ main:
     jb .group
     call single_cases
     call demand_paging
-    ret
-
-map_user_program:
-    mov rdi, USER_TEXT_VA
-    mov esi, user_text + PTE_P + PTE_U
-    call map_page
-    call page_alloc
-    mov rdi, USER_STACK_VA
-    lea rsi, [rax + PTE_P + PTE_W + PTE_U]
-    call map_page
     ret
 
 ; All cases of group r12d; rbx = how many went wrong.

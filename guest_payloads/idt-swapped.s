@@ -8,20 +8,13 @@
 ; vmcalls: swap_out
 .include "runtime.inc"
 
-.equ USER_TEXT_VA, TEST_VA
-.equ USER_STACK_VA, TEST_VA + 0x10000
 .equ ABSENT_VA, TEST_VA + 0x123456
 
 main:
     PARAM r14, "rounds", 2
     AT_LEAST r14, 1
-    mov rdi, USER_TEXT_VA
-    mov esi, user_text + PTE_P + PTE_U
-    call map_page
-    call page_alloc
-    mov rdi, USER_STACK_VA
-    lea rsi, [rax + PTE_P + PTE_W + PTE_U]
-    call map_page
+    mov esi, user_text
+    call map_user
     mov byte ptr [idt + 6 * 16 + 4], 1   ; #UD runs on IST1
     mov qword ptr [3 * 8 + trap_handlers], breakpoint
     mov qword ptr [VECTOR_SYSCALL * 8 + trap_handlers], int80

@@ -7,22 +7,14 @@
 ; param calls=200   system calls of each kind
 .include "runtime.inc"
 
-.equ USER_TEXT_VA, TEST_VA
-.equ USER_STACK_VA, TEST_VA + 0x10000
 .equ USER_FLAGS, 2                       ; interrupts stay off: nobody serves them
 .equ FLAG_DF, 0x400
 
 main:
     PARAM r12, "calls", 200
     AT_LEAST r12, 1
-    mov rdi, USER_TEXT_VA
-    mov esi, user_text + PTE_P + PTE_U
-    call map_page
-    call page_alloc
-    mov rdi, USER_STACK_VA
-    lea rsi, [rax + PTE_P + PTE_W + PTE_U]
-    or rsi, [nx_bit]
-    call map_page
+    mov esi, user_text
+    call map_user
     mov qword ptr [VECTOR_SYSCALL * 8 + trap_handlers], int80_handler
     call without_sce
     call setup_syscall

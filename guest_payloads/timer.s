@@ -14,8 +14,6 @@
 .equ PIT_RATE, 0x34                      ; channel 0, low then high byte, mode 2
 .equ PIT_ONE_SHOT, 0x30                  ; mode 0
 .equ PIT_LATCH, 0x00
-.equ USER_TEXT_VA, TEST_VA
-.equ USER_STACK_VA, TEST_VA + 0x10000
 .equ PATIENCE, 1 << 28
 
 main:
@@ -238,13 +236,8 @@ masked:
     ret
 
 ring3:
-    mov rdi, USER_TEXT_VA
-    mov esi, user_text + PTE_P + PTE_U
-    call map_page
-    call page_alloc
-    mov rdi, USER_STACK_VA
-    lea rsi, [rax + PTE_P + PTE_W + PTE_U]
-    call map_page
+    mov esi, user_text
+    call map_user
     mov rdi, USER_TEXT_VA
     mov rsi, USER_STACK_VA + PAGE_SIZE
     mov ecx, 0x202
