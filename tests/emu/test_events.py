@@ -1,6 +1,5 @@
 """emu/cpu/events.py, faults.py: exceptions arrive as the SDM says, in the guest's own handlers."""
 
-import struct
 
 import pytest
 
@@ -24,40 +23,15 @@ from tests.emu.bare_machine import (
     USER_STACK,
     A,
     D,
-    Machine,
     P,
     U,
     W,
 )
+from tests.emu.handlers import H, fault, frame, machine
 
-H = 0x11000
 HARD = 0x80000300
 HARD_ERR = 0x80000B00
 RF = 1 << 16
-
-
-def machine(**kw):
-    m = Machine(**kw)
-    for vector in range(32):
-        m.gate(vector, H)
-    m.put(H, "hlt")
-    return m
-
-
-def frame(m, error=True):
-    """(error, rip, cs, rflags, rsp, ss) from the stack at the handler."""
-    rsp = m.reg("rsp")
-    words = struct.unpack("<6Q", m.ram.read(rsp, 48))
-    return words if error else (None, *words[:5])
-
-
-def fault(m, code, error=True, **regs):
-    m.put(CODE, code)
-    m.set(**regs)
-    e = m.run()
-    assert e.reason == exits.REASON_HLT
-    assert e.rip == H
-    return frame(m, error)
 
 
 @pytest.mark.parametrize(
@@ -159,11 +133,6 @@ def test_the_third_general_protection_fault_still_is_one():
     m.put(CODE, "mov eax, 0x58; mov ds, ax; nop; mov ds, ax; nop; mov ds, ax; nop; hlt")
     m.hlt()
     assert m.reg("r15") == 3
-
-
-def test_segment_load_faults_name_the_selector():
-    m = machine()
-    assert fault(m, "mov eax, 0x58; mov ds, ax")[0] == 0x58
 
 
 @pytest.mark.parametrize(
@@ -409,90 +378,10 @@ def test_a_branch_before_the_page_end_never_touches_the_next_page():
     assert e.rip == start + 5 or e.rip == start + 3 + 2
 
 
-def test_user_code_may_load_segments_from_a_supervisor_gdt():
-    m = machine()
-    at = m.put(USER, "mov eax, 0x23; mov ds, ax; mov es, ax; mov rcx, 0x5000")
-    m.put(at, "mov rax, [rcx]")
-    m.enter_user()
-    e = m.run()
-    assert e.rip == H
-    assert frame(m)[:2] == (5, at)
-    assert m.reg("cr2") == GDT
-
-
 def test_smap_stops_the_kernel_unless_ac():
     m = machine()
     m.cpu.vcpu(m.vcpus[0]).intercepts.load_cr4(0x620 | 1 << 20 | 1 << 21)
     assert fault(m, "stac; mov rax, [rcx]; clac; mov rax, [rcx]", rcx=0x30000)[:2] == (1, CODE + 9)
-
-
-def test_syscall_and_sysret():
-    m = machine()
-    v = m.vcpus[0]
-    m.cpu.set_msr(v, 0xC0000081, KCODE << 32 | (UDATA - 8) << 48)
-    m.cpu.set_msr(v, 0xC0000082, H + 0x100)
-    m.cpu.set_msr(v, 0xC0000084, 0x47700 | 0x8D5)
-    end = m.put(H + 0x100, "mov r15, rcx; mov r14, r11; pushfq; pop r13; mov r12, cs; mov r10, ss")
-    m.ram.write(end, b"\x48\x0f\x07")
-    m.put(USER, "mov eax, 1; cmp eax, 1; syscall; mov r9, cs; mov r8, ss; pushfq; pop rbx; ud2")
-    m.enter_user(rflags=0x202)
-    m.run()
-    assert m.reg("r15") == USER + 10
-    assert m.reg("r14") == 0x246
-    assert m.reg("r13") == 2
-    assert (m.reg("r12"), m.reg("r10")) == (KCODE, KDATA)
-    assert (m.reg("r9"), m.reg("r8")) == (UCODE, UDATA)
-    assert m.reg("rbx") == 0x246
-
-
-def test_syscall_without_sce_is_undefined():
-    m = machine()
-    m.cpu.set_msr(m.vcpus[0], 0xC0000080, 0x500)
-    assert fault(m, "syscall", error=False)[1] == CODE
-
-
-def test_sysenter_enters_the_kernel():
-    m = machine()
-    for index, value in ((0x174, KCODE), (0x175, 0x70000), (0x176, H)):
-        m.cpu.set_msr(m.vcpus[0], index, value)
-    m.put(USER, "sysenter")
-    m.enter_user(rflags=0x202)
-    e = m.run()
-    assert (e.rip, m.reg("rsp"), m.reg("cpl"), m.reg("rflags") & 0x200) == (H, 0x70000, 0, 0)
-
-
-def test_iopl_and_the_io_bitmap_guard_ports():
-    m = machine()
-    m.put(USER, "nop; out 0x80, al")
-    m.enter_user()
-    m.run()
-    assert frame(m)[:2] == (0, USER + 1)
-    m = machine()
-    m.put(USER, "out 0x80, al; ud2")
-    m.enter_user(rflags=0x3002)
-    m.run()
-    assert m.out == [(0x80, 1, 0)]
-    m = machine()
-    m.cpu.vcpu(m.vcpus[0]).env.set_table(352, TSS_SEL, TSS, 0x88, 0x8B00)
-    m.ram.write(TSS + 0x66, struct.pack("<H", 0x68))
-    m.ram.write(TSS + 0x68, b"\xff" * 16 + b"\xfe" + b"\xff" * 8)
-    m.put(USER, "out 0x80, al; out 0x81, al")
-    m.enter_user()
-    m.run()
-    assert m.out == [(0x80, 1, 0)]
-    assert frame(m)[:2] == (0, USER + 2)
-
-
-def test_privileged_instructions_at_cpl3_are_gp_not_exits():
-    codes = ("hlt", "rdmsr", "wrmsr", "invlpg [rax]", "mov rax, cr0", "mov cr4, rax", "clts",
-             "lgdt [rax]", "cli")
-    for code in codes:
-        m = machine()
-        m.put(USER, code)
-        m.enter_user()
-        e = m.run()
-        assert e.rip == H, code
-        assert frame(m)[:2] == (0, USER), code
 
 
 def test_interpreted_and_compiled_walks_agree_on_a_fault():
@@ -500,45 +389,6 @@ def test_interpreted_and_compiled_walks_agree_on_a_fault():
         m = machine(interpreted=interpreted)
         m.pte(0x50000, P)
         assert fault(m, "mov rax, [rcx]; inc dword ptr [rcx]", rcx=0x50008)[0] == 3
-
-
-def protected_machine():
-    """32-bit code without paging: GDT, 8-byte gates, a TSS with SS0:ESP0."""
-    m = machine()
-    v = m.cpu.vcpu(m.vcpus[0])
-    m.q(GDT + 0x18, 0x00CF9B000000FFFF)
-    m.q(GDT + 0x38, 0x00CFFB000000FFFF)
-    v.start_protected(CODE, GDT, 0x3F, 0x18, KDATA)
-    v.env.set_table(400, 0, IDT, 0x7FF, 0)
-    v.env.set_table(352, TSS_SEL, TSS, 0x67, 0x8B00)
-    m.ram.write(TSS + 4, struct.pack("<II", RSP0, KDATA))
-    m.ram.write(IDT, bytes(0x800))
-    for vector in (6, 13, 0x80):
-        kind = 0xEE if vector == 0x80 else 0x8E
-        m.q(IDT + 8 * vector, H & 0xFFFF | 0x18 << 16 | kind << 40 | (H >> 16) << 48)
-    m.set(rsp=STACK)
-    return m
-
-
-def test_protected_mode_gates_at_the_same_privilege():
-    m = protected_machine()
-    m.put(CODE, "nop; ud2", bits=32)
-    assert m.run().rip == H
-    assert struct.unpack("<3I", m.ram.read(m.reg("rsp"), 12)) == (CODE + 1, 0x18, 2 | RF)
-    m = protected_machine()
-    m.put(CODE, "mov eax, 0x58; mov ds, ax", bits=32)
-    m.run()
-    assert struct.unpack("<4I", m.ram.read(m.reg("rsp"), 16)) == (0x58, CODE + 5, 0x18, 2 | RF)
-
-
-def test_protected_mode_gates_to_an_inner_privilege():
-    m = protected_machine()
-    m.put(CODE, "push 0x23; push 0x38000; push 2; push 0x3b; push 0x20000; iretd", bits=32)
-    m.put(USER, "int 0x80", bits=32)
-    assert m.run().rip == H
-    assert m.reg("rsp") == RSP0 - 20
-    assert struct.unpack("<5I", m.ram.read(RSP0 - 20, 20)) == (USER + 2, 0x3B, 2, USER_STACK, 0x23)
-    assert (m.reg("cpl"), m.reg("ss")) == (0, KDATA)
 
 
 def test_an_interrupt_waits_for_an_element_that_is_still_to_be_stored():
