@@ -90,6 +90,7 @@ MADV_POPULATE_READ = 22
 MADV_POPULATE_WRITE = 23
 
 _READERS = frozenset({MADV_WILLNEED, MADV_DONTNEED, MADV_FREE, MADV_COLD, MADV_PAGEOUT})
+_PAGES_ONLY = _READERS - {MADV_WILLNEED}
 _VMA_FLAGS = {
     MADV_NORMAL: (0, VM_RAND_READ | VM_SEQ_READ), MADV_SEQUENTIAL: (VM_SEQ_READ, VM_RAND_READ),
     MADV_RANDOM: (VM_RAND_READ, VM_SEQ_READ), MADV_DONTFORK: (VM_DONTCOPY, 0), MADV_DOFORK: (0, VM_DONTCOPY),
@@ -148,17 +149,15 @@ def _walk_vmas(mm: MmStruct, start: int, end: int, advice: int, tlb: MmuGather |
 
 
 def _vma_behavior(vma: VmArea, start: int, end: int, advice: int, tlb: MmuGather | None) -> None:
+    if advice in _PAGES_ONLY and vma.flags & (VM_LOCKED | VM_PFNMAP):
+        raise KernelError(EINVAL, f"{vma!r} is locked or not made of pages")
     if advice == MADV_DONTNEED:
         assert tlb is not None
-        if vma.flags & (VM_LOCKED | VM_PFNMAP):
-            raise KernelError(EINVAL, f"{vma!r} is locked or not made of pages")
         zap_page_range_single_batched(tlb, vma, start, end - start)
     elif advice == MADV_FREE:
         assert tlb is not None
         _free(tlb, vma, start, end)
     elif advice in (MADV_COLD, MADV_PAGEOUT):
-        if vma.flags & (VM_LOCKED | VM_PFNMAP):
-            raise KernelError(EINVAL, f"{vma!r} is locked or not made of pages")
         _cold_or_pageout(vma, start, end, pageout=advice == MADV_PAGEOUT)
     elif advice == MADV_WILLNEED:
         _willneed(vma, start, end)
@@ -201,6 +200,7 @@ def _willneed(vma: VmArea, start: int, end: int) -> None:
                     pfn = read_swap_cache(mm.host, swp, mm.process.home_node, swap_read_folio)
                     if pfn >= 0:
                         put_page(mm.host, pfn)
+    mm.host.lru.lru_add_drain()
 
 
 # -- MADV_FREE ------------------------------------------------------------------------------------

@@ -149,7 +149,6 @@ def handle_mm_fault(vma: VmArea, address: int, flags: int) -> int:
     mm = vma.mm
     host = mm.host
     host.sched.advance(COST_FAULT)
-    host.vmstat["pgfault"] += 1
     ctx = host.stream.ctx
     saved = ctx.cause
     if (t := host.trace.host_fault) is not None:
@@ -159,8 +158,8 @@ def handle_mm_fault(vma: VmArea, address: int, flags: int) -> int:
     try:
         vmf = VmFault(vma, address, flags)
         kind, ret = _handle_pte_fault(vmf)
-        if ret & VM_FAULT_MAJOR:
-            host.vmstat["pgmajfault"] += 1
+        if not ret & VM_FAULT_RETRY:
+            host.vmstat["pgfault"] += 1
         if (t := host.trace.host_fault_done) is not None:
             t(mm.process.pid, vmf.address, kind, _describe(ret))
         return ret

@@ -138,7 +138,7 @@ class _Unmapped:
 class _Batch:
     """One call of migrate_pages: its counts and the folios that failed for good."""
 
-    __slots__ = ("get_new_folio", "host", "nr_failed", "nr_succeeded", "reason", "ret_folios")
+    __slots__ = ("get_new_folio", "host", "nr_failed_pages", "nr_succeeded", "reason", "ret_folios")
 
     def __init__(self, host: HostMm, get_new_folio: NewFolio, reason: int) -> None:
         self.host = host
@@ -146,7 +146,7 @@ class _Batch:
         self.reason = reason
         self.ret_folios: list[int] = []
         self.nr_succeeded = 0
-        self.nr_failed = 0
+        self.nr_failed_pages = 0
 
     # -- one folio ----------------------------------------------------------------------------
 
@@ -284,14 +284,19 @@ class _Batch:
                     again.append(src)
                 elif item == -ENOMEM:
                     saved = item
+                    # Those not looked at stay too, but nobody counts them.
+                    self.nr_failed_pages += 1 + len(again)
                     again += left[index:]
                     break
                 else:
                     failed += 1
+                    self.nr_failed_pages += 1
                     self.ret_folios.append(src)
             left = again
             if saved or not left:
                 break
+        if not saved:
+            self.nr_failed_pages += len(left)
         if "skip-batched-flush" not in host.breaks:
             try_to_unmap_flush(host)
         for _ in range(nr_pass):
@@ -302,17 +307,22 @@ class _Batch:
             if (t := host.trace.migrate_folio) is not None:
                 t(item.src, item.dst, "undone")
             self.undo(item)
+        self.nr_failed_pages += len(unmapped)
         left += [item.src for item in unmapped]
         return saved or failed + len(left), left
 
     def sync(self, folios: list[int], mode: int) -> int:
         """migrate_pages_sync: all at once without waiting, then the rest one by one."""
+        earlier, self.ret_folios = self.ret_folios, []
+        counted = self.nr_failed_pages
         rc, left = self.run(folios, MIGRATE_ASYNC, _NR_ASYNC_RETRY)
         left += self.ret_folios
-        self.ret_folios = []
+        self.ret_folios = earlier
         if rc < 0:
-            self.ret_folios = left
+            self.ret_folios += left
             return rc
+        # They are tried again: what failed so far has not failed yet.
+        self.nr_failed_pages = counted
         failed = 0
         for index, src in enumerate(left):
             rc, again = self.run([src], mode, _NR_SYNC_RETRY)
@@ -360,11 +370,10 @@ def migrate_pages(host: HostMm, pfns: list[int], target_nid: int, reason: int, m
             break
         rc_gather += rc
     pfns += batch.ret_folios + todo
-    batch.nr_failed = len(pfns)
     host.vmstat["pgmigrate_success"] += batch.nr_succeeded
-    host.vmstat["pgmigrate_fail"] += batch.nr_failed
+    host.vmstat["pgmigrate_fail"] += batch.nr_failed_pages
     if (t := host.trace.mm_migrate_pages) is not None:
-        t(batch.nr_succeeded, batch.nr_failed, 0, 0, 0, 0, mode, reason)
+        t(batch.nr_succeeded, batch.nr_failed_pages, 0, 0, 0, 0, mode, reason)
     ctx.cause = saved
     return rc_gather
 
@@ -409,7 +418,8 @@ def move_pages(process: Process, hvas: list[int], nodes: list[int], *, move_all:
     """move_pages(2): each page to its node; per page the node it is on, or a negative errno.
 
     With `move_all` (MPOL_MF_MOVE_ALL) pages that other processes map too are moved. A page that stays
-    because it is in use has -EBUSY, where Linux leaves its status alone and returns how many stayed.
+    because it is in use has -EBUSY, where Linux leaves its status alone, stops after the migrate_pages
+    call it was in and returns how many were not moved.
     KernelError: ENODEV for a node that does not exist.
     """
     mm = process.mm
@@ -422,16 +432,17 @@ def move_pages(process: Process, hvas: list[int], nodes: list[int], *, move_all:
     host.lru.lru_cache_disable()
     index = 0
     while index < len(hvas):
-        # One call of migrate_pages for each run of addresses that go to one node.
+        # One call of migrate_pages for each run of addresses that go to one node and could be queued.
         nid = nodes[index]
         pagelist: list[int] = []
         queued: list[tuple[int, int]] = []
         while index < len(hvas) and nodes[index] == nid:
             ret = _add_folio_for_migration(mm, hvas[index], nid, pagelist, move_all)
-            if ret > 0:
-                queued.append((index, pagelist[-1]))
             status[index] = nid if ret >= 0 else ret
             index += 1
+            if ret <= 0:
+                break
+            queued.append((index - 1, pagelist[-1]))
         if pagelist:
             migrate_pages(host, pagelist, nid, MR_SYSCALL, MIGRATE_SYNC)
         stayed = set(pagelist)

@@ -242,7 +242,7 @@ class MmStruct:
         self.total_vm = 0
         self.tlb: Any = None
         self.tlb_flush_pending = 0
-        self.tlb_flush_batched = False
+        self.tlb_flush_batched = 0
         self.write_protect_seq = 0
 
     def find_vma(self, address: int) -> VmArea | None:

@@ -108,6 +108,7 @@ def do_swap_page(vmf: VmFault) -> int:
         if pfn < 0:
             return _nothing_read(vmf)
         ret = VM_FAULT_MAJOR
+        host.vmstat["pgmajfault"] += 1
     ret |= folio_lock_or_retry(host, pfn, vmf)
     if ret & VM_FAULT_RETRY:
         put_page(host, pfn)

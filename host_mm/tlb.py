@@ -114,6 +114,7 @@ class TlbUbc:
 
 
 def _flush(mm: MmStruct, start: int, end: int) -> None:
+    """The CPUs' part; who walks their tables too is told by the caller."""
     host = mm.host
     sched = host.sched
     if sched.preempt:
@@ -128,25 +129,29 @@ def _flush(mm: MmStruct, start: int, end: int) -> None:
         elif tlb.entries:
             for vpn in range(start >> 12, (end + 0xFFF) >> 12):
                 tlb.drop(vpn)
-    mmu_notifier.mmu_notifier_arch_invalidate_secondary_tlbs(mm, start, end)
 
 
 def flush_tlb_range(mm: MmStruct, start: int, end: int) -> None:
-    """Flush [start, end); beyond 33 pages the whole address space is cheaper, as flush_tlb_mm_range."""
+    """Flush [start, end); beyond 33 pages the whole address space is cheaper, as flush_tlb_mm_range.
+
+    Secondary TLBs are told of the range that was asked for.
+    """
     if end == TLB_FLUSH_ALL or (end - start) >> 12 > TLB_SINGLE_PAGE_FLUSH_CEILING:
-        start, end = 0, TLB_FLUSH_ALL
-    _flush(mm, start, end)
+        _flush(mm, 0, TLB_FLUSH_ALL)
+    else:
+        _flush(mm, start, end)
+    mmu_notifier.mmu_notifier_arch_invalidate_secondary_tlbs(mm, start, end)
 
 
 def flush_tlb_page(mm: MmStruct, address: int) -> None:
     """Flush one page."""
     page = address & ~0xFFF
-    _flush(mm, page, page + 4096)
+    flush_tlb_range(mm, page, page + 4096)
 
 
 def flush_tlb_mm(mm: MmStruct) -> None:
     """Flush the whole address space."""
-    _flush(mm, 0, TLB_FLUSH_ALL)
+    flush_tlb_range(mm, 0, TLB_FLUSH_ALL)
 
 
 # -- pending flushes ----------------------------------------------------------------------------
@@ -180,13 +185,13 @@ def set_tlb_ubc_flush_pending(mm: MmStruct, dirty: bool) -> None:
         ubc = host.tlb_ubc[task] = TlbUbc()
     ubc.mms[mm] = None
     mmu_notifier.mmu_notifier_arch_invalidate_secondary_tlbs(mm, 0, TLB_FLUSH_ALL)
-    mm.tlb_flush_batched = True
+    mm.tlb_flush_batched += 1
     if dirty:
         ubc.writable = True
 
 
 def try_to_unmap_flush(host: HostMm) -> None:
-    """Flush what the current task's unmaps left pending."""
+    """Flush what the current task's unmaps left pending. Secondary TLBs were told when it was noted."""
     ubc = host.tlb_ubc.pop(host.sched.current, None)
     if ubc is not None:
         for mm in ubc.mms:
@@ -203,6 +208,9 @@ def try_to_unmap_flush_dirty(host: HostMm) -> None:
 
 def flush_tlb_batched_pending(mm: MmStruct) -> None:
     """Before changing entries under the page-table lock: reclaim may have cleared some unflushed."""
-    if mm.tlb_flush_batched:
+    seen = mm.tlb_flush_batched
+    if seen:
         flush_tlb_mm(mm)
-        mm.tlb_flush_batched = False
+        # What was noted meanwhile is still to be flushed.
+        if mm.tlb_flush_batched == seen:
+            mm.tlb_flush_batched = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from errno import EACCES, EBUSY, EFAULT, ENOENT
+from errno import EACCES, EBUSY, EFAULT, ENOENT, ENOMEM
 from typing import Any
 
 import pytest
@@ -273,3 +273,30 @@ def test_skipping_the_batched_flush_in_migration_breaks_a_truth() -> None:
 
     with pytest.raises(BrokenTruth, match="freed-frame-translated"):
         run(host, body)
+
+
+def test_a_page_that_is_not_queued_ends_the_call_to_migrate_pages() -> None:
+    host, process = make(5)
+    run(host, lambda: [copy_to_user(process, BASE + n * PAGE, b"x") for n in (0, 1, 3, 4)])
+    seen: list[Any] = []
+    host.stream.listen(Listener(["migrate:mm_migrate_pages"], seen.append, ancestors=False))
+    assert move(process, 5, 1) == [1, 1, -ENOENT, 1, 1]
+    assert [e.args["succeeded"] for e in seen] == [2, 2]
+
+
+def test_without_memory_only_pages_that_were_tried_count_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, process = make(8)
+    run(host, lambda: fill(process, 8))
+    pfns = [pfn_of(process, page) for page in range(8)]
+    monkeypatch.setattr("host_mm.migrate.alloc_migration_target", lambda host, nid: -1)
+
+    def body() -> None:
+        host.lru.lru_add_drain_all()
+        assert all(host.lru.folio_isolate_lru(pfn) for pfn in pfns)
+        assert migrate_pages(host, pfns, 1, MR_COMPACTION, MIGRATE_ASYNC) == -ENOMEM
+        assert len(pfns) == 8
+        putback_movable_pages(host, pfns)
+
+    run(host, body)
+    assert host.vmstat["pgmigrate_fail"] == 1
+    audit(host)

@@ -7,9 +7,11 @@ import pytest
 from host_mm.fork import exit_process, fork_process
 from host_mm.kernel.errors import KernelError
 from host_mm.madvise import (
+    MADV_COLD,
     MADV_DONTFORK,
     MADV_DONTNEED,
     MADV_FREE,
+    MADV_PAGEOUT,
     MADV_POPULATE_WRITE,
     MADV_WIPEONFORK,
     do_madvise,
@@ -17,6 +19,7 @@ from host_mm.madvise import (
 from host_mm.mmap import (
     MAP_FIXED,
     MAP_FIXED_NOREPLACE,
+    MAP_LOCKED,
     MAP_PRIVATE,
     MAP_SHARED,
     PROT_READ,
@@ -192,3 +195,10 @@ def test_a_freed_page_goes_without_a_copy_unless_it_was_written_again(process: P
     assert copy_from_user(process, BASE, 4) == b"more"
     assert copy_from_user(process, BASE + PAGE, 4) == bytes(4)
     assert host.vmstat["pglazyfreed"] == 1
+
+
+def test_lazy_freeing_refuses_locked_memory_like_dropping_it(process: Process) -> None:
+    at = do_mmap(process.mm, 0, 4 * PAGE, RW, ANON | MAP_LOCKED)
+    for advice in (MADV_DONTNEED, MADV_FREE, MADV_COLD, MADV_PAGEOUT):
+        with pytest.raises(KernelError, match="locked"):
+            do_madvise(process.mm, at, 4 * PAGE, advice)

@@ -113,7 +113,7 @@ def test_class_2_clean_pages_are_freed_after_one_flush_for_all() -> None:
         host.swap_device.drain()
         for page in range(3):
             copy_from_user(process, BASE + page * PAGE, 1)
-        process.mm.tlb_flush_batched = False
+        process.mm.tlb_flush_batched = 0
 
     seen = record(lambda p: do_madvise(p.mm, BASE, 3 * PAGE, MADV_PAGEOUT), pages=3, prepare=prepare)
     assert seen.log == [*(["start", "clear", "swap-entry", "end"] * 3), "flush", "free", "free", "free"]

@@ -306,3 +306,14 @@ def test_a_folio_made_dirty_by_a_reference_between_unmap_and_drop_is_kept(breaks
     run(host, lambda: pageout(process))
     host.sched.set_on_point(None)
     assert copy_from_user(process, BASE, PAGE) == b"b" * PAGE
+
+
+def test_a_fault_that_must_wait_counts_as_major_at_its_read_and_as_a_fault_when_it_ends() -> None:
+    host, process = swapped_out()
+    before = host.vmstat["pgfault"]
+    run(host, lambda: get_user_pages_unlocked(process.mm, BASE, FOLL_NOWAIT))
+    assert host.vmstat["pgfault"] == before
+    assert host.vmstat["pgmajfault"] == 1
+    run(host, lambda: copy_from_user(process, BASE, 5))
+    assert host.vmstat["pgfault"] == before + 1
+    assert host.vmstat["pgmajfault"] == 1

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from host_mm import mmu_notifier as mn
+from host_mm import tlb
 from host_mm.fork import exit_process, fork_process
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.sched import RandomStrategy
@@ -189,3 +191,50 @@ def test_a_cow_that_flushes_late_breaks_a_truth() -> None:
     vm.host_read(0)
     with pytest.raises(BrokenTruth, match="flush-before-set"):
         vm.host_write(0, 2)
+
+
+class SecondaryTlb(mn.MmuNotifier):
+    """A device that walks the CPU's tables: told of the primary flushes."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int]] = []
+        self.hook: Callable[[], None] = lambda: None
+
+    def arch_invalidate_secondary_tlbs(self, mm: Any, start: int, end: int) -> None:
+        self.told.append((start, end))
+        self.hook()
+
+
+def test_secondary_tlbs_hear_the_range_asked_for_and_of_a_batched_flush_once() -> None:
+    vm = Vmm()
+    device = SecondaryTlb()
+    assert mn.mmu_notifier_register(device, vm.mm) == 0
+    written(vm, 64)
+    vm.host.sched.run_task("act", lambda: do_madvise(vm.mm, vm.base, 64 * PAGE, MADV_DONTNEED))
+    assert device.told == [(vm.base, vm.base + 64 * PAGE)]
+    written(vm)
+    device.told.clear()
+    vm.host.sched.run_task("act", lambda: do_madvise(vm.mm, vm.base, PAGE, MADV_PAGEOUT))
+    assert device.told == [(0, (1 << 64) - 1)]
+
+
+def test_a_flush_that_is_noted_while_the_pending_one_runs_stays_pending() -> None:
+    vm = Vmm()
+    device = SecondaryTlb()
+    assert mn.mmu_notifier_register(device, vm.mm) == 0
+
+    def body() -> None:
+        tlb.set_tlb_ubc_flush_pending(vm.mm, False)
+
+        def another_cpu_unmaps() -> None:
+            device.hook = lambda: None
+            tlb.set_tlb_ubc_flush_pending(vm.mm, False)
+
+        device.hook = another_cpu_unmaps
+        tlb.flush_tlb_batched_pending(vm.mm)
+        assert vm.mm.tlb_flush_batched
+        tlb.flush_tlb_batched_pending(vm.mm)
+        assert not vm.mm.tlb_flush_batched
+        tlb.try_to_unmap_flush(vm.host)
+
+    vm.host.sched.run_task("act", body)
