@@ -26,14 +26,15 @@ def print_json(value: Any) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all; a device takes the bytes as they come."""
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
+    in_place = path.exists() and not path.is_file()
     target = path.resolve()
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, target)
+        if in_place:
+            path.write_bytes(data)
+        else:
+            temporary.write_bytes(data)
+            os.replace(temporary, target)
     except OSError as exc:
         temporary.unlink(missing_ok=True)
         raise OSError(exc.errno, exc.strerror, str(path)) from None
