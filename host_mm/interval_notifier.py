@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from bisect import insort
 from errno import EAGAIN, EINVAL, EOVERFLOW
+from functools import partial
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth
@@ -75,7 +76,27 @@ MMU_INTERVAL_RETRY = Tracepoint(
     doc="A reader collided and must begin again.",
 )
 
-TRACEPOINTS = (MMU_INTERVAL_INVALIDATE, MMU_INTERVAL_READ, MMU_INTERVAL_RETRY)
+MMU_INTERVAL_SEQ = Tracepoint(
+    "refault", "mmu_interval_seq", ("pid", "seq", "active", "why"),
+    lambda pid, seq, active, why: f"pid {pid} seq {seq} active {active} {why}",
+    doc="An mm's interval sequence moved: odd while its tree is under invalidation, even when it is idle.",
+)
+MMU_INTERVAL_INSERT = Tracepoint(
+    "refault", "mmu_interval_insert", ("start", "last", "seq", "deferred"),
+    lambda start, last, seq, deferred:
+        f"{start:#x} -- {last:#x} seq {seq}" + (" deferred" if deferred else ""),
+    doc="An interval is watched from now on, or from the end of the open brackets.",
+)
+MMU_INTERVAL_REMOVE = Tracepoint(
+    "refault", "mmu_interval_remove", ("start", "last", "deferred"),
+    lambda start, last, deferred: f"{start:#x} -- {last:#x}" + (" deferred" if deferred else ""),
+    doc="An interval is no longer watched, or will not be once the open brackets have ended.",
+)
+
+TRACEPOINTS = (
+    MMU_INTERVAL_INVALIDATE, MMU_INTERVAL_READ, MMU_INTERVAL_RETRY, MMU_INTERVAL_SEQ, MMU_INTERVAL_INSERT,
+    MMU_INTERVAL_REMOVE,
+)
 
 
 class MmuIntervalNotifier:
@@ -96,12 +117,23 @@ class MmuIntervalNotifier:
 class Itree:
     """The interval tree of one mm and the deferred list, on its subscriptions."""
 
-    __slots__ = ("deferred", "nodes", "subs")
+    __slots__ = ("deferred", "mm", "nodes", "subs")
 
-    def __init__(self, subs: MmuNotifierSubscriptions) -> None:
+    def __init__(self, mm: MmStruct, subs: MmuNotifierSubscriptions) -> None:
+        self.mm = mm
         self.subs = subs
         self.nodes: list[tuple[int, int, MmuIntervalNotifier]] = []
         self.deferred: list[MmuIntervalNotifier] = []
+
+    def move_seq(self, seq: int, why: str) -> None:
+        """The sequence number is `seq` from now on; under the subscriptions' lock."""
+        subs = self.subs
+        if subs.invalidate_seq == seq:
+            return
+        subs.invalidate_seq = seq
+        mm = self.mm
+        if (t := mm.host.trace.mmu_interval_seq) is not None:
+            t(mm.process.pid, seq, subs.active_invalidate_ranges, why)
 
     def insert(self, sub: MmuIntervalNotifier) -> None:
         """Into the tree, which must not be under invalidation."""
@@ -124,7 +156,7 @@ class Itree:
             subs.active_invalidate_ranges += 1
             found = self.overlaps(start, end - 1)
             if found:
-                subs.invalidate_seq |= 1
+                self.move_seq(subs.invalidate_seq | 1, "invalidate")
             return found, subs.invalidate_seq
 
     def end(self) -> None:
@@ -136,7 +168,7 @@ class Itree:
                 raise BrokenTruth("interval-balance", "a bracket ended that did not start")
             if subs.active_invalidate_ranges or not subs.invalidate_seq & 1:
                 return
-            subs.invalidate_seq += 1
+            self.move_seq(subs.invalidate_seq + 1, "idle")
             for sub in self.deferred:
                 if sub.in_tree:
                     self.remove(sub)
@@ -233,7 +265,7 @@ def mmu_interval_notifier_insert(sub: MmuIntervalNotifier, mm: MmStruct, start: 
     subs = mm.notifier_subscriptions
     if subs is None or subs.itree is None:
         mm.mmap_lock.lock()
-        ret = mmu_notifier_register_locked(None, mm, Itree)
+        ret = mmu_notifier_register_locked(None, mm, partial(Itree, mm))
         mm.mmap_lock.unlock()
         if ret:
             return ret
@@ -246,7 +278,7 @@ def mmu_interval_notifier_insert_locked(
     """mmu_interval_notifier_insert with mmap_lock held for write."""
     subs = mm.notifier_subscriptions
     if subs is None or subs.itree is None:
-        ret = mmu_notifier_register_locked(None, mm, Itree)
+        ret = mmu_notifier_register_locked(None, mm, partial(Itree, mm))
         if ret:
             return ret
     return _insert(sub, mm, start, length)
@@ -270,7 +302,7 @@ def _insert(sub: MmuIntervalNotifier, mm: MmStruct, start: int, length: int) -> 
             if subs.invalidate_seq & 1:
                 tree.deferred.insert(0, sub)
             else:
-                subs.invalidate_seq |= 1
+                tree.move_seq(subs.invalidate_seq | 1, "insert")
                 tree.insert(sub)
             sub.invalidate_seq = subs.invalidate_seq
         else:
@@ -278,6 +310,8 @@ def _insert(sub: MmuIntervalNotifier, mm: MmStruct, start: int, length: int) -> 
                 raise BrokenTruth("interval-sequence", "no bracket is open but the sequence is odd")
             sub.invalidate_seq = subs.invalidate_seq - 1
             tree.insert(sub)
+        if (t := mm.host.trace.mmu_interval_insert) is not None:
+            t(sub.start, sub.last, sub.invalidate_seq, not sub.in_tree)
     return 0
 
 
@@ -299,6 +333,8 @@ def mmu_interval_notifier_remove(sub: MmuIntervalNotifier) -> None:
             if not sub.in_tree:
                 raise BrokenTruth("interval-remove", "an interval notifier is removed twice")
             tree.remove(sub)
+        if (t := mm.host.trace.mmu_interval_remove) is not None:
+            t(sub.start, sub.last, seq != 0)
     if seq:
         subs.wq.wait_event(lambda: subs.invalidate_seq != seq)
     mm.mmdrop()

@@ -202,9 +202,11 @@ def _handle_present(vmf: VmFault, entry: int) -> tuple[str, int]:
             return do_wp_page(vmf)
         if vmf.flags & FAULT_FLAG_WRITE:
             entry = pte_mkdirty(entry)
-    changed = ptep_set_access_flags(mm, vmf.address, vmf.pte, pte_mkyoung(entry), True)
+    # For a read nothing is stored: on x86 the CPU sets the accessed bit.
+    write = bool(vmf.flags & FAULT_FLAG_WRITE)
+    changed = ptep_set_access_flags(mm, vmf.address, vmf.pte, pte_mkyoung(entry), write)
     vmf.ptl.unlock()
-    return ("access-flags" if changed else "spurious"), 0
+    return ("access-flags" if changed and write else "spurious"), 0
 
 
 # -- anonymous pages ------------------------------------------------------------------------------

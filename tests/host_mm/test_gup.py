@@ -6,6 +6,7 @@ from errno import EAGAIN, EFAULT
 
 import pytest
 
+from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, lookup_address_in_mm
 from host_mm.fork import exit_process, fork_process
 from host_mm.gup import (
     FOLL_FORCE,
@@ -19,10 +20,12 @@ from host_mm.gup import (
 )
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.madvise import MADV_PAGEOUT, do_madvise
-from host_mm.mm_types import VM_IO, VM_PFNMAP
+from host_mm.memory import handle_mm_fault
+from host_mm.mm_types import FAULT_FLAG_WRITE, VM_IO, VM_PFNMAP
 from host_mm.mmap import do_mmap, do_munmap
 from host_mm.mprotect import do_mprotect
 from host_mm.page import put_page
+from host_mm.task_mmu import CLEAR_REFS_ALL, clear_refs_write
 from host_mm.truths import audit
 from tests.host_mm.machine import ANON, PAGE, RW, Vmm
 from trace_events.event import Event
@@ -130,3 +133,17 @@ def test_each_answer_is_an_event_caused_by_nothing_and_its_fault_by_the_access(v
     fault = next(event for event in events if event.name == "host_fault")
     assert done.cause == fault.seq
     assert done.args["kind"] == "anon"
+
+
+def test_a_read_fault_on_a_mapped_old_page_leaves_the_accessed_bit_to_the_cpu(vm: Vmm) -> None:
+    vm.host_write(0, 1)
+    run = vm.host.sched.run_task
+    run("clear", lambda: clear_refs_write(vm.mm, CLEAR_REFS_ALL))
+    vma = vm.mm.vma_lookup(vm.base)
+    assert vma is not None
+    old = lookup_address_in_mm(vm.mm, vm.base)[0]
+    assert not old & _PAGE_ACCESSED
+    run("read", lambda: handle_mm_fault(vma, vm.base, 0))
+    assert lookup_address_in_mm(vm.mm, vm.base)[0] == old
+    run("write", lambda: handle_mm_fault(vma, vm.base, FAULT_FLAG_WRITE))
+    assert lookup_address_in_mm(vm.mm, vm.base)[0] == old | _PAGE_ACCESSED

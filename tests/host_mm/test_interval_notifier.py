@@ -13,7 +13,7 @@ from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Srcu
 from host_mm.kernel.sched import Scheduler
 from host_mm.mm_types import MmStruct
-from trace_events.stream import TraceStream
+from trace_events.stream import Listener, TraceStream
 
 
 def make_mm() -> MmStruct:
@@ -225,3 +225,35 @@ def test_the_tree_is_told_before_the_list_and_of_release_too() -> None:
     assert log == ["list after 1", "release after 2"]
     assert sub.calls[-1][0] == mn.MMU_NOTIFY_RELEASE
 
+
+
+def test_every_move_of_the_sequence_is_an_event_and_so_are_inserts_and_removes() -> None:
+    mm = make_mm()
+    seen: list[tuple[str, tuple[object, ...]]] = []
+    listener = Listener(
+        ["refault:mmu_interval_*"], lambda e: seen.append((e.name, tuple(e.args.values()))), ancestors=False
+    )
+    mm.host.stream.listen(listener)
+    first = inserted(mm, 0x1000, 0x1000)
+    aside = start(mm, 0x8000, 0x9000)
+    hit = start(mm, 0x1000, 0x2000)
+    late = inserted(mm, 0x4000, 0x1000)
+    mn.mmu_notifier_invalidate_range_end(hit)
+    mn.mmu_notifier_invalidate_range_end(aside)
+    assert late.in_tree
+    itn.mmu_interval_notifier_remove(first)
+    assert seen == [
+        ("mmu_interval_insert", (0x1000, 0x1FFF, 1, False)),
+        ("mmu_interval_seq", (7, 3, 2, "invalidate")),
+        ("mmu_interval_invalidate", (0x1000, 0x1FFF, 3, False)),
+        ("mmu_interval_insert", (0x4000, 0x4FFF, 3, True)),
+        ("mmu_interval_seq", (7, 4, 0, "idle")),
+        ("mmu_interval_remove", (0x1000, 0x1FFF, False)),
+    ]
+    beside = start(mm, 0x8000, 0x9000)
+    seen.clear()
+    inserted(mm, 0x6000, 0x1000)
+    assert seen == [
+        ("mmu_interval_seq", (7, 5, 1, "insert")), ("mmu_interval_insert", (0x6000, 0x6FFF, 5, False)),
+    ]
+    mn.mmu_notifier_invalidate_range_end(beside)
