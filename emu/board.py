@@ -62,13 +62,12 @@ class Stop(msgspec.Struct):
 class _VcpuThread:
     """A vCPU's thread: whether it was started, whether it halted for good."""
 
-    __slots__ = ("error", "halted", "starting", "task", "vcpu", "wq")
+    __slots__ = ("error", "halted", "task", "vcpu", "wq")
 
     def __init__(self, vcpu: Vcpu, wq: WaitQueue) -> None:
         self.vcpu = vcpu
         self.wq = wq
         self.task: Task | None = None
-        self.starting = False
         self.halted = True
         self.error: BaseException | None = None
 

@@ -29,7 +29,7 @@ from host_mm.vma import insert_vma, vm_area_dup
 if TYPE_CHECKING:
     from host_mm.host import HostMm
 
-__all__ = ["exit_mmap", "exit_process", "fork_process", "free_mm", "mm_init", "mmget_not_zero", "mmput"]
+__all__ = ["exit_mmap", "exit_process", "fork_process", "free_mm", "mm_init", "mmput"]
 
 _ULONG_MAX = (1 << 64) - 1
 
@@ -51,14 +51,6 @@ def free_mm(mm: MmStruct) -> None:
     pgd_free(mm)
     if any(mm.rss) or mm.pgtables_bytes:
         raise BrokenTruth("mm-accounting", f"an mm ends with rss {mm.rss}, {mm.pgtables_bytes} table bytes")
-
-
-def mmget_not_zero(mm: MmStruct) -> bool:
-    """Use the address space from outside, unless it is exiting."""
-    if mm.mm_users <= 0:
-        return False
-    mm.mm_users += 1
-    return True
 
 
 def mmput(mm: MmStruct) -> None:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
-    "free_pgtables", "unmap_page_range", "unmap_vmas", "zap_page_range_single",
+    "free_pgtables", "unmap_page_range", "unmap_vmas",
     "zap_page_range_single_batched",
 ]
 
@@ -145,13 +145,6 @@ def zap_page_range_single_batched(tlb: MmuGather, vma: VmArea, address: int, siz
     if late:
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
     mmu_notifier.mmu_notifier_invalidate_range_end(range_)
-
-
-def zap_page_range_single(vma: VmArea, address: int, size: int) -> None:
-    """Clear a part of one VMA, flush and free."""
-    tlb = MmuGather(vma.mm)
-    zap_page_range_single_batched(tlb, vma, address, size)
-    tlb.finish()
 
 
 def free_pgtables(tlb: MmuGather, vmas: list[VmArea], floor: int, ceiling: int) -> None:

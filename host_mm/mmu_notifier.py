@@ -74,7 +74,6 @@ __all__ = [
     "MmuNotifier",
     "MmuNotifierRange",
     "MmuNotifierSubscriptions",
-    "mm_has_notifiers",
     "mmu_notifier_arch_invalidate_secondary_tlbs",
     "mmu_notifier_change_pte",
     "mmu_notifier_clear_flush_young",
@@ -92,15 +91,9 @@ __all__ = [
     "mmu_notifier_register_locked",
     "mmu_notifier_release",
     "mmu_notifier_subscriptions_destroy",
-    "mmu_notifier_synchronize",
     "mmu_notifier_test_young",
     "mmu_notifier_unregister",
 ]
-
-
-def mm_has_notifiers(mm: MmStruct) -> bool:
-    """Whether anything was ever registered with this mm."""
-    return mm.notifier_subscriptions is not None
 
 
 def mmu_notifier_range_init(
@@ -450,11 +443,6 @@ def mmu_notifier_put(sub: MmuNotifier) -> None:
         mm.mmdrop()
 
     mm.host.sched.spawn("kworker/srcu", free_rcu)
-
-
-def mmu_notifier_synchronize(mm: MmStruct) -> None:
-    """Wait until every callback that runs now has returned."""
-    mm.host.mmu_notifier_srcu.synchronize()
 
 
 def mmu_notifier_release(mm: MmStruct) -> None:

@@ -31,7 +31,7 @@ __all__ = [
     "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced", "PG_reserved", "PG_swapbacked",
     "PG_swapcache", "PG_table", "PG_unevictable", "PG_uptodate", "PG_workingset", "PG_writeback",
     "PG_young", "Pages", "decode_page_flags", "folio_maybe_dma_pinned", "folio_ref_freeze",
-    "folio_ref_unfreeze", "get_page", "page_folio", "page_mapped", "put_page", "set_page_dirty",
+    "folio_ref_unfreeze", "get_page", "page_folio", "put_page", "set_page_dirty",
     "try_get_page",
 ]
 
@@ -109,11 +109,6 @@ def decode_page_flags(flags: int) -> str:
 def page_folio(pages: Pages, pfn: int) -> int:
     """The pfn of the head of the folio that `pfn` belongs to."""
     return pfn - pages.tail[pfn]
-
-
-def page_mapped(pages: Pages, pfn: int) -> bool:
-    """Whether any page-table entry maps the page."""
-    return pages.mapcount[pfn] > 0
 
 
 def get_page(host: HostMm, pfn: int, nr: int = 1) -> None:

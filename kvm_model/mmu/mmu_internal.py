@@ -18,7 +18,7 @@ __all__ = [
     "KVM_PFN_ERR_NEEDS_IO", "KVM_PFN_ERR_RO_FAULT", "KVM_PFN_ERR_SIGPENDING", "KVM_PFN_NOSLOT",
     "PFERR_FETCH_MASK", "PFERR_GUEST_FINAL_MASK", "PFERR_GUEST_PAGE_MASK", "PFERR_PRESENT_MASK",
     "PFERR_RSVD_MASK", "PFERR_USER_MASK", "PFERR_WRITE_MASK", "RET_PF_CONTINUE", "RET_PF_EMULATE",
-    "RET_PF_FIXED", "RET_PF_INVALID", "RET_PF_NAMES", "RET_PF_RETRY", "RET_PF_SPURIOUS",
+    "RET_PF_FIXED", "RET_PF_INVALID", "RET_PF_RETRY", "RET_PF_SPURIOUS",
     "RET_PF_WRITE_PROTECTED", "ROLE_INVALID", "KvmMmuPage", "KvmPageFault", "fmt_mmu_page",
     "is_error_noslot_pfn", "is_error_pfn", "pferr_flags", "tdp_root_role",
 ]
@@ -30,7 +30,6 @@ RET_PF_WRITE_PROTECTED = 3
 RET_PF_INVALID = 4
 RET_PF_FIXED = 5
 RET_PF_SPURIOUS = 6
-RET_PF_NAMES = ("continue", "retry", "emulate", "write-protected", "invalid", "fixed", "spurious")
 
 PFERR_PRESENT_MASK = 1 << 0
 PFERR_WRITE_MASK = 1 << 1

@@ -52,7 +52,7 @@ __all__ = [
     "SPTE_BASE_ADDR_MASK", "SPTE_MMU_PRESENT_MASK", "SPTE_TDP_AD_DISABLED", "SPTE_TDP_AD_MASK",
     "SPTE_TDP_AD_WRPROT_ONLY", "SpteMasks", "decode_spte", "ept_masks", "get_mmio_spte_generation",
     "is_frozen_spte", "is_large_pte", "is_last_spte", "is_shadow_present_pte", "is_writable_pte",
-    "kvm_pages_per_hpage", "spte_ad_enabled", "spte_ad_need_write_protect", "spte_to_pfn",
+    "kvm_pages_per_hpage", "spte_ad_enabled", "spte_to_pfn",
 ]
 
 PG_LEVEL_4K = 1
@@ -124,11 +124,6 @@ def spte_to_pfn(spte: int) -> int:
 def spte_ad_enabled(spte: int) -> bool:
     """Whether the CPU keeps A and D in this present SPTE."""
     return spte & SPTE_TDP_AD_MASK != SPTE_TDP_AD_DISABLED
-
-
-def spte_ad_need_write_protect(spte: int) -> bool:
-    """Whether dirty tracking of this present SPTE needs write protection."""
-    return spte & SPTE_TDP_AD_MASK != 0
 
 
 def get_mmio_spte_generation(spte: int) -> int:

@@ -83,10 +83,7 @@ __all__ = [
     "make_migration_entry",
     "mk_pte",
     "non_swap_entry",
-    "pgd_index",
-    "pmd_index",
     "pte_dirty",
-    "pte_index",
     "pte_mkclean",
     "pte_mkdirty",
     "pte_mkold",
@@ -100,7 +97,6 @@ __all__ = [
     "pte_to_swp_entry",
     "pte_write",
     "pte_wrprotect",
-    "pud_index",
     "swp_entry",
     "swp_entry_to_pte",
     "swp_offset",
@@ -162,26 +158,6 @@ SWP_PFN_MASK = (1 << _SWP_PFN_BITS) - 1
 SWP_MIG_YOUNG = 1 << _SWP_PFN_BITS
 SWP_MIG_DIRTY = 1 << (_SWP_PFN_BITS + 1)
 _ARCH_OFFSET_BITS = 50
-
-
-def pgd_index(address: int) -> int:
-    """Index into the level-4 table."""
-    return (address >> 39) & 511
-
-
-def pud_index(address: int) -> int:
-    """Index into the level-3 table."""
-    return (address >> 30) & 511
-
-
-def pmd_index(address: int) -> int:
-    """Index into the level-2 table."""
-    return (address >> 21) & 511
-
-
-def pte_index(address: int) -> int:
-    """Index into the level-1 table."""
-    return (address >> 12) & 511
 
 
 def pte_present(pte: int) -> bool:
