@@ -14,6 +14,7 @@ help:
 	@echo 'make lint         ruff, mypy --strict, the law of imports'
 	@echo 'make bench        measure; bench-check holds the numbers to bench/targets.toml'
 	@echo 'make soak         random runs: SOAK_SEEDS (20) seeds from SOAK_FROM (100), SOAK_STEPS (20000) steps each'
+	@echo 'make golden       record the golden traces of the payloads anew (PAYLOADS="migrate smp": only those)'
 	@echo 'make venv         only the environment, with the versions of constraints.txt'
 
 venv: $(STAMP)
@@ -45,6 +46,10 @@ SOAK_STEPS ?= 20000
 soak: $(STAMP)
 	REFAULT_STEPS=$(SOAK_STEPS) REFAULT_SEEDS=$$(seq -s, $(SOAK_FROM) $$(($(SOAK_FROM) + $(SOAK_SEEDS) - 1))) \
 	REFAULT_PROGRESS=1 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q -s -n $(JOBS) --timeout=0 tests/property
+
+# Only ever on purpose: look at the difference before you commit it.
+golden: $(STAMP)
+	PYTHONPATH=. $(BIN)/python tests/golden/record.py $(PAYLOADS)
 
 clean:
 	rm -rf out build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

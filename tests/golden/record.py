@@ -1,0 +1,66 @@
+"""Record every payload's golden trace anew: `make golden`, or this file with the names of some.
+
+    python tests/golden/record.py [NAME ...]
+
+Nothing else writes these files. Look at `git diff --stat tests/golden` and `refault diff` with the
+old file before you commit: what changed in a trace is what changed in the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from guest_payloads.builder import payload_names
+from refault.cli import main
+
+__all__ = ["HERE", "MACHINES", "record"]
+
+HERE = Path(__file__).resolve().parent
+
+# What the host did, what KVM took away and what it mapped again: no exits, no ports, no clockwork.
+EVENTS = (
+    "refault:host_op*", "refault:mmu_notifier_*", "refault:spte_zap", "refault:spte_install",
+    "refault:memslot_update", "kvm:kvm_page_fault", "kvm:kvm_unmap_hva_range", "kvm:kvm_age_hva",
+    "kvmmmu:fast_page_fault", "kvm:kvm_inj_*",
+)
+FEW = ("refault:host_op*", "refault:mmu_notifier_start", "refault:spte_zap", "kvm:kvm_page_fault")
+
+MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "aging": (("pages=8", "rounds=2"), EVENTS),
+    "dirty-log": (("pages=8",), EVENTS),
+    # Without its 3,000 calls of the instrument.
+    "ept-access": ((), tuple(glob for glob in EVENTS if "host_op" not in glob)),
+    "first-touch": (("mib=1",), FEW),
+    "fork-cow": (("pages=4", "rounds=1"), EVENTS),
+    "guest-paging": (("pages=4",), EVENTS),
+    "idt-swapped": (("rounds=1",), FEW),
+    "migrate": (("pages=4", "rounds=1"), EVENTS),
+    "mmio": ((), (*EVENTS, "kvm:kvm_mmio", "kvmmmu:mark_mmio_spte", "kvmmmu:handle_mmio_page_fault")),
+    "protect": (("pages=4",), EVENTS),
+    "selfmod": (("rounds=2",), EVENTS),
+    "slots": (("pages=4",), ("refault:host_op*", "refault:memslot_update", "refault:spte_zap")),
+    "smp": (("count=100", "rounds=1"), EVENTS),
+    "swap-storm": (("mib=1", "passes=1", "weather=300000"), FEW),
+    "syscalls": (("calls=2",), EVENTS),
+    "timer": (("hz=500", "ticks=2"), (*EVENTS, "kvm:kvm_vcpu_wakeup")),
+}
+"""Payload -> its words and the events kept. A payload without an entry is recorded as it stands."""
+
+OPTIONS = {
+    "smp": ("--vcpus", "2"),
+    "swap-storm": ("--host-ram", "2M", "--memory", "4M"),
+}
+
+
+def record(name: str, path: Path) -> int:
+    """Run one payload, checked, and keep its trace."""
+    words, events = MACHINES.get(name, ((), FEW))
+    options = OPTIONS.get(name, ())
+    args = ["run", name, *words, "--memory", "8M", "--check", "-q", "--trace", str(path), *options]
+    return main([*args, *(f"--events={glob}" for glob in events)])
+
+
+if __name__ == "__main__":
+    failed = [name for name in sys.argv[1:] or payload_names() if record(name, HERE / f"{name}.ndjson")]
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
