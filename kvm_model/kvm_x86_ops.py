@@ -68,7 +68,7 @@ class KvmX86Ops(Protocol):
         """Finish an emulated access: put `data` where a load wants it, set flags, step RIP.
 
         Completing the load of a read-modify-write gives its store to the same gpa, which KVM makes
-        and completes in turn. (Where it does not, the instruction exits again and `emulate` gives it.)
+        and completes in turn.
         """
         ...
 

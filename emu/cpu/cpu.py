@@ -121,8 +121,6 @@ class UnicornCpu:
         self.decoder = Decoder()
         self.fills = FillFailures(self.vcpus, self.decoder)
         self._elements: dict[int, StringElement] = {}
-        self._stores: dict[int, tuple[int, int, MmioAccess]] = {}
-        self._mmio_gpa: dict[int, int] = {}
         self._tsc_offset: dict[int, int] = {}
         self._root: dict[int, int] = {}
         self._private: dict[int, Callable[[UnicornVcpu], VmExit | None]] = {
@@ -410,9 +408,6 @@ class UnicornCpu:
     def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
         """Start the instruction at RIP, whose memory operand is at MMIO `gpa`; None if it is unknown."""
         v = self.vcpu(vcpu)
-        pending = self._stores.pop(v.vcpu_id, None)
-        if pending is not None and pending[:2] == (v.env.eip, gpa):
-            return pending[2]
         try:
             insn = self.fills.decode(v)
             access = mmio.emulate(v, insn, gpa)
@@ -421,18 +416,14 @@ class UnicornCpu:
         if access is not None:
             access.insn = bytes(insn.bytes)
             access.mode = 9 if v.long_code else 5
-            self._mmio_gpa[v.vcpu_id] = gpa
         return access
 
     def complete_mmio(self, vcpu: Vcpu, access: MmioAccess, data: int) -> MmioAccess | None:
         """Finish an access. A read-modify-write's load gives back its store, to be made and finished too."""
         finish = cast("mmio.Finish", access.priv)
         store = finish(data & ((1 << (8 * access.length)) - 1))
-        self._stores.pop(vcpu.vcpu_id, None)
         if store is not None:
             store.insn, store.mode = access.insn, access.mode
-            rip = self.vcpu(vcpu).env.eip
-            self._stores[vcpu.vcpu_id] = (rip, self._mmio_gpa[vcpu.vcpu_id], store)
         return store
 
     def get_reg(self, vcpu: Vcpu, name: str) -> int:
