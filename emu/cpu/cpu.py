@@ -51,6 +51,7 @@ from emu.cpu.registers import GENERAL_REGISTERS, read_register, write_register
 from emu.cpu.vcpu import EMU_EXCEPTION, EMU_INSN_INVALID, EMU_OK, UnicornVcpu
 from emu.cpu.walk import OK
 from emu.loaders.image import BOOT_CR3, BOOT_GDT, BOOT_STACK, GDT_CODE32, GDT_CODE64, GDT_DATA, GDT_LIMIT
+from kvm_model.kvm_x86_ops import EMULATE_RETRY
 from kvm_model.mmu.mmu_internal import INVALID_PAGE
 from kvm_model.requests import (
     IN_GUEST_MODE,
@@ -410,8 +411,12 @@ class UnicornCpu:
         v = self.vcpu(vcpu)
         try:
             insn = self.fills.decode(v)
+            if insn is None and not self.fills.can_fetch(v):
+                return EMULATE_RETRY
             access = mmio.emulate(v, insn, gpa)
-        except (GuestFault, EptExit):
+        except EptExit:
+            return EMULATE_RETRY
+        except GuestFault:
             return None
         if access is not None:
             access.insn = bytes(insn.bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,8 @@ import refault
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.page import get_page
 from host_mm.page_alloc import GFP_KERNEL, alloc_pages
-from refault.scenarios.emulator import EmulatorBackend
+from refault.scenarios.api import DATA_GPA
+from refault.scenarios.emulator import CODE, EmulatorBackend
 
 GPA = 0x30_0000
 
@@ -99,4 +101,23 @@ def test_a_vcpu_that_must_drop_its_root_holds_no_translations() -> None:
     backend.vm.host.slot_delete(slot)
     assert backend.vm.host.swap_out(0, pages=8) > 0
     assert backend.vm.host.reclaim(pages=8) > 0
+    backend.close()
+
+
+def test_code_that_is_unmapped_before_its_mmio_is_emulated_is_fetched_again() -> None:
+    backend = EmulatorBackend(check=True)
+    board = backend.board
+    emulate, calls = board.cpu.emulate, 0
+
+    def late(vcpu: Any, gpa: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            # Another CPU's notifier, between the exit and the emulator's look at the instruction.
+            board.kvm.zap_for_instrument(CODE >> 12)
+        return emulate(vcpu, gpa)
+
+    board.cpu.emulate = late  # type: ignore[method-assign]
+    assert backend.load(0x2000_0000 - DATA_GPA) == (1 << 64) - 1
+    assert calls == 2
     backend.close()
