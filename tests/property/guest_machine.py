@@ -105,7 +105,7 @@ class GuestMachine(RuleBasedStateMachine):
         flags = mm.pages.flags
         used = [pfn for pfn in range(mm.ram.nr_frames) if mm.pages.refcount[pfn]]
         left = [pfn for pfn in used if not flags[pfn] & PG_reserved]
-        leaked = [f"{pfn:#x} {decode_page_flags(flags[pfn])}" for pfn in left if not flags[pfn] & PG_swapcache]
+        leaked = [(hex(pfn), decode_page_flags(flags[pfn])) for pfn in left if not flags[pfn] & PG_swapcache]
         assert not leaked, f"frames were not given back: {leaked}"
         assert mm.swap is not None
         assert mm.swap.inuse_pages == len(left), "swap slots were not given back"
