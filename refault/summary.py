@@ -21,7 +21,8 @@ class RunSummary(msgspec.Struct, kw_only=True):
 
     `exits` counts VM exits by reason, `violations` EPT violations by access, `brackets` notifier
     brackets by event, `operations` host operations, `sptes` leaf SPTEs; `top` are the (gfn, refaults)
-    that refaulted most, `story` the life of the first of them. `truths` tells what was checked, None if nothing.
+    that refaulted most, `story` the life of the first of them. `truths` tells what was checked, None
+    if nothing.
     """
 
     payload: str
