@@ -192,7 +192,8 @@ class Observer:
             wall_seconds=time.monotonic() - self._began, memory=config.memory, host_ram=config.host_ram,
             swap=config.swap, exits=dict(self.exits), violations=dict(self.violations),
             brackets=dict(self.brackets), operations=dict(self.operations), sptes=dict(self.sptes),
-            kvm=vm.stat, host=vm.vmstat, refaults=self.refaults, top=self.most_refaulted(), story=self.story(),
+            kvm=vm.stat, host=vm.vmstat,
+            refaults=self.refaults, top=self.most_refaulted(), story=self.story(),
             truths=checker.counts() if checker is not None else None, trace=trace, trace_events=trace_events,
         )
 
