@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from emu.board import Board, Stop
 from emu.config import MachineConfig
-from emu.cpu.cpu import SLICE_INSNS
 from emu.hostops import OPERATIONS, perform
 from emu.inspector import WalkTree, walk_gpa, walk_gva
 from emu.loaders import load_image
@@ -211,12 +210,13 @@ class VM:
                 return True
             return False
 
+        slice_insns = board.cpu.slice_insns
         if max_insns is not None:
-            board.cpu.slice_insns = max(1, min(SLICE_INSNS, max_insns))
+            board.cpu.slice_insns = max(1, min(slice_insns, max_insns))
         try:
             stop = board.run(done)
         finally:
-            board.cpu.slice_insns = SLICE_INSNS
+            board.cpu.slice_insns = slice_insns
         return stop if stop.kind != "pause" or not limit else limit[0]
 
     def start_cpu(self, cpu: int, entry: int, stack: int, arg: int = 0) -> None:

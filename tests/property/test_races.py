@@ -26,7 +26,7 @@ from trace_events.stream import Listener
 GUEST = str(Path(__file__).with_name("counters.s"))
 SEEDS = [int(s) for s in os.environ.get("REFAULT_SEEDS", "1,2,3,4").split(",")]
 SLICE = 300
-PAGES, PASSES = 24, max(1, int(os.environ.get("REFAULT_STEPS", "2000")) // 60)
+PAGES, PASSES = 24, max(1, int(os.environ.get("REFAULT_STEPS", "2000")) // 120)
 REASONS = {
     "stale-before-gup", "stale-after-gup", "stale-under-lock", "stale-root", "invalid-slot", "spte-changed"
 }
@@ -119,6 +119,7 @@ def test_no_count_is_lost_beside_a_storm(seed: int) -> None:
         vm.run(until=lambda: "start a CPU" in vm.serial)
         Storm(vm, seed)
         stop = vm.run()
+        assert vm.board.cpu.slice_insns == SLICE
         assert " 0 unexpected failures" in vm.serial, f"{stop}\n{vm.serial}"
         assert "FAIL" not in vm.serial, vm.serial
     assert sum(reasons.values()) > 0, "nothing raced"
