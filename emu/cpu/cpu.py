@@ -86,6 +86,7 @@ SLICE_INSNS = 1_000_000
 EXIT_INSNS = 10_000
 """What an exit takes from the slice: handling it here takes as long as thousands of instructions."""
 
+_EMULATE_RETRIES = 64
 _RAX, _RCX, _RDX = 0, 1, 2
 _IF = 1 << 9
 _VECTOR_UD = 6
@@ -117,6 +118,7 @@ class UnicornCpu:
         self.decoder = Decoder()
         self.fills = FillFailures(self.vcpus, self.decoder)
         self._elements: dict[int, StringElement] = {}
+        self._retries: dict[int, tuple[int, int]] = {}
         self._tsc_offset: dict[int, int] = {}
         self._root: dict[int, int] = {}
         self._private: dict[int, Callable[[UnicornVcpu], VmExit | None]] = {
@@ -399,17 +401,25 @@ class UnicornCpu:
         v = self.vcpu(vcpu)
         try:
             insn = self.fills.decode(v)
-            if insn is None and not self.fills.can_fetch(v):
+            if insn is None and self.fills.code_gone(v, gpa) and self._again(v):
                 return EMULATE_RETRY
             access = mmio.emulate(v, insn, gpa)
-        except EptExit:
-            return EMULATE_RETRY
+        except EptExit as exit_:
+            return EMULATE_RETRY if not exit_.misconfig and self._again(v) else None
         except GuestFault:
             return None
         if access is not None:
+            self._retries.pop(v.vcpu_id, None)
             access.insn = bytes(insn.bytes)
             access.mode = 9 if v.long_code else 5
         return access
+
+    def _again(self, v: UnicornVcpu) -> bool:
+        # An instruction that nobody can decode, at the end of a page, may look as if its rest were gone.
+        rip, count = self._retries.get(v.vcpu_id, (0, 0))
+        count = count + 1 if rip == v.env.eip else 1
+        self._retries[v.vcpu_id] = v.env.eip, count
+        return count <= _EMULATE_RETRIES
 
     def complete_mmio(self, vcpu: Vcpu, access: MmioAccess, data: int) -> MmioAccess | None:
         """Finish an access. A read-modify-write's load gives back its store, to be made and finished too."""

@@ -104,12 +104,17 @@ class FillFailures:
             return None
         return self.decoder.decode(code, vcpu.long_code)
 
-    def can_fetch(self, vcpu: UnicornVcpu) -> bool:
-        """Whether all bytes that an instruction at RIP could have are there."""
+    def code_gone(self, vcpu: UnicornVcpu, device: int) -> bool:
+        """Whether bytes of the instruction at RIP, which just ran, have lost their mapping since.
+
+        `device` is the gpa of its device access: an instruction that lies there was never fetched.
+        """
         try:
-            return len(vcpu.memory.fetch(vcpu.env.eip, _LONGEST_INSN)) == _LONGEST_INSN
-        except (GuestFault, EptExit):
-            return False
+            return len(vcpu.memory.fetch(vcpu.env.eip, _LONGEST_INSN)) < _LONGEST_INSN
+        except EptExit as exit_:
+            return not exit_.misconfig and exit_.gpa >> 12 != device >> 12
+        except GuestFault:
+            return True
 
     def _through_stack(self, vcpu: UnicornVcpu, gva: int) -> bool:
         return uses_stack_segment(vcpu.env, self.decode(vcpu), gva, vcpu.long_code)

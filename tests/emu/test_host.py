@@ -137,3 +137,11 @@ def test_a_vcpu_that_is_about_to_drop_its_root_holds_no_translations() -> None:
     assert backend.vm.host.reclaim(pages=8) > 0
     kvm_make_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu)
     backend.close()
+
+
+def test_a_guest_that_runs_code_from_a_device_is_not_tried_again() -> None:
+    backend = EmulatorBackend(check=True)
+    assert backend._run("load", rip=0x2000_0000) == "error"
+    assert backend.board.stop is not None
+    assert "cannot be emulated" in backend.board.stop.why
+    backend.close()
