@@ -10,7 +10,8 @@ the rmap locks where both addresses allow; for that the range, and the bracket w
 to the 2 MiB boundary if nothing else is mapped there. Entries that move one by one become soft-dirty,
 those that move with their table do not.
 
-Not modelled: huge entries, hugetlb, uffd-wp bits, exec's move of the stack.
+Not modelled: huge entries, hugetlb, uffd-wp bits, exec's move of the stack; 5.10, which does not extend
+the range and moves no tables of 1 GiB.
 """
 
 from __future__ import annotations

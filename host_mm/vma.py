@@ -203,14 +203,24 @@ def vma_merge_new_range(
         if copied_from is not None:
             _dup_anon_vma(previous, copied_from)
         _swallow(following)
-        _set_range(previous, previous.start, following.end)
+        _expand(previous, previous.start, following.end)
         return previous
     target = previous if left else following
     assert target is not None
     if copied_from is not None:
         _dup_anon_vma(target, copied_from)
-    _set_range(target, min(target.start, start), max(target.end, end))
+    _expand(target, min(target.start, start), max(target.end, end))
     return target
+
+
+def _expand(vma: VmArea, start: int, end: int) -> None:
+    """vma_expand: rmap walks that are under way have looked at its old range only, so wait for them."""
+    rwsem = vma.anon_vma.root.rwsem if vma.anon_vma is not None else None
+    if rwsem is not None:
+        rwsem.lock()
+    _set_range(vma, start, end)
+    if rwsem is not None:
+        rwsem.unlock()
 
 
 def _sides_share(a: VmArea | None, b: VmArea | None) -> bool:

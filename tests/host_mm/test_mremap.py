@@ -515,6 +515,27 @@ def migrate_beside_mremap(vm: Vmm) -> None:
     audit(host)
 
 
+def test_a_mapping_grows_only_when_no_reverse_map_walk_is_under_way(vm: Vmm) -> None:
+    written(vm, 2)
+    move(vm, PAGE, PAGE, AWAY)
+    left = vm.mm.vma_lookup(vm.base)
+    assert left is not None
+    assert left.anon_vma is not None
+    rwsem = left.anon_vma.root.rwsem
+    ends: list[int] = []
+
+    def walk() -> None:
+        rwsem.read_lock()
+        vm.host.sched.sleep(1_000_000)
+        ends.append(left.end)
+        rwsem.read_unlock()
+
+    run(vm.host, walk, lambda: do_mremap(vm.mm, AWAY, PAGE, PAGE, MOVE, vm.base + PAGE))
+    assert ends == [vm.base + PAGE]
+    assert left.end > vm.base + PAGE
+    assert [vm.host_read(page * PAGE) for page in range(2)] == [1, 2]
+
+
 def test_a_page_may_be_migrated_as_soon_as_it_was_moved(vm: Vmm) -> None:
     migrate_beside_mremap(vm)
 

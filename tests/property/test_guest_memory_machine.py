@@ -137,6 +137,22 @@ class Machine:
         first, count = self.span()
         self.op("age", DATA_GPA + first * PAGE, count)
 
+    def mremap(self) -> None:
+        first, count = self.span()
+        self.op("mremap", DATA_GPA + first * PAGE, count)
+
+    def locked(self) -> None:
+        """Reclaim and migration while a range is locked; only what may be written can be populated."""
+        first, count = self.span()
+        if self.read_only & set(range(first, first + count)):
+            return
+        for page in range(first, first + count):
+            self._settle(page * PAGE)
+        self.op("mlock", DATA_GPA + first * PAGE, count)
+        self.op("reclaim", 8)
+        self.op("migrate", DATA_GPA + first * PAGE, count)
+        self.op("munlock", DATA_GPA + first * PAGE, count)
+
     def reclaim(self) -> None:
         self.op("reclaim", self.rng.choice((1, 8, 32)))
 
@@ -193,6 +209,7 @@ class Machine:
     STEPS = (
         ("load", 20), ("store", 20), ("rmw", 8), ("host_read", 5), ("host_write", 5), ("swap_out", 6),
         ("migrate", 5), ("dontneed", 3), ("free", 2), ("cold", 1), ("age", 3), ("reclaim", 3),
+        ("mremap", 3), ("locked", 1),
         ("clear_refs", 1), ("protect", 1), ("unprotect", 2), ("fork", 2), ("child_read", 3),
         ("child_exit", 1), ("dirty_log", 1), ("get_dirty", 2),
     )
