@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 JOBS ?= 2
 RUN_ARGS ?= --memory 64M --host-ram 24M --check --trace out/swap-storm.ndjson
 
-.PHONY: venv run test lint bench bench-check soak clean help
+.PHONY: venv run test lint bench bench-check soak golden clean help
 
 help:
 	@echo 'make run          a guest on a host with too little RAM, checked and traced to out/'

@@ -55,7 +55,7 @@ __all__ = [
     "VMCALL_DIRTY_LOG", "VMCALL_DMA_WRITE", "VMCALL_DONTNEED", "VMCALL_EPT_AD", "VMCALL_EPT_RESTORE",
     "VMCALL_EPT_SET", "VMCALL_FORK", "VMCALL_GET_DIRTY", "VMCALL_HOST_READ", "VMCALL_HOST_WRITE",
     "VMCALL_KVM_MAP_WRITE", "VMCALL_LAST_EXIT", "VMCALL_MAP_LEVEL", "VMCALL_MIGRATE", "VMCALL_MIRROR_READ",
-    "VMCALL_MMIO_DEVICE", "VMCALL_PROTECT", "VMCALL_PROTECT_FAULTS", "VMCALL_SLOT_CREATE",
+    "VMCALL_MMIO_DEVICE", "VMCALL_PROTECT", "VMCALL_PROTECT_FAULTS", "VMCALL_RECLAIM", "VMCALL_SLOT_CREATE",
     "VMCALL_SLOT_DELETE", "VMCALL_SLOT_MOVE", "VMCALL_SLOT_RESTORE", "VMCALL_START_CPU", "VMCALL_SWAP_OUT",
     "VMCALL_WEATHER", "Vmcall", "cpuid_signature_leaf", "vmcall_by_name", "vmcall_by_number",
 ]
@@ -110,6 +110,7 @@ VMCALL_AGE = 0x5246_0006
 VMCALL_MAP_LEVEL = 0x5246_0007
 VMCALL_HOST_READ = 0x5246_0008
 VMCALL_HOST_WRITE = 0x5246_0009
+VMCALL_RECLAIM = 0x5246_000A
 VMCALL_FORK = 0x5246_0010
 VMCALL_CHILD_READ = 0x5246_0011
 VMCALL_CHILD_EXIT = 0x5246_0012
@@ -187,6 +188,9 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_HOST_WRITE, "host_write", ("gpa", "value", "size"), "0", (),
            "The VMM stores the low `size` bytes (1, 2 or 4) of `value` at `gpa`, as host_read. Guest "
            "code in that page is fetched anew. Not seen by dirty_log: the log has KVM's writes only."),
+    Vmcall(VMCALL_RECLAIM, "reclaim", ("pages",), "frames that came free", (),
+           "Asks the host's reclaim for `pages` frames, whosever they are, as a write to memory.reclaim "
+           "does. -EINVAL for 0."),
     Vmcall(VMCALL_FORK, "fork", (), "0", ("EBUSY", "ENOMEM"),
            "fork(2) of the VMM process. The child never runs; its memory is the guest's bytes of this "
            "moment, shared copy-on-write. -EBUSY while a child of an earlier call lives."),

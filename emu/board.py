@@ -52,7 +52,8 @@ COST_USER_EXIT = 2_000
 class Stop(msgspec.Struct):
     """Why a VM stopped. `kind`: `exit` (the guest wrote `status` to the exit port), `halt` (every
     started vCPU halted), `shutdown` (triple fault), `dead` (halted with interrupts off),
-    `error` (an exit the VMM cannot serve), `pause` (somebody asked)."""
+    `error` (an exit the VMM cannot serve), `pause` (somebody asked), `limit` (of instructions),
+    `timeout` (of real time)."""
 
     kind: str
     status: int = 0

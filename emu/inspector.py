@@ -117,6 +117,8 @@ def walk_gva(board: Board, gva: int, vcpu: int = 0) -> WalkTree:
     if not cpu.get_reg(v, "cr0") >> 31 & 1:
         gpa = gva & 0xFFFF_FFFF
         return WalkTree(gva, gpa, walker.stage2(gpa), walker.why, walker.steps)
+    if gva >> 47 not in (0, 0x1FFFF):
+        return WalkTree(gva, None, None, "the address is not canonical", walker.steps)
     table = cpu.get_reg(v, "cr3") & _ADDR
     for level in (4, 3, 2, 1):
         shift = 12 + 9 * (level - 1)

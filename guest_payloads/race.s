@@ -7,20 +7,22 @@
 ; param rounds=40   requests by CPU 0 and by CPU 1
 ; param pages=4     shared pages
 ; param seed=1      of the choices
-; param ops=4095    what CPU 0 may ask for, a bit each
-; param ops1=4095   what CPU 1 may ask for
-; vmcalls: cpu_count start_cpu migrate swap_out fork child_exit host_write dontneed slot_create slot_delete slot_restore dirty_log get_dirty age mirror_read dma_write kvm_map_write
+; param ops=16383   what CPU 0 may ask for, a bit each
+; param ops1=16383  what CPU 1 may ask for
+; param linger=30000 ns from pin to unpin
+; vmcalls: cpu_count start_cpu migrate swap_out fork child_exit host_write dontneed slot_create slot_delete slot_restore host_read reclaim dirty_log get_dirty age mirror_read dma_write kvm_map_write
 .include "runtime.inc"
 
-.equ PATIENCE, 1 << 28
-.equ NR_OPS, 13
+.equ PATIENCE, 1 << 20
+.equ NR_OPS, 15
 .equ ALL_OPS, (1 << NR_OPS) - 1
 .equ FLIP_PAGES, 2
 .equ FLIP_VALUE, 0x5a5a00                ; plus the CPU
 .equ HOST_WORD, 1024                     ; offsets of words that others store, plus 8 * CPU
 .equ DMA_WORD, 2048
 .equ MAP_WORD, 3072
-.equ LINGER, 30000                       ; ns from pin to unpin
+.equ RECLAIM_PAGES, 64
+.equ TRIPS, 4
 
 main:
     PARAM rax, "rounds", 40
@@ -31,10 +33,10 @@ main:
     mov [nr_pages], r12
     PARAM rax, "seed", 1
     mov [rng_state], rax
-    PARAM rax, "ops", 4095
+    PARAM rax, "ops", 16383
     and eax, ALL_OPS
     mov [ops], rax
-    PARAM rax, "ops1", 4095
+    PARAM rax, "ops1", 16383
     and eax, ALL_OPS
     mov [ops + 8], rax
     mov rdi, r12
@@ -48,6 +50,8 @@ main:
     mov edi, MAX_CPUS
     call pages_alloc
     mov [scratch], rax
+    PARAM rax, "linger", 30000
+    mov [linger], rax
     call find_cpus
     call start_cpus
     xor esi, esi
@@ -56,7 +60,10 @@ main:
 .wait:
     cmp [done], r14
     jae .all
-    pause
+    push rcx
+    xor eax, eax
+    cpuid
+    pop rcx
     dec ecx
     jnz .wait
 .all:
@@ -151,6 +158,10 @@ work:
     lock inc qword ptr [operators_done]
 .follow:
     call pass
+    xor eax, eax
+    push rbx
+    cpuid                                ; leaves the guest, so that others get on
+    pop rbx
     mov rax, [operators_done]
     cmp rax, [operators]
     jb .follow
@@ -180,6 +191,12 @@ pass:
     mov rdi, [flip]
     test rdi, rdi
     jz .end
+    mov rax, [operators]                 ; two operators leave the slot to the others
+    cmp rax, 1
+    je .visit
+    cmp r15, rax
+    jb .end
+.visit:
     mov eax, r13d
     and eax, FLIP_PAGES - 1
     shl eax, 12
@@ -187,7 +204,7 @@ pass:
     lea rdi, [rdi + r15*8]
     lea rcx, [r15 + FLIP_VALUE]
     mov rax, [rdi]
-    test rax, rax                        ; not stored yet
+    test rax, rax                        ; not stored yet, or discarded
     jz .store
     cmp rax, -1                          ; the slot is away
     je .store
@@ -237,11 +254,12 @@ ask_fork:
 .end:
     ret
 
-; The VMM stores, the guest loads, the VMM discards.
+; The VMM loads and stores, the guest loads, the VMM discards.
 ask_discard:
     mov rdi, r15
     shl rdi, 12
     add rdi, [scratch]
+    HOST2 VMCALL_HOST_READ, rdi, 4
     HOST3 VMCALL_HOST_WRITE, rdi, 77, 4
     test rax, rax
     js .end
@@ -264,8 +282,8 @@ ask_slot_migrate:
     HOST2 VMCALL_MIGRATE, qword ptr [flip], FLIP_PAGES
     ret
 
-ask_slot_swap:
-    HOST2 VMCALL_SWAP_OUT, qword ptr [flip], FLIP_PAGES
+ask_slot_discard:
+    HOST2 VMCALL_DONTNEED, qword ptr [flip], FLIP_PAGES
     ret
 
 ask_log:
@@ -290,14 +308,21 @@ ask_mirror:
 .end:
     ret
 
+; The VMM reads this CPU's word that the VMM stores, and stores to it.
 ask_store:
     call random_page
     lea rdi, [rdi + r15*8 + HOST_WORD]
+    HOST2 VMCALL_HOST_READ, rdi, 8
+    test rax, rax
+    js .end
+    cmp [rdi], rax
+    jne .bad
     HOST3 VMCALL_HOST_WRITE, rdi, r13, 4
     test rax, rax
     js .end
     cmp [rdi], r13d
     je .end
+.bad:
     lock inc qword ptr [bad_host]
 .end:
     ret
@@ -305,7 +330,7 @@ ask_store:
 ask_dma:
     call random_page
     lea rdi, [rdi + r15*8 + DMA_WORD]
-    HOST4 VMCALL_DMA_WRITE, rdi, r13, 8, LINGER
+    HOST4 VMCALL_DMA_WRITE, rdi, r13, 8, qword ptr [linger]
     test rax, rax
     js .end
     cmp [rdi], r13
@@ -314,10 +339,47 @@ ask_dma:
 .end:
     ret
 
+; The VMM stores, the page goes to swap and comes back.
+ask_cycle:
+    mov rdi, r15
+    shl rdi, 12
+    add rdi, [scratch]
+    HOST3 VMCALL_HOST_WRITE, rdi, 78, 4
+    test rax, rax
+    js .end
+    mov ecx, TRIPS
+.trip:
+    HOST2 VMCALL_SWAP_OUT, rdi, 1        ; from the second trip on there is nothing to write
+    HOST2 VMCALL_HOST_READ, rdi, 4
+    cmp rax, 78
+    je .back
+    lock inc qword ptr [bad_scratch]
+.back:
+    dec ecx
+    jnz .trip
+.end:
+    ret
+
+ask_reclaim:
+    HOST1 VMCALL_RECLAIM, RECLAIM_PAGES
+    ret
+
+; In a shared page, or in the one that CPU 0 has taken to swap and back.
 ask_map:
-    call random_page
+    call rng_next
+    mov rcx, [nr_pages]
+    inc rcx
+    xor edx, edx
+    div rcx
+    mov rdi, [scratch]
+    sub rdx, 1
+    jb .chosen
+    shl rdx, 12
+    mov rdi, [shared]
+    add rdi, rdx
+.chosen:
     lea rdi, [rdi + r15*8 + MAP_WORD]
-    HOST4 VMCALL_KVM_MAP_WRITE, rdi, r13, 8, LINGER
+    HOST4 VMCALL_KVM_MAP_WRITE, rdi, r13, 8, qword ptr [linger]
     test rax, rax
     js .end
     cmp [rdi], r13
@@ -336,12 +398,14 @@ requests:                                ; bit 0 first
     .quad ask_discard
     .quad ask_slot
     .quad ask_slot_migrate
-    .quad ask_slot_swap
+    .quad ask_slot_discard
     .quad ask_log
     .quad ask_age
     .quad ask_mirror
     .quad ask_store
     .quad ask_dma
+    .quad ask_cycle
+    .quad ask_reclaim
     .quad ask_map
 
 .section bss
@@ -354,6 +418,7 @@ scratch:        .skip 8
 slot:           .skip 8
 flip:           .skip 8
 logging:        .skip 8
+linger:         .skip 8
 ops:            .skip 16
 operators:      .skip 8
 operators_done: .skip 8

@@ -208,7 +208,7 @@ class _Shrink:
         else:
             if not flags & PG_swapcache or not folio_ref_freeze(pages, pfn, 2):
                 return _KEPT_LOCKED
-            if pages.flags[pfn] & PG_dirty and "skip-dirty-check" not in host.breaks:
+            if pages.flags[pfn] & PG_dirty:
                 folio_ref_unfreeze(pages, pfn, 2)
                 return _KEPT_LOCKED
             if host.checks is not None:

@@ -1,7 +1,8 @@
 """KVM's protocol switches: each leaves out one step of the notifier or MMU protocol.
 
 A switch is tested where the step stands: `if "no-flush" not in kvm.breaks`. With a switch on, one
-of the checked truths is expected to fail; the line says which.
+of the checked truths is expected to fail; the line says which. Each is shown at work by a command in
+refault/switch_runs.toml.
 
 Not modelled: switches of the host side (host_mm/breaks.py), and those that need shadow paging
 (ignore-role-bit, prefetch-in-bracket).

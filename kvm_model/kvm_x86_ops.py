@@ -20,7 +20,7 @@ from kvm_model.vmx.exits import VmExit
 if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
-__all__ = ["KvmX86Ops", "MmioAccess"]
+__all__ = ["EMULATE_RETRY", "KvmX86Ops", "MmioAccess"]
 
 
 class MmioAccess(msgspec.Struct):
@@ -36,6 +36,10 @@ class MmioAccess(msgspec.Struct):
     insn: bytes = b""
     mode: int = 9
     priv: object = None
+
+
+EMULATE_RETRY = MmioAccess(False, 0)
+"""Let the guest execute the instruction again."""
 
 
 class KvmX86Ops(Protocol):
@@ -60,7 +64,8 @@ class KvmX86Ops(Protocol):
     def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
         """Decode and start the instruction at RIP, whose memory operand is at MMIO `gpa`.
 
-        None where the instruction cannot be emulated.
+        None where the instruction cannot be emulated, EMULATE_RETRY where its bytes or its other
+        operand are not mapped (any more): the guest then meets that fault itself.
         """
         ...
 

@@ -22,6 +22,7 @@ Map of this room, the front door. It holds no model logic.
 | `exitstat.py` | the table of `perf kvm stat report` |
 | `compare.py` | differences: the first place where two traces part |
 | `registry.py` | which tracepoints, payloads and modules exist, found without importing them |
+| `switch_runs.py` | for each protocol switch a run that shows what it breaks |
 | `cli.py`, `commands/` | the `refault` command, one file a verb |
 | `errors.py`, `output.py` | exit codes and the errors that carry one; how the commands print |
 

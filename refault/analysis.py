@@ -160,9 +160,9 @@ class Analysis:
         """Who is to blame for a zap, in a few words: the operation, the daemon, or what a vCPU's own
         fault had to do."""
         chain = self.chain(zap)
-        for event in chain:
-            if event.event == HOST_OP:
-                return str(event.args.get("op"))
+        operations = [str(event.args.get("op")) for event in chain if event.event == HOST_OP]
+        if operations:
+            return ": ".join(operations)
         if zap.vcpu < 0:
             return zap.task
         names = [event.event for event in chain]

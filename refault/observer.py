@@ -19,7 +19,7 @@ from kvm_model.vmx.exits import (
     EXIT_REASON_NAMES,
     REASON_EPT_VIOLATION,
 )
-from refault.analysis import BRACKET, HOST_OP, PAGE_FAULT, SPTE_ZAP, Analysis, gfn_of
+from refault.analysis import BRACKET, HOST_OP, PAGE_FAULT, SPTE_INSTALL, SPTE_ZAP, Analysis, gfn_of
 from refault.story import story
 from refault.summary import RunSummary
 
@@ -66,7 +66,7 @@ class _Page:
 class Observer:
     """A sink for one run's events; `summary` at the end."""
 
-    globs = (EXIT, PAGE_FAULT, SPTE_ZAP, BRACKET, HOST_OP)
+    globs = (EXIT, PAGE_FAULT, SPTE_INSTALL, SPTE_ZAP, BRACKET, HOST_OP)
 
     def __init__(self, vm: VM) -> None:
         self.vm = vm
@@ -74,6 +74,7 @@ class Observer:
         self.violations: Counter[str] = Counter()
         self.brackets: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
+        self.sptes = {"installed": 0, "zapped": 0}
         self.refaults = 0
         self.pages: dict[int, _Page] = {}
         self._zaps: dict[int, Event] = {}
@@ -89,6 +90,10 @@ class Observer:
             self.exits[EXIT_REASON_NAMES.get(reason, str(reason))] += 1
             if reason == REASON_EPT_VIOLATION:
                 self.violations[_violation_kind(args["info1"])] += 1
+        elif name == SPTE_INSTALL:
+            self.sptes["installed"] += 1
+        elif name == SPTE_ZAP:
+            self.sptes["zapped"] += 1
         elif name == BRACKET:
             self.brackets[args["event"]] += 1
         elif name == HOST_OP:
@@ -186,7 +191,8 @@ class Observer:
             instructions=vm.board.cpu.instructions, logical_ns=vm.board.host.sched.now,
             wall_seconds=time.monotonic() - self._began, memory=config.memory, host_ram=config.host_ram,
             swap=config.swap, exits=dict(self.exits), violations=dict(self.violations),
-            brackets=dict(self.brackets), operations=dict(self.operations), kvm=vm.stat, host=vm.vmstat,
+            brackets=dict(self.brackets), operations=dict(self.operations), sptes=dict(self.sptes),
+            kvm=vm.stat, host=vm.vmstat,
             refaults=self.refaults, top=self.most_refaulted(), story=self.story(),
             truths=checker.counts() if checker is not None else None, trace=trace, trace_events=trace_events,
         )

@@ -138,12 +138,7 @@ def switches() -> dict[str, str]:
     from host_mm.breaks import BREAKS as HOST_BREAKS
     from kvm_model.breaks import BREAKS as KVM_BREAKS
 
-    found: dict[str, str] = {}
-    for breaks in (HOST_BREAKS, KVM_BREAKS):
-        for name, what in breaks.items():
-            # One name may leave out the like step on both sides.
-            found[name] = f"{found[name]}; {what}" if name in found else what
-    return dict(sorted(found.items()))
+    return dict(sorted({**HOST_BREAKS, **KVM_BREAKS}.items()))
 
 
 def profiles() -> list[str]:

@@ -136,7 +136,8 @@ def run(options: RunOptions) -> int:
         vm.finish()
         if writer is not None:
             stream.unlisten(recorder)
-            writer.close()
+            # Where real time cut it off, a rerun would not stop by itself.
+            writer.close("interrupted" if stop.kind == "timeout" else "complete")
         code, sentence = verdict(stop, vm.serial)
         if not options.quiet:
             summary = observer.summary(

@@ -206,7 +206,7 @@ def _text(event: Event, find: Callable[[str], Tracepoint | None]) -> str:
 
 
 # Where a chain of causes takes another turn than the reader expects.
-_TURNS = (DIRECT_RECLAIM, "vmscan:mm_vmscan_kswapd_wake", BRACKET)
+_TURNS = (HOST_OP, DIRECT_RECLAIM, "vmscan:mm_vmscan_kswapd_wake", BRACKET)
 
 
 def _prose(analysis: Analysis, event: Event, find: Callable[[str], Tracepoint | None]) -> str:

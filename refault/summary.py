@@ -12,7 +12,7 @@ from refault.story import duration
 __all__ = ["RunSummary", "print_summary", "render"]
 
 TOP = 6
-KVM_SHOWN = ("pf_taken", "pf_fixed", "pf_spurious", "pf_fast", "remote_tlb_flush")
+KVM_SHOWN = ("pf_taken", "pf_fixed", "pf_spurious", "pf_fast", "remote_tlb_flush_requests", "tlb_flush")
 HOST_SHOWN = ("pgfault", "pgmajfault", "pswpin", "pswpout", "cow_break", "pgmigrate_success", "oom_kill")
 
 
@@ -20,8 +20,9 @@ class RunSummary(msgspec.Struct, kw_only=True):
     """What a run came to. Counters keep the names that KVM's statistics and vmstat give them.
 
     `exits` counts VM exits by reason, `violations` EPT violations by access, `brackets` notifier
-    brackets by event, `operations` host operations; `top` are the (gfn, refaults) that refaulted
-    most, `story` the life of the first of them. `truths` tells what was checked, None if nothing.
+    brackets by event, `operations` host operations, `sptes` leaf SPTEs; `top` are the (gfn, refaults)
+    that refaulted most, `story` the life of the first of them. `truths` tells what was checked, None
+    if nothing.
     """
 
     payload: str
@@ -38,6 +39,7 @@ class RunSummary(msgspec.Struct, kw_only=True):
     violations: dict[str, int] = {}
     brackets: dict[str, int] = {}
     operations: dict[str, int] = {}
+    sptes: dict[str, int] = {}
     kvm: dict[str, int] = {}
     host: dict[str, int] = {}
     refaults: int = 0
@@ -76,6 +78,7 @@ def render(summary: RunSummary) -> Any:
     if summary.top:
         most = (f"gfn {gfn:#x} {count:,} times" for gfn, count in summary.top)
         table.add_row("refaulted most", ", ".join(most))
+    table.add_row("leaf SPTEs", _counts(summary.sptes, order=False))
     table.add_row("KVM", _counts(_chosen(summary.kvm, KVM_SHOWN), order=False))
     table.add_row("host", _counts(_chosen(summary.host, HOST_SHOWN), order=False))
     if summary.truths is not None:

@@ -207,7 +207,7 @@ class VM:
                 limit.append(Stop("limit", why=f"the limit of {max_insns} instructions is reached"))
                 return True
             if deadline is not None and time.monotonic() > deadline:
-                limit.append(Stop("limit", why=f"the limit of {timeout:g} s of real time is reached"))
+                limit.append(Stop("timeout", why=f"the limit of {timeout:g} s of real time is reached"))
                 return True
             return False
 

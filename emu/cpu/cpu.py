@@ -51,13 +51,9 @@ from emu.cpu.registers import GENERAL_REGISTERS, read_register, write_register
 from emu.cpu.vcpu import EMU_EXCEPTION, EMU_INSN_INVALID, EMU_OK, UnicornVcpu
 from emu.cpu.walk import OK
 from emu.loaders.image import BOOT_CR3, BOOT_GDT, BOOT_STACK, GDT_CODE32, GDT_CODE64, GDT_DATA, GDT_LIMIT
-from kvm_model.mmu.mmu_internal import INVALID_PAGE
-from kvm_model.requests import (
-    IN_GUEST_MODE,
-    KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
-    KVM_REQ_TLB_FLUSH,
-    kvm_test_request,
-)
+from kvm_model.kvm_x86_ops import EMULATE_RETRY
+from kvm_model.mmu.mmu_roots import kvm_mmu_flush_ahead
+from kvm_model.requests import IN_GUEST_MODE
 from kvm_model.vmx.ept import make_eptp
 from kvm_model.vmx.exits import (
     INTR_INFO_VALID,
@@ -380,14 +376,7 @@ class UnicornCpu:
         v = self.vcpus.get(vcpu.vcpu_id)
         if v is None or not v.fill.may_reach(pfn):
             return False
-        if vcpu.mode == IN_GUEST_MODE:
-            return True
-        # A vCPU that must drop its root, or has, loads another one before it enters, with a flush.
-        return not (
-            vcpu.root_hpa == INVALID_PAGE
-            or kvm_test_request(KVM_REQ_TLB_FLUSH, vcpu)
-            or kvm_test_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu)
-        )
+        return vcpu.mode == IN_GUEST_MODE or not kvm_mmu_flush_ahead(vcpu)
 
     def evict_tlb(self, vcpu: Vcpu) -> None:
         """Empty the TLB before the vCPU runs on, as hardware may at any time: no new epoch."""
@@ -410,8 +399,12 @@ class UnicornCpu:
         v = self.vcpu(vcpu)
         try:
             insn = self.fills.decode(v)
+            if insn is None and not self.fills.can_fetch(v):
+                return EMULATE_RETRY
             access = mmio.emulate(v, insn, gpa)
-        except (GuestFault, EptExit):
+        except EptExit:
+            return EMULATE_RETRY
+        except GuestFault:
             return None
         if access is not None:
             access.insn = bytes(insn.bytes)

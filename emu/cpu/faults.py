@@ -104,6 +104,13 @@ class FillFailures:
             return None
         return self.decoder.decode(code, vcpu.long_code)
 
+    def can_fetch(self, vcpu: UnicornVcpu) -> bool:
+        """Whether all bytes that an instruction at RIP could have are there."""
+        try:
+            return len(vcpu.memory.fetch(vcpu.env.eip, _LONGEST_INSN)) == _LONGEST_INSN
+        except (GuestFault, EptExit):
+            return False
+
     def _through_stack(self, vcpu: UnicornVcpu, gva: int) -> bool:
         return uses_stack_segment(vcpu.env, self.decode(vcpu), gva, vcpu.long_code)
 

@@ -25,8 +25,11 @@ from kvm_model.mmu.tdp_zap import (
 )
 from kvm_model.requests import (
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    KVM_REQ_TLB_FLUSH,
+    KVM_REQ_TLB_FLUSH_CURRENT,
     kvm_check_request,
     kvm_make_all_cpus_request,
+    kvm_test_request,
 )
 from trace_events.tracepoint import Tracepoint
 
@@ -36,7 +39,8 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "TRACEPOINTS", "is_obsolete_sp", "kvm_arch_flush_shadow_memslot", "kvm_mmu_free_obsolete_roots",
+    "TRACEPOINTS", "is_obsolete_sp", "kvm_arch_flush_shadow_memslot", "kvm_mmu_flush_ahead",
+    "kvm_mmu_free_obsolete_roots",
     "kvm_mmu_invalidate_mmio_sptes", "kvm_mmu_load", "kvm_mmu_reload", "kvm_mmu_unload", "kvm_mmu_zap_all",
     "kvm_mmu_zap_all_fast", "mmu_free_memory_caches", "mmu_topup_memory_caches",
 ]
@@ -94,6 +98,20 @@ def kvm_mmu_reload(vcpu: Vcpu) -> int:
     if vcpu.root_hpa != INVALID_PAGE:
         return 0
     return kvm_mmu_load(vcpu)
+
+
+def kvm_mmu_flush_ahead(vcpu: Vcpu) -> bool:
+    """Whether a vCPU outside the guest flushes before it enters: it was asked to, or it must load a root.
+
+    The request to drop an obsolete root is gone before the root is.
+    """
+    root = vcpu.kvm.sps.get(vcpu.root_hpa >> 12) if vcpu.root_hpa != INVALID_PAGE else None
+    return (
+        root is None
+        or is_obsolete_sp(root)
+        or kvm_test_request(KVM_REQ_TLB_FLUSH, vcpu)
+        or kvm_test_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu)
+    )
 
 
 def kvm_mmu_unload(vcpu: Vcpu) -> None:

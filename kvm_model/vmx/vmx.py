@@ -10,7 +10,8 @@ A handler returns above 0 to enter the guest again, 0 for user space, or a negat
 Not modelled: string port I/O, MMIO of more than 8 bytes or across pages, KVM's own hypercalls
 (every VMCALL goes to user space), CR and INVLPG intercepts (EPT needs none), #PF and NMI intercepts,
 the #UD that a guest in ring 3 gets for what cannot be emulated (here the VM stops as for ring 0), and
-handle_ept_misconfig's endless re-entry when an event is delivered through a known MMIO page (it stops too).
+handle_ept_misconfig's endless re-entry when an event is delivered through a known MMIO page (it stops too),
+the emulator's own reads of guest code: where EPT has lost the page, the guest fetches it anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from host_mm.kernel.costs import COST_FAULT
 from host_mm.kernel.errors import KernelError
 from host_mm.uaccess import copy_from_user, copy_to_user
+from kvm_model.kvm_x86_ops import EMULATE_RETRY
 from kvm_model.memslots import KVM_MEM_READONLY, KVM_MEMSLOT_INVALID, mark_page_dirty_in_slot
 from kvm_model.mmu.mmio import vcpu_match_mmio_gpa
 from kvm_model.mmu.mmu import kvm_mmu_page_fault
@@ -183,6 +185,8 @@ def _x86_emulate_instruction(vcpu: Vcpu, gpa: int) -> int:
     kvm = vcpu.kvm
     rip = kvm.cpu.get_reg(vcpu, "rip")
     access = kvm.cpu.emulate(vcpu, gpa)
+    if access is EMULATE_RETRY:
+        return 1
     insn = access.insn if access is not None else b""
     mode = access.mode if access is not None else 9
     t = kvm.trace.kvm_emulate_insn

@@ -56,9 +56,12 @@ def _events() -> Iterable[Entry]:
 
 def _switches() -> Iterable[Entry]:
     from refault.registry import switches
+    from refault.switch_runs import switch_runs
 
+    runs = switch_runs()
     for name, what in switches().items():
-        yield {"name": name, "what": what}
+        run = runs[name]
+        yield {"name": name, "what": what, "truth": run.truth, "command": run.command(name)}
 
 
 def _scenarios() -> Iterable[Entry]:
@@ -113,6 +116,8 @@ def main(args: argparse.Namespace) -> int:
             print(f"{kind}:")
         if args.kind == "operations":
             _print_operations(entries)
+        elif args.kind == "switches":
+            _print_switches(entries)
         else:
             _print_entries(entries, "  " if not args.kind else "")
         if not entries and args.kind:
@@ -128,6 +133,14 @@ def _print_operations(entries: list[Entry]) -> None:
         if isinstance(events, list) and events:
             print(f"    notifier brackets: {', '.join(events)}")
         print(f"    {entry['example']}")
+
+
+def _print_switches(entries: list[Entry]) -> None:
+    for entry in entries:
+        print(entry["name"])
+        print(wrapped(str(entry["what"]), indent=4))
+        print(f"    breaks {entry['truth']}, for example in:")
+        print(f"    {entry['command']}")
 
 
 def _print_entries(entries: list[Entry], indent: str) -> None:

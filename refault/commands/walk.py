@@ -36,6 +36,11 @@ def main(args: argparse.Namespace) -> int:
     at = last if args.at is None else args.at
     if at > last:
         raise UsageError(f"{args.trace}: no event {at}; the last is {last}")
+    if args.address >> 64:
+        raise UsageError(f"{args.address:#x} is no address: it has more than 64 bits")
+    vcpus = trace.machine.get("vcpus")
+    if isinstance(vcpus, int) and args.vcpu >= vcpus:
+        raise UsageError(f"{args.trace}: no vCPU {args.vcpu}; the machine has {vcpus}")
     # A wrong argument must not cost the import of the machine.
     from refault.machine import replay
 

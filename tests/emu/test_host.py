@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,9 @@ import refault
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.page import get_page
 from host_mm.page_alloc import GFP_KERNEL, alloc_pages
-from refault.scenarios.emulator import EmulatorBackend
+from kvm_model.requests import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, kvm_check_request, kvm_make_request
+from refault.scenarios.api import DATA_GPA
+from refault.scenarios.emulator import CODE, EmulatorBackend
 
 GPA = 0x30_0000
 
@@ -99,4 +102,38 @@ def test_a_vcpu_that_must_drop_its_root_holds_no_translations() -> None:
     backend.vm.host.slot_delete(slot)
     assert backend.vm.host.swap_out(0, pages=8) > 0
     assert backend.vm.host.reclaim(pages=8) > 0
+    backend.close()
+
+
+def test_code_that_is_unmapped_before_its_mmio_is_emulated_is_fetched_again() -> None:
+    backend = EmulatorBackend(check=True)
+    board = backend.board
+    emulate, calls = board.cpu.emulate, 0
+
+    def late(vcpu: Any, gpa: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            # Another CPU's notifier, between the exit and the emulator's look at the instruction.
+            board.kvm.zap_for_instrument(CODE >> 12)
+        return emulate(vcpu, gpa)
+
+    board.cpu.emulate = late  # type: ignore[method-assign]
+    assert backend.load(0x2000_0000 - DATA_GPA) == (1 << 64) - 1
+    assert calls == 2
+    backend.close()
+
+
+def test_a_vcpu_that_is_about_to_drop_its_root_holds_no_translations() -> None:
+    """The request is served already, the root not dropped yet: memory may be freed at that moment."""
+    backend = EmulatorBackend(check=True)
+    backend.load(0)
+    board = backend.board
+    slot = backend.vm.host.slot_create(0x2000_0000)
+    backend.vm.host.slot_delete(slot)
+    vcpu = board.vcpus[0]
+    assert kvm_check_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu)
+    assert backend.vm.host.swap_out(0, pages=8) > 0
+    assert backend.vm.host.reclaim(pages=8) > 0
+    kvm_make_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu)
     backend.close()

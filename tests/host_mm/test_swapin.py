@@ -276,9 +276,8 @@ def test_a_missing_flush_in_reclaim_breaks_a_truth(name: str, truth: str) -> Non
         run(host, body)
 
 
-@pytest.mark.parametrize("breaks", [frozenset(), frozenset({"skip-dirty-check"})])
-def test_a_folio_made_dirty_by_a_reference_between_unmap_and_drop_is_kept(breaks: frozenset[str]) -> None:
-    host, process = make(1, breaks=breaks)
+def test_a_folio_made_dirty_by_a_reference_between_unmap_and_drop_is_kept() -> None:
+    host, process = make(1)
 
     def prepare() -> None:
         copy_to_user(process, BASE, b"a" * PAGE)
@@ -299,10 +298,6 @@ def test_a_folio_made_dirty_by_a_reference_between_unmap_and_drop_is_kept(breaks
             put_page(host, pfn)
 
     host.sched.set_on_point(another_cpu)
-    if breaks:
-        with pytest.raises(BrokenTruth, match="dirty-dropped"):
-            run(host, lambda: pageout(process))
-        return
     run(host, lambda: pageout(process))
     host.sched.set_on_point(None)
     assert copy_from_user(process, BASE, PAGE) == b"b" * PAGE

@@ -128,7 +128,8 @@ def test_a_guest_that_does_not_finish_is_3_and_says_why(
     result = command("run", "x.bin", *SMALL, "--check", "--trace", "t", *args)
     assert result.code == 3, result
     assert why in result.err
-    assert read_trace("t").end == "complete"
+    assert read_trace("t").end == ("interrupted" if "--timeout" in args else "complete")
+    assert command("check", "t").code == 0
     assert time.monotonic() - began < 20
 
 
@@ -259,6 +260,22 @@ def test_a_header_that_is_no_machine_is_refused(
     header["machine"].update(change)
     (tmp_path / "t").write_bytes(json.dumps(header).encode() + b"\n" + rest)
     refused(command("check", "t"), why)
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["0x10000000000000000"], "more than 64 bits"),
+        (["0x1000", "--vcpu", "1"], "no vCPU 1; the machine has 1"),
+        (["0x1000", "--at", "99999999"], "no event 99999999"),
+    ],
+)
+def test_a_walk_that_cannot_be_is_refused(
+    command: Command, tmp_path: Path, trace_bytes: bytes, args: list[str], why: str
+) -> None:
+    (tmp_path / "t").write_bytes(trace_bytes)
+    refused(command("walk", "t", *args), why)
+    assert "not canonical" in command("walk", "t", "0x800000000000", "--at", "200").out
 
 
 def test_a_glob_that_matches_nothing_is_said(
