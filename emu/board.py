@@ -98,6 +98,9 @@ class Board:
         self.protected: list[tuple[int, int]] = []
         self.protection_faults = 0
         self.armed: ArmedEntry | None = None
+        self.moving = False
+        self.moves = 0
+        self.moved_back = WaitQueue(host.sched, "guest memory moved back")
         self.process = host.mm.create_process("vmm")
         self.vmm = Vmm(host.mm, self.process)
         self._make_devices()
@@ -177,7 +180,13 @@ class Board:
             if thread.halted or self.stop is not None:
                 thread.wq.wait()
                 continue
-            self._serve(thread, kvm_arch_vcpu_ioctl_run(thread.vcpu))
+            moves = self.moves
+            out = kvm_arch_vcpu_ioctl_run(thread.vcpu)
+            if out.kind == "memory-fault" and (self.moving or self.moves != moves):
+                # mremap() has the memory elsewhere, or had it when the access met the hole.
+                self.moved_back.wait_event(lambda: not self.moving)
+            else:
+                self._serve(thread, out)
 
     # -- what comes out of KVM_RUN ------------------------------------------------------------
 

@@ -51,6 +51,24 @@ class Vmm:
 
         do_madvise(self.process.mm, address, length, advice)
 
+    def mlock(self, address: int, length: int, *, onfault: bool = False) -> None:
+        """mlock(2), or mlock2(2) with MLOCK_ONFAULT."""
+        from host_mm.mlock import MLOCK_ONFAULT, do_mlock
+
+        do_mlock(self.process.mm, address, length, MLOCK_ONFAULT if onfault else 0)
+
+    def munlock(self, address: int, length: int) -> None:
+        """munlock(2)."""
+        from host_mm.mlock import do_munlock
+
+        do_munlock(self.process.mm, address, length)
+
+    def mremap(self, address: int, old_length: int, new_length: int, flags: int = 0, to: int = 0) -> int:
+        """mremap(2) with MREMAP_* of host_mm.mremap; the address."""
+        from host_mm.mremap import do_mremap
+
+        return do_mremap(self.process.mm, address, old_length, new_length, flags, to)
+
     def read(self, address: int, length: int) -> bytes:
         """Load bytes, faulting pages in; KernelError(EFAULT)."""
         from host_mm.uaccess import copy_from_user

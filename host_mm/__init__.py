@@ -9,6 +9,7 @@ Reading order:
     mm_types.py process.py       address spaces, VMAs, processes
     memory.py                    faults; memory_zap.py, memory_copy.py: entries out, entries into a child
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
+    mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
     gup.py uaccess.py            memory for others than the CPU, and for the process itself
     rmap.py rmap_unmap.py        from a page to its entries
     tlb.py mmu_gather.py         when the host's own translations go

@@ -19,6 +19,7 @@ BREAKS: dict[str, str] = {
     "free-before-batched-flush": "reclaim frees its frames before the batched flush",
     "free-before-flush": "mmu_gather frees its pages before it flushes the primary TLB",
     "migrate-ignore-refs": "migration moves a folio although somebody else holds a reference to it",
+    "mremap-flush-after-unlock": "mremap flushes the old range only after the page-table locks are dropped",
     "no-fault-recheck": "a COW does not compare the PTE again under the page-table lock",
     "no-flush-before-io": "reclaim starts I/O on a folio that stale writable translations still reach",
     "no-interval-retry": "a mirroring device publishes what it read without asking whether a bracket came by",

@@ -19,7 +19,7 @@ from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.memory_copy import copy_page_range
 from host_mm.memory_zap import free_pgtables, unmap_vmas
-from host_mm.mm_types import MMF_OOM_SKIP, VM_DONTCOPY, VM_LOCKED, VM_WIPEONFORK, MmStruct
+from host_mm.mm_types import MMF_OOM_SKIP, VM_DONTCOPY, VM_LOCKED_MASK, VM_WIPEONFORK, MmStruct
 from host_mm.mmu_gather import MmuGather
 from host_mm.pgtable_generic import pgd_alloc, pgd_free
 from host_mm.process import Process
@@ -102,7 +102,7 @@ def fork_process(process: Process) -> Process:
     host.sched.advance(COST_SYSCALL)
     child = host.new_process(process.name, process)
     mm = mm_init(host, child)
-    mm.def_flags = process.mm.def_flags & ~VM_LOCKED
+    mm.def_flags = process.mm.def_flags & ~VM_LOCKED_MASK
     ret = _dup_mmap(mm, process.mm)
     if ret:
         exit_process(child)
@@ -123,7 +123,7 @@ def _dup_mmap(mm: MmStruct, oldmm: MmStruct) -> int:
             new.anon_vma = None
         else:
             anon_vma_fork(new, old)
-        new.flags &= ~VM_LOCKED
+        new.flags &= ~VM_LOCKED_MASK
         insert_vma(new)
         if not old.flags & VM_WIPEONFORK:
             ret = copy_page_range(new, old)

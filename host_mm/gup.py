@@ -1,8 +1,8 @@
 """get_user_pages: a page and a reference to it, for whoever is not the CPU.
 
 Source of truth: mm/gup.c (gup_fast_pte_range, follow_page_pte, can_follow_write_pte, faultin_page,
-__get_user_pages_locked, check_vma_flags, try_grab_folio), include/linux/mm.h: gup_must_unshare,
-include/linux/mm_types.h: FOLL_*; Linux 6.18.
+__get_user_pages_locked, check_vma_flags, try_grab_folio, __mm_populate, populate_vma_page_range),
+include/linux/mm.h: gup_must_unshare, include/linux/mm_types.h: FOLL_*; Linux 6.18.
 
 Fast GUP reads the entry without locks, takes the reference, and reads the entry again: a page that left
 it in between is given back. It never takes the zero page. Slow GUP faults under mmap_lock. A pin
@@ -50,10 +50,12 @@ from host_mm.mm_types import (
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
     VM_IO,
+    VM_LOCKONFAULT,
     VM_MAYREAD,
     VM_MAYWRITE,
     VM_PFNMAP,
     VM_READ,
+    VM_SHARED,
     VM_WRITE,
 )
 from host_mm.page import (
@@ -77,8 +79,8 @@ if TYPE_CHECKING:
 __all__ = [
     "FOLL_FORCE", "FOLL_GET", "FOLL_HONOR_NUMA_FAULT", "FOLL_HWPOISON", "FOLL_INTERRUPTIBLE",
     "FOLL_LONGTERM", "FOLL_NOFAULT", "FOLL_NOWAIT", "FOLL_PIN", "FOLL_WRITE", "TRACEPOINTS",
-    "faultin_page_range", "get_user_page_fast_only", "get_user_pages_unlocked", "pin_user_page",
-    "unpin_user_page",
+    "faultin_page_range", "get_user_page_fast_only", "get_user_pages_unlocked", "mm_populate",
+    "pin_user_page", "unpin_user_page",
 ]
 
 FOLL_WRITE = 1 << 0
@@ -318,6 +320,48 @@ def faultin_page_range(mm: MmStruct, start: int, end: int, *, write: bool) -> in
             return pfn
         put_page(mm.host, pfn)
     return 0
+
+
+def mm_populate(mm: MmStruct, start: int, length: int, *, ignore_errors: bool = True) -> int:
+    """Fault in what is mapped of the range, for mlock; 0 or a negative errno. Holes are skipped.
+
+    Private memory that may be written is faulted for writing, so that its COW is done. With
+    `ignore_errors` a VMA that fails is left and the next one tried.
+    """
+    address, end = start, start + length
+    tried = ret = 0
+    mm.mmap_lock.read_lock()
+    while address < end and not ret:
+        vma = mm.find_vma_intersection(address, end)
+        if vma is None:
+            break
+        address = max(address, vma.start)
+        if vma.flags & (VM_IO | VM_PFNMAP | VM_LOCKONFAULT):
+            address = vma.end
+            continue
+        pfn, locked = _populate_page(vma, address, tried)
+        tried = 0
+        if not locked:
+            mm.mmap_lock.read_lock()
+            tried = FOLL_TRIED
+        elif pfn >= 0:
+            put_page(mm.host, pfn)
+            address += 4096
+        elif ignore_errors:
+            address = vma.end
+        else:
+            ret = pfn
+    mm.mmap_lock.read_unlock()
+    mm.host.lru.lru_add_drain()
+    return ret
+
+
+def _populate_page(vma: VmArea, address: int, flags: int) -> tuple[int, bool]:
+    """populate_vma_page_range for one page; as _get_user_page."""
+    if not vma.flags & VM_ACCESS_FLAGS:
+        return -EFAULT, True
+    write = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE
+    return _get_user_page(vma.mm, address, flags | FOLL_TOUCH | (FOLL_WRITE if write else FOLL_FORCE))
 
 
 # -- pins -----------------------------------------------------------------------------------------

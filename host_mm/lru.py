@@ -2,7 +2,8 @@
 
 Source of truth: mm/swap.c (folio_add_lru, folio_mark_accessed, lru_activate, lru_deactivate,
 lru_lazyfree, lru_move_tail, folio_batch_move_lru), include/linux/mm_inline.h, mm/vmscan.c:
-folio_isolate_lru, folio_putback_lru, mm/mlock.c: mlock_new_folio, munlock_folio (Linux 6.18, the
+folio_isolate_lru, folio_putback_lru, mm/mlock.c (mlock_folio, mlock_new_folio, munlock_folio and
+mlock_folio_batch; its system calls are in mlock.py), mm/internal.h: mlock_vma_folio (Linux 6.18, the
 classic lists).
 
 A folio goes to its list when a batch of FOLIO_BATCH_SIZE is full or drained. Until then it is not
@@ -11,8 +12,7 @@ Batches belong to CPUs: vCPU n's thread runs on CPU n, all other tasks on CPU 0.
 
 A list is an ordered dict: its last key is the head (newest), its first the tail.
 
-Not modelled: multi-generational LRU, memcg lruvecs, workingset shadow entries, mlock batches and
-mlock_count, large folios.
+Not modelled: multi-generational LRU, memcg lruvecs, workingset shadow entries, large folios.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Spinlock
-from host_mm.mm_types import VM_IO, VM_LOCKED, VM_PFNMAP
+from host_mm.mm_types import VM_LOCKED, VM_SPECIAL
 from host_mm.page import (
     PG_active,
     PG_anon,
@@ -68,6 +68,11 @@ LRU_ACTIVE_FILE = 3
 LRU_UNEVICTABLE = 4
 LRU_NAMES = ("inactive_anon", "active_anon", "inactive_file", "active_file", "unevictable")
 
+# What an entry of the mlock batch asks for; in Linux the low bits of the folio pointer.
+_MUNLOCK = 0
+_LRU_FOLIO = 1
+_NEW_FOLIO = 2
+
 
 def folio_lru_list(flags: int) -> int:
     """Which list a folio with these flags belongs to. Lazily freed anonymous folios count as file."""
@@ -107,9 +112,9 @@ class Lruvec:
 
 
 class _Batches:
-    """struct cpu_fbatches of one CPU."""
+    """struct cpu_fbatches and struct mlock_fbatch of one CPU."""
 
-    __slots__ = ("activate", "add", "deactivate", "lazyfree", "move_tail")
+    __slots__ = ("activate", "add", "deactivate", "lazyfree", "mlock", "move_tail")
 
     def __init__(self) -> None:
         self.add: list[int] = []
@@ -117,6 +122,7 @@ class _Batches:
         self.deactivate: list[int] = []
         self.lazyfree: list[int] = []
         self.activate: list[int] = []
+        self.mlock: list[tuple[int, int]] = []
 
 
 class Lru:
@@ -128,6 +134,7 @@ class Lru:
         for node, vec in zip(host.allocator.nodes, self.vecs, strict=True):
             node.lruvec = vec
         self._cpus: dict[int, _Batches] = {}
+        self._mlock_count: dict[int, int] = {}
         self._disabled = 0
 
     def lruvec(self, pfn: int) -> Lruvec:
@@ -152,6 +159,7 @@ class Lru:
             if not value & PG_unevictable:
                 vmstat["unevictable_pgs_culled"] += 1
             value = (value & ~PG_active) | PG_unevictable
+            self._mlock_count[pfn] = 0
         elif value & PG_unevictable:
             vmstat["unevictable_pgs_rescued"] += 1
             value &= ~PG_unevictable
@@ -232,9 +240,11 @@ class Lru:
 
     def folio_add_lru_vma(self, pfn: int, vma: VmArea) -> None:
         """As folio_add_lru, but a folio of a locked VMA becomes unevictable."""
-        if vma.flags & (VM_LOCKED | VM_IO | VM_PFNMAP) == VM_LOCKED:
-            self.host.pages.flags[pfn] |= PG_mlocked
-        self.folio_add_lru(pfn)
+        if vma.flags & (VM_LOCKED | VM_SPECIAL) == VM_LOCKED:
+            self._set_mlocked(pfn)
+            self._queue_mlock(pfn, _NEW_FOLIO)
+        else:
+            self.folio_add_lru(pfn)
 
     def folio_mark_accessed(self, pfn: int) -> None:
         """One step up: unreferenced, referenced, active, active and referenced."""
@@ -288,6 +298,8 @@ class Lru:
             self._move(batches.lazyfree, self._lru_lazyfree)
         if batches.activate:
             self._move(batches.activate, self._lru_activate)
+        if batches.mlock:
+            self._mlock_folio_batch(batches.mlock)
 
     def lru_add_drain(self) -> None:
         """Empty this CPU's batches."""
@@ -314,6 +326,7 @@ class Lru:
         with vec.lock:
             vec.remove(pfn, flags[pfn])
             flags[pfn] &= ~(PG_lru | PG_active | PG_unevictable)
+        self._mlock_count.pop(pfn, None)
 
     # -- isolation ----------------------------------------------------------------------------
 
@@ -333,17 +346,109 @@ class Lru:
         self.folio_add_lru(pfn)
         put_page(self.host, pfn)
 
+    # -- mlock --------------------------------------------------------------------------------
+
+    def mlock_folio(self, pfn: int) -> None:
+        """A locked VMA maps the folio: queue its move to the unevictable list, or one more count there."""
+        self._set_mlocked(pfn)
+        self._queue_mlock(pfn, _LRU_FOLIO)
+
+    def mlock_vma_folio(self, pfn: int, vma: VmArea) -> None:
+        """mlock_folio if this VMA is locked, and not in the middle of being locked."""
+        if vma.flags & (VM_LOCKED | VM_SPECIAL) == VM_LOCKED:
+            self.mlock_folio(pfn)
+
     def munlock_folio(self, pfn: int) -> None:
-        """The last locked VMA let go of the folio: back to the evictable lists."""
-        flags = self.host.pages.flags
-        if not flags[pfn] & PG_mlocked:
-            return
-        flags[pfn] &= ~PG_mlocked
-        if flags[pfn] & PG_lru:
+        """A locked VMA lets go of the folio: queue one count less, with the last one its move back."""
+        self._queue_mlock(pfn, _MUNLOCK)
+
+    def mlock_drain_local(self) -> None:
+        """Empty this CPU's mlock batch."""
+        self._mlock_folio_batch(self._batches().mlock)
+
+    def _set_mlocked(self, pfn: int) -> None:
+        host = self.host
+        if not host.pages.flags[pfn] & PG_mlocked:
+            host.pages.flags[pfn] |= PG_mlocked
+            host.vmstat["nr_mlock"] += 1
+            host.vmstat["unevictable_pgs_mlocked"] += 1
+
+    def _queue_mlock(self, pfn: int, what: int) -> None:
+        get_page(self.host, pfn)
+        batch = self._batches().mlock
+        batch.append((pfn, what))
+        if len(batch) >= FOLIO_BATCH_SIZE or self._disabled:
+            self._mlock_folio_batch(batch)
+
+    def _mlock_folio_batch(self, batch: list[tuple[int, int]]) -> None:
+        folios, batch[:] = list(batch), []
+        for pfn, what in folios:
             vec = self.lruvec(pfn)
             with vec.lock:
-                vec.remove(pfn, flags[pfn])
-                self._lru_add(vec, pfn)
+                if what == _LRU_FOLIO:
+                    self._mlock_one(vec, pfn)
+                elif what == _NEW_FOLIO:
+                    self._mlock_new(vec, pfn)
+                else:
+                    self._munlock_one(vec, pfn)
+        for pfn, _ in folios:
+            put_page(self.host, pfn)
+
+    def _mlock_one(self, vec: Lruvec, pfn: int) -> None:
+        """__mlock_folio. Off the lists nothing can be done: whoever puts it back sees PG_mlocked."""
+        flags = self.host.pages.flags
+        value = flags[pfn]
+        if not value & PG_lru:
+            return
+        if value & PG_unevictable:
+            if value & PG_mlocked:
+                self._mlock_count[pfn] = self._mlock_count.get(pfn, 0) + 1
+            else:
+                self._rescue(vec, pfn)
+        elif value & PG_mlocked:
+            vec.remove(pfn, value)
+            flags[pfn] = value = (value & ~PG_active) | PG_unevictable
+            self._mlock_count[pfn] = 1
+            vec.add(pfn, value)
+            self.host.vmstat["unevictable_pgs_culled"] += 1
+
+    def _mlock_new(self, vec: Lruvec, pfn: int) -> None:
+        """__mlock_new_folio: the folio's first list is the unevictable one, if it is still locked."""
+        flags = self.host.pages.flags
+        if flags[pfn] & PG_lru:
+            raise BrokenTruth("lru", f"pfn {pfn:#x} is added to the lists twice")
+        if flags[pfn] & PG_mlocked:
+            flags[pfn] |= PG_unevictable
+            self._mlock_count[pfn] = 1
+            self.host.vmstat["unevictable_pgs_culled"] += 1
+        vec.add(pfn, flags[pfn])
+        flags[pfn] |= PG_lru
+
+    def _munlock_one(self, vec: Lruvec, pfn: int) -> None:
+        """__munlock_folio. The count may be too low, never too high: reclaim locks again what it finds."""
+        flags = self.host.pages.flags
+        vmstat = self.host.vmstat
+        listed = flags[pfn] & PG_lru
+        if listed and flags[pfn] & PG_unevictable:
+            count = self._mlock_count.get(pfn, 0)
+            if count:
+                self._mlock_count[pfn] = count = count - 1
+            if count:
+                return
+        if flags[pfn] & PG_mlocked:
+            flags[pfn] &= ~PG_mlocked
+            vmstat["nr_mlock"] -= 1
+            kept = not listed and flags[pfn] & PG_unevictable
+            vmstat["unevictable_pgs_stranded" if kept else "unevictable_pgs_munlocked"] += 1
+        if listed and flags[pfn] & PG_unevictable:
+            self._rescue(vec, pfn)
+
+    def _rescue(self, vec: Lruvec, pfn: int) -> None:
+        flags = self.host.pages.flags
+        vec.remove(pfn, flags[pfn])
+        flags[pfn] &= ~PG_unevictable
+        vec.add(pfn, flags[pfn])
+        self.host.vmstat["unevictable_pgs_rescued"] += 1
 
     # -- for audits ---------------------------------------------------------------------------
 
@@ -352,6 +457,6 @@ class Lru:
         return [
             pfn
             for b in self._cpus.values()
-            for batch in (b.add, b.move_tail, b.deactivate, b.lazyfree, b.activate)
+            for batch in (b.add, b.move_tail, b.deactivate, b.lazyfree, b.activate, [p for p, _ in b.mlock])
             for pfn in batch
         ]

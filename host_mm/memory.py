@@ -414,7 +414,7 @@ def _install_copy(vmf: VmFault, new: int) -> bool:
     set_pte(mm, vmf.address, vmf.pte, entry)
     if old >= 0:
         # Only now: whoever saw one mapping less could reuse a page that this entry still reached.
-        folio_remove_rmap_pte(host, old)
+        folio_remove_rmap_pte(host, old, vma)
     host.vmstat["cow_break"] += 1
     vmf.ptl.unlock()
     if late_flush:

@@ -72,7 +72,7 @@ def _zap_pte_range(tlb: MmuGather, vma: VmArea, pmd: int, address: int, end: int
         entry = u64[pte >> 3]
         if entry:
             if pte_present(entry):
-                force_flush = _zap_present(tlb, mm, address, pte)
+                force_flush = _zap_present(tlb, vma, address, pte)
             else:
                 _zap_nonpresent(mm, address, pte, entry)
         pte += 8
@@ -87,7 +87,8 @@ def _zap_pte_range(tlb: MmuGather, vma: VmArea, pmd: int, address: int, end: int
     return address
 
 
-def _zap_present(tlb: MmuGather, mm: MmStruct, address: int, pte: int) -> bool:
+def _zap_present(tlb: MmuGather, vma: VmArea, address: int, pte: int) -> bool:
+    mm = vma.mm
     host = mm.host
     old = ptep_get_and_clear(mm, address, pte)
     tlb.remove_tlb_entry(address)
@@ -100,7 +101,7 @@ def _zap_present(tlb: MmuGather, mm: MmStruct, address: int, pte: int) -> bool:
         mm.rss[MM_FILEPAGES] -= 1
         if pte_dirty(old):
             set_page_dirty(host, pfn)
-    folio_remove_rmap_pte(host, pfn)
+    folio_remove_rmap_pte(host, pfn, vma)
     return tlb.remove_page(pfn)
 
 

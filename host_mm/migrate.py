@@ -93,7 +93,7 @@ _NR_SYNC_RETRY = _NR_RETRY - _NR_ASYNC_RETRY
 
 _COPIED_FLAGS = (
     PG_referenced | PG_uptodate | PG_active | PG_unevictable | PG_workingset | PG_swapbacked
-    | PG_mlocked | PG_young | PG_idle | PG_anon
+    | PG_young | PG_idle | PG_anon
 )
 
 
@@ -126,13 +126,14 @@ NewFolio = Callable[[int], int]
 class _Unmapped:
     """A source that was replaced by migration entries, with its destination; both locked."""
 
-    __slots__ = ("anon_vma", "dst", "src", "was_mapped")
+    __slots__ = ("anon_vma", "dst", "src", "was_mapped", "was_mlocked")
 
-    def __init__(self, src: int, dst: int, anon_vma: AnonVma | None, was_mapped: bool) -> None:
+    def __init__(self, src: int, dst: int, anon_vma: AnonVma | None, was_mlocked: bool) -> None:
         self.src = src
         self.dst = dst
         self.anon_vma = anon_vma
-        self.was_mapped = was_mapped
+        self.was_mapped = False
+        self.was_mlocked = was_mlocked
 
 
 class _Batch:
@@ -182,7 +183,7 @@ class _Batch:
                 "migrate", f"the new frame {dst:#x} is locked by somebody else", host.stream.here()
             )
         anon_vma = pages.mapping.get(src) if pages.mapcount[src] else None
-        item = _Unmapped(src, dst, anon_vma, False)
+        item = _Unmapped(src, dst, anon_vma, bool(pages.flags[src] & PG_mlocked))
         if pages.mapcount[src]:
             try_to_migrate(host, src, TTU_BATCH_FLUSH if mode == MIGRATE_ASYNC else 0)
             item.was_mapped = True
@@ -246,7 +247,8 @@ class _Batch:
         if rc:
             return rc
         host.lru.folio_add_lru(dst)
-        if host.pages.flags[dst] & PG_mlocked:
+        if item.was_mlocked:
+            # On its list before the entries come back: each of those then counts as a lock.
             host.lru.lru_add_drain()
         if item.was_mapped:
             remove_migration_ptes(host, src, dst, item.anon_vma)

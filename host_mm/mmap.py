@@ -13,6 +13,7 @@ from errno import EEXIST, EINVAL, ENODEV, ENOMEM
 from typing import TYPE_CHECKING, Any
 
 from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE
+from host_mm.gup import mm_populate
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory_zap import free_pgtables, unmap_vmas
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAP_ANONYMOUS", "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_LOCKED", "MAP_NORESERVE", "MAP_PRIVATE",
     "MAP_SHARED", "PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "do_mmap", "do_munmap",
+    "do_vmi_munmap", "get_unmapped_area",
 ]
 
 PROT_NONE = 0
@@ -78,13 +80,18 @@ def do_mmap(
         raise KernelError(ENODEV, "shared mappings need an address space object")
     mm.mmap_lock.lock()
     try:
-        place = _find_place(mm, addr, size, flags)
-        return _mmap_region(mm, place, size, _vm_flags(mm, prot, flags) | vm_flags, file, ops, pgoff)
+        place = get_unmapped_area(mm, addr, size, flags)
+        vm_flags |= _vm_flags(mm, prot, flags)
+        _mmap_region(mm, place, size, vm_flags, file, ops, pgoff)
     finally:
         mm.mmap_lock.unlock()
+    if vm_flags & VM_LOCKED:
+        mm_populate(mm, place, size)
+    return place
 
 
-def _find_place(mm: MmStruct, addr: int, size: int, flags: int) -> int:
+def get_unmapped_area(mm: MmStruct, addr: int, size: int, flags: int) -> int:
+    """The place of a new mapping. `addr` is a hint, or with MAP_FIXED the place. KernelError."""
     if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE):
         if addr & 4095:
             raise KernelError(EINVAL, f"{addr:#x} is not page-aligned")
@@ -134,7 +141,7 @@ def _mmap_region(
     mm: MmStruct, addr: int, size: int, vm_flags: int, file: Any, ops: Any, pgoff: int | None
 ) -> int:
     if mm.find_vma_intersection(addr, addr + size) is not None:
-        _unmap(mm, addr, addr + size, downgrade=False)
+        do_vmi_munmap(mm, addr, addr + size, downgrade=False)
     vma = VmArea(mm, addr, addr + size, vm_flags | VM_SOFTDIRTY, addr >> 12 if pgoff is None else pgoff)
     vma.file = file
     vma.ops = ops
@@ -157,12 +164,12 @@ def do_munmap(mm: MmStruct, addr: int, length: int) -> None:
     if mm.find_vma_intersection(addr, addr + size) is None:
         mm.mmap_lock.unlock()
         return
-    _unmap(mm, addr, addr + size, downgrade=True)
+    do_vmi_munmap(mm, addr, addr + size, downgrade=True)
     mm.mmap_lock.read_unlock()
 
 
-def _unmap(mm: MmStruct, start: int, end: int, *, downgrade: bool) -> None:
-    """vms_gather_munmap_vmas and vms_complete_munmap_vmas, mmap_lock held for write."""
+def do_vmi_munmap(mm: MmStruct, start: int, end: int, *, downgrade: bool) -> None:
+    """Unmap [start, end), which is not all hole, under mmap_lock for write, with `downgrade` then read."""
     first = mm.find_vma_intersection(start, end)
     assert first is not None
     if first.start < start:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.costs import COST_CLEAR_PAGE, COST_DIRECT_RECLAIM
 from host_mm.kernel.errors import BrokenTruth, OutOfMemory
-from host_mm.page import PAGE_FLAGS_CHECK_AT_FREE, PG_buddy, PG_head, PG_reserved
+from host_mm.page import PAGE_FLAGS_CHECK_AT_FREE, PG_buddy, PG_head, PG_mlocked, PG_reserved
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -264,6 +264,9 @@ class PageAllocator:
         mapping = pages.mapping.get(pfn)
         if mapping is not None:
             del pages.mapping[pfn]
+        if flags & PG_mlocked:
+            host.vmstat["nr_mlock"] -= 1
+            host.vmstat["unevictable_pgs_cleared"] += 1
         pages.flags[pfn] = 0
         pages.private[pfn] = 0
         pages.index[pfn] = 0

@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct
 
 __all__ = [
-    "free_pgd_range", "free_tables", "mm_find_pmd", "pgd_alloc", "pgd_free", "pmd_alloc", "pmd_entries",
-    "pmd_offset", "pte_alloc", "pte_clear", "pte_lockptr", "pte_offset_map", "pte_offset_map_lock",
-    "ptep_clear_flush", "ptep_get", "ptep_get_and_clear", "ptep_set_access_flags", "ptep_set_wrprotect",
-    "ptep_test_and_clear_young", "pud_entries", "set_pte",
+    "free_pgd_range", "free_tables", "mm_find_pmd", "move_table", "pgd_alloc", "pgd_free", "pmd_alloc",
+    "pmd_entries", "pmd_offset", "pte_alloc", "pte_clear", "pte_lockptr", "pte_offset_map",
+    "pte_offset_map_lock", "ptep_clear_flush", "ptep_get", "ptep_get_and_clear",
+    "ptep_set_access_flags", "ptep_set_wrprotect", "ptep_test_and_clear_young", "pud_alloc",
+    "pud_entries", "pud_offset", "set_pte",
 ]
 
 
@@ -104,6 +105,12 @@ def ptep_test_and_clear_young(mm: MmStruct, address: int, pte: int) -> bool:
 
 
 # -- locating entries ---------------------------------------------------------------------------
+def pud_offset(mm: MmStruct, address: int) -> int:
+    """Physical address of the level-3 entry of `address`, or 0 where no level-3 table is."""
+    entry = mm.host.ram.u64[(mm.pgd >> 3) + ((address >> 39) & 511)]
+    return (entry & PFN_MASK) + ((address >> 30) & 511) * 8 if entry & 1 else 0
+
+
 def pmd_offset(mm: MmStruct, address: int) -> int:
     """Physical address of the level-2 entry of `address`, or 0 where no level-2 table is."""
     u64 = mm.host.ram.u64
@@ -205,12 +212,18 @@ def _next_table(mm: MmStruct, entry: int) -> int:
     return value & PFN_MASK
 
 
+def pud_alloc(mm: MmStruct, address: int) -> int:
+    """Physical address of the level-3 entry of `address`, its table made if missing; 0: no memory."""
+    pud_table = _next_table(mm, mm.pgd + ((address >> 39) & 511) * 8)
+    return pud_table + ((address >> 30) & 511) * 8 if pud_table else 0
+
+
 def pmd_alloc(mm: MmStruct, address: int) -> int:
     """Physical address of the level-2 entry of `address`, tables made as needed; 0: no memory."""
-    pud_table = _next_table(mm, mm.pgd + ((address >> 39) & 511) * 8)
-    if not pud_table:
+    pud = pud_alloc(mm, address)
+    if not pud:
         return 0
-    pmd_table = _next_table(mm, pud_table + ((address >> 30) & 511) * 8)
+    pmd_table = _next_table(mm, pud)
     if not pmd_table:
         return 0
     return pmd_table + ((address >> 21) & 511) * 8
@@ -233,6 +246,33 @@ def pte_alloc(mm: MmStruct, pmd: int) -> bool:
     _set_table(mm, pmd, new << 12 | _PAGE_TABLE)
     mm.page_table_lock.unlock()
     return True
+
+
+def move_table(mm: MmStruct, old_entry: int, new_entry: int, old: int, new: int, size: int) -> None:
+    """Hang the table below `old_entry` below `new_entry`, which is empty; page_table_lock is held.
+
+    `old` and `new` are the addresses that the entries are for, `size` what one of them spans. Each
+    level-1 entry that moves with the table is told to the hooks as cleared here and set there.
+    """
+    u64 = mm.host.ram.u64
+    value = u64[old_entry >> 3]
+    _set_table(mm, old_entry, 0)
+    _set_table(mm, new_entry, value)
+    if mm.host.pte_hooks:
+        _tell_moved(mm, value & PFN_MASK, old, new, size)
+
+
+def _tell_moved(mm: MmStruct, table: int, old: int, new: int, size: int) -> None:
+    step = size >> 9
+    words = mm.host.ram.u64[table >> 3 : (table >> 3) + 512].tolist()
+    for index, entry in enumerate(words):
+        offset = index * step
+        if entry and step > 4096:
+            _tell_moved(mm, entry & PFN_MASK, old + offset, new + offset, step)
+        elif entry:
+            for hook in mm.host.pte_hooks:
+                hook(mm, old + offset, entry, 0)
+                hook(mm, new + offset, 0, entry)
 
 
 # -- ranges -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ A page belongs to the anon_vma of the VMA that faulted it; a fork gives the chil
 own and links it to all of its parent's, so that an old page is found in both and a new one only where
 it was made. All anon_vmas of one fork tree share their root's rwsem.
 
-Not modelled: file mappings (i_mmap), huge entries, mlock counts, the interval tree's O(log n) descent
+Not modelled: file mappings (i_mmap), huge entries, the interval tree's O(log n) descent
 (an anon_vma's chains are scanned).
 """
 
@@ -189,10 +189,11 @@ def folio_add_anon_rmap_pte(host: HostMm, pfn: int, vma: VmArea, address: int, *
     pages.mapcount[pfn] += 1
     if exclusive:
         pages.flags[pfn] |= PG_anon_exclusive
+    host.lru.mlock_vma_folio(pfn, vma)
 
 
-def folio_remove_rmap_pte(host: HostMm, pfn: int) -> None:
-    """One entry less maps the page."""
+def folio_remove_rmap_pte(host: HostMm, pfn: int, vma: VmArea) -> None:
+    """One entry less maps the page; it was `vma`'s."""
     pages = host.pages
     count = pages.mapcount[pfn] - 1
     if count < 0:
@@ -202,6 +203,8 @@ def folio_remove_rmap_pte(host: HostMm, pfn: int) -> None:
     pages.mapcount[pfn] = count
     if not count and pages.flags[pfn] & PG_anon:
         host.vmstat["nr_anon_pages"] -= 1
+    if vma.flags & VM_LOCKED:
+        host.lru.munlock_folio(pfn)
 
 
 def folio_move_anon_rmap(host: HostMm, pfn: int, vma: VmArea) -> None:
@@ -332,6 +335,8 @@ class _Referenced:
         if pte:
             ptl = pte_lockptr(mm, pte)
             if vma.flags & VM_LOCKED:
+                # Restore the mlock that got missed.
+                host.lru.mlock_vma_folio(pfn, vma)
                 ptl.unlock()
                 self.vm_flags |= VM_LOCKED
                 return False

@@ -7,8 +7,8 @@ One bracket per VMA per folio. With TTU_BATCH_FLUSH the entry is cleared and the
 that the bracket ends before the primary flush: the caller flushes (try_to_unmap_flush) before it
 frees the page or starts I/O.
 
-Not modelled: file and huge pages, hugetlb, device-private entries, mlock restore (the VMA's VM_LOCKED
-alone stops the walk), should_defer_flush's look at the CPU mask (a flush is always deferred when asked).
+Not modelled: file and huge pages, hugetlb, device-private entries, should_defer_flush's look at the CPU
+mask (a flush is always deferred when asked).
 """
 
 from __future__ import annotations
@@ -138,9 +138,11 @@ class _Unmap:
         return ret
 
     def _unmap_locked(self, vma: VmArea, address: int, pte: int) -> bool:
-        if vma.flags & VM_LOCKED and not self.flags & TTU_IGNORE_MLOCK:
-            return False
         host, pfn, mm = self.host, self.pfn, vma.mm
+        if vma.flags & VM_LOCKED and not self.flags & TTU_IGNORE_MLOCK:
+            # Restore the mlock that got missed.
+            host.lru.mlock_vma_folio(pfn, vma)
+            return False
         pages = host.pages
         exclusive = pages.flags[pfn] & (PG_anon | PG_anon_exclusive) == PG_anon | PG_anon_exclusive
         old = _clear_entry(mm, address, pte, self.flags)
@@ -158,7 +160,7 @@ class _Unmap:
                 return False
         elif not self._set_swap_entry(mm, address, pte, old, bool(exclusive)):
             return False
-        folio_remove_rmap_pte(host, pfn)
+        folio_remove_rmap_pte(host, pfn, vma)
         put_page(host, pfn)
         return True
 
@@ -219,7 +221,9 @@ class _Unmap:
         set_pte(mm, address, pte, value)
         if (t := host.trace.set_migration_pte) is not None:
             t(address, value, 0)
-        folio_remove_rmap_pte(host, pfn)
+        folio_remove_rmap_pte(host, pfn, vma)
+        if vma.flags & VM_LOCKED:
+            host.lru.mlock_drain_local()
         put_page(host, pfn)
         return True
 
@@ -279,6 +283,8 @@ def remove_migration_ptes(
         set_pte(mm, address, pte, value)
         if (t := host.trace.remove_migration_pte) is not None:
             t(address, value, 0)
+        if vma.flags & VM_LOCKED:
+            host.lru.mlock_drain_local()
         pte_lockptr(mm, pte).unlock()
         return True
 

@@ -171,18 +171,25 @@ def _dup_anon_vma(dst: VmArea, src: VmArea) -> None:
         anon_vma_clone(dst, src)
 
 
-def vma_merge_new_range(mm: MmStruct, start: int, end: int, flags: int, template: VmArea) -> VmArea | None:
-    """Grow a neighbour over a new mapping; None if neither side fits."""
+def vma_merge_new_range(
+    mm: MmStruct, start: int, end: int, flags: int, template: VmArea, copied_from: VmArea | None = None
+) -> VmArea | None:
+    """Grow a neighbour over a new mapping; None if neither side fits.
+
+    `copied_from`: the VMA whose pages mremap moves here; the neighbour must be able to have them.
+    """
     if flags & VM_SPECIAL:
         return None
     previous = mm.vma_lookup(start - 1) if start else None
     following = mm.vma_lookup(end)
     left = (
-        previous is not None and _same_kind(previous, flags, template) and _anon_vmas_merge(previous, None)
+        previous is not None and _same_kind(previous, flags, template)
+        and _anon_vmas_merge(previous, copied_from)
         and previous.pgoff + ((start - previous.start) >> 12) == template.pgoff
     )
     right = (
-        following is not None and _same_kind(following, flags, template) and _anon_vmas_merge(following, None)
+        following is not None and _same_kind(following, flags, template)
+        and _anon_vmas_merge(following, copied_from)
         and following.pgoff == template.pgoff + ((end - start) >> 12)
     )
     if left and right and not _sides_share(previous, following):
@@ -193,13 +200,27 @@ def vma_merge_new_range(mm: MmStruct, start: int, end: int, flags: int, template
         assert previous is not None
         assert following is not None
         _dup_anon_vma(previous, following)
+        if copied_from is not None:
+            _dup_anon_vma(previous, copied_from)
         _swallow(following)
-        _set_range(previous, previous.start, following.end)
+        _expand(previous, previous.start, following.end)
         return previous
     target = previous if left else following
     assert target is not None
-    _set_range(target, min(target.start, start), max(target.end, end))
+    if copied_from is not None:
+        _dup_anon_vma(target, copied_from)
+    _expand(target, min(target.start, start), max(target.end, end))
     return target
+
+
+def _expand(vma: VmArea, start: int, end: int) -> None:
+    """vma_expand: rmap walks that are under way have looked at its old range only, so wait for them."""
+    rwsem = vma.anon_vma.root.rwsem if vma.anon_vma is not None else None
+    if rwsem is not None:
+        rwsem.lock()
+    _set_range(vma, start, end)
+    if rwsem is not None:
+        rwsem.unlock()
 
 
 def _sides_share(a: VmArea | None, b: VmArea | None) -> bool:

@@ -62,6 +62,14 @@ class Backend(Protocol):
         """Fresh private anonymous memory at D + offset."""
         ...
 
+    def mlock(self, offset: int, length: int) -> Any:
+        """mlock(2)."""
+        ...
+
+    def munlock(self, offset: int, length: int) -> Any:
+        """munlock(2)."""
+        ...
+
     def fork(self) -> Any:
         """fork(2); the child sleeps."""
         ...
@@ -133,6 +141,14 @@ class Scenario:
     def mmap_fixed(self, offset: int, length: int, title: str) -> Any:
         """mmap(MAP_FIXED)."""
         return self._step(title, "mmap_fixed", offset, length)
+
+    def mlock(self, offset: int, length: int) -> Any:
+        """mlock."""
+        return self._step("mlock", "mlock", offset, length)
+
+    def munlock(self, offset: int, length: int) -> Any:
+        """munlock."""
+        return self._step("munlock", "munlock", offset, length)
 
     def fork(self) -> Any:
         """fork."""

@@ -185,6 +185,14 @@ class EmulatorBackend:
         at = self._host(lambda: self.board.vmm.mmap(length, 3, self.data_hva + offset))
         return at if isinstance(at, str) else hex(at - self.data_hva)
 
+    def mlock(self, offset: int, length: int) -> Any:
+        """mlock(2)."""
+        return self._host(lambda: self.board.vmm.mlock(self.data_hva + offset, length)) or 0
+
+    def munlock(self, offset: int, length: int) -> Any:
+        """munlock(2)."""
+        return self._host(lambda: self.board.vmm.munlock(self.data_hva + offset, length)) or 0
+
     def fork(self) -> Any:
         """fork(2)."""
         self.child = self._host(self.board.vmm.fork)

@@ -186,3 +186,12 @@ def fork_pinned(s: Scenario) -> None:
     s.st(0x5000, 4)
     s.madv(0x5000, PAGE, "DONTNEED")
     s.st(0x5000, 5, "pin stays on the old page")
+
+
+@scenario()
+def mlock(s: Scenario) -> None:
+    """mlock takes no mapping away but by the split of its VMA; munlock merges it back and tells nobody."""
+    s.st(0x3000, 1)
+    s.mlock(0x3000, PAGE)
+    s.ld(0x3000)
+    s.munlock(0x3000, PAGE)

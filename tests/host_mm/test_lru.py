@@ -142,6 +142,7 @@ def test_pages_of_a_locked_vma_are_unevictable_until_munlocked(host: HostMm) -> 
     host.lru.lru_add_drain()
     assert listed(host, LRU_UNEVICTABLE) == [pfn]
     host.lru.munlock_folio(pfn)
+    host.lru.lru_add_drain()
     assert listed(host, LRU_INACTIVE_ANON) == [pfn]
 
 

@@ -7,7 +7,7 @@ exited every frame is free again.
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -17,9 +17,11 @@ from host_mm.host import HostMm
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
+from host_mm.mlock import do_mlock, do_munlockall
 from host_mm.mmap import MAP_FIXED, PROT_READ, do_mmap, do_munmap
 from host_mm.mmu_notifier import mmu_notifier_register
 from host_mm.mprotect import do_mprotect
+from host_mm.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, do_mremap
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
 from host_mm.task_mmu import clear_refs_write
@@ -95,6 +97,60 @@ class Machine:
         with pytest.raises(KernelError, match="ENOMEM") if holes else nullcontext():
             do_madvise(model.process.mm, BASE + first * PAGE, (last - first) * PAGE, advice)
 
+    def mlock(self, model: Model) -> None:
+        first, last = self.span()
+        last = min(last, first + 64)
+        with suppress(KernelError):
+            do_mlock(model.process.mm, BASE + first * PAGE, (last - first) * PAGE, self.rng.randrange(2))
+        for page in range(first, last):
+            if self.rng.random() < 0.1:
+                self._read_page(model, page)
+        do_munlockall(model.process.mm)
+
+    def mremap(self, model: Model) -> None:
+        """Move a range within the window, perhaps leaving it mapped; it may hold several VMAs and holes."""
+        (first, last), target = self.span(), self.rng.randrange(WINDOW)
+        if self.rng.random() < 0.5:
+            # From one table's 2 MiB to the other's: where both places allow, the table itself moves.
+            last = self.rng.choice((512, 1024))
+            first = last - 512 + self.rng.choice((0, 0, 100))
+            target = (first + 512) % 1024
+        target = min(target, WINDOW - (last - first))
+        flags = MREMAP_MAYMOVE | MREMAP_FIXED | self.rng.choice((0, 0, MREMAP_DONTUNMAP))
+        size = (last - first) * PAGE
+        overlap = first < target + last - first and target < last
+        bad = overlap or first not in model.prot
+        with pytest.raises(KernelError) if bad else nullcontext():
+            do_mremap(model.process.mm, BASE + first * PAGE, size, size, flags, BASE + target * PAGE)
+        if bad:
+            return
+        for page in range(first, last):
+            to = page + target - first
+            if page not in model.prot:
+                # The holes between the mappings that move keep what is there.
+                continue
+            model.prot[to] = model.prot[page]
+            model.data.pop(to, None)
+            if page in model.data:
+                model.data[to] = model.data.pop(page)
+            if not flags & MREMAP_DONTUNMAP:
+                del model.prot[page]
+
+    def resize(self, model: Model) -> None:
+        """Shrink, or grow in place, a range of the window."""
+        first, last = self.span()
+        new = max(1, last - first + self.rng.choice((-5, -1, 1, 5, 40)))
+        new = min(new, WINDOW - first)
+        with suppress(KernelError):
+            at = do_mremap(model.process.mm, BASE + first * PAGE, (last - first) * PAGE, new * PAGE)
+            assert at == BASE + first * PAGE
+            for page in range(first + new, last):
+                model.prot.pop(page, None)
+                model.data.pop(page, None)
+            for page in range(last, first + new):
+                assert page not in model.prot
+                model.prot[page] = model.prot[first]
+
     def write(self, model: Model) -> None:
         for _ in range(self.rng.choice((1, 8))):
             page = self._page(model)
@@ -139,7 +195,8 @@ class Machine:
         model = self.rng.choice(self.models)
         ops = (
             self.mmap, self.munmap, self.mprotect, self.dontneed, self.pageout, self.fork, self.exit,
-            self.soft_dirty, *[self.write] * 8, *[self.read] * 6,
+            self.soft_dirty, self.mlock, self.mremap, self.mremap, self.resize,
+            *[self.write] * 8, *[self.read] * 6,
         )
         self.rng.choice(ops)(model)
 
@@ -199,7 +256,10 @@ def test_processes_that_interleave_at_random_keep_their_bytes(seed: int) -> None
         nonlocal left
         own = Machine.__new__(Machine)
         own.__dict__.update(machine.__dict__, rng=random.Random(seed * 10 + model.process.pid))
-        ops = (own.mmap, own.mprotect, own.dontneed, own.pageout, *[own.write] * 6, *[own.read] * 6)
+        ops = (
+            own.mmap, own.mprotect, own.dontneed, own.pageout, own.mremap, own.mlock,
+            *[own.write] * 6, *[own.read] * 6,
+        )
         for _ in range(120):
             own.rng.choice(ops)(model)
         left -= 1

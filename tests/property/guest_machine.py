@@ -209,6 +209,22 @@ class GuestMachine(RuleBasedStateMachine):
         if self.ready(span):
             self.op(name, DATA_GPA + span[0] * PAGE, span[1])
 
+    @rule(span=spans)
+    def mremap(self, span: tuple[int, int]) -> None:
+        if self.ready(span):
+            self.op("mremap", DATA_GPA + span[0] * PAGE, span[1])
+
+    @rule(page=page_numbers, name=st.sampled_from(["migrate", "age", "mremap"]))
+    def mlock(self, page: int, name: str) -> None:
+        """Two locked pages in the middle of things."""
+        if not all(p.prot == 3 and not p.maybe_zero for p in self.memory.pages[page : page + 2]):
+            return
+        gpa = DATA_GPA + page * PAGE
+        self.op("mlock", gpa, 2)
+        self.op("reclaim", 8)
+        self.op(name, gpa, 2)
+        self.op("munlock", gpa, 2)
+
     @rule(pages=st.sampled_from([1, 8, 64]))
     def reclaim(self, pages: int) -> None:
         self.op("reclaim", pages)
