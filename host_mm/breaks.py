@@ -14,6 +14,7 @@ BREAKS: dict[str, str] = {
     "cow-flush-after-unlock": "a COW flushes the old translation only after the page-table lock is dropped",
     "free-before-batched-flush": "reclaim frees its frames before the batched flush",
     "free-before-flush": "mmu_gather frees its pages before it flushes the primary TLB",
+    "ksm-ignore-refs": "KSM merges a page although somebody else holds a reference to it",
     "migrate-ignore-refs": "migration moves a folio although somebody else holds a reference to it",
     "no-fault-recheck": "a COW does not compare the PTE again under the page-table lock",
     "no-flush-before-io": "reclaim starts I/O on a folio that stale writable translations still reach",

@@ -3,6 +3,7 @@
 | file | subject |
 |---|---|
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
+| `ksm.py` | samepage merging |
 | `process.py` | fork and exit |
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
@@ -10,6 +11,6 @@
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
 """
 
-from emu.operations import device, instrument, memory, process, slots, weather
+from emu.operations import device, instrument, ksm, memory, process, slots, weather
 
-__all__ = ["device", "instrument", "memory", "process", "slots", "weather"]
+__all__ = ["device", "instrument", "ksm", "memory", "process", "slots", "weather"]
