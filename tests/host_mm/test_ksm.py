@@ -20,7 +20,7 @@ from host_mm.madvise import MADV_FREE, MADV_MERGEABLE, MADV_UNMERGEABLE, do_madv
 from host_mm.migrate import move_pages
 from host_mm.mm_types import VM_MERGEABLE, MmStruct
 from host_mm.mmap import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, do_mmap, do_munmap
-from host_mm.page import PG_ksm, put_page
+from host_mm.page import PG_dirty, PG_ksm, get_page, put_page
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10
 from host_mm.rmap_unmap import try_to_unmap
@@ -185,6 +185,46 @@ def test_a_pinned_page_is_not_merged() -> None:
     assert frame(process, 0) == pinned != frame(process, 1)
     assert pte_write(entry(process, 0))
     on(host, lambda: unpin_user_page(host, pinned))
+
+
+def test_a_write_between_the_two_brackets_keeps_its_page() -> None:
+    host = make_host()
+    process = on(host, lambda: mergeable(host, "aa"))
+    starts: list[int] = []
+
+    class Writer(mn.MmuNotifier):
+        def invalidate_range_start(self, range_: mn.MmuNotifierRange) -> int:
+            starts.append((range_.start - BASE) // PAGE)
+            if starts == [1, 0, 0]:
+                fill(process, 0, 7)
+            return 0
+
+    mn.mmu_notifier_register(Writer(), process.mm)
+    on(host, lambda: scan_until_quiet(host))
+    assert starts[:3] == [1, 0, 0]
+    assert on(host, lambda: holds(process, 0, 7) and holds(process, 1, ord("a")))
+    assert host.ksm.ksm_pages_shared == 0
+    audit(host)
+
+
+def test_the_dirty_bit_that_write_protection_takes_goes_to_the_page() -> None:
+    host = make_host()
+    process = on(host, lambda: mergeable(host, "a"))
+    pfn = frame(process)
+
+    def body() -> int:
+        host.lru.lru_add_drain_all()
+        host.pages.flags[pfn] &= ~PG_dirty
+        folio_lock(host, pfn)
+        get_page(host, pfn)
+        left = ksm_merge.write_protect_page(process.mm.vma_lookup(BASE), pfn)
+        folio_unlock(host, pfn)
+        put_page(host, pfn)
+        return left
+
+    assert on(host, body) == entry(process)
+    assert host.pages.flags[pfn] & PG_dirty
+    assert not pte_dirty(entry(process))
 
 
 def test_a_page_that_changes_between_two_scans_is_left_alone() -> None:
