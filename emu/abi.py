@@ -131,6 +131,8 @@ VMCALL_WEATHER = 0x5246_0070
 VMCALL_MIRROR_READ = 0x5246_0080
 VMCALL_DMA_WRITE = 0x5246_0081
 VMCALL_KVM_MAP_WRITE = 0x5246_0082
+VMCALL_KSM_MERGE = 0x5246_0090
+VMCALL_KSM_UNMERGE = 0x5246_0091
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -271,6 +273,13 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_KVM_MAP_WRITE, "kvm_map_write", ("gpa", "value", "size", "ns"), "0", (),
            "The same, but it is KVM that maps the page for itself, as the VMCS12 of a nested guest: with a "
            "plain reference, marked dirty at the end without the folio lock."),
+    Vmcall(VMCALL_KSM_MERGE, "ksm_merge", ("gpa", "pages", "zero_pages"), "merged pages of the range",
+           ("ENOMEM",),
+           "madvise(MADV_MERGEABLE) of the range, then ksmd scans every mergeable page of the host until a "
+           "full scan changes nothing, or at most a dozen times. With `zero_pages` 1 pages of zeros become "
+           "the zero page; -EINVAL for other values. Other CPUs go on meanwhile."),
+    Vmcall(VMCALL_KSM_UNMERGE, "ksm_unmerge", ("gpa", "pages"), "0", ("ENOMEM",),
+           "madvise(MADV_UNMERGEABLE): every merged page of the range is copied to a frame of its own."),
 )
 
 

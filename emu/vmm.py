@@ -139,6 +139,36 @@ class Vmm:
         pfn = self.present_pfn(address)
         return pfn > self.mm.zero_pfn and folio_referenced(self.mm, pfn)[0] > 0
 
+    def ksm_scan(self, *, use_zero_pages: bool = False) -> int:
+        """Let ksmd run, over every process of the host, until a full scan changes nothing; full scans."""
+        from host_mm.ksm import scan_until_quiet
+
+        ksm = self.mm.ksm
+        saved, ksm.use_zero_pages = ksm.use_zero_pages, use_zero_pages
+        try:
+            return scan_until_quiet(self.mm)
+        finally:
+            ksm.use_zero_pages = saved
+
+    def is_merged(self, address: int) -> bool:
+        """Whether KSM put what is mapped at `address` there: a KSM page or the zero page."""
+        from host_mm.arch.x86.pgtable import walk_lockless
+        from host_mm.ksm_types import is_ksm_zero_pte
+        from host_mm.page import PG_ksm
+
+        pfn = self.present_pfn(address)
+        if pfn == self.mm.zero_pfn:
+            return is_ksm_zero_pte(self.mm, walk_lockless(self.mm.ram, self.process.mm.pgd, address)[0])
+        return pfn >= 0 and bool(self.mm.pages.flags[pfn] & PG_ksm)
+
+    def ksm_stat(self) -> dict[str, int]:
+        """The counts of /proc/PID/ksm_stat."""
+        mm = self.process.mm
+        return {
+            "ksm_rmap_items": mm.ksm_rmap_items, "ksm_zero_pages": mm.ksm_zero_pages,
+            "ksm_merging_pages": mm.ksm_merging_pages,
+        }
+
     def reclaim(self, pages: int) -> int:
         """Proactive reclaim of `pages` frames over all nodes; how many came free."""
         from host_mm.page_alloc import GFP_KERNEL

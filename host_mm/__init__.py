@@ -20,6 +20,8 @@ Reading order:
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
     migrate.py oom_kill.py       to another frame; to nowhere
+    ksm.py ksm_merge.py          equal pages become one; ksm_break.py: and are parted again
+    ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped
     host.py                      all of it, wired
     truths.py breaks.py          what must hold, and how to break it
     profile.py                   what differs between kernels

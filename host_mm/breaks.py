@@ -18,6 +18,7 @@ BREAKS: dict[str, str] = {
     "cow-flush-after-unlock": "a COW flushes the old translation only after the page-table lock is dropped",
     "free-before-batched-flush": "reclaim frees its frames before the batched flush",
     "free-before-flush": "mmu_gather frees its pages before it flushes the primary TLB",
+    "ksm-ignore-refs": "KSM merges a page although somebody else holds a reference to it",
     "migrate-ignore-refs": "migration moves a folio although somebody else holds a reference to it",
     "mremap-flush-after-unlock": "mremap flushes the old range only after the page-table locks are dropped",
     "no-fault-recheck": "a COW does not compare the PTE again under the page-table lock",

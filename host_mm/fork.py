@@ -17,6 +17,7 @@ from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import BrokenTruth, KernelError
+from host_mm.ksm import ksm_exit, ksm_fork
 from host_mm.memory_copy import copy_page_range
 from host_mm.memory_zap import free_pgtables, unmap_vmas
 from host_mm.mm_types import MMF_OOM_SKIP, VM_DONTCOPY, VM_LOCKED_MASK, VM_WIPEONFORK, MmStruct
@@ -57,6 +58,7 @@ def mmput(mm: MmStruct) -> None:
     """Stop using the address space; the last user tears it down."""
     mm.mm_users -= 1
     if mm.mm_users == 0:
+        ksm_exit(mm)
         exit_mmap(mm)
         mm.mmdrop()
 
@@ -129,6 +131,8 @@ def _dup_mmap(mm: MmStruct, oldmm: MmStruct) -> int:
             ret = copy_page_range(new, old)
             if ret:
                 break
+    if not ret:
+        ksm_fork(mm, oldmm)
     mm.mmap_lock.unlock()
     _tlb.flush_tlb_mm(oldmm)
     oldmm.mmap_lock.unlock()

@@ -26,6 +26,9 @@ from host_mm import (
     gup,
     hmm,
     interval_notifier,
+    ksm,
+    ksm_merge,
+    ksm_tree,
     lru,
     memory,
     migrate,
@@ -43,6 +46,7 @@ from host_mm import (
 )
 from host_mm.kernel.locks import Srcu
 from host_mm.kernel.sched import WaitQueue
+from host_mm.ksm_types import Ksm
 from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
@@ -63,8 +67,8 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
-    fork, gup, hmm, interval_notifier, lru, memory, migrate, mmu_notifier, oom_kill, page_alloc, page_io,
-    rmap_unmap, swap_state, swapin, tlb, vmscan, vmscan_trace,
+    fork, gup, hmm, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate, mmu_notifier,
+    oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, vmscan, vmscan_trace,
 )
 
 
@@ -114,6 +118,7 @@ class HostMm:
         self.lru = lru.Lru(self)
         self.swap: SwapInfo | None = SwapInfo(sched, swap_bytes, swap_path) if swap_bytes else None
         self.swap_device = page_io.SwapDevice(self)
+        self.ksm = Ksm(self)
         self.processes: list[Process] = []
         self.next_pid = 1
         self.daemons: list[Task] = []
@@ -171,10 +176,15 @@ class HostMm:
 
     def quiesce(self) -> None:
         """Sleep until no daemon works and no I/O is under way, then empty the LRU batches: mm at rest."""
-        while any(not vmscan.kswapd_asleep(self, node.nid) for node in self.nodes):
+        while self._at_work():
             self.sched.sleep(QUIESCE_POLL)
         self.swap_device.drain()
+        while self.ksm.scanning:
+            self.sched.sleep(QUIESCE_POLL)
         self.lru.lru_add_drain_all()
+
+    def _at_work(self) -> bool:
+        return self.ksm.scanning or any(not vmscan.kswapd_asleep(self, node.nid) for node in self.nodes)
 
     def close(self) -> None:
         """Give up what the machine underneath holds for us: the swap file."""

@@ -6,7 +6,9 @@ madvise_cold_or_pageout_pte_range, madvise_vma_behavior, madvise_populate); Linu
 DONTNEED and FREE bracket each VMA's part (CLEAR) and share one gather, which is flushed at the end.
 COLD and PAGEOUT open no bracket of their own; PAGEOUT's reclaim brackets page by page.
 
-Not modelled: REMOVE, MERGEABLE, COLLAPSE, HWPOISON, guard pages, huge pages, file pages, VMA names.
+MERGEABLE and UNMERGEABLE are in ksm.py.
+
+Not modelled: REMOVE, COLLAPSE, HWPOISON, guard pages, huge pages, file pages, VMA names.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.gup import faultin_page_range
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
+from host_mm.ksm import ksm_madvise
 from host_mm.memory import vm_normal_page
 from host_mm.memory_zap import zap_page_range_single_batched
 from host_mm.mm_types import (
@@ -68,8 +71,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MADV_COLD", "MADV_DOFORK", "MADV_DONTFORK", "MADV_DONTNEED", "MADV_FREE", "MADV_HUGEPAGE",
-    "MADV_KEEPONFORK", "MADV_NOHUGEPAGE", "MADV_NORMAL", "MADV_PAGEOUT", "MADV_POPULATE_READ",
-    "MADV_POPULATE_WRITE", "MADV_RANDOM", "MADV_SEQUENTIAL", "MADV_WILLNEED", "MADV_WIPEONFORK", "do_madvise",
+    "MADV_KEEPONFORK", "MADV_MERGEABLE", "MADV_NOHUGEPAGE", "MADV_NORMAL", "MADV_PAGEOUT",
+    "MADV_POPULATE_READ", "MADV_POPULATE_WRITE", "MADV_RANDOM", "MADV_SEQUENTIAL", "MADV_UNMERGEABLE",
+    "MADV_WILLNEED", "MADV_WIPEONFORK", "do_madvise",
 ]
 
 MADV_NORMAL = 0
@@ -80,6 +84,8 @@ MADV_DONTNEED = 4
 MADV_FREE = 8
 MADV_DONTFORK = 10
 MADV_DOFORK = 11
+MADV_MERGEABLE = 12
+MADV_UNMERGEABLE = 13
 MADV_HUGEPAGE = 14
 MADV_NOHUGEPAGE = 15
 MADV_WIPEONFORK = 18
@@ -98,6 +104,7 @@ _VMA_FLAGS = {
     MADV_HUGEPAGE: (VM_HUGEPAGE, VM_NOHUGEPAGE), MADV_NOHUGEPAGE: (VM_NOHUGEPAGE, VM_HUGEPAGE),
 }
 """Advice -> (VM flags set, VM flags cleared)."""
+_KSM = frozenset({MADV_MERGEABLE, MADV_UNMERGEABLE})
 
 
 def do_madvise(mm: MmStruct, start: int, length: int, advice: int) -> None:
@@ -109,7 +116,7 @@ def do_madvise(mm: MmStruct, start: int, length: int, advice: int) -> None:
     if advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE):
         _populate(mm, start, end, advice == MADV_POPULATE_WRITE)
         return
-    if advice not in _READERS and advice not in _VMA_FLAGS:
+    if advice not in _READERS | _KSM and advice not in _VMA_FLAGS:
         raise KernelError(EINVAL, f"no advice {advice}")
     if start == end:
         return
@@ -170,11 +177,16 @@ def _set_vma_flags(vma: VmArea, start: int, end: int, advice: int) -> None:
         raise KernelError(EINVAL, "only private anonymous memory can be wiped on fork")
     if advice == MADV_DOFORK and vma.flags & VM_IO:
         raise KernelError(EINVAL, "a device mapping is never copied on fork")
-    add, drop = _VMA_FLAGS[advice]
-    flags = (vma.flags | add) & ~drop
+    if advice in _KSM:
+        err, flags = ksm_madvise(vma, start, end, mergeable=advice == MADV_MERGEABLE)
+        if err:
+            raise KernelError(-err, f"no memory to unmerge {start:#x}+{end - start:#x}")
+    else:
+        add, drop = _VMA_FLAGS[advice]
+        flags = (vma.flags | add) & ~drop
     if flags != vma.flags:
         vma = vma_modify_flags(vma, start, end, flags)
-        vma.flags = (vma.flags | add) & ~drop
+        vma.flags = flags
         vma.page_prot = vm_get_page_prot(vma.flags)
 
 

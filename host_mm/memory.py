@@ -33,6 +33,7 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_FAULT
+from host_mm.ksm_types import ksm_might_unmap_zero_page
 from host_mm.mm_types import (
     FAULT_FLAG_UNSHARE,
     FAULT_FLAG_WRITE,
@@ -297,6 +298,8 @@ def do_wp_page(vmf: VmFault) -> tuple[str, int]:
         return "reuse", 0
     if pfn >= 0:
         get_page(host, pfn)
+        if host.pages.flags[pfn] & PG_ksm:
+            host.vmstat["cow_ksm"] += 1
     vmf.ptl.unlock()
     return "cow", _wp_page_copy(vmf)
 
@@ -396,6 +399,7 @@ def _install_copy(vmf: VmFault, new: int) -> bool:
         vmf.ptl.unlock()
         return False
     if old < 0:
+        ksm_might_unmap_zero_page(mm, vmf.orig_pte)
         mm.rss[MM_ANONPAGES] += 1
     entry = pte_mkyoung(mk_pte(new, vma.page_prot))
     if vmf.flags & FAULT_FLAG_UNSHARE:

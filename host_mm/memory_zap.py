@@ -22,6 +22,7 @@ from host_mm.arch.x86.pgtable import (
     pte_present,
     pte_to_swp_entry,
 )
+from host_mm.ksm_types import ksm_might_unmap_zero_page
 from host_mm.memory import vm_normal_page
 from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES, MM_SWAPENTS
 from host_mm.mmu_gather import MmuGather
@@ -94,6 +95,7 @@ def _zap_present(tlb: MmuGather, vma: VmArea, address: int, pte: int) -> bool:
     tlb.remove_tlb_entry(address)
     pfn = vm_normal_page(host, old)
     if pfn < 0:
+        ksm_might_unmap_zero_page(mm, old)
         return False
     if host.pages.flags[pfn] & PG_anon:
         mm.rss[MM_ANONPAGES] -= 1

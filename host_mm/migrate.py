@@ -24,12 +24,14 @@ from host_mm.arch.x86.pgtable import pte_pfn, pte_present
 from host_mm.filemap import folio_lock, folio_trylock, folio_unlock, folio_wait_writeback
 from host_mm.kernel.costs import COST_MIGRATE_PAGE, COST_SYSCALL
 from host_mm.kernel.errors import BrokenTruth, KernelError
+from host_mm.ksm_types import folio_migrate_ksm
 from host_mm.mm_types import VM_IO, VM_PFNMAP
 from host_mm.page import (
     PG_active,
     PG_anon,
     PG_dirty,
     PG_idle,
+    PG_ksm,
     PG_mlocked,
     PG_referenced,
     PG_swapbacked,
@@ -93,7 +95,7 @@ _NR_SYNC_RETRY = _NR_RETRY - _NR_ASYNC_RETRY
 
 _COPIED_FLAGS = (
     PG_referenced | PG_uptodate | PG_active | PG_unevictable | PG_workingset | PG_swapbacked
-    | PG_young | PG_idle | PG_anon
+    | PG_young | PG_idle | PG_anon | PG_ksm
 )
 
 
@@ -182,7 +184,9 @@ class _Batch:
             raise BrokenTruth(
                 "migrate", f"the new frame {dst:#x} is locked by somebody else", host.stream.here()
             )
-        anon_vma = pages.mapping.get(src) if pages.mapcount[src] else None
+        # A KSM page has no anon_vma of its own; its stable node leads to all of them.
+        pinned = pages.mapcount[src] and not pages.flags[src] & PG_ksm
+        anon_vma = pages.mapping.get(src) if pinned else None
         item = _Unmapped(src, dst, anon_vma, bool(pages.flags[src] & PG_mlocked))
         if pages.mapcount[src]:
             try_to_migrate(host, src, TTU_BATCH_FLUSH if mode == MIGRATE_ASYNC else 0)
@@ -222,6 +226,7 @@ class _Batch:
         mapping = pages.mapping.get(src)
         if mapping is not None:
             pages.mapping[dst] = mapping
+        folio_migrate_ksm(host, dst, src)
         flags[dst] |= flags[src] & (_COPIED_FLAGS | PG_dirty)
         flags[src] &= ~(PG_active | PG_unevictable | PG_dirty)
         return 0

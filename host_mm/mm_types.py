@@ -32,6 +32,7 @@ __all__ = [
     "MMF_HAS_PINNED",
     "MMF_OOM_SKIP",
     "MMF_UNSTABLE",
+    "MMF_VM_MERGEABLE",
     "MM_ANONPAGES",
     "MM_FILEPAGES",
     "MM_SHMEMPAGES",
@@ -134,6 +135,7 @@ FAULT_FLAG_INSTRUCTION = 1 << 8
 FAULT_FLAG_INTERRUPTIBLE = 1 << 9
 FAULT_FLAG_UNSHARE = 1 << 10
 
+MMF_VM_MERGEABLE = 1 << 16
 MMF_OOM_SKIP = 1 << 21
 MMF_UNSTABLE = 1 << 22
 MMF_HAS_PINNED = 1 << 27
@@ -222,7 +224,8 @@ class MmStruct:
     """
 
     __slots__ = (
-        "def_flags", "flags", "host", "mm_count", "mm_users", "mmap_lock",
+        "def_flags", "flags", "host", "ksm_merging_pages", "ksm_rmap_items", "ksm_zero_pages",
+        "mm_count", "mm_users", "mmap_lock",
         "notifier_subscriptions", "page_table_lock", "pgd", "pgtables_bytes", "process", "pte_locks", "rss",
         "starts", "tlb", "tlb_flush_batched", "tlb_flush_pending", "total_vm", "vmas", "write_protect_seq",
     )
@@ -248,6 +251,7 @@ class MmStruct:
         self.tlb_flush_pending = 0
         self.tlb_flush_batched = 0
         self.write_protect_seq = 0
+        self.ksm_merging_pages = self.ksm_rmap_items = self.ksm_zero_pages = 0
 
     def find_vma(self, address: int) -> VmArea | None:
         """The first VMA that ends after `address`."""

@@ -3,7 +3,7 @@
 Source of truth: mm/rmap.c (anon_vma_prepare, anon_vma_clone, anon_vma_fork, unlink_anon_vmas,
 rmap_walk_anon, folio_referenced_one, folio_add_new_anon_rmap, folio_remove_rmap_pte),
 mm/page_vma_mapped.c, include/linux/rmap.h (folio_try_dup_anon_rmap_pte, folio_try_share_anon_rmap_pte);
-Linux 6.18. Unmapping and migration entries are in rmap_unmap.py.
+Linux 6.18. Unmapping and migration entries are in rmap_unmap.py, the walk of a KSM page in ksm_types.py.
 
 A page belongs to the anon_vma of the VMA that faulted it; a fork gives the child VMA an anon_vma of its
 own and links it to all of its parent's, so that an old page is found in both and a new one only where
@@ -28,7 +28,9 @@ from host_mm.arch.x86.pgtable import (
     pte_to_swp_entry,
     swp_offset,
 )
+from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.kernel.errors import BrokenTruth
+from host_mm.ksm_types import rmap_walk_ksm
 from host_mm.mm_types import (
     MMF_HAS_PINNED,
     MMF_UNSTABLE,
@@ -38,7 +40,15 @@ from host_mm.mm_types import (
     AnonVma,
     AnonVmaChain,
 )
-from host_mm.page import GUP_PIN_COUNTING_BIAS, PG_anon, PG_anon_exclusive, PG_idle, PG_swapbacked, PG_young
+from host_mm.page import (
+    GUP_PIN_COUNTING_BIAS,
+    PG_anon,
+    PG_anon_exclusive,
+    PG_idle,
+    PG_ksm,
+    PG_swapbacked,
+    PG_young,
+)
 from host_mm.pgtable_generic import (
     mm_find_pmd,
     pte_lockptr,
@@ -242,9 +252,9 @@ def folio_try_share_anon_rmap_pte(host: HostMm, pfn: int) -> bool:
 
 # -- walking ------------------------------------------------------------------------------------
 def folio_get_anon_vma(host: HostMm, pfn: int) -> AnonVma | None:
-    """The anon_vma of a mapped anonymous page."""
+    """The anon_vma of a mapped anonymous page; a KSM page has none."""
     pages = host.pages
-    if not pages.flags[pfn] & PG_anon or pages.mapcount[pfn] <= 0:
+    if pages.flags[pfn] & (PG_anon | PG_ksm) != PG_anon or pages.mapcount[pfn] <= 0:
         return None
     return pages.mapping.get(pfn)
 
@@ -287,6 +297,8 @@ def rmap_walk(
 
     Takes the anon_vma's lock for reading unless `locked`. False: `try_lock` and it was contended.
     """
+    if host.pages.flags[pfn] & PG_ksm:
+        return rmap_walk_ksm(host, pfn, rmap_one, try_lock=try_lock, done=done)
     if anon_vma is None:
         anon_vma = folio_get_anon_vma(host, pfn)
         if anon_vma is None:
@@ -364,14 +376,19 @@ def _ptep_clear_flush_young_notify(mm: MmStruct, address: int, pte: int) -> int:
     return young | mmu_notifier.mmu_notifier_clear_flush_young(mm, address, address + 4096)
 
 
-def folio_referenced(host: HostMm, pfn: int) -> tuple[int, int]:
+def folio_referenced(host: HostMm, pfn: int, *, is_locked: bool = False) -> tuple[int, int]:
     """How many mappings used the page since last asked, and their VM flags; clears what it counts.
 
-    -1: the lock was contended, or only an exiting process maps the page.
+    -1: the lock was contended, or only an exiting process maps the page. A KSM page is walked under its
+    folio lock, which is the caller's (`is_locked`) or tried; who has it now is using the page.
     """
     walk = _Referenced(host, pfn)
     if not walk.mapcount or pfn not in host.pages.mapping:
         return 0, 0
-    if not rmap_walk(host, pfn, walk.one, try_lock=True):
-        return -1, walk.vm_flags
-    return walk.referenced, walk.vm_flags
+    we_lock = not is_locked and bool(host.pages.flags[pfn] & PG_ksm)
+    if we_lock and not folio_trylock(host, pfn):
+        return 1, 0
+    walked = rmap_walk(host, pfn, walk.one, try_lock=True)
+    if we_lock:
+        folio_unlock(host, pfn)
+    return walk.referenced if walked else -1, walk.vm_flags

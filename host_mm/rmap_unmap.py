@@ -48,6 +48,7 @@ from host_mm.page import (
     PG_anon_exclusive,
     PG_dirty,
     PG_hwpoison,
+    PG_ksm,
     PG_swapbacked,
     PG_swapcache,
     get_page,
@@ -288,7 +289,7 @@ def remove_migration_ptes(
         pte_lockptr(mm, pte).unlock()
         return True
 
-    if anon_vma is None:
+    if anon_vma is None and not pages.flags[dst] & PG_ksm:
         anon_vma = pages.mapping.get(dst) or folio_get_anon_vma(host, dst)
         if anon_vma is None:
             return

@@ -101,7 +101,7 @@ class _Shrink:
     def check_references(self, pfn: int) -> int:
         """folio_check_references: a mapped folio gets a second trip, one used twice is activated."""
         host = self.host
-        referenced_ptes, vm_flags = folio_referenced(host, pfn)
+        referenced_ptes, vm_flags = folio_referenced(host, pfn, is_locked=True)
         if vm_flags & VM_LOCKED:
             return _ACTIVATE
         if referenced_ptes == -1:

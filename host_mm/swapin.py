@@ -8,7 +8,7 @@ The entry's exclusive marker, or being the only holder of the page, makes the ne
 even on a read fault. A folio that is still under writeback is mapped like any other: what is
 written then makes the entry dirty, and the folio is written out again.
 
-Not modelled: devices without a swap cache (SWP_SYNCHRONOUS_IO), stable writes, KSM copies, device
+Not modelled: devices without a swap cache (SWP_SYNCHRONOUS_IO), stable writes, device
 and hardware-poison entries beyond an error, per-VMA locks, large folios.
 """
 
@@ -36,6 +36,7 @@ from host_mm.arch.x86.pgtable import (
     swp_type,
 )
 from host_mm.filemap import folio_lock_or_retry, folio_unlock, folio_wait_unlock
+from host_mm.ksm_break import ksm_might_need_to_copy
 from host_mm.mm_types import (
     FAULT_FLAG_WRITE,
     MM_ANONPAGES,
@@ -52,6 +53,7 @@ from host_mm.mm_types import (
 )
 from host_mm.page import (
     PG_anon,
+    PG_ksm,
     PG_lru,
     PG_mlocked,
     PG_swapcache,
@@ -133,35 +135,45 @@ def _nothing_read(vmf: VmFault) -> int:
     return VM_FAULT_OOM if same else 0
 
 
-def _give_up(vmf: VmFault, pfn: int, ret: int) -> int:
+def _give_up(vmf: VmFault, swapcache: int, ret: int, pfn: int = -1) -> int:
     host = vmf.mm.host
-    folio_unlock(host, pfn)
-    put_page(host, pfn)
+    if pfn not in (-1, swapcache):
+        folio_unlock(host, pfn)
+        put_page(host, pfn)
+    folio_unlock(host, swapcache)
+    put_page(host, swapcache)
     return ret
 
 
-def _map_locked(vmf: VmFault, pfn: int, entry: int, ret: int) -> int:
+def _map_locked(vmf: VmFault, swapcache: int, entry: int, ret: int) -> int:
     """From the locked folio to the present entry; the reference becomes the entry's."""
     mm = vmf.mm
     host = mm.host
     pages = host.pages
     flags = pages.flags
     # The folio may have left the swap cache, and its slot another owner, while it was not locked.
-    if not flags[pfn] & PG_swapcache or pages.private[pfn] != entry:
-        return _give_up(vmf, pfn, ret)
-    if vmf.flags & FAULT_FLAG_WRITE and not flags[pfn] & PG_lru:
+    if not flags[swapcache] & PG_swapcache or pages.private[swapcache] != entry:
+        return _give_up(vmf, swapcache, ret)
+    pfn = ksm_might_need_to_copy(host, swapcache, vmf.vma, vmf.address)
+    if pfn < 0:
+        return _give_up(vmf, swapcache, VM_FAULT_OOM)
+    copied = pfn != swapcache
+    if vmf.flags & FAULT_FLAG_WRITE and not copied and not flags[pfn] & (PG_ksm | PG_lru):
         host.lru.lru_add_drain()
     pte = pte_offset_map_lock(mm, vmf.pmd, vmf.address)
     if not pte:
-        return _give_up(vmf, pfn, ret)
+        return _give_up(vmf, swapcache, ret, pfn)
     ptl = vmf.ptl = pte_lockptr(mm, pte)
     vmf.pte = pte
     if ptep_get(mm, pte) != vmf.orig_pte or not flags[pfn] & PG_uptodate:
         same = ptep_get(mm, pte) == vmf.orig_pte
         ptl.unlock()
-        return _give_up(vmf, pfn, VM_FAULT_SIGBUS if same else ret)
-    exclusive, new = _new_entry(vmf, pfn, entry)
-    if flags[pfn] & PG_anon:
+        return _give_up(vmf, swapcache, VM_FAULT_SIGBUS if same else ret, pfn)
+    exclusive, new = _new_entry(vmf, pfn, entry, copied=copied)
+    if copied:
+        folio_add_new_anon_rmap(host, pfn, vmf.vma, vmf.address)
+        host.lru.folio_add_lru_vma(pfn, vmf.vma)
+    elif flags[pfn] & PG_anon:
         folio_add_anon_rmap_pte(host, pfn, vmf.vma, vmf.address, exclusive=exclusive)
     else:
         folio_add_new_anon_rmap(host, pfn, vmf.vma, vmf.address, exclusive=exclusive)
@@ -171,6 +183,9 @@ def _map_locked(vmf: VmFault, pfn: int, entry: int, ret: int) -> int:
         pid = mm.process.pid if mm.process is not None else 0
         t(pid, vmf.address, pfn, swp_offset(entry), bool(ret & VM_FAULT_MAJOR), exclusive, bool(new & 2))
     folio_unlock(host, pfn)
+    if copied:
+        folio_unlock(host, swapcache)
+        put_page(host, swapcache)
     if vmf.flags & FAULT_FLAG_WRITE:
         ret |= host.do_wp_page(vmf)[1]
         return ret & VM_FAULT_ERROR if ret & VM_FAULT_ERROR else ret
@@ -178,17 +193,21 @@ def _map_locked(vmf: VmFault, pfn: int, entry: int, ret: int) -> int:
     return ret
 
 
-def _new_entry(vmf: VmFault, pfn: int, entry: int) -> tuple[bool, int]:
-    """Give the swap entry up and decide what the present one may: (exclusive, pte)."""
+def _new_entry(vmf: VmFault, pfn: int, entry: int, *, copied: bool) -> tuple[bool, int]:
+    """Give the swap entry up and decide what the present one may: (exclusive, pte).
+
+    A copy that nobody else can know is exclusive, a KSM page never is.
+    """
     mm = vmf.mm
     host = mm.host
     vma = vmf.vma
     old = vmf.orig_pte
     assert host.swap is not None
-    exclusive = bool(old & _PAGE_SWP_EXCLUSIVE)
+    ksm = bool(host.pages.flags[pfn] & PG_ksm)
+    exclusive = copied or bool(old & _PAGE_SWP_EXCLUSIVE)
     reuse = False
-    if not host.profile.anon_exclusive:
-        reuse = bool(vmf.flags & FAULT_FLAG_WRITE) and _reuse_swap_page(host, pfn, entry)
+    if not host.profile.anon_exclusive and vmf.flags & FAULT_FLAG_WRITE:
+        reuse = copied or _reuse_swap_page(host, pfn, entry)
     host.swap.swap_free(entry)
     if _should_try_to_free_swap(host, pfn, vma, vmf.flags):
         folio_free_swap(host, pfn)
@@ -200,7 +219,7 @@ def _new_entry(vmf: VmFault, pfn: int, entry: int) -> tuple[bool, int]:
     if old & _PAGE_SWP_UFFD_WP:
         pte |= _PAGE_UFFD_WP
     if host.profile.anon_exclusive:
-        reuse = exclusive or host.pages.refcount[pfn] == 1
+        reuse = not ksm and (exclusive or host.pages.refcount[pfn] == 1)
     if reuse and vma.flags & VM_WRITE and not pte & _PAGE_UFFD_WP and not _needs_soft_dirty_wp(vma, pte):
         pte = pte_mkwrite(pte)
         if vmf.flags & FAULT_FLAG_WRITE:
@@ -222,15 +241,16 @@ def _should_try_to_free_swap(host: HostMm, pfn: int, vma: VmArea, fault_flags: i
     if host.swap.vm_swap_full() or vma.flags & VM_LOCKED or flags & PG_mlocked:
         return True
     # A write wants the page to itself: without the swap cache's reference it may have it.
-    return bool(fault_flags & FAULT_FLAG_WRITE) and pages.refcount[pfn] == 2
+    return bool(fault_flags & FAULT_FLAG_WRITE) and not flags & PG_ksm and pages.refcount[pfn] == 2
 
 
 def _reuse_swap_page(host: HostMm, pfn: int, entry: int) -> bool:
     """Linux 5.10: whether this entry is the page's only user; if so it leaves the swap cache."""
     assert host.swap is not None
-    if host.pages.mapcount[pfn] + host.swap.swap_count(swp_offset(entry)) > 1:
+    pages = host.pages
+    if pages.flags[pfn] & PG_ksm or pages.mapcount[pfn] + host.swap.swap_count(swp_offset(entry)) > 1:
         return False
-    if not host.pages.flags[pfn] & PG_writeback:
+    if not pages.flags[pfn] & PG_writeback:
         swap_cache_del_folio(host, pfn)
         set_page_dirty(host, pfn)
     return True

@@ -35,6 +35,7 @@ __all__ = [
     "flush_tlb_range",
     "inc_tlb_flush_pending",
     "mm_tlb_flush_nested",
+    "mm_tlb_flush_pending",
     "set_tlb_ubc_flush_pending",
     "try_to_unmap_flush",
     "try_to_unmap_flush_dirty",
@@ -162,6 +163,11 @@ def inc_tlb_flush_pending(mm: MmStruct) -> None:
 def dec_tlb_flush_pending(mm: MmStruct) -> None:
     """That flush is done."""
     mm.tlb_flush_pending -= 1
+
+
+def mm_tlb_flush_pending(mm: MmStruct) -> bool:
+    """Whether a changed entry may still be cached."""
+    return mm.tlb_flush_pending > 0
 
 
 def mm_tlb_flush_nested(mm: MmStruct) -> bool:

@@ -13,6 +13,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     frame-refcount           at rest, a frame is free or has exactly the references that exist
     frame-mapcount, rss      ... and the mappings, per frame and per process
     swap-count, swap-cache   ... and a swap slot the entries and the cache that hold it
+    ksm-writable             ... and no entry grants writing to a KSM page
     lru                      ... and PG_lru says where the folio is
     tlb-stale                ... and every host TLB entry is what the tables say
 
@@ -44,7 +45,7 @@ from host_mm.arch.x86.pgtable import (
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.lru import LRU_NAMES
 from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS
-from host_mm.page import PG_anon, PG_buddy, PG_lru, PG_reserved, PG_swapcache, decode_page_flags
+from host_mm.page import PG_anon, PG_buddy, PG_ksm, PG_lru, PG_reserved, PG_swapcache, decode_page_flags
 from host_mm.pgtable_generic import pmd_entries
 from host_mm.ram import PAGE_SIZE
 from host_mm.swapfile import SWAP_MAP_BAD
@@ -193,6 +194,8 @@ class _Audit:
         if entry & _PAGE_SPECIAL or self.host.pages.flags[pfn] & PG_reserved:
             return 0
         self.maps[pfn] += 1
+        if self.host.pages.flags[pfn] & PG_ksm and entry & _PAGE_RW:
+            raise BrokenTruth("ksm-writable", f"KSM page {pfn:#x} is mapped by writable entry {entry:#x}")
         return 1 if self.host.pages.flags[pfn] & PG_anon else 0
 
     def tlb(self, mm: MmStruct) -> None:

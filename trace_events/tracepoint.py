@@ -1,6 +1,6 @@
 """A tracepoint's declaration: the constant half of tracing.
 
-Source of truth for the `kvm`, `kvmmmu`, `migrate` and `vmscan` systems: the kernel's TRACE_EVENT
+Source of truth for the `kvm`, `kvmmmu`, `migrate`, `vmscan` and `ksm` systems: the kernel's TRACE_EVENT
 headers (arch/x86/kvm/trace.h, arch/x86/kvm/mmu/mmutrace.h, include/trace/events/*; Linux 6.18).
 Events of system `refault` are what Linux does not trace.
 

@@ -4,6 +4,7 @@
 |---|---|
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
+| `ksm.py` | samepage merging |
 | `process.py` | fork and exit |
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
@@ -11,6 +12,6 @@
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
 """
 
-from emu.operations import device, instrument, mapping, memory, process, slots, weather
+from emu.operations import device, instrument, ksm, mapping, memory, process, slots, weather
 
-__all__ = ["device", "instrument", "mapping", "memory", "process", "slots", "weather"]
+__all__ = ["device", "instrument", "ksm", "mapping", "memory", "process", "slots", "weather"]

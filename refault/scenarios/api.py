@@ -90,6 +90,22 @@ class Backend(Protocol):
         """Give every pin back."""
         ...
 
+    def fill(self, offset: int, byte: int) -> Any:
+        """The VMM fills the page at D + offset."""
+        ...
+
+    def mergeable(self, offset: int, length: int) -> Any:
+        """madvise(2) with MADV_MERGEABLE; 0."""
+        ...
+
+    def ksmd(self, use_zero_pages: bool) -> Any:
+        """ksmd runs until there is nothing left to merge, then stops."""
+        ...
+
+    def begin(self) -> None:
+        """What was before is no part of the event sequence."""
+        ...
+
 
 class Scenario:
     """The steps, told to a back end. Titles follow the recordings'."""
@@ -169,3 +185,22 @@ class Scenario:
     def unpin(self, title: str) -> Any:
         """Pins back."""
         return self._step(title, "unpin")
+
+    def fill(self, offset: int, byte: int) -> None:
+        """The VMM fills a page with one byte; no step."""
+        self.backend.fill(offset, byte)
+
+    def mergeable(self, offset: int, length: int, title: str = "") -> None:
+        """MADV_MERGEABLE; a step only with a title."""
+        if title:
+            self._step(title, "mergeable", offset, length)
+        else:
+            self.backend.mergeable(offset, length)
+
+    def begin(self) -> None:
+        """The event sequence begins here."""
+        self.backend.begin()
+
+    def ksmd(self, title: str, *, use_zero_pages: bool = False) -> Any:
+        """ksmd runs."""
+        return self._step(title, "ksmd", use_zero_pages)

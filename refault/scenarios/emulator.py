@@ -224,6 +224,25 @@ class EmulatorBackend:
             self._host(functools.partial(self.board.vmm.unpin, pfn))
         return 0
 
+    def fill(self, offset: int, byte: int) -> Any:
+        """The VMM fills a page."""
+        vmm = self.board.vmm
+        return self._host(lambda: vmm.write(self.data_hva + offset, bytes([byte]) * PAGE))
+
+    def mergeable(self, offset: int, length: int) -> Any:
+        """MADV_MERGEABLE."""
+        result = self.madvise(offset, length, "MERGEABLE")
+        return 0 if result == "ok" else result
+
+    def ksmd(self, use_zero_pages: bool) -> Any:
+        """ksmd runs."""
+        self._host(lambda: self.board.vmm.ksm_scan(use_zero_pages=use_zero_pages))
+        return "done" if use_zero_pages else "pages_sharing"
+
+    def begin(self) -> None:
+        """Forget the lines so far."""
+        self.lines.clear()
+
 
 def run_on_emulator(scenario: Callable[[Scenario], None], **options: Any) -> EmulatorBackend:
     """Run a scenario to its end; `lines` of the result is its normalised sequence."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refault.scenarios import scenario
-from refault.scenarios.api import PAGE, PROT_NONE, PROT_READ, PROT_RW, Scenario
+from refault.scenarios.api import DATA_SIZE, PAGE, PROT_NONE, PROT_READ, PROT_RW, Scenario
 
 __all__: list[str] = []
 
@@ -195,3 +195,46 @@ def mlock(s: Scenario) -> None:
     s.mlock(0x3000, PAGE)
     s.ld(0x3000)
     s.munlock(0x3000, PAGE)
+
+
+@scenario()
+def ksm(s: Scenario) -> None:
+    """The page that becomes the KSM page is unmapped once, each merged page twice; a write copies."""
+    s.mergeable(0, DATA_SIZE, "mergeable")
+    for i in (3, 4, 5):
+        s.fill(i * PAGE, 0x5A)
+    s.ld(0x3000)
+    s.ld(0x4000)
+    s.st(0x4000, 0x5A5A5A5A5A5A5A5A)
+    s.ld(0x5000)
+    s.ksmd("ksmd merges")
+    s.ld(0x3000)
+    s.st(0x3000, 1, "KSM COW break")
+    s.ld(0x4000)
+    s.madv(0, DATA_SIZE, "UNMERGEABLE")
+    s.ld(0x4000)
+
+
+@scenario()
+def zero_then_ksm(s: Scenario) -> None:
+    """With use_zero_pages a page of zeros becomes the zero page; the last sharer's write copies too."""
+    s.mergeable(0, 0x10000)
+    for i in (3, 4):
+        s.fill(i * PAGE, 0)
+    for i in (6, 7):
+        s.fill(i * PAGE, 0x5A)
+    s.begin()
+    s.ld(0x3000)
+    s.ld(0x4000)
+    s.st(0x4000, 0)
+    s.ld(0x6000)
+    s.ld(0x7000)
+    s.ksmd("ksmd: zero pages", use_zero_pages=True)
+    s.ld(0x3000, "KSM zero page")
+    s.st(0x3000, 1, "COW")
+    s.hw(0x4000, 5)
+    s.ld(0x4000)
+    s.ld(0x6000, "KSM page")
+    s.st(0x6000, 2, "COW")
+    s.ld(0x7000, "last sharer")
+    s.st(0x7000, 3, "COW of the last sharer")

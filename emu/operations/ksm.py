@@ -1,0 +1,41 @@
+"""Samepage merging: what is written to /sys/kernel/mm/ksm, and its advice.
+
+Source: mm/ksm.c, Documentation/admin-guide/mm/ksm.rst; Linux 6.18.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from emu.hostops import operation
+from emu.operations.memory import page_hvas, spans
+from host_mm.kernel.errors import KernelError
+
+if TYPE_CHECKING:
+    from emu.board import Board
+
+__all__: list[str] = []
+
+
+@operation("CLEAR", example="ksm_merge(gpa=0x200000, pages=64)")
+def ksm_merge(board: Board, gpa: int, pages: int = 1, zero_pages: int = 0) -> int:
+    """madvise(MADV_MERGEABLE), then ksmd scans until nothing changes; answers the range's merged pages."""
+    from host_mm.madvise import MADV_MERGEABLE
+
+    if zero_pages not in (0, 1):
+        raise KernelError(errno.EINVAL, f"zero_pages = {zero_pages}: want 0 or 1")
+    for hva, length in spans(board, gpa, pages):
+        board.vmm.madvise(hva, length, MADV_MERGEABLE)
+    board.vmm.ksm_scan(use_zero_pages=bool(zero_pages))
+    return sum(1 for hva in page_hvas(board, gpa, pages) if board.vmm.is_merged(hva))
+
+
+@operation("CLEAR", example="ksm_unmerge(gpa=0x200000, pages=64)")
+def ksm_unmerge(board: Board, gpa: int, pages: int = 1) -> int:
+    """madvise(MADV_UNMERGEABLE): every merged page of the range gets a frame of its own again."""
+    from host_mm.madvise import MADV_UNMERGEABLE
+
+    for hva, length in spans(board, gpa, pages):
+        board.vmm.madvise(hva, length, MADV_UNMERGEABLE)
+    return 0
