@@ -249,6 +249,9 @@ def run_on_emulator(scenario: Callable[[Scenario], None], **options: Any) -> Emu
     backend = EmulatorBackend(**options)
     try:
         scenario(Scenario(backend))
-    finally:
-        backend.close()
+    except BaseException:
+        # A machine that broke in the middle may never come to rest.
+        backend.vm.abandon()
+        raise
+    backend.close()
     return backend
