@@ -209,7 +209,7 @@ class Fill:
         return result
 
     def mark_code(self, gva: int, pfn: int) -> None:
-        """No store can reach the frame unseen: fetches from the page may be filled, writes to the frame not."""
+        """No store can reach the frame unseen: fetches from the page may be filled, writes to it not."""
         if self.code.add(gva, pfn):
             self._publish_code()
         if self.ram.fetched[pfn] == body.FRAME_DATA:
