@@ -1,4 +1,4 @@
-"""What `refault list operations` shows is true: each example runs, and fires the brackets that are named, in order."""
+"""What `refault list operations` shows is true: each example runs, and fires what it names, in order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import emu.operations  # noqa: F401  (fills the registry)
 import refault
 from emu.hostops import OPERATIONS
+
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[refault.VM]:
