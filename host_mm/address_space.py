@@ -29,15 +29,15 @@ from typing import TYPE_CHECKING, Any
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import RwSem
 from host_mm.mm_types import VM_MAYWRITE, VM_SHARED
-from host_mm.page import PG_dirty, set_page_dirty
+from host_mm.page import PG_dirty
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.mm_types import VmArea, VmFault
 
 __all__ = [
-    "AddressSpace", "AddressSpaceOperations", "VmOperations", "fput", "get_file", "i_mmap_insert",
-    "i_mmap_remove", "vma_file_lock",
+    "AddressSpace", "AddressSpaceOperations", "VmOperations", "evict_unused", "flush_delayed_fput",
+    "fput", "get_file", "i_mmap_insert", "i_mmap_remove", "vma_file_lock", "vmas_of_pages",
 ]
 
 
@@ -65,9 +65,9 @@ class AddressSpaceOperations:
 
     def dirty_folio(self, mapping: AddressSpace, pfn: int) -> bool:
         """A folio of the mapping was written to: true if it was clean."""
-        host = mapping.host
-        clean = not host.pages.flags[pfn] & PG_dirty
-        set_page_dirty(host, pfn)
+        flags = mapping.host.pages.flags
+        clean = not flags[pfn] & PG_dirty
+        flags[pfn] |= PG_dirty
         return clean
 
     def evict_inode(self, mapping: AddressSpace) -> None:
@@ -76,19 +76,22 @@ class AddressSpaceOperations:
 
 
 class AddressSpace:
-    """One file. `i_size` is in bytes, `nrpages` counts the pages that have a frame."""
+    """One file. `i_size` is in bytes, `nrpages` counts the pages that have a frame, new ones
+    come from node `nid`."""
 
     __slots__ = (
-        "a_ops", "f_count", "host", "i_mmap", "i_mmap_rwsem", "i_mmap_writable", "i_pages", "i_rwsem", "i_size",
-        "invalidate_lock", "name", "nrpages", "private_data", "vm_ops",
+        "a_ops", "f_count", "host", "i_mmap", "i_mmap_rwsem", "i_mmap_writable", "i_pages", "i_rwsem",
+        "i_size", "invalidate_lock", "name", "nid", "nrpages", "private_data", "vm_ops",
     )
 
     def __init__(
-        self, host: HostMm, name: str, size: int, a_ops: AddressSpaceOperations, vm_ops: VmOperations
+        self, host: HostMm, name: str, size: int, a_ops: AddressSpaceOperations, vm_ops: VmOperations,
+        nid: int = 0,
     ) -> None:
         self.host = host
         self.name = name
         self.i_size = size
+        self.nid = nid
         self.a_ops = a_ops
         self.vm_ops = vm_ops
         self.i_pages: dict[int, int] = {}
@@ -170,3 +173,13 @@ def flush_delayed_fput(host: HostMm) -> None:
     """____fput: at the end of a system call, with no lock held, evict what lost its last mapping."""
     while host.delayed_fput:
         evict_unused(host.delayed_fput.pop())
+
+
+def vmas_of_pages(mapping: AddressSpace, first: int, last: int) -> list[VmArea]:
+    """vma_interval_tree_foreach: the VMAs that cover one of the pages [first, last], by pgoff."""
+    hits = [
+        vma for vma in mapping.i_mmap
+        if vma.pgoff <= last and vma.pgoff + ((vma.end - vma.start) >> 12) > first
+    ]
+    hits.sort(key=lambda vma: vma.pgoff)
+    return hits

@@ -21,6 +21,7 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_SWP_EXCLUSIVE,
     _PAGE_SWP_SOFT_DIRTY,
     SWP_MIGRATION_READ,
+    SWP_PFN_MASK,
     SWP_PTE_MARKER,
     is_migration_entry,
     mk_pte,
@@ -39,8 +40,8 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_WALK
 from host_mm.memory import folio_prealloc, maybe_mkwrite, vm_normal_page
-from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES, MM_SWAPENTS, VM_MAYWRITE, VM_PFNMAP, VM_SHARED
-from host_mm.page import PG_anon, get_page, put_page
+from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_MAYWRITE, VM_PFNMAP, VM_SHARED
+from host_mm.page import PG_anon, get_page, mm_counter, put_page
 from host_mm.pgtable_generic import (
     pmd_alloc,
     pmd_entries,
@@ -159,7 +160,7 @@ def _copy_present(
         if not host.pages.flags[pfn] & PG_anon:
             get_page(host, pfn)
             host.pages.mapcount[pfn] += 1
-            dst_mm.rss[MM_FILEPAGES] += 1
+            dst_mm.rss[mm_counter(host.pages, pfn)] += 1
         elif folio_try_dup_anon_rmap_pte(host, pfn, src_vma):
             get_page(host, pfn)
             dst_mm.rss[MM_ANONPAGES] += 1
@@ -203,7 +204,7 @@ def _copy_nonpresent(
             set_pte(src_mm, address, src_pte, entry)
         dst_mm.rss[MM_SWAPENTS] += 1
     elif is_migration_entry(swp):
-        dst_mm.rss[MM_ANONPAGES] += 1
+        dst_mm.rss[mm_counter(src_mm.host.pages, swp_offset(swp) & SWP_PFN_MASK)] += 1
         if swp_type(swp) != SWP_MIGRATION_READ and is_cow_mapping(dst_vma.flags):
             soft = entry & _PAGE_SWP_SOFT_DIRTY
             entry = swp_entry_to_pte(swp_entry(SWP_MIGRATION_READ, swp_offset(swp))) | soft

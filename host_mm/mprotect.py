@@ -33,6 +33,7 @@ from host_mm.arch.x86.pgtable import (
     PUD_SIZE,
     SWP_MIGRATION_READ_EXCLUSIVE,
     is_writable_migration_entry,
+    pte_dirty,
     pte_mkwrite,
     pte_modify,
     pte_present,
@@ -57,7 +58,7 @@ from host_mm.pgtable_generic import (
     pud_entries,
     set_pte,
 )
-from host_mm.vma import vm_get_page_prot, vma_modify_flags
+from host_mm.vma import vm_get_page_prot, vma_modify_flags, vma_set_page_prot, vma_wants_writenotify
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
@@ -113,8 +114,10 @@ def _mprotect_fixup(tlb: MmuGather, vma: VmArea, start: int, end: int, flags: in
         return
     vma = vma_modify_flags(vma, start, end, flags)
     vma.flags = flags | (vma.flags & VM_SOFTDIRTY)
-    vma.page_prot = vm_get_page_prot(flags)
-    cp = MM_CP_TRY_CHANGE_WRITABLE if flags & VM_WRITE and not flags & VM_SHARED else 0
+    vma_set_page_prot(vma)
+    # vma_wants_manual_pte_write_upgrade: page_prot alone does not say what is writable.
+    upgrade = vma_wants_writenotify(vma) if flags & VM_SHARED else bool(flags & VM_WRITE)
+    cp = MM_CP_TRY_CHANGE_WRITABLE if upgrade else 0
     change_protection(tlb, vma, start, end, cp)
 
 
@@ -199,10 +202,12 @@ def _change_present(
 
 
 def _can_be_writable(vma: VmArea, pfn: int, entry: int) -> bool:
-    """can_change_private_pte_writable: an exclusive page needs no COW, so no fault either."""
-    if pte_protnone(entry) or pfn < 0:
+    """can_change_pte_writable: an exclusive page needs no COW, and of a dirty shared one the file knows."""
+    if pte_protnone(entry) or (not vma.flags & VM_SOFTDIRTY and not entry & _PAGE_SOFT_DIRTY):
         return False
-    if not vma.flags & VM_SOFTDIRTY and not entry & _PAGE_SOFT_DIRTY:
+    if vma.flags & VM_SHARED:
+        return pte_dirty(entry)
+    if pfn < 0:
         return False
     flags = vma.mm.host.pages.flags[pfn]
     return flags & (PG_anon | PG_anon_exclusive) == PG_anon | PG_anon_exclusive
