@@ -189,7 +189,7 @@ class Vmm:
             sched.sleep(WRITEBACK_POLL)
 
     def damon(self, ranges: list[tuple[int, int]], ns: int, sample_ns: int) -> int:
-        """kdamond watches [start, end) ranges for `ns`; the pages of the regions that were used at the end."""
+        """kdamond watches [start, end) ranges for `ns`; the pages of the regions in use at the end."""
         from host_mm.damon.core import DamonCtx, DamonRegion, damon_start, damon_stop
         from host_mm.damon.vaddr import VaddrOperations
 

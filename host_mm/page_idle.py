@@ -111,7 +111,7 @@ def _check_chunk(start: int, nr: int) -> None:
 
 
 def page_idle_bitmap_read(host: HostMm, start: int, nr: int) -> bytes:
-    """The bits of `nr` frames from `start`, lowest first; shorter at the end of memory. KernelError(EINVAL)."""
+    """The bits of `nr` frames from `start`, lowest first, as far as memory goes. KernelError(EINVAL)."""
     _check_chunk(start, nr)
     end = min(start + nr, host.pages.nr_frames)
     out = bytearray(max(end - start, 0) + 7 >> 3)

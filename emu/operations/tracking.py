@@ -42,5 +42,5 @@ def page_idle_get(board: Board, gpa: int, pages: int = 1) -> int:
 def damon(board: Board, gpa: int, pages: int, ns: int = 200_000_000, sample_ns: int = 5_000_000) -> int:
     """kdamond watches the range for `ns`; answers the pages of the regions that it found in use."""
     if not 0 < sample_ns <= ns <= MAX_NS:
-        raise KernelError(errno.EINVAL, f"{ns} ns with a sample every {sample_ns} ns: want 0 < sample_ns <= ns")
+        raise KernelError(errno.EINVAL, f"ns {ns}, sample_ns {sample_ns}: want 0 < sample_ns <= ns")
     return board.vmm.damon([(hva, hva + length) for hva, length in spans(board, gpa, pages)], ns, sample_ns)

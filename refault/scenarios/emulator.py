@@ -104,7 +104,7 @@ class EmulatorBackend(ReclaimSteps):
         self.events.append(event)
         if event.system != "kvm" or event.name not in HOST_EVENTS:
             return
-        start = event.args["start"]
+        start = event.args["hva"] if "hva" in event.args else event.args["start"]
         end = event.args.get("end", start)
         first, last = start - self.data_hva, end - self.data_hva
         if (start, end) != (0, (1 << 64) - 1) and not (
