@@ -45,7 +45,7 @@ from host_mm import (
     vmscan,
     vmscan_trace,
 )
-from host_mm.kernel.locks import Srcu
+from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.ksm_types import Ksm
 from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved
@@ -77,8 +77,10 @@ _MODULES = (
 class HostMm:
     """The host kernel's memory management. Any number of processes, any number of VMs among them.
 
-    `pte_hooks` are called as (mm, address, old, new) with each store to a level-1 entry; `free_hooks`
-    as (pfn, order) with each block that goes back to the allocator. `checks` is the checker or None.
+    `pte_hooks` are called as (mm, address, old, new) with each store to a level-1 entry, `pmd_hooks` with
+    each to a level-2 entry that is or was no table; `free_hooks` as (pfn, order) with each block that goes
+    back to the allocator. `checks` is the checker or None. `pmd_locks` has the lock of each level-2 table
+    by its frame: address spaces can share such a table.
     `frame_holders` give, as pfn to count, the references that no page table, swap cache or LRU batch
     explains: pins, and frames that upper rooms allocated (for truths.audit). `held` counts, by frame,
     plain references (FOLL_GET) whose holders write through them.
@@ -107,6 +109,8 @@ class HostMm:
             self.pages.flags[pfn] = PG_reserved
             self.pages.refcount[pfn] = 1
         self.pte_hooks: list[Callable[[MmStruct, int, int, int], None]] = []
+        self.pmd_hooks: list[Callable[[MmStruct, int, int, int], None]] = []
+        self.pmd_locks: dict[int, Spinlock] = {}
         self.free_hooks: list[Callable[[int, int], None]] = []
         self.mms: list[MmStruct] = []
         self.pins: Counter[int] = Counter()

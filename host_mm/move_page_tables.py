@@ -35,6 +35,7 @@ from host_mm.arch.x86.pgtable import (
 from host_mm.pgtable_generic import (
     move_table,
     pmd_alloc,
+    pmd_lockptr,
     pmd_offset,
     pte_alloc,
     pte_lockptr,
@@ -48,6 +49,7 @@ from host_mm.pgtable_generic import (
 from host_mm.userfaultfd_k import vma_has_uffd_without_event_remap
 
 if TYPE_CHECKING:
+    from host_mm.kernel.locks import Spinlock
     from host_mm.mm_types import VmArea
 
 __all__ = ["move_page_tables"]
@@ -176,12 +178,23 @@ class _Move:
         self._take_rmap_locks()
         moved = not mm.host.ram.u64[new_entry >> 3]
         if moved:
-            mm.page_table_lock.lock()
+            old_ptl, new_ptl = self._entry_locks(old_entry, new_entry, size)
+            old_ptl.lock()
+            if new_ptl is not old_ptl:
+                new_ptl.lock(nested=True)
             move_table(mm, old_entry, new_entry, self.old_addr, self.new_addr, size)
             self._flush(self.old_addr, self.old_addr + size)
-            mm.page_table_lock.unlock()
+            if new_ptl is not old_ptl:
+                new_ptl.unlock()
+            old_ptl.unlock()
         self._drop_rmap_locks()
         return moved
+
+    def _entry_locks(self, old_entry: int, new_entry: int, size: int) -> tuple[Spinlock, Spinlock]:
+        mm = self.old_vma.mm
+        if size == PMD_SIZE:
+            return pmd_lockptr(mm, old_entry), pmd_lockptr(mm, new_entry)
+        return mm.page_table_lock, mm.page_table_lock
 
     def _move_ptes(self, old_pmd: int, new_pmd: int, extent: int) -> None:
         mm = self.old_vma.mm

@@ -38,6 +38,7 @@ from host_mm.arch.x86.pgtable import (
     PFN_MASK,
     is_migration_entry,
     non_swap_entry,
+    pmd_table,
     pte_pfn,
     pte_present,
     pte_swp_uffd_wp_any,
@@ -168,7 +169,7 @@ class _Audit:
             self.refs.update(table >> 12 for table in level)
             if depth:
                 words = [word for at in level for word in u64[at >> 3 : (at >> 3) + 512].tolist()]
-                level = [word & PFN_MASK for word in words if word & 1]
+                level = [word & PFN_MASK for word in words if pmd_table(word)]
 
     def entries(self, mm: MmStruct) -> None:
         """Count present entries, swap entries and migration entries, and compare with rss."""

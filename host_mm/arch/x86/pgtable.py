@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from host_mm.ram import Ram
 
 __all__ = [
+    "HPAGE_PMD_NR",
+    "HPAGE_PMD_ORDER",
     "MAX_SWAPFILES",
     "PFN_MASK",
     "PGDIR_SHIFT",
@@ -80,13 +82,19 @@ __all__ = [
     "decode_pte",
     "is_migration_entry",
     "is_pte_marker",
+    "is_swap_pmd",
     "is_swap_pte",
     "is_writable_migration_entry",
     "lookup_address_in_mm",
     "make_migration_entry",
     "make_pte_marker",
+    "mk_pmd",
     "mk_pte",
     "non_swap_entry",
+    "pmd_pfn",
+    "pmd_present",
+    "pmd_table",
+    "pmd_trans_huge",
     "pte_dirty",
     "pte_marker_get",
     "pte_mkclean",
@@ -150,6 +158,8 @@ PMD_SIZE = 1 << PMD_SHIFT
 PUD_SIZE = 1 << PUD_SHIFT
 PGDIR_SIZE = 1 << PGDIR_SHIFT
 PTRS_PER_PTE = 512
+HPAGE_PMD_ORDER = PMD_SHIFT - 12
+HPAGE_PMD_NR = 1 << HPAGE_PMD_ORDER
 TASK_SIZE = (1 << 47) - 4096
 
 SWP_TYPE_SHIFT = 58
@@ -262,6 +272,40 @@ def pte_modify(pte: int, newprot: int) -> int:
     if bool(pte & _PAGE_PRESENT) != bool(val & _PAGE_PRESENT):
         val ^= PFN_MASK
     return _shift_dirty(val)
+
+
+# -- entries of level 2 -------------------------------------------------------------------------
+# The bits of a huge leaf are those of a level-1 entry, so that pte_mkdirty and its like serve both.
+def pmd_table(pmd: int) -> bool:
+    """Whether a level-1 table hangs here."""
+    return pmd & (_PAGE_PRESENT | _PAGE_PSE) == _PAGE_PRESENT
+
+
+def pmd_present(pmd: int) -> bool:
+    """Whether there is a table or a huge page; one that is being split counts, as PSE stays."""
+    return pmd & (_PAGE_PRESENT | _PAGE_PROTNONE | _PAGE_PSE) != 0
+
+
+def pmd_trans_huge(pmd: int) -> bool:
+    """Whether a huge page is mapped here."""
+    return pmd & _PAGE_PSE != 0
+
+
+def is_swap_pmd(pmd: int) -> bool:
+    """Whether the entry is neither empty nor present: a huge page under migration."""
+    return pmd != 0 and not pmd_present(pmd)
+
+
+def mk_pmd(pfn: int, prot: int) -> int:
+    """A huge leaf for the 2 MiB at `pfn` with protection bits `prot`."""
+    return mk_pte(pfn, prot) | _PAGE_PSE
+
+
+def pmd_pfn(pmd: int) -> int:
+    """The first frame of a huge leaf."""
+    if not pmd & _PAGE_PRESENT:
+        pmd ^= PFN_MASK
+    return (pmd & PFN_MASK) >> 12
 
 
 # -- swap entries -------------------------------------------------------------------------------
