@@ -46,8 +46,10 @@ from host_mm import (
     swapin,
     tlb,
     truths,
+    userfaultfd_k,
     vmscan,
     vmscan_trace,
+    zram,
 )
 from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
@@ -57,6 +59,7 @@ from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
 from host_mm.ram import PAGE_SHIFT, Ram
+from host_mm.swap_readahead import SwapReadahead
 from host_mm.swapfile import SwapInfo
 
 if TYPE_CHECKING:
@@ -74,7 +77,8 @@ QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
     filemap_cache, fork, gup, hmm, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate,
-    mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, vmscan, vmscan_trace,
+    mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
+    vmscan_trace,
 )
 
 
@@ -126,7 +130,11 @@ class HostMm:
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
         self.lru = lru.Lru(self)
-        self.swap: SwapInfo | None = SwapInfo(sched, swap_bytes, swap_path) if swap_bytes else None
+        self.swap: SwapInfo | None = None
+        if swap_bytes:
+            device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
+            self.swap = SwapInfo(sched, swap_bytes, swap_path, device)
+        self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
         self.ksm = Ksm(self)
         self.processes: list[Process] = []
@@ -157,6 +165,11 @@ class HostMm:
     def zones(self) -> list[page_alloc.Zone]:
         """The zones, one a node."""
         return [node.zone for node in self.allocator.nodes]
+
+    def numa_node_id(self, process: Process) -> int:
+        """The node of the CPU that the current task, a thread of `process` or KVM's for it, runs on."""
+        node = self.sched.current.node
+        return node if node >= 0 else process.home_node
 
     # -- processes ----------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ opens, and under the page-table lock the old entry is cleared and flushed before
 
 Faults on files are in memory_file.py.
 
-Not modelled: huge pages, userfaultfd, memcg charges, NUMA balancing's migration (a hinting fault only
-restores the rights).
+Not modelled: huge pages, memcg charges, NUMA balancing's migration (a hinting fault only restores the
+rights).
 """
 
 from __future__ import annotations
@@ -23,8 +23,15 @@ from host_mm import tlb as _tlb
 from host_mm.arch.x86.pgtable import (
     _PAGE_SOFT_DIRTY,
     _PAGE_SPECIAL,
+    _PAGE_UFFD_WP,
+    PTE_MARKER_GUARD,
+    PTE_MARKER_POISONED,
+    PTE_MARKER_UFFD_WP,
+    is_pte_marker,
     mk_pte,
+    pte_marker_get,
     pte_mkdirty,
+    pte_mkuffd_wp,
     pte_mkwrite,
     pte_mkyoung,
     pte_modify,
@@ -42,6 +49,7 @@ from host_mm.mm_types import (
     MM_ANONPAGES,
     MMF_UNSTABLE,
     VM_ACCESS_FLAGS,
+    VM_FAULT_HWPOISON,
     VM_FAULT_MAJOR,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
@@ -49,6 +57,8 @@ from host_mm.mm_types import (
     VM_FAULT_SIGSEGV,
     VM_MAYSHARE,
     VM_SHARED,
+    VM_UFFD_MISSING,
+    VM_UFFD_WP,
     VM_WRITE,
     VmFault,
 )
@@ -68,6 +78,7 @@ from host_mm.page_alloc import GFP_COMP, GFP_HIGHUSER_MOVABLE, GFP_ZERO
 from host_mm.pgtable_generic import (
     pmd_alloc,
     pte_alloc,
+    pte_clear,
     pte_lockptr,
     pte_offset_map,
     pte_offset_map_lock,
@@ -83,6 +94,7 @@ from host_mm.rmap import (
     folio_remove_rmap_pte,
 )
 from host_mm.swap_state import folio_free_swap, free_swap_cache
+from host_mm.userfaultfd_k import handle_userfault, userfaultfd_pte_wp, userfaultfd_wp_async
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -91,7 +103,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TRACEPOINTS", "do_wp_page", "folio_prealloc", "handle_mm_fault", "is_zero_pfn", "map_locked",
-    "maybe_mkwrite", "vm_normal_page", "wp_page_reuse",
+    "maybe_mkwrite", "vm_normal_page", "vmf_orig_pte_uffd_wp", "wp_page_reuse",
 ]
 
 _RET = (
@@ -112,7 +124,7 @@ HOST_FAULT = Tracepoint(
 HOST_FAULT_DONE = Tracepoint(
     "refault", "host_fault_done", ("pid", "address", "kind", "result"),
     lambda pid, address, kind, result: f"pid {pid} address {address:#x} {kind} {result}",
-    doc="What that fault did: zero-page, anon, cow, reuse, swap-in, numa, spurious.",
+    doc="What that fault did: zero-page, anon, cow, reuse, swap-in, numa, userfault, marker, spurious.",
 )
 TRACEPOINTS = (HOST_FAULT, HOST_FAULT_DONE)
 
@@ -137,7 +149,7 @@ def maybe_mkwrite(pte: int, vma: VmArea) -> int:
 
 def folio_prealloc(host: HostMm, vma: VmArea, *, zero: bool) -> int:
     """A page for this VMA by its memory policy, or -1."""
-    nid = vma.policy.preferred_node() if vma.policy is not None else vma.mm.process.home_node
+    nid = vma.policy.preferred_node() if vma.policy is not None else host.numa_node_id(vma.mm.process)
     pfn = host.allocator.alloc_pages(GFP_HIGHUSER_MOVABLE | GFP_COMP | (GFP_ZERO if zero else 0), 0, nid)
     if pfn >= 0:
         host.pages.flags[pfn] |= PG_uptodate
@@ -182,15 +194,43 @@ def _handle_pte_fault(vmf: VmFault) -> tuple[str, int]:
         vmf.orig_pte = ptep_get(mm, vmf.pte)
     if not vmf.pte or not vmf.orig_pte:
         vmf.orig_pte = 0
-        if vmf.vma.ops is not None:
-            return "file", mm.host.do_fault(vmf)
-        return _do_anonymous_page(vmf)
+        return _do_pte_missing(vmf)
     entry = vmf.orig_pte
+    if is_pte_marker(entry):
+        return _handle_pte_marker(vmf)
     if not pte_present(entry):
         return "swap-in", mm.host.do_swap_page(vmf)
     if pte_protnone(entry) and vmf.vma.flags & VM_ACCESS_FLAGS:
         return _do_numa_page(vmf)
     return _handle_present(vmf, entry)
+
+
+def _do_pte_missing(vmf: VmFault) -> tuple[str, int]:
+    if vmf.vma.ops is not None:
+        return "file", vmf.mm.host.do_fault(vmf)
+    return _do_anonymous_page(vmf)
+
+
+def _handle_pte_marker(vmf: VmFault) -> tuple[str, int]:
+    """A page that is not there, with something to say about it."""
+    marker = pte_marker_get(vmf.orig_pte)
+    if marker & PTE_MARKER_POISONED:
+        return "marker", VM_FAULT_HWPOISON
+    if marker & PTE_MARKER_GUARD:
+        return "marker", VM_FAULT_SIGSEGV
+    if vmf.vma.flags & VM_UFFD_WP:
+        return _do_pte_missing(vmf)
+    # A range that is not registered any more.
+    if map_locked(vmf):
+        pte_clear(vmf.mm, vmf.address, vmf.pte)
+        assert vmf.ptl is not None
+        vmf.ptl.unlock()
+    return "marker", 0
+
+
+def vmf_orig_pte_uffd_wp(vmf: VmFault) -> bool:
+    """Whether the page that comes now was write-protected before it was there."""
+    return bool(vmf.vma.flags & VM_UFFD_WP) and bool(pte_marker_get(vmf.orig_pte) & PTE_MARKER_UFFD_WP)
 
 
 def _handle_present(vmf: VmFault, entry: int) -> tuple[str, int]:
@@ -238,10 +278,14 @@ def _do_anonymous_page(vmf: VmFault) -> tuple[str, int]:
     if not vmf.flags & FAULT_FLAG_WRITE:
         if not map_locked(vmf):
             return "spurious", 0
-        ret = VM_FAULT_SIGBUS if mm.flags & MMF_UNSTABLE else 0
-        if not ret:
-            set_pte(mm, vmf.address, vmf.pte, mk_pte(host.zero_pfn, vma.page_prot) | _PAGE_SPECIAL)
         assert vmf.ptl is not None
+        ret = VM_FAULT_SIGBUS if mm.flags & MMF_UNSTABLE else 0
+        if not ret and vma.flags & VM_UFFD_MISSING:
+            vmf.ptl.unlock()
+            return "userfault", handle_userfault(vmf, VM_UFFD_MISSING)
+        if not ret:
+            entry = mk_pte(host.zero_pfn, vma.page_prot) | _PAGE_SPECIAL
+            set_pte(mm, vmf.address, vmf.pte, pte_mkuffd_wp(entry) if vmf_orig_pte_uffd_wp(vmf) else entry)
         vmf.ptl.unlock()
         return "zero-page", ret
     anon_vma_prepare(vma)
@@ -259,6 +303,12 @@ def _do_anonymous_page(vmf: VmFault) -> tuple[str, int]:
         vmf.ptl.unlock()
         put_page(host, pfn)
         return "anon", VM_FAULT_SIGBUS
+    if vma.flags & VM_UFFD_MISSING:
+        vmf.ptl.unlock()
+        put_page(host, pfn)
+        return "userfault", handle_userfault(vmf, VM_UFFD_MISSING)
+    if vmf_orig_pte_uffd_wp(vmf):
+        entry = pte_mkuffd_wp(entry)
     mm.rss[MM_ANONPAGES] += 1
     folio_add_new_anon_rmap(host, pfn, vma, vmf.address)
     host.lru.folio_add_lru_vma(pfn, vma)
@@ -289,9 +339,12 @@ def _do_numa_page(vmf: VmFault) -> tuple[str, int]:
 def do_wp_page(vmf: VmFault) -> tuple[str, int]:
     """A write (or unshare) on a read-only entry, its table locked; the lock is dropped on return."""
     vma, host = vmf.vma, vmf.mm.host
+    assert vmf.ptl is not None
+    if vma.flags & VM_UFFD_WP and not vmf.flags & FAULT_FLAG_UNSHARE and _userfaultfd_wp(vmf):
+        vmf.ptl.unlock()
+        return "userfault", handle_userfault(vmf, VM_UFFD_WP)
     pfn = vm_normal_page(host, vmf.orig_pte)
     vmf.page = pfn
-    assert vmf.ptl is not None
     if vma.flags & (VM_SHARED | VM_MAYSHARE):
         return "shared", host.wp_page_shared(vmf)
     if pfn >= 0 and host.pages.flags[pfn] & PG_anon and _may_reuse(host, vma, pfn):
@@ -306,6 +359,21 @@ def do_wp_page(vmf: VmFault) -> tuple[str, int]:
             host.vmstat["cow_ksm"] += 1
     vmf.ptl.unlock()
     return "cow", _wp_page_copy(vmf)
+
+
+def _userfaultfd_wp(vmf: VmFault) -> bool:
+    """Whether the write is userfaultfd's business. In asynchronous mode it just lifts the protection."""
+    mm = vmf.mm
+    entry = ptep_get(mm, vmf.pte)
+    if userfaultfd_pte_wp(vmf.vma, entry):
+        if not userfaultfd_wp_async(vmf.vma):
+            return True
+        vmf.orig_pte = entry & ~_PAGE_UFFD_WP
+        set_pte(mm, vmf.address, vmf.pte, vmf.orig_pte)
+    if _tlb.mm_tlb_flush_pending(mm):
+        # The protection's flush may still be to come, and the copy would miss what is written till then.
+        _tlb.flush_tlb_page(mm, vmf.address)
+    return False
 
 
 def _may_reuse(host: HostMm, vma: VmArea, pfn: int) -> bool:
@@ -402,7 +470,7 @@ def _install_copy(vmf: VmFault, new: int) -> bool:
         mm.rss[MM_ANONPAGES] += 1
     entry = pte_mkyoung(mk_pte(new, vma.page_prot))
     if vmf.flags & FAULT_FLAG_UNSHARE:
-        entry |= vmf.orig_pte & _PAGE_SOFT_DIRTY
+        entry |= vmf.orig_pte & (_PAGE_SOFT_DIRTY | _PAGE_UFFD_WP)
     else:
         entry = maybe_mkwrite(pte_mkdirty(entry), vma)
     late_flush = "cow-flush-after-unlock" in host.breaks

@@ -11,7 +11,7 @@ a copy at once, without a bracket, since nothing was mapped.
     --param mm.fault_around_bytes=65536    what a read fault maps around it, if it is cached
 
 Not modelled: preallocated page tables (they are made when needed, with the folio locked), huge entries of
-files, DAX, throttling of who dirties pages (balance_dirty_pages), file times, userfaultfd.
+files, DAX, throttling of who dirties pages (balance_dirty_pages), file times.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from host_mm.address_space import vmas_of_pages
-from host_mm.arch.x86.pgtable import mk_pte, pte_mkdirty, pte_mkyoung, pte_write
+from host_mm.arch.x86.pgtable import mk_pte, pte_mkdirty, pte_mkuffd_wp, pte_mkyoung, pte_write
 from host_mm.filemap import folio_lock, folio_unlock
 from host_mm.kernel.costs import COST_COPY_PAGE
-from host_mm.memory import folio_prealloc, maybe_mkwrite, wp_page_reuse
+from host_mm.memory import folio_prealloc, maybe_mkwrite, vmf_orig_pte_uffd_wp, wp_page_reuse
 from host_mm.memory_zap import zap_page_range_single
 from host_mm.mm_types import (
     FAULT_FLAG_MKWRITE,
@@ -38,6 +38,8 @@ from host_mm.mm_types import (
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
     VM_SHARED,
+    VM_UFFD_MINOR,
+    VM_UFFD_WP,
 )
 from host_mm.page import PG_dirty, PG_hwpoison, get_page, mm_counter, page_folio, put_page, set_page_dirty
 from host_mm.pgtable_generic import pte_alloc, pte_lockptr, pte_offset_map_lock, ptep_get, set_pte
@@ -104,7 +106,8 @@ def _find_page(vmf: VmFault) -> int:
 def _do_read_fault(vmf: VmFault) -> int:
     host = vmf.mm.host
     around = int(host.params.get("mm.fault_around_bytes", FAULT_AROUND_BYTES)) >> 12
-    if vmf.vma.ops.map_pages is not None and around > 1:
+    uffd = VM_UFFD_WP | VM_UFFD_MINOR
+    if vmf.vma.ops.map_pages is not None and around > 1 and not vmf.vma.flags & uffd:
         ret = _do_fault_around(vmf, around)
         if ret:
             return ret
@@ -208,6 +211,8 @@ def set_pte_range(vmf: VmFault, page: int, address: int, pte: int) -> None:
         entry = maybe_mkwrite(pte_mkdirty(entry), vma)
     elif pte_write(entry) and host.pages.flags[page_folio(host.pages, page)] & PG_dirty:
         entry = pte_mkdirty(entry)
+    if vmf_orig_pte_uffd_wp(vmf):
+        entry = pte_mkuffd_wp(entry)
     if write and not vma.flags & VM_SHARED:
         folio_add_new_anon_rmap(host, page, vma, address)
         host.lru.folio_add_lru_vma(page, vma)

@@ -15,6 +15,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     swap-count, swap-cache   ... and a swap slot the entries and the cache that hold it
     ksm-writable             ... and no entry grants writing to a KSM page
     page-cache, i-mmap       ... and files find their pages and mappings, which have nobody else
+    uffd-wp                  ... and only where userfaultfd write-protects do entries say so, and not writable
     lru                      ... and PG_lru says where the folio is
     tlb-stale                ... and every host TLB entry is what the tables say
 
@@ -34,19 +35,21 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_PRESENT,
     _PAGE_RW,
     _PAGE_SPECIAL,
+    _PAGE_UFFD_WP,
     PFN_MASK,
     is_migration_entry,
     non_swap_entry,
     pmd_table,
     pte_pfn,
     pte_present,
+    pte_swp_uffd_wp_any,
     pte_to_swp_entry,
     swp_offset,
     walk_lockless,
 )
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.lru import LRU_NAMES
-from host_mm.mm_types import MM_SWAPENTS
+from host_mm.mm_types import MM_SWAPENTS, VM_UFFD_WP
 from host_mm.page import (
     PG_buddy,
     PG_ksm,
@@ -65,7 +68,7 @@ from host_mm.swapfile import SWAP_MAP_BAD
 if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.interval_notifier import MmuIntervalNotifier
-    from host_mm.mm_types import MmStruct
+    from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = ["HostTruths", "audit"]
 
@@ -193,6 +196,7 @@ class _Audit:
                 for entry in u64[first : first + ((following - address) >> 12)].tolist():
                     if not entry:
                         continue
+                    self._uffd_wp(vma, entry)
                     if pte_present(entry):
                         self._present(entry, rss)
                     elif not non_swap_entry(swp := pte_to_swp_entry(entry)):
@@ -202,6 +206,13 @@ class _Audit:
                         raise BrokenTruth("frame-mapcount", f"a migration entry is left in pid {_pid(mm)}")
         if mm.rss != rss:
             raise BrokenTruth("rss", f"pid {_pid(mm)} counts {mm.rss} pages, has {rss} ({', '.join(_RSS)})")
+
+    def _uffd_wp(self, vma: VmArea, entry: int) -> None:
+        present = pte_present(entry)
+        if not (entry & _PAGE_UFFD_WP if present else pte_swp_uffd_wp_any(entry)):
+            return
+        if not vma.flags & VM_UFFD_WP or (present and entry & _PAGE_RW):
+            raise BrokenTruth("uffd-wp", f"pid {_pid(vma.mm)} {vma!r} has entry {entry:#x}")
 
     def _present(self, entry: int, rss: list[int]) -> None:
         pfn = pte_pfn(entry)

@@ -35,6 +35,7 @@ from host_mm.mm_types import (
     VM_SHARED,
     VM_SOFTDIRTY,
     VM_SPECIAL,
+    VM_UFFD_WP,
     VM_WRITE,
     VmArea,
 )
@@ -44,10 +45,12 @@ from host_mm.rmap import anon_vma_clone, unlink_anon_vmas
 if TYPE_CHECKING:
     from host_mm.kernel.locks import RwSem
     from host_mm.mm_types import MmStruct
+    from host_mm.userfaultfd_k import UserfaultfdCtx
 
 __all__ = [
     "insert_vma", "remove_vma", "split_huge_pmd_address", "split_vma", "vm_area_dup", "vm_get_page_prot",
-    "vma_merge_new_range", "vma_modify_flags", "vma_set_page_prot", "vma_wants_writenotify",
+    "vma_merge_new_range", "vma_modify_flags", "vma_modify_flags_uffd", "vma_set_page_prot",
+    "vma_wants_writenotify",
 ]
 
 
@@ -71,6 +74,8 @@ def vma_wants_writenotify(vma: VmArea) -> bool:
         return True
     if not vma.flags & VM_SOFTDIRTY and not vma.flags & VM_HUGETLB:
         return True
+    if vma.flags & VM_UFFD_WP:
+        return True
     return vma.file is not None and bool(vma.file.a_ops.can_writeback) and not vma.flags & VM_PFNMAP
 
 
@@ -88,6 +93,8 @@ def vm_area_dup(vma: VmArea, mm: MmStruct) -> VmArea:
     new.ops = vma.ops
     new.policy = vma.policy
     new.private_data = vma.private_data
+    new.swap_readahead_info = vma.swap_readahead_info
+    new.userfaultfd_ctx = vma.userfaultfd_ctx
     return new
 
 
@@ -199,8 +206,8 @@ def split_vma(vma: VmArea, address: int, *, new_below: bool) -> VmArea:
 
 
 # -- merging ------------------------------------------------------------------------------------
-def _same_kind(vma: VmArea, flags: int, template: VmArea | None) -> bool:
-    if (vma.flags ^ flags) & ~VM_SOFTDIRTY:
+def _same_kind(vma: VmArea, flags: int, template: VmArea | None, uffd_ctx: UserfaultfdCtx | None) -> bool:
+    if (vma.flags ^ flags) & ~VM_SOFTDIRTY or vma.userfaultfd_ctx is not uffd_ctx:
         return False
     if template is None:
         return vma.file is None and vma.ops is None and vma.policy is None
@@ -235,15 +242,16 @@ def vma_merge_new_range(
     """
     if flags & VM_SPECIAL:
         return None
+    uffd_ctx = template.userfaultfd_ctx
     previous = mm.vma_lookup(start - 1) if start else None
     following = mm.vma_lookup(end)
     left = (
-        previous is not None and _same_kind(previous, flags, template)
+        previous is not None and _same_kind(previous, flags, template, uffd_ctx)
         and _anon_vmas_merge(previous, copied_from)
         and previous.pgoff + ((start - previous.start) >> 12) == template.pgoff
     )
     right = (
-        following is not None and _same_kind(following, flags, template)
+        following is not None and _same_kind(following, flags, template, uffd_ctx)
         and _anon_vmas_merge(following, copied_from)
         and following.pgoff == template.pgoff + ((end - start) >> 12)
     )
@@ -285,7 +293,9 @@ def _sides_share(a: VmArea | None, b: VmArea | None) -> bool:
     return a.anon_vma is None or b.anon_vma is None or a.anon_vma is b.anon_vma
 
 
-def _merge_existing(vma: VmArea, start: int, end: int, flags: int) -> VmArea | None:
+def _merge_existing(
+    vma: VmArea, start: int, end: int, flags: int, uffd_ctx: UserfaultfdCtx | None
+) -> VmArea | None:
     """[start, end) of `vma` gets `flags`: give it to a neighbour that has them already."""
     mm = vma.mm
     left_side, right_side = start == vma.start, end == vma.end
@@ -293,8 +303,8 @@ def _merge_existing(vma: VmArea, start: int, end: int, flags: int) -> VmArea | N
         return None
     previous = mm.vma_lookup(start - 1) if left_side and start else None
     following = mm.vma_lookup(end) if right_side else None
-    left = previous is not None and _fits(previous, vma, flags)
-    right = following is not None and _fits(following, vma, flags)
+    left = previous is not None and _fits(previous, vma, flags, uffd_ctx)
+    right = following is not None and _fits(following, vma, flags, uffd_ctx)
     if left and right and not _sides_share(previous, following):
         right = False
     if left:
@@ -306,9 +316,9 @@ def _merge_existing(vma: VmArea, start: int, end: int, flags: int) -> VmArea | N
     return None
 
 
-def _fits(neighbour: VmArea, vma: VmArea, flags: int) -> bool:
+def _fits(neighbour: VmArea, vma: VmArea, flags: int, uffd_ctx: UserfaultfdCtx | None) -> bool:
     return (
-        _same_kind(neighbour, flags, vma) and _anon_vmas_merge(neighbour, vma)
+        _same_kind(neighbour, flags, vma, uffd_ctx) and _anon_vmas_merge(neighbour, vma)
         and neighbour.pgoff - (neighbour.start >> 12) == vma.pgoff - (vma.start >> 12)
     )
 
@@ -352,7 +362,14 @@ def vma_modify_flags(vma: VmArea, start: int, end: int, flags: int) -> VmArea:
 
     The caller sets the flags of a VMA that is returned unmerged.
     """
-    merged = _merge_existing(vma, start, end, flags)
+    return vma_modify_flags_uffd(vma, start, end, flags, vma.userfaultfd_ctx)
+
+
+def vma_modify_flags_uffd(
+    vma: VmArea, start: int, end: int, flags: int, uffd_ctx: UserfaultfdCtx | None
+) -> VmArea:
+    """As vma_modify_flags, for a range that is about to be registered with `uffd_ctx`."""
+    merged = _merge_existing(vma, start, end, flags, uffd_ctx)
     if merged is not None:
         return merged
     if vma.start < start:
