@@ -254,6 +254,9 @@ VMCALL_RDMA_DEREGISTER = 0x5246_01B1
 VMCALL_RDMA_PEER_READ = 0x5246_01B2
 VMCALL_RDMA_PEER_WRITE = 0x5246_01B3
 VMCALL_RDMA_PEER_ADD = 0x5246_01B4
+VMCALL_PAGE_IDLE_SET = 0x5246_0150
+VMCALL_PAGE_IDLE_GET = 0x5246_0151
+VMCALL_DAMON = 0x5246_0152
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -413,6 +416,15 @@ VMCALLS: tuple[Vmcall, ...] = (
            "The engine's peer stores the low `size` bytes of `value` into the region."),
     Vmcall(VMCALL_RDMA_PEER_ADD, "rdma_peer_add", ("key", "gpa", "value"), "what was there", ("ENOENT",),
            "The engine's peer adds `value` to the 8 bytes at `gpa`, aligned to 8, at once."),
+    Vmcall(VMCALL_PAGE_IDLE_SET, "page_idle_set", ("gpa", "pages"), "frames made idle", (),
+           "Sets the idle bits of the range's frames; accessed bits of host and guest are cleared. Frames "
+           "on no LRU list, and pages without a frame, do not count."),
+    Vmcall(VMCALL_PAGE_IDLE_GET, "page_idle_get", ("gpa", "pages"), "frames still idle", (),
+           "How many of the range's frames nobody used since page_idle_set. Asking clears accessed bits."),
+    Vmcall(VMCALL_DAMON, "damon", ("gpa", "pages", "ns", "sample_ns"), "pages of regions in use", (),
+           "kdamond watches the VMM's mapping of the range for `ns` of logical time, one sample of each "
+           "region every `sample_ns`; other CPUs go on meanwhile. The result is the size of the regions "
+           "that the last aggregation found in use. -EINVAL unless 0 < sample_ns <= ns <= 10 s."),
 )
 
 

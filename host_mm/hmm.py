@@ -32,6 +32,7 @@ from host_mm.arch.x86.pgtable import (
     is_swap_pte,
     is_writable_device_private_entry,
     non_swap_entry,
+    pte_none_mostly,
     pte_pfn,
     pte_present,
     pte_protnone,
@@ -196,14 +197,15 @@ class _HmmWalk:
     def _pte(self, vma: VmArea, address: int, end: int, entry: int) -> tuple[int, int]:
         """hmm_vma_handle_pte: (0 or errno, next address). A fault takes in all of [address, end)."""
         asked = self.range.hmm_pfns[(address - self.range.start) >> 12]
-        if is_swap_pte(entry):
+        if is_swap_pte(entry) and not pte_none_mostly(entry):
             return self._nonpresent(vma, address, end, entry, asked), address + 4096
         flags = _cpu_flags(entry)
         required = self._need_fault(asked, flags)
         if required:
             return self._fault(vma, address, end, required), address + 4096
-        word = flags | pte_pfn(entry) if entry else 0
-        if entry and vm_normal_page(self.host, entry) < 0 and pte_pfn(entry) != self.host.zero_pfn:
+        mapped = not pte_none_mostly(entry)
+        word = flags | pte_pfn(entry) if mapped else 0
+        if mapped and vm_normal_page(self.host, entry) < 0 and pte_pfn(entry) != self.host.zero_pfn:
             if self._need_fault(asked, 0):
                 return -EFAULT, address
             word = HMM_PFN_ERROR

@@ -5,6 +5,7 @@
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
 | `ksm.py` | samepage merging |
+| `tracking.py` | who uses which page: idle tracking, DAMON |
 | `process.py` | fork and exit |
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
@@ -16,3 +17,6 @@
 from emu.operations import device, instrument, ksm, mapping, memory, process, rdma, slots, weather
 
 __all__ = ["device", "instrument", "ksm", "mapping", "memory", "process", "rdma", "slots", "weather"]
+from emu.operations import tracking
+
+__all__ = ["device", "instrument", "ksm", "mapping", "memory", "process", "slots", "tracking", "weather"]
