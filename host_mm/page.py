@@ -33,7 +33,8 @@ __all__ = [
     "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced", "PG_reserved", "PG_swapbacked",
     "PG_swapcache", "PG_table", "PG_unevictable", "PG_uptodate", "PG_workingset", "PG_writeback",
     "PG_young", "PG_zone_device", "Pages", "decode_page_flags", "folio_mapcount",
-    "folio_maybe_dma_pinned", "folio_nr_pages", "folio_ref_freeze", "folio_ref_unfreeze", "folio_test_large", "get_page", "page_folio", "put_page",
+    "folio_maybe_dma_pinned", "folio_nr_pages", "folio_ref_freeze",
+    "folio_ref_unfreeze", "folio_test_large", "get_page", "page_folio", "put_page",
     "set_page_dirty", "try_get_page",
 ]
 
