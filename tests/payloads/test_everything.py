@@ -26,8 +26,9 @@ HITS = 100
 """How often, in 10,000 operations, each must meet a page that an SPTE maps."""
 
 NOT_ASKED = {
-    "cpu_count", "ept_ad", "ept_restore", "ept_set", "last_exit", "map_level", "mmio_device", "protect_faults",
-    "start_cpu",  # instruments, and questions about the machine
+    # Instruments, and questions about the machine.
+    "cpu_count", "ept_ad", "ept_restore", "ept_set", "last_exit", "map_level", "mmio_device",
+    "protect_faults", "start_cpu",
     "child_read",  # changes nothing
     "slot_create", "weather",  # asked for once
 }
