@@ -12,7 +12,6 @@
 ; vmcalls: swap_out migrate dontneed age reclaim fork child_exit host_read host_write dirty_log get_dirty protect slot_create slot_delete slot_restore slot_move mirror_read dma_write kvm_map_write ksm_merge ksm_unmerge weather
 .include "runtime.inc"
 
-.equ ALL, 99
 .equ OTHERS, 4                           ; pages that are looked at beside the piece
 .equ SLOT_PAGES, 2
 .equ EAGAIN, 11
@@ -41,7 +40,7 @@ main:
     PARAM rax, "pages", 1024
     AT_LEAST rax, 16
     mov [nr_pages], rax
-    PARAM rax, "only", ALL
+    PARAM rax, "only", 99
     mov [only], rax
     NEED_HOST "a host to ask", .end
     call take_memory

@@ -47,7 +47,7 @@ from host_mm import (
 )
 from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
-from host_mm.ksm_types import Ksm
+from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
 from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
@@ -196,6 +196,14 @@ class HostMm:
 
     def _at_work(self) -> bool:
         return self.ksm.scanning or any(not vmscan.kswapd_asleep(self, node.nid) for node in self.nodes)
+
+    def shutdown(self) -> None:
+        """Every process has ended: stop ksmd, turn swap off. What is in use after that is lost."""
+        if self.ksm.mm_slots:
+            ksm.run_store(self, KSM_RUN_UNMERGE)
+        if self.swap is not None:
+            swap_state.try_to_unuse(self)
+        self.quiesce()
 
     def close(self) -> None:
         """Give up what the machine underneath holds for us: the swap file."""
