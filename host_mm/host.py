@@ -44,6 +44,7 @@ from host_mm import (
     userfaultfd_k,
     vmscan,
     vmscan_trace,
+    zram,
 )
 from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
@@ -53,6 +54,7 @@ from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
 from host_mm.ram import PAGE_SHIFT, Ram
+from host_mm.swap_readahead import SwapReadahead
 from host_mm.swapfile import SwapInfo
 
 if TYPE_CHECKING:
@@ -122,7 +124,11 @@ class HostMm:
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
         self.lru = lru.Lru(self)
-        self.swap: SwapInfo | None = SwapInfo(sched, swap_bytes, swap_path) if swap_bytes else None
+        self.swap: SwapInfo | None = None
+        if swap_bytes:
+            device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
+            self.swap = SwapInfo(sched, swap_bytes, swap_path, device)
+        self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
         self.ksm = Ksm(self)
         self.processes: list[Process] = []

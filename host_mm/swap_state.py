@@ -7,8 +7,7 @@ free_swap_and_cache_nr, __try_to_reclaim_swap); Linux 6.18.
 The cache holds one reference to each of its folios and SWAP_HAS_CACHE on the slot. A folio enters
 and leaves it locked. `private` of the folio is its swap entry.
 
-Not modelled: shadow entries (workingset refaults), large folios, readahead (it behaves as with
-vm.page-cluster=0).
+Not modelled: shadow entries (workingset refaults), large folios. Readahead is in swap_readahead.py.
 """
 
 from __future__ import annotations
