@@ -1,8 +1,8 @@
 """The contract between a guest payload and the machine: ports, memory map, CPUID leaf, vmcalls.
 
-Every integer constant here is also a symbol of the payload assembler (guest_payloads/builder.py), so
-payload sources name them and never repeat a number. Nothing else of the machine is visible to a
-payload, and this module imports nothing of it.
+Every integer constant here, VMCALL_* too, is also a symbol of the payload assembler
+(guest_payloads/builder.py), so payload sources name them and never repeat a number. Nothing else of
+the machine is visible to a payload, and this module imports nothing of it.
 
 Sources of truth: kvm-unit-tests (serial 0x3f8 and isa-debug-exit 0xf4 dialect), the Multiboot 0.6.96
 specification, Intel SDM vol. 2A (CPUID leaves 40000000H-4FFFFFFFH are left to hypervisors).
