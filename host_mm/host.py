@@ -11,6 +11,7 @@ HostMm, which this file, at the top of the room, passes on:
     swapin      ->  do_wp_page
     madvise     ->  reclaim_pages
     mmap        ->  shmem_file_setup
+    page        ->  free_zone_device_folio
     mm_types    ->  free_mm
 
 Not modelled: memory hotplug, more than one zone in a node, cgroups.
@@ -27,7 +28,7 @@ from host_mm import (
     filemap_cache,
     fork,
     gup,
-    hmm,
+    hmm_mirror,
     interval_notifier,
     ksm,
     ksm_merge,
@@ -35,6 +36,7 @@ from host_mm import (
     lru,
     memory,
     memory_file,
+    memremap,
     migrate,
     mmu_notifier,
     oom_kill,
@@ -53,12 +55,13 @@ from host_mm import (
 )
 from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
-from host_mm.ksm_types import Ksm
+from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
 from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
 from host_mm.ram import PAGE_SHIFT, Ram
+from host_mm.secondary_tables import SecondaryTables
 from host_mm.swap_readahead import SwapReadahead
 from host_mm.swapfile import SwapInfo
 
@@ -76,7 +79,7 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
-    filemap_cache, fork, gup, hmm, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate,
+    filemap_cache, fork, gup, hmm_mirror, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate,
     mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
     vmscan_trace,
 )
@@ -110,8 +113,9 @@ class HostMm:
         nr_frames = ram_bytes >> PAGE_SHIFT
         if nr_frames < 64:
             raise ValueError("a host needs 256 KiB of RAM at least")
-        self.ram = Ram(nr_frames)
-        self.pages = Pages(nr_frames)
+        self.ram = Ram(nr_frames + memremap.DEVICE_FRAMES)
+        self.pages = Pages(nr_frames + memremap.DEVICE_FRAMES)
+        self.device_frames = memremap.DeviceFrames(nr_frames)
         self.zero_pfn = ZERO_PFN
         for pfn in range(_RESERVED):
             self.pages.flags[pfn] = PG_reserved
@@ -126,6 +130,7 @@ class HostMm:
         self.frame_holders: list[Callable[[], Mapping[int, int]]] = [self._tables_of_the_dead, self._pins]
         self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
         self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
+        self.secondary_tables = SecondaryTables()
         self.folio_waitqueues: dict[int, WaitQueue] = {}
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
@@ -211,6 +216,14 @@ class HostMm:
     def _at_work(self) -> bool:
         return self.ksm.scanning or any(not vmscan.kswapd_asleep(self, node.nid) for node in self.nodes)
 
+    def shutdown(self) -> None:
+        """Every process has ended: stop ksmd, turn swap off. What is in use after that is lost."""
+        if self.ksm.mm_slots:
+            ksm.run_store(self, KSM_RUN_UNMERGE)
+        if self.swap is not None:
+            swap_state.try_to_unuse(self)
+        self.quiesce()
+
     def close(self) -> None:
         """Give up what the machine underneath holds for us: the swap file."""
         if self.swap is not None:
@@ -253,6 +266,15 @@ class HostMm:
     def do_wp_page(self, vmf: VmFault) -> tuple[str, int]:
         """swapin -> memory."""
         return memory.do_wp_page(vmf)
+
+    def free_zone_device_folio(self, pfn: int) -> None:
+        """page -> memremap."""
+        memremap.free_zone_device_folio(self, pfn)
+
+    def device_frame_gone(self, pfn: int) -> None:
+        """A device's frame has no user any more: whoever still translates to it is wrong."""
+        for hook in self.free_hooks:
+            hook(pfn, 0)
 
     def mark_page_accessed(self, pfn: int) -> None:
         """folio_mark_accessed, for holders of a reference outside mm."""

@@ -48,6 +48,7 @@ __all__ = [
     "swap_cache_del_folio",
     "swap_cache_get_folio",
     "swap_cache_replace_folio",
+    "try_to_unuse",
 ]
 
 SWAP_CACHE_ADD = Tracepoint(
@@ -220,6 +221,15 @@ def _reclaim_cached_slot(host: HostMm, swap: SwapInfo) -> int:
             if found:
                 return found
     return 0
+
+
+def try_to_unuse(host: HostMm) -> None:
+    """swapoff's second half: slots that only the swap cache holds are given back, and their folios."""
+    swap = _swap(host)
+    offset = swap.find_only_cached(1)
+    while offset:
+        _try_to_reclaim_swap(host, swap, offset, anyway=True)
+        offset = swap.find_only_cached(offset + 1)
 
 
 def free_swap_and_cache(host: HostMm, entry: int) -> None:
