@@ -7,7 +7,7 @@ pte_needs_flush; Linux 6.18.
 The bracket is opened at the first populated level-3 entry and reaches to the end of the enclosing
 512 GiB or of the call: a call over nothing populated fires none, one over pages never touched whose
 neighbourhood is populated fires one. Linux 5.10 opens it in the level-2 walker, to the end of the 1 GiB.
-The flush follows the bracket's end.
+The flush follows the bracket's end: what a gather found to need one, in 5.10 the VMA's whole range.
 
 Not modelled: protection keys, userfaultfd write-protection, huge entries, prot_none_walk.
 """
@@ -31,6 +31,7 @@ from host_mm.arch.x86.pgtable import (
     PFN_MASK,
     PGDIR_SIZE,
     PUD_SIZE,
+    SWP_MIGRATION_READ,
     SWP_MIGRATION_READ_EXCLUSIVE,
     is_writable_migration_entry,
     pte_mkwrite,
@@ -121,18 +122,27 @@ def _mprotect_fixup(tlb: MmuGather, vma: VmArea, start: int, end: int, flags: in
 def change_protection(tlb: MmuGather, vma: VmArea, start: int, end: int, cp_flags: int) -> int:
     """Apply the VMA's rights (or, for NUMA hinting, none) to its entries; returns how many changed."""
     newprot = _PAGE_NONE if cp_flags & MM_CP_PROT_NUMA else vma.page_prot
-    span = PGDIR_SIZE if vma.mm.host.profile.mprotect_bracket_level == 3 else PUD_SIZE
+    mm = vma.mm
+    profile = mm.host.profile
+    span = PGDIR_SIZE if profile.mprotect_bracket_level == 3 else PUD_SIZE
+    gather = tlb if profile.mprotect_gathers else None
+    if gather is None:
+        _tlb.inc_tlb_flush_pending(mm)
     pages = 0
     address = start
     while address < end:
         following = min(end, (address & ~(span - 1)) + span)
-        pages += _change_span(tlb, vma, address, following, newprot, cp_flags, by_pud=span == PGDIR_SIZE)
+        pages += _change_span(gather, vma, address, following, newprot, cp_flags, by_pud=span == PGDIR_SIZE)
         address = following
+    if gather is None:
+        if pages:
+            _tlb.flush_tlb_range(mm, start, end)
+        _tlb.dec_tlb_flush_pending(mm)
     return pages
 
 
 def _change_span(
-    tlb: MmuGather, vma: VmArea, start: int, end: int, newprot: int, cp_flags: int, *, by_pud: bool
+    tlb: MmuGather | None, vma: VmArea, start: int, end: int, newprot: int, cp_flags: int, *, by_pud: bool
 ) -> int:
     mm = vma.mm
     if by_pud:
@@ -157,7 +167,7 @@ def _change_span(
 
 
 def _change_pte_range(
-    tlb: MmuGather, vma: VmArea, pmd: int, address: int, end: int, newprot: int, cp_flags: int
+    tlb: MmuGather | None, vma: VmArea, pmd: int, address: int, end: int, newprot: int, cp_flags: int
 ) -> int:
     mm = vma.mm
     pte = pte_offset_map_lock(mm, pmd, address)
@@ -181,7 +191,7 @@ def _change_pte_range(
 
 
 def _change_present(
-    tlb: MmuGather, vma: VmArea, address: int, pte: int, entry: int, newprot: int, cp_flags: int
+    tlb: MmuGather | None, vma: VmArea, address: int, pte: int, entry: int, newprot: int, cp_flags: int
 ) -> int:
     mm = vma.mm
     host = mm.host
@@ -193,7 +203,7 @@ def _change_present(
     if cp_flags & MM_CP_TRY_CHANGE_WRITABLE and not pte_write(new) and _can_be_writable(vma, pfn, new):
         new = pte_mkwrite(new)
     set_pte(mm, address, pte, new)
-    if _pte_needs_flush(old, new):
+    if tlb is not None and _pte_needs_flush(old, new):
         tlb.remove_tlb_entry(address)
     return 1
 
@@ -212,6 +222,7 @@ def _change_nonpresent(mm: MmStruct, address: int, pte: int, entry: int) -> int:
     swp = pte_to_swp_entry(entry)
     if not is_writable_migration_entry(swp):
         return 0
-    new = swp_entry_to_pte(swp_entry(SWP_MIGRATION_READ_EXCLUSIVE, swp_offset(swp)))
+    kind = SWP_MIGRATION_READ_EXCLUSIVE if mm.host.profile.anon_exclusive else SWP_MIGRATION_READ
+    new = swp_entry_to_pte(swp_entry(kind, swp_offset(swp)))
     set_pte(mm, address, pte, new | (entry & _PAGE_SWP_SOFT_DIRTY))
     return 1
