@@ -42,8 +42,9 @@ TRACEPOINTS = (HOST_OP, HOST_OP_DONE)
 
 
 class HostOperation(msgspec.Struct, frozen=True):
-    """One operation. `events` are the mmu notifier events it may fire, in order; `example` is a
-    call that works on a running guest, as text for `vm.host.`."""
+    """One operation. `example` is a call that works on a running guest, as text for `vm.host.`;
+    `events` are the mmu notifier events that it fires until it returns, in order, the same event in
+    a row named once."""
 
     name: str
     summary: str

@@ -41,17 +41,20 @@ from host_mm import (
     swapin,
     tlb,
     truths,
+    userfaultfd_k,
     vmscan,
     vmscan_trace,
+    zram,
 )
-from host_mm.kernel.locks import Srcu
+from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
-from host_mm.ksm_types import Ksm
+from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
 from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
 from host_mm.ram import PAGE_SHIFT, Ram
+from host_mm.swap_readahead import SwapReadahead
 from host_mm.swapfile import SwapInfo
 
 if TYPE_CHECKING:
@@ -68,15 +71,18 @@ QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
     fork, gup, hmm, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate, mmu_notifier,
-    oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, vmscan, vmscan_trace,
+    oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
+    vmscan_trace,
 )
 
 
 class HostMm:
     """The host kernel's memory management. Any number of processes, any number of VMs among them.
 
-    `pte_hooks` are called as (mm, address, old, new) with each store to a level-1 entry; `free_hooks`
-    as (pfn, order) with each block that goes back to the allocator. `checks` is the checker or None.
+    `pte_hooks` are called as (mm, address, old, new) with each store to a level-1 entry, `pmd_hooks` with
+    each to a level-2 entry that is or was no table; `free_hooks` as (pfn, order) with each block that goes
+    back to the allocator. `checks` is the checker or None. `pmd_locks` has the lock of each level-2 table
+    by its frame: address spaces can share such a table.
     `frame_holders` give, as pfn to count, the references that no page table, swap cache or LRU batch
     explains: pins, and frames that upper rooms allocated (for truths.audit). `held` counts, by frame,
     plain references (FOLL_GET) whose holders write through them.
@@ -105,6 +111,8 @@ class HostMm:
             self.pages.flags[pfn] = PG_reserved
             self.pages.refcount[pfn] = 1
         self.pte_hooks: list[Callable[[MmStruct, int, int, int], None]] = []
+        self.pmd_hooks: list[Callable[[MmStruct, int, int, int], None]] = []
+        self.pmd_locks: dict[int, Spinlock] = {}
         self.free_hooks: list[Callable[[int, int], None]] = []
         self.mms: list[MmStruct] = []
         self.pins: Counter[int] = Counter()
@@ -116,7 +124,11 @@ class HostMm:
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
         self.lru = lru.Lru(self)
-        self.swap: SwapInfo | None = SwapInfo(sched, swap_bytes, swap_path) if swap_bytes else None
+        self.swap: SwapInfo | None = None
+        if swap_bytes:
+            device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
+            self.swap = SwapInfo(sched, swap_bytes, swap_path, device)
+        self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
         self.ksm = Ksm(self)
         self.processes: list[Process] = []
@@ -145,6 +157,11 @@ class HostMm:
     def zones(self) -> list[page_alloc.Zone]:
         """The zones, one a node."""
         return [node.zone for node in self.allocator.nodes]
+
+    def numa_node_id(self, process: Process) -> int:
+        """The node of the CPU that the current task, a thread of `process` or KVM's for it, runs on."""
+        node = self.sched.current.node
+        return node if node >= 0 else process.home_node
 
     # -- processes ----------------------------------------------------------------------------
 
@@ -185,6 +202,14 @@ class HostMm:
 
     def _at_work(self) -> bool:
         return self.ksm.scanning or any(not vmscan.kswapd_asleep(self, node.nid) for node in self.nodes)
+
+    def shutdown(self) -> None:
+        """Every process has ended: stop ksmd, turn swap off. What is in use after that is lost."""
+        if self.ksm.mm_slots:
+            ksm.run_store(self, KSM_RUN_UNMERGE)
+        if self.swap is not None:
+            swap_state.try_to_unuse(self)
+        self.quiesce()
 
     def close(self) -> None:
         """Give up what the machine underneath holds for us: the swap file."""

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
+_EQUAL = "host_write(gpa=0x700000, value=7); vm.host.host_write(gpa=0x701000, value=7); vm.host."
+_MERGE = f"{_EQUAL}ksm_merge(gpa=0x700000, pages=2)"
 
-@operation("CLEAR", example="ksm_merge(gpa=0x200000, pages=64)")
+
+@operation("CLEAR", example=_MERGE)
 def ksm_merge(board: Board, gpa: int, pages: int = 1, zero_pages: int = 0) -> int:
     """madvise(MADV_MERGEABLE), then ksmd scans until nothing changes; answers the range's merged pages."""
     from host_mm.madvise import MADV_MERGEABLE
@@ -31,7 +34,7 @@ def ksm_merge(board: Board, gpa: int, pages: int = 1, zero_pages: int = 0) -> in
     return sum(1 for hva in page_hvas(board, gpa, pages) if board.vmm.is_merged(hva))
 
 
-@operation("CLEAR", example="ksm_unmerge(gpa=0x200000, pages=64)")
+@operation("CLEAR", example=f"{_MERGE}; vm.host.ksm_unmerge(gpa=0x700000, pages=2)")
 def ksm_unmerge(board: Board, gpa: int, pages: int = 1) -> int:
     """madvise(MADV_UNMERGEABLE): every merged page of the range gets a frame of its own again."""
     from host_mm.madvise import MADV_UNMERGEABLE

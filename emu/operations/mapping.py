@@ -32,7 +32,7 @@ def mlock(board: Board, gpa: int, pages: int = 1) -> int:
     return 0
 
 
-@operation("CLEAR", example="munlock(gpa=0x200000, pages=16)")
+@operation(example="mlock(gpa=0x200000, pages=16); vm.host.munlock(gpa=0x200000, pages=16)")
 def munlock(board: Board, gpa: int, pages: int = 1) -> int:
     """munlock of the range."""
     for hva, length in spans(board, gpa, pages):
@@ -40,7 +40,7 @@ def munlock(board: Board, gpa: int, pages: int = 1) -> int:
     return 0
 
 
-@operation("UNMAP", "CLEAR", example="mremap(gpa=0x200000, pages=16)")
+@operation("UNMAP", "CLEAR", "UNMAP", example="mremap(gpa=0x200000, pages=16)")
 def mremap(board: Board, gpa: int, pages: int = 1) -> int:
     """mremap of the range to another place of the VMM's address space, and back again."""
     pieces = spans(board, gpa, pages)

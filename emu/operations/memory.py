@@ -153,7 +153,7 @@ def host_read(board: Board, gpa: int, size: int = 8) -> int:
     return int.from_bytes(board.memory.read(gpa, size), "little")
 
 
-@operation("CLEAR", example="host_write(gpa=0x300000, value=7, size=8)")
+@operation("CLEAR", example="host_read(gpa=0x700000); vm.host.host_write(gpa=0x700000, value=7, size=8)")
 def host_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """The VMM stores the low `size` bytes of `value` through its own mapping."""
     _scalar_size(gpa, size)

@@ -64,7 +64,7 @@ def weather_task(board: Board, period: int) -> Callable[[], None]:
     return body
 
 
-@operation("CLEAR", "PROTECTION_PAGE", example="weather(period=1000000)")
+@operation(example="weather(period=1000000)")
 def weather(board: Board, period: int = 1_000_000) -> int:
     """Start random transparent operations, one every `period` ns of logical time, until the guest ends."""
     if period < 1000:

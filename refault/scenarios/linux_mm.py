@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import refault.scenarios.linux_mm_reclaim  # noqa: F401  (fills the registry)
 from refault.scenarios import scenario
 from refault.scenarios.api import DATA_SIZE, PAGE, PROT_NONE, PROT_READ, PROT_RW, Scenario
 
@@ -83,22 +84,6 @@ def vma_split(s: Scenario) -> None:
     s.st(0x4C0000, 1)
     s.madv(0x4C0000, PAGE, "DOFORK", "madvise DOFORK (merge back)")
     s.st(0x4C0000, 2)
-
-
-@scenario()
-def pageout_swapfile(s: Scenario) -> None:
-    """MADV_PAGEOUT fires one bracket a page and skips the zero page; a page comes back writable."""
-    s.st(0x3000, 0x11)
-    s.st(0x4000, 0x22)
-    s.st(0x5000, 0x33)
-    s.ld(0x6000)
-    s.madv(0x3000, PAGE, "PAGEOUT")
-    s.ld(0x3000, "swap in by read")
-    s.st(0x3000, 0x12)
-    s.madv(0x4000, 3 * PAGE, "PAGEOUT")
-    s.st(0x4000, 0x23, "swap in by write")
-    s.hr(0x5000)
-    s.ld(0x5000)
 
 
 @scenario()
