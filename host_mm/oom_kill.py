@@ -67,7 +67,7 @@ def oom_badness(process: Process, totalpages: int) -> int | None:
 
 
 def _select_bad_process(host: HostMm, memcg: MemCgroup | None) -> tuple[Process, int] | None:
-    totalpages = host.pages.nr_frames + (host.swap.pages if host.swap is not None else 0)
+    totalpages = host.device_frames.start + (host.swap.pages if host.swap is not None else 0)
     if memcg is not None:
         totalpages = min(memcg.max, totalpages)
     chosen: tuple[Process, int] | None = None
