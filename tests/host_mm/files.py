@@ -7,9 +7,9 @@ from typing import Any
 from host_mm.address_space import fput
 from host_mm.arch.x86.pgtable import lookup_address_in_mm, pte_pfn
 from host_mm.fork import exit_process
+from host_mm.memfd import memfd_create
 from host_mm.mmap import MAP_SHARED, do_mmap
 from host_mm.process import Process
-from host_mm.shmem import memfd_create
 from host_mm.truths import audit
 from tests.host_mm.machine import PAGE, RW, make_host
 
