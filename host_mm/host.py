@@ -32,6 +32,8 @@ from host_mm import (
     ksm_merge,
     ksm_tree,
     lru,
+    lru_gen,
+    lru_gen_walk,
     memory,
     memremap,
     migrate,
@@ -75,8 +77,8 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
-    fork, gup, hmm_mirror, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate, mmu_notifier,
-    oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
+    fork, gup, hmm_mirror, interval_notifier, ksm, ksm_merge, ksm_tree, lru, lru_gen_walk, memory, migrate,
+    mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
     vmscan_trace,
 )
 
@@ -125,13 +127,17 @@ class HostMm:
         self.held: Counter[int] = Counter()
         self.frame_holders: list[Callable[[], Mapping[int, int]]] = [self._tables_of_the_dead, self._pins]
         self.memcg = MemoryController(self)
+        self.lru_gen_enabled = self.params.get("mm.lru_gen", "N").lower() in ("y", "1", "on", "yes", "true")
+        self.gens = lru_gen.LruGen(self)
+        if self.lru_gen_enabled:
+            self.free_hooks.append(self.gens.forget)
         self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
         self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
         self.secondary_tables = SecondaryTables()
         self.folio_waitqueues: dict[int, WaitQueue] = {}
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
-        self.lru = lru.Lru(self)
+        self.lru = lru.Lru(self, lru_gen.new_lruvec)
         self.swap: SwapInfo | None = None
         if swap_bytes:
             device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
