@@ -15,6 +15,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     swap-count, swap-cache   ... and a swap slot the entries and the cache that hold it
     ksm-writable             ... and no entry grants writing to a KSM page
     lru                      ... and PG_lru says where the folio is
+    free-count               ... and a zone's free pages are those on its lists
     tlb-stale                ... and every host TLB entry is what the tables say
 
 The first six raise from the place where they break; `audit` checks the others when nobody is
@@ -217,16 +218,23 @@ class _Audit:
         refs.update(host.lru.batched())
         for holder in host.frame_holders:
             refs.update(holder())
-        for node in host.allocator.nodes:
-            pfn = node.zone.start
-            while pfn < node.zone.end:
+        for zone in host.zones:
+            free = 0
+            pfn = zone.start
+            while pfn < zone.end:
                 flags = pages.flags[pfn]
                 if flags & PG_buddy:
+                    free += 1 << pages.order[pfn]
                     pfn += 1 << pages.order[pfn]
                     continue
                 if not flags & PG_reserved:
                     self._frame(pfn, flags)
                 pfn += 1
+            if free != zone.nr_free + zone.nr_isolated:
+                raise BrokenTruth(
+                    "free-count", f"zone {zone.name} of node {zone.nid} has {free} free frames, counts "
+                    f"{zone.nr_free} and {zone.nr_isolated} isolated",
+                )
 
     def _frame(self, pfn: int, flags: int) -> None:
         pages = self.host.pages
