@@ -28,7 +28,16 @@ from host_mm.mmzone import (
     PAGEBLOCK_NR_PAGES,
     PAGEBLOCK_ORDER,
 )
-from host_mm.page import PG_anon, PG_buddy, PG_head, PG_ksm, PG_lru, PG_swapcache, PG_writeback
+from host_mm.page import (
+    PG_anon,
+    PG_buddy,
+    PG_head,
+    PG_ksm,
+    PG_lru,
+    PG_swapcache,
+    PG_writeback,
+    folio_mapcount,
+)
 from host_mm.page_alloc import GFP_KERNEL
 
 if TYPE_CHECKING:
@@ -188,7 +197,7 @@ def _may_isolate(cc: CompactControl, pfn: int, flags: int) -> bool:
     if not flags & PG_lru or pages.refcount[pfn] <= 0:
         return False
     anonymous = flags & (PG_anon | PG_ksm) or pfn not in pages.mapping
-    if anonymous and not flags & PG_swapcache and pages.refcount[pfn] > pages.mapcount[pfn]:
+    if anonymous and not flags & PG_swapcache and pages.refcount[pfn] > folio_mapcount(pages, pfn):
         return False
     # A dirty page may be taken in any mode: nothing here needs I/O to be moved.
     return cc.mode == MIGRATE_SYNC or not flags & PG_writeback

@@ -45,10 +45,11 @@ from host_mm import (
     swapin,
     tlb,
     truths,
+    userfaultfd_k,
     vmscan,
     vmscan_trace,
 )
-from host_mm.kernel.locks import Srcu
+from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.ksm_types import Ksm
 from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved
@@ -72,15 +73,18 @@ QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
     compaction_trace, fork, gup, hmm, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate,
-    mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, vmscan, vmscan_trace,
+    mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
+    vmscan_trace,
 )
 
 
 class HostMm:
     """The host kernel's memory management. Any number of processes, any number of VMs among them.
 
-    `pte_hooks` are called as (mm, address, old, new) with each store to a level-1 entry; `free_hooks`
-    as (pfn, order) with each block that goes back to the allocator. `checks` is the checker or None.
+    `pte_hooks` are called as (mm, address, old, new) with each store to a level-1 entry, `pmd_hooks` with
+    each to a level-2 entry that is or was no table; `free_hooks` as (pfn, order) with each block that goes
+    back to the allocator. `checks` is the checker or None. `pmd_locks` has the lock of each level-2 table
+    by its frame: address spaces can share such a table.
     `frame_holders` give, as pfn to count, the references that no page table, swap cache or LRU batch
     explains: pins, and frames that upper rooms allocated (for truths.audit). `held` counts, by frame,
     plain references (FOLL_GET) whose holders write through them.
@@ -109,6 +113,8 @@ class HostMm:
             self.pages.flags[pfn] = PG_reserved
             self.pages.refcount[pfn] = 1
         self.pte_hooks: list[Callable[[MmStruct, int, int, int], None]] = []
+        self.pmd_hooks: list[Callable[[MmStruct, int, int, int], None]] = []
+        self.pmd_locks: dict[int, Spinlock] = {}
         self.free_hooks: list[Callable[[int, int], None]] = []
         self.mms: list[MmStruct] = []
         self.pins: Counter[int] = Counter()
@@ -149,6 +155,11 @@ class HostMm:
     def zones(self) -> list[page_alloc.Zone]:
         """The zones of all nodes."""
         return self.allocator.zones
+
+    def numa_node_id(self, process: Process) -> int:
+        """The node of the CPU that the current task, a thread of `process` or KVM's for it, runs on."""
+        node = self.sched.current.node
+        return node if node >= 0 else process.home_node
 
     # -- processes ----------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ written. `mapcount` counts page-table entries (the kernel stores one less). A ta
 page holds its distance from the head in `tail`, and all reference counts live in the head.
 
     private:  swap_entry of a page in the swap cache, else the owner's word
+    entire_mapcount, large_mapcount (of the head of a large folio): how often it is mapped as a whole, and
+              how many entries map it or a part of it
     index:    linear_page_index in its anon_vma or file
     mapping:  AnonVma or address space, absent for pages nobody maps
 
@@ -30,9 +32,9 @@ __all__ = [
     "PG_buddy", "PG_dirty", "PG_head", "PG_hwpoison", "PG_idle", "PG_ksm", "PG_locked", "PG_lru",
     "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced", "PG_reserved", "PG_swapbacked",
     "PG_swapcache", "PG_table", "PG_unevictable", "PG_uptodate", "PG_workingset", "PG_writeback",
-    "PG_young", "Pages", "decode_page_flags", "folio_maybe_dma_pinned", "folio_ref_freeze",
-    "folio_ref_unfreeze", "get_page", "page_folio", "put_page", "set_page_dirty",
-    "try_get_page",
+    "PG_young", "Pages", "decode_page_flags", "folio_mapcount", "folio_maybe_dma_pinned", "folio_nr_pages",
+    "folio_ref_freeze", "folio_ref_unfreeze", "folio_test_large", "get_page", "page_folio", "put_page",
+    "set_page_dirty", "try_get_page",
 ]
 
 # Masks, at the kernel's bit numbers.
@@ -84,14 +86,16 @@ class Pages:
     """The columns of struct page for `nr_frames` frames."""
 
     __slots__ = (
-        "flags", "generation", "index", "mapcount", "mapping", "nr_frames", "order", "private",
-        "refcount", "tail",
+        "entire_mapcount", "flags", "generation", "index", "large_mapcount", "mapcount", "mapping",
+        "nr_frames", "order", "private", "refcount", "tail",
     )
 
     def __init__(self, nr_frames: int) -> None:
         self.nr_frames = nr_frames
         self.refcount = column("i", nr_frames)
         self.mapcount = column("i", nr_frames)
+        self.entire_mapcount = column("i", nr_frames)
+        self.large_mapcount = column("i", nr_frames)
         self.flags = column("Q", nr_frames)
         self.index = column("Q", nr_frames)
         self.private = column("Q", nr_frames)
@@ -109,6 +113,21 @@ def decode_page_flags(flags: int) -> str:
 def page_folio(pages: Pages, pfn: int) -> int:
     """The pfn of the head of the folio that `pfn` belongs to."""
     return pfn - pages.tail[pfn]
+
+
+def folio_test_large(pages: Pages, head: int) -> bool:
+    """Whether the folio has more than one page."""
+    return pages.flags[head] & PG_head != 0
+
+
+def folio_nr_pages(pages: Pages, head: int) -> int:
+    """How many 4 KiB pages the folio has."""
+    return 1 << pages.order[head] if pages.flags[head] & PG_head else 1
+
+
+def folio_mapcount(pages: Pages, head: int) -> int:
+    """How many entries, of whatever level, map the folio or a part of it."""
+    return pages.large_mapcount[head] if pages.flags[head] & PG_head else pages.mapcount[head]
 
 
 def get_page(host: HostMm, pfn: int, nr: int = 1) -> None:

@@ -249,11 +249,12 @@ class PageAllocator:
         host = self.host
         pages = host.pages
         flags = pages.flags[pfn]
-        if flags & _BAD_AT_FREE or pages.refcount[pfn] or pages.mapcount[pfn]:
+        mapped = pages.mapcount[pfn] or pages.entire_mapcount[pfn] or pages.large_mapcount[pfn]
+        if flags & _BAD_AT_FREE or pages.refcount[pfn] or mapped:
             raise BrokenTruth(
                 "bad-page-state",
                 f"pfn {pfn:#x} is freed with flags {flags:#x}, refcount {pages.refcount[pfn]}, "
-                f"mapcount {pages.mapcount[pfn]}",
+                f"mapcount {mapped}",
             )
         mapping = pages.mapping.get(pfn)
         if mapping is not None:

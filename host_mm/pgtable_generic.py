@@ -5,9 +5,12 @@ __pte_offset_map_lock), mm/memory.c (__pud_alloc, __pmd_alloc, __pte_alloc, free
 mm/rmap.c: mm_find_pmd; Linux 6.18.
 
 An entry is named by its physical address. Every store to a table of level 1 goes through `set_pte`,
-which tells `host.pte_hooks` (mm, address, old, new); tables come and go through `_set_table`.
+which tells `host.pte_hooks` (mm, address, old, new); each store of a huge leaf or of what takes its place
+through `set_pmd`, which tells `host.pmd_hooks`; tables come and go through `_set_table`.
 
-Not modelled: huge leaves at levels 2 and 3, five levels, RCU freeing of tables (gathers free them after
+Level-2 entries are locked by their table's lock (`pmd_lock`), level-1 entries by theirs, taken after it.
+
+Not modelled: huge leaves at level 3, five levels, RCU freeing of tables (gathers free them after
 the flush), PT_RECLAIM.
 """
 
@@ -23,6 +26,7 @@ from host_mm.arch.x86.pgtable import (
     PGDIR_SIZE,
     PMD_SIZE,
     PUD_SIZE,
+    pmd_table,
     pte_wrprotect,
 )
 from host_mm.kernel.errors import BrokenTruth
@@ -35,10 +39,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "free_pgd_range", "free_tables", "mm_find_pmd", "move_table", "pgd_alloc", "pgd_free", "pmd_alloc",
-    "pmd_entries", "pmd_offset", "pte_alloc", "pte_clear", "pte_lockptr", "pte_offset_map",
-    "pte_offset_map_lock", "ptep_clear_flush", "ptep_get", "ptep_get_and_clear",
+    "pmd_entries", "pmd_lock", "pmd_lockptr", "pmd_offset", "pmd_slots", "pte_alloc", "pte_clear",
+    "pte_lockptr", "pte_offset_map", "pte_offset_map_lock", "ptep_clear_flush", "ptep_get",
+    "ptep_get_and_clear",
     "ptep_set_access_flags", "ptep_set_wrprotect", "ptep_test_and_clear_young", "pud_alloc",
-    "pud_entries", "pud_offset", "set_pte",
+    "pud_entries", "pud_offset", "set_pmd", "set_pte",
 ]
 
 
@@ -102,6 +107,32 @@ def ptep_test_and_clear_young(mm: MmStruct, address: int, pte: int) -> bool:
         return False
     set_pte(mm, address, pte, entry & ~0x20)
     return True
+
+
+# -- entries of level 2 -------------------------------------------------------------------------
+def set_pmd(mm: MmStruct, address: int, pmd: int, value: int) -> None:
+    """set_pmd_at: store a huge leaf, a migration entry or 0. The only place where one changes.
+
+    `address` is that of the 2 MiB. Hanging a table where a huge leaf was is told here, too.
+    """
+    host = mm.host
+    u64 = host.ram.u64
+    old = u64[pmd >> 3]
+    u64[pmd >> 3] = value
+    for hook in host.pmd_hooks:
+        hook(mm, address, old, value)
+
+
+def pmd_lockptr(mm: MmStruct, pmd: int) -> Spinlock:
+    """The lock of the level-2 table that the entry at `pmd` is in."""
+    return mm.host.pmd_locks[pmd >> 12]
+
+
+def pmd_lock(mm: MmStruct, pmd: int) -> Spinlock:
+    """The same, taken."""
+    lock = mm.host.pmd_locks[pmd >> 12]
+    lock.lock()
+    return lock
 
 
 # -- locating entries ---------------------------------------------------------------------------
@@ -170,6 +201,8 @@ def _free_table(mm: MmStruct, pfn: int) -> None:
     host.pages.flags[pfn] &= ~PG_table
     host.vmstat["nr_page_table_pages"] -= 1
     put_page(host, pfn)
+    if not host.pages.refcount[pfn]:
+        host.pmd_locks.pop(pfn, None)
 
 
 def _set_table(mm: MmStruct, entry: int, value: int) -> None:
@@ -223,42 +256,45 @@ def pmd_alloc(mm: MmStruct, address: int) -> int:
     pud = pud_alloc(mm, address)
     if not pud:
         return 0
-    pmd_table = _next_table(mm, pud)
-    if not pmd_table:
+    table = _next_table(mm, pud)
+    if not table:
         return 0
-    return pmd_table + ((address >> 21) & 511) * 8
+    locks = mm.host.pmd_locks
+    if table >> 12 not in locks:
+        locks[table >> 12] = Spinlock(mm.host.sched, "pmd_ptl")
+    return table + ((address >> 21) & 511) * 8
 
 
 def pte_alloc(mm: MmStruct, pmd: int) -> bool:
-    """See that a level-1 table hangs below level-2 entry `pmd`; false: no memory."""
-    if mm.host.ram.u64[pmd >> 3] & 1:
+    """See that something hangs below level-2 entry `pmd`, a table if it was empty; false: no memory."""
+    if mm.host.ram.u64[pmd >> 3]:
         return True
     new = _alloc_table(mm)
     if new < 0:
         return False
-    mm.page_table_lock.lock()
-    if mm.host.ram.u64[pmd >> 3] & 1:
-        mm.page_table_lock.unlock()
+    lock = pmd_lock(mm, pmd)
+    if mm.host.ram.u64[pmd >> 3]:
+        lock.unlock()
         _free_table(mm, new)
         return True
     mm.pte_locks[new] = Spinlock(mm.host.sched, "ptl")
     mm.pgtables_bytes += 4096
     _set_table(mm, pmd, new << 12 | _PAGE_TABLE)
-    mm.page_table_lock.unlock()
+    lock.unlock()
     return True
 
 
 def move_table(mm: MmStruct, old_entry: int, new_entry: int, old: int, new: int, size: int) -> None:
-    """Hang the table below `old_entry` below `new_entry`, which is empty; page_table_lock is held.
+    """Hang the table below `old_entry` below `new_entry`, which is empty; both entries are locked.
 
     `old` and `new` are the addresses that the entries are for, `size` what one of them spans. Each
-    level-1 entry that moves with the table is told to the hooks as cleared here and set there.
+    leaf that moves with the table is told to the hooks as cleared here and set there.
     """
     u64 = mm.host.ram.u64
     value = u64[old_entry >> 3]
     _set_table(mm, old_entry, 0)
     _set_table(mm, new_entry, value)
-    if mm.host.pte_hooks:
+    if mm.host.pte_hooks or mm.host.pmd_hooks:
         _tell_moved(mm, value & PFN_MASK, old, new, size)
 
 
@@ -267,10 +303,10 @@ def _tell_moved(mm: MmStruct, table: int, old: int, new: int, size: int) -> None
     words = mm.host.ram.u64[table >> 3 : (table >> 3) + 512].tolist()
     for index, entry in enumerate(words):
         offset = index * step
-        if entry and step > 4096:
+        if step > 4096 and pmd_table(entry):
             _tell_moved(mm, entry & PFN_MASK, old + offset, new + offset, step)
         elif entry:
-            for hook in mm.host.pte_hooks:
+            for hook in mm.host.pte_hooks if step == 4096 else mm.host.pmd_hooks:
                 hook(mm, old + offset, entry, 0)
                 hook(mm, new + offset, 0, entry)
 
@@ -305,7 +341,22 @@ def pmd_entries(mm: MmStruct, start: int, end: int) -> list[tuple[int, int, int]
         while address < last:
             following = min(last, (address & ~(PMD_SIZE - 1)) + PMD_SIZE)
             pmd = table + ((address >> 21) & 511) * 8
-            if u64[pmd >> 3] & 1:
+            if pmd_table(u64[pmd >> 3]):
+                found.append((pmd, address, following))
+            address = following
+    return found
+
+
+def pmd_slots(mm: MmStruct, start: int, end: int) -> list[tuple[int, int, int]]:
+    """(pmd, address, next) of each level-2 entry in [start, end) that is not empty, table or not."""
+    u64 = mm.host.ram.u64
+    found: list[tuple[int, int, int]] = []
+    for table, first, last in pud_entries(mm, start, end):
+        address = first
+        while address < last:
+            following = min(last, (address & ~(PMD_SIZE - 1)) + PMD_SIZE)
+            pmd = table + ((address >> 21) & 511) * 8
+            if u64[pmd >> 3]:
                 found.append((pmd, address, following))
             address = following
     return found

@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, NoReturn
 
-from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, lookup_address_in_mm, pte_pfn
+from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, PMD_SIZE, lookup_address_in_mm, pte_pfn
 from host_mm.kernel.errors import BrokenTruth
 from kvm_model.memslots import hva_to_gfn_memslot, kvm_slot_dirty_track_enabled
 from kvm_model.mmu.spte import (
@@ -65,8 +65,8 @@ class KvmTruths:
     def __init__(self, kvm: Kvm) -> None:
         self.kvm = kvm
         self._noted: dict[int, int | None] = {}
-        self._noted_gfns: dict[int, int | None] = {}
-        self._in_brackets: dict[int, int | None] = {}
+        self._noted_gfns: dict[tuple[int, int], int | None] = {}
+        self._in_brackets: dict[tuple[int, int], int | None] = {}
         self._held: Spinlock | None = None
         self._open: dict[int, tuple[bool, Ranges]] = {}
         self._ranges: dict[Task, Ranges] = {}
@@ -77,6 +77,7 @@ class KvmTruths:
         self._seq0 = kvm.mmu_invalidate_seq
         self._mapped: Counter[int] = Counter()
         kvm.host.pte_hooks.append(self._host_pte_changed)
+        kvm.host.pmd_hooks.append(self._host_pmd_changed)
         kvm.host.free_hooks.append(self._frame_freed)
 
     def _broken(self, truth: str, what: str, seq: int | None = None) -> NoReturn:
@@ -212,7 +213,17 @@ class KvmTruths:
         if mm is not kvm.mm or not kvm.alive:
             return
         for slot in kvm.slots().in_hva_range(address, address):
-            self._noted_gfns[hva_to_gfn_memslot(address, slot)] = kvm.stream.ctx.cause
+            self._noted_gfns[hva_to_gfn_memslot(address, slot), 1] = kvm.stream.ctx.cause
+
+    def _host_pmd_changed(self, mm: MmStruct, address: int, old: int, new: int) -> None:
+        kvm = self.kvm
+        if mm is not kvm.mm or not kvm.alive:
+            return
+        for slot in kvm.slots().in_hva_range(address, address + PMD_SIZE - 1):
+            first = max(address, slot.userspace_addr)
+            last = min(address + PMD_SIZE, slot.userspace_addr + (slot.npages << 12))
+            noted = hva_to_gfn_memslot(first, slot), (last - first) >> 12
+            self._noted_gfns[noted] = kvm.stream.ctx.cause
 
     # -- checks ---------------------------------------------------------------------------------
 
@@ -237,12 +248,12 @@ class KvmTruths:
         self._held = None
         sched = self.kvm.sched
         for task in (sched.main, *sched.tasks):
-            if "ptl" in task.held or "page_table_lock" in task.held:
+            if "ptl" in task.held or "pmd_ptl" in task.held or "page_table_lock" in task.held:
                 break
         else:
             return False
         mm = self.kvm.mm
-        for lock in (mm.page_table_lock, *mm.pte_locks.values()):
+        for lock in (mm.page_table_lock, *mm.pte_locks.values(), *self.kvm.host.pmd_locks.values()):
             if lock.owner is not None:
                 self._held = lock
                 return True
@@ -260,12 +271,12 @@ class KvmTruths:
             if self._root_of(sp):
                 self._check_leaf(sptep, gfn, sp.level, spte, seq)
         gfns, self._noted_gfns = self._noted_gfns, {}
-        for gfn, seq in gfns.items():
-            if self._open and self._in_open_bracket(gfn, 1):
-                self._in_brackets[gfn] = seq
+        for (gfn, pages), seq in gfns.items():
+            if self._open and self._in_open_bracket(gfn, pages):
+                self._in_brackets[gfn, pages] = seq
                 continue
             for root in kvm.tdp_mmu_roots:
-                for sptep, base, level, spte in self._leaves(root, gfn, gfn + 1):
+                for sptep, base, level, spte in self._leaves(root, gfn, gfn + pages):
                     self._check_leaf(sptep, base, level, spte, seq)
 
     def _root_of(self, sp: KvmMmuPage) -> bool:
@@ -369,4 +380,5 @@ class KvmTruths:
     def detach(self) -> None:
         """Stop watching the host."""
         self.kvm.host.pte_hooks.remove(self._host_pte_changed)
+        self.kvm.host.pmd_hooks.remove(self._host_pmd_changed)
         self.kvm.host.free_hooks.remove(self._frame_freed)

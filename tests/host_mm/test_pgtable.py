@@ -65,3 +65,17 @@ def test_decode_names_what_an_entry_is() -> None:
     assert pt.decode_pte(0) == "none"
     assert "migration-write pfn 0x10" in pt.decode_pte(pt.swp_entry_to_pte(pt.swp_entry(27, 0x10)))
     assert pt.decode_pte(pt.mk_pte(5, 0x27)) == "pfn 0x5 P|RW|US|A"
+
+
+def test_a_huge_leaf_is_no_table_and_has_a_frame_without_the_present_bit_too() -> None:
+    leaf = pt.mk_pmd(0x400, pt._PAGE_PRESENT | pt._PAGE_RW | pt._PAGE_USER)
+    none = pt.mk_pmd(0x400, pt._PAGE_PROTNONE)
+    assert pt.pmd_trans_huge(leaf)
+    assert not pt.pmd_table(leaf)
+    assert pt.pmd_pfn(leaf) == pt.pmd_pfn(none) == 0x400
+    moving = pt.swp_entry_to_pte(
+        pt.make_migration_entry(pt.SWP_MIGRATION_WRITE, 0x400, young=True, dirty=True)
+    )
+    assert pt.is_swap_pmd(moving)
+    assert not pt.pmd_present(moving)
+    assert not pt.is_swap_pmd(none)
