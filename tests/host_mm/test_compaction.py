@@ -149,6 +149,21 @@ def test_the_order_is_bracket_entry_flush_copy_set_free_for_each_page() -> None:
     assert batch == [*(["start", "entry", "end"] * count), "flush", *(["copy", "set", "free"] * count)]
 
 
+def test_the_lines_have_the_kernel_s_format() -> None:
+    host = make()
+    scattered(host)
+    points = {tp.full_name: tp for tp in host.stream.tracepoints()}
+    lines: list[str] = []
+    host.stream.listen(Listener(
+        ["compaction:*"], lambda e: lines.append(points[e.event].format(tuple(e.args.values()))),
+        ancestors=False,
+    ))
+    host.sched.run_task("compact", lambda: compact_nodes(host))
+    assert lines[0] == "zone_start=0x0 migrate_pfn=0x0 free_pfn=0xe00 zone_end=0x1000, mode=sync"
+    assert lines[1].startswith("range=(0x0 ~ 0x200) nr_scanned=512 nr_taken=")
+    assert lines[-1].endswith(", mode=sync status=complete")
+
+
 def test_pinned_pages_stay_and_everybody_else_leaves_the_block() -> None:
     host = make()
     process, kept = scattered(host)
