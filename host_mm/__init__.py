@@ -23,6 +23,7 @@ Reading order:
     page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
+    swap_readahead.py zram.py zsmalloc.py            more than was asked for; swap that is RAM
     migrate.py oom_kill.py       to another frame; to nowhere
     compaction.py kcompactd.py   many to another place, for large blocks; and the daemon that sees to it
     compaction_scan.py           which and where to; compaction_trace.py: what is told about it
