@@ -126,7 +126,7 @@ class HostMm:
         self.breaks = breaks
         self.seed = seed
         self.vmstat: defaultdict[str, int] = defaultdict(int)
-        self.trace: Any = stream.bind(_tracepoints())
+        self.trace: Any = stream.bind(_tracepoints(), profile.absent_events)
         nr_frames = ram_bytes >> PAGE_SHIFT
         if nr_frames < 64:
             raise ValueError("a host needs 256 KiB of RAM at least")
