@@ -220,6 +220,8 @@ class PageAllocator:
     def free_frozen_pages(self, pfn: int, order: int) -> None:
         """Give back 2**order frames whose reference count is 0."""
         host = self.host
+        if host.memcg.folios:
+            host.memcg.uncharge(pfn, 1 << order)
         pages = host.pages
         if pages.flags[pfn] & PG_hwpoison and not order:
             # Whoever found the error keeps the frame out of the lists for good.
@@ -340,7 +342,7 @@ class PageAllocator:
                 if gfp & (GFP_THISNODE | GFP_RETRY_MAYFAIL) or order > PAGE_ALLOC_COSTLY_ORDER:
                     # Whoever was killed might have nothing on that node, or nothing in one piece.
                     return -1
-                if not host.out_of_memory(order):
+                if not host.out_of_memory(order, None):
                     raise OutOfMemory(f"no block of order {order}; {self.nr_free_pages()} frames are free")
                 no_progress = 0
                 pfn = self._get_page_from_freelist(gfp, order, zonelist, mark)
