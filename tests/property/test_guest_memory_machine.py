@@ -19,7 +19,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.property.guest_machine import GuestMachine
 
-STEPS = int(os.environ.get("REFAULT_STEPS", "2000"))
+STEPS = int(os.environ.get("REFAULT_STEPS", "5000"))
 SEEDS = [int(s) for s in os.environ.get("REFAULT_SEEDS", "1").split(",")]
 STEPS_AN_EXAMPLE = 60
 PROGRESS = "REFAULT_PROGRESS" in os.environ
