@@ -95,7 +95,7 @@ class KvmTruths:
         self._ranges.setdefault(self.kvm.sched.current, []).append((start, end))
 
     def note_flush_due(self) -> None:
-        """A leaf of a valid root was zapped, by a task that must flush; it may let others have the lock first."""
+        """A leaf of a valid root was zapped by a task that must flush, perhaps after others had the lock."""
         self._flush_due.add(self.kvm.sched.current)
 
     def note_flush(self) -> None:
