@@ -260,6 +260,10 @@ VMCALL_RDMA_DEREGISTER = 0x5246_01B1
 VMCALL_RDMA_PEER_READ = 0x5246_01B2
 VMCALL_RDMA_PEER_WRITE = 0x5246_01B3
 VMCALL_RDMA_PEER_ADD = 0x5246_01B4
+VMCALL_DUNE_READ = 0x5246_01B5
+VMCALL_DUNE_WRITE = 0x5246_01B6
+VMCALL_SVA_READ = 0x5246_01B7
+VMCALL_SVA_WRITE = 0x5246_01B8
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
@@ -428,6 +432,16 @@ VMCALLS: tuple[Vmcall, ...] = (
            "The engine's peer stores the low `size` bytes of `value` into the region."),
     Vmcall(VMCALL_RDMA_PEER_ADD, "rdma_peer_add", ("key", "gpa", "value"), "what was there", ("ENOENT",),
            "The engine's peer adds `value` to the 8 bytes at `gpa`, aligned to 8, at once."),
+    Vmcall(VMCALL_DUNE_READ, "dune_read", ("gpa", "size"), "the value, zero-extended", ("ENOMEM",),
+           "As host_read, also of 8 bytes, but the VMM runs on an EPT of its own, which its faults fill and "
+           "brackets empty, like a guest's."),
+    Vmcall(VMCALL_DUNE_WRITE, "dune_write", ("gpa", "value", "size"), "0", ("ENOMEM",),
+           "As host_write, also of 8 bytes, in the same way."),
+    Vmcall(VMCALL_SVA_READ, "sva_read", ("gpa", "size"), "the value, zero-extended", (),
+           "A device reads `size` bytes (1, 2, 4 or 8) at `gpa`, aligned to the size, through an IOMMU that "
+           "walks the VMM's own page tables."),
+    Vmcall(VMCALL_SVA_WRITE, "sva_write", ("gpa", "value", "size"), "0", (),
+           "That device stores the low `size` bytes of `value`."),
     Vmcall(VMCALL_PAGE_IDLE_SET, "page_idle_set", ("gpa", "pages"), "frames made idle", (),
            "Sets the idle bits of the range's frames; accessed bits of host and guest are cleared. Frames "
            "on no LRU list, and pages without a frame, do not count."),
