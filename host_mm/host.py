@@ -6,10 +6,13 @@ mm/page_alloc.c, mm/memory.c, mm/madvise.c, mm/vmscan.c, mm/swapfile.c and mm/oo
 Linux's mm is mutually recursive; imports here may not be. The lower files call upward by methods of
 HostMm, which this file, at the top of the room, passes on:
 
-    page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory
+    page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory, try_to_compact_pages
+    vmscan      ->  wakeup_kcompactd, reset_isolation_suitable
     memcontrol  ->  reclaim_memcg, out_of_memory
-    memory      ->  do_swap_page             swapin  ->  do_wp_page
+    memory      ->  do_swap_page, do_fault, wp_page_shared
+    swapin      ->  do_wp_page
     madvise     ->  reclaim_pages
+    mmap        ->  shmem_file_setup
     page        ->  free_zone_device_folio
     mm_types    ->  free_mm
 
@@ -24,10 +27,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from host_mm import (
+    compaction,
+    compaction_trace,
+    filemap_cache,
     fork,
     gup,
     hmm_mirror,
     interval_notifier,
+    kcompactd,
     ksm,
     ksm_merge,
     ksm_tree,
@@ -35,6 +42,7 @@ from host_mm import (
     lru_gen,
     lru_gen_walk,
     memory,
+    memory_file,
     memremap,
     migrate,
     mmu_notifier,
@@ -42,6 +50,7 @@ from host_mm import (
     page_alloc,
     page_io,
     rmap_unmap,
+    shmem,
     swap_state,
     swapin,
     tlb,
@@ -65,6 +74,7 @@ from host_mm.swap_readahead import SwapReadahead
 from host_mm.swapfile import SwapInfo
 
 if TYPE_CHECKING:
+    from host_mm.address_space import AddressSpace
     from host_mm.kernel.sched import Scheduler, Task
     from host_mm.mm_types import MmStruct, VmFault
     from trace_events.stream import TraceStream
@@ -77,8 +87,29 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
-    fork, gup, hmm_mirror, interval_notifier, ksm, ksm_merge, ksm_tree, lru, lru_gen_walk, memory, migrate,
-    mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
+    compaction_trace,
+    filemap_cache,
+    fork,
+    gup,
+    hmm_mirror,
+    interval_notifier,
+    ksm,
+    ksm_merge,
+    ksm_tree,
+    lru,
+    lru_gen_walk,
+    memory,
+    migrate,
+    mmu_notifier,
+    oom_kill,
+    page_alloc,
+    page_io,
+    rmap_unmap,
+    swap_state,
+    swapin,
+    tlb,
+    userfaultfd_k,
+    vmscan,
     vmscan_trace,
 )
 
@@ -147,6 +178,8 @@ class HostMm:
         self.swap_device = page_io.SwapDevice(self)
         self.ksm = Ksm(self)
         self.processes: list[Process] = []
+        self.mappings: list[AddressSpace] = []
+        self.delayed_fput: list[AddressSpace] = []
         self.next_pid = 1
         self.daemons: list[Task] = []
         self.checks: truths.HostTruths | None = None
@@ -170,8 +203,8 @@ class HostMm:
 
     @property
     def zones(self) -> list[page_alloc.Zone]:
-        """The zones, one a node."""
-        return [node.zone for node in self.allocator.nodes]
+        """The zones of all nodes."""
+        return self.allocator.zones
 
     def numa_node_id(self, process: Process) -> int:
         """The node of the CPU that the current task, a thread of `process` or KVM's for it, runs on."""
@@ -216,7 +249,10 @@ class HostMm:
         self.lru.lru_add_drain_all()
 
     def _at_work(self) -> bool:
-        return self.ksm.scanning or any(not vmscan.kswapd_asleep(self, node.nid) for node in self.nodes)
+        return self.ksm.scanning or any(
+            not vmscan.kswapd_asleep(self, node.nid) or not kcompactd.kcompactd_asleep(self, node.nid)
+            for node in self.nodes
+        )
 
     def shutdown(self) -> None:
         """Every process has ended: stop ksmd, turn swap off. What is in use after that is lost."""
@@ -241,6 +277,19 @@ class HostMm:
         """page_alloc -> vmscan."""
         vmscan.wakeup_kswapd(self, nid, order, gfp)
 
+    def try_to_compact_pages(self, gfp: int, order: int, zonelist: list[page_alloc.Zone], prio: int) -> int:
+        """page_alloc -> compaction: direct compaction; a COMPACT_* result."""
+        return compaction.try_to_compact_pages(self, gfp, order, zonelist, prio)
+
+    def wakeup_kcompactd(self, nid: int, order: int, zoneidx: int) -> None:
+        """vmscan -> kcompactd."""
+        kcompactd.wakeup_kcompactd(self, nid, order, zoneidx)
+
+    def reset_isolation_suitable(self, nid: int) -> None:
+        """vmscan -> compaction."""
+        for zone in self.allocator.nodes[nid].zones:
+            compaction.reset_isolation_suitable(zone)
+
     def out_of_memory(self, order: int, memcg: MemCgroup | None) -> bool:
         """page_alloc, memcontrol -> oom_kill: whether anything was killed, in the group if one is given."""
         return oom_kill.out_of_memory(self, order, memcg)
@@ -256,6 +305,18 @@ class HostMm:
     def do_swap_page(self, vmf: VmFault) -> int:
         """memory -> swapin."""
         return swapin.do_swap_page(vmf)
+
+    def shmem_file_setup(self, name: str, size: int, nid: int) -> AddressSpace:
+        """mmap -> shmem: the file behind a shared anonymous mapping."""
+        return shmem.shmem_file_setup(self, name, size, nid)
+
+    def do_fault(self, vmf: VmFault) -> int:
+        """memory -> memory_file: a fault on an empty entry of a file mapping."""
+        return memory_file.do_fault(vmf)
+
+    def wp_page_shared(self, vmf: VmFault) -> int:
+        """memory -> memory_file: a write on a read-only entry of a shared mapping, its table locked."""
+        return memory_file.wp_page_shared(vmf)
 
     def do_wp_page(self, vmf: VmFault) -> tuple[str, int]:
         """swapin -> memory."""

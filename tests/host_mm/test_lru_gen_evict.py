@@ -71,7 +71,7 @@ def test_a_page_that_is_young_when_eviction_meets_it_is_kept_and_its_neighbours_
     run(vmm.host, lambda: [run_aging(vec, vec.max_seq) for _ in range(2)])
     mmu.take()
     mmu.young.update((0, 6))
-    evict(vmm, vec.max_seq - 2, 1)
+    evict(vmm, vec.max_seq - 2, 8)
     assert 0 not in gone(vmm, 8)
     asked = [first for name, first, _ in mmu.take() if name == "clear_young" and first >= 0]
     assert asked[0] == 0
