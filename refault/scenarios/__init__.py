@@ -6,11 +6,11 @@
 | `emulator.py` | the back end that runs it here; `emulator_reclaim.py`: its steps for reclaim |
 | `recordings.py` | what the real kernel did |
 | `normal.py` | the form in which the two are compared |
+| `guest.py` | the guest, the same for both |
+| `live/` | the back end that runs it on this machine's `/dev/kvm` |
 | `linux_mm.py` | the scenarios of host memory management |
 | `linux_mm_reclaim.py` | those of reclaim and access tracking |
 | `recorded/linux-6.18/` | the real kernel's traces |
-
-Not modelled: a live `/dev/kvm` as a back end.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refault.scenarios.api import Scenario
 
-__all__ = ["MACHINES", "SCENARIOS", "scenario"]
+__all__ = ["MACHINES", "SCENARIOS", "load_all", "scenario"]
 
 SCENARIOS: dict[str, Callable[[Scenario], None]] = {}
 MACHINES: dict[str, dict[str, Any]] = {}
 """What a scenario's machine has that the usual one has not: options of `refault.VM`."""
+
+
+def load_all() -> None:
+    """Fill the registry with the scenarios that come with refault."""
+    import refault.scenarios.linux_mm  # noqa: F401
 
 
 def scenario(**machine: Any) -> Callable[[Callable[[Scenario], None]], Callable[[Scenario], None]]:

@@ -5,11 +5,12 @@ Source of truth: include/uapi/linux/kvm.h, Documentation/virt/kvm/api.rst; Linux
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import struct
 from ctypes import addressof, c_char
+
+from refault.scenarios.live.libc import ioctl
 
 __all__ = ["EXIT_IO", "EXIT_MMIO", "EXIT_NAMES", "KVM_MEM_LOG_DIRTY_PAGES", "KVM_MEM_READONLY", "Vcpu", "Vm"]
 
@@ -34,7 +35,10 @@ EXIT_NAMES = {
     17: "INTERNAL_ERROR", 31: "DIRTY_RING_FULL", 39: "MEMORY_FAULT",
 }
 
-_REGISTERS = "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
+_REGISTERS = (
+    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+    "r15", "rip", "rflags",
+)
 _REGS = struct.Struct("<18Q")
 _SREGS_SIZE = 0x138
 _TABLES = 8 * 24
@@ -46,7 +50,7 @@ _LONG_MODE = {"cr0": 0x80050033, "cr4": 0x20, "efer": 0x500}
 
 def _statistics(fd: int) -> dict[str, int]:
     """What KVM_GET_STATS_FD's file says, by the kernel's names."""
-    stats = fcntl.ioctl(fd, KVM_GET_STATS_FD, 0)
+    stats = ioctl(fd, KVM_GET_STATS_FD, 0)
     try:
         _, name_size, count, _, descriptors, data = struct.unpack("<6I", os.pread(stats, 24, 0))
         found: dict[str, int] = {}
@@ -69,13 +73,13 @@ class Vm:
 
     def __init__(self) -> None:
         self._kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-        self.fd = fcntl.ioctl(self._kvm, KVM_CREATE_VM, 0)
-        fcntl.ioctl(self.fd, KVM_SET_TSS_ADDR, 0xFFFBD000)
+        self.fd = ioctl(self._kvm, KVM_CREATE_VM, 0)
+        ioctl(self.fd, KVM_SET_TSS_ADDR, 0xFFFBD000)
         self.vcpus: list[Vcpu] = []
 
     def set_slot(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         """KVM_SET_USER_MEMORY_REGION."""
-        fcntl.ioctl(
+        ioctl(
             self.fd, KVM_SET_USER_MEMORY_REGION, struct.pack("<IIQQQ", slot, flags, gpa, size, hva)
         )
 
@@ -83,7 +87,7 @@ class Vm:
         """KVM_GET_DIRTY_LOG: the dirty pages' numbers."""
         bitmap = bytearray((pages + 63) // 64 * 8)
         pointer = addressof(c_char.from_buffer(bitmap))
-        fcntl.ioctl(self.fd, KVM_GET_DIRTY_LOG, struct.pack("<IIQ", slot, 0, pointer))
+        ioctl(self.fd, KVM_GET_DIRTY_LOG, struct.pack("<IIQ", slot, 0, pointer))
         bits = int.from_bytes(bitmap, "little")
         return [page for page in range(pages) if bits >> page & 1]
 
@@ -113,17 +117,17 @@ class Vcpu:
     """One vCPU in long mode."""
 
     def __init__(self, vm_fd: int, kvm_fd: int, number: int) -> None:
-        self.fd = fcntl.ioctl(vm_fd, KVM_CREATE_VCPU, number)
-        self._run = mmap.mmap(self.fd, fcntl.ioctl(kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0))
+        self.fd = ioctl(vm_fd, KVM_CREATE_VCPU, number)
+        self._run = mmap.mmap(self.fd, ioctl(kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0))
         cpuid = bytearray(8 + 40 * 256)
         struct.pack_into("<I", cpuid, 0, 256)
-        fcntl.ioctl(kvm_fd, KVM_GET_SUPPORTED_CPUID, cpuid)
-        fcntl.ioctl(self.fd, KVM_SET_CPUID2, cpuid)
+        ioctl(kvm_fd, KVM_GET_SUPPORTED_CPUID, cpuid)
+        ioctl(self.fd, KVM_SET_CPUID2, cpuid)
 
     def start_in_long_mode(self, cr3: int, *, dpl: int = 3) -> None:
         """64-bit mode at CPL `dpl` with flat segments and the tables at `cr3`."""
         sregs = bytearray(_SREGS_SIZE)
-        fcntl.ioctl(self.fd, KVM_GET_SREGS, sregs)
+        ioctl(self.fd, KVM_GET_SREGS, sregs)
         code, data = _segment(8, 11, dpl=dpl, long=True), _segment(16, 3, dpl=dpl, long=False)
         for index, segment in enumerate([code, *[data] * 5]):
             sregs[index * 24 : index * 24 + 24] = segment
@@ -131,21 +135,21 @@ class Vcpu:
         *_, apic_base = _CONTROL.unpack_from(sregs, at)
         mode = _LONG_MODE
         _CONTROL.pack_into(sregs, at, mode["cr0"], 0, cr3, mode["cr4"], 0, mode["efer"], apic_base)
-        fcntl.ioctl(self.fd, KVM_SET_SREGS, sregs)
+        ioctl(self.fd, KVM_SET_SREGS, sregs)
 
     def set_regs(self, **values: int) -> None:
         """Every general register, rip and rflags; those not given are 0."""
-        fcntl.ioctl(self.fd, KVM_SET_REGS, _REGS.pack(*(values.get(name, 0) for name in _REGISTERS)))
+        ioctl(self.fd, KVM_SET_REGS, _REGS.pack(*(values.get(name, 0) for name in _REGISTERS)))
 
     def get_regs(self) -> dict[str, int]:
         """The general registers, rip and rflags."""
         raw = bytearray(_REGS.size)
-        fcntl.ioctl(self.fd, KVM_GET_REGS, raw)
+        ioctl(self.fd, KVM_GET_REGS, raw)
         return dict(zip(_REGISTERS, _REGS.unpack(raw), strict=True))
 
     def run(self) -> int:
         """KVM_RUN; the exit reason."""
-        fcntl.ioctl(self.fd, KVM_RUN, 0)
+        ioctl(self.fd, KVM_RUN, 0)
         reason: int = struct.unpack_from("<I", self._run, 8)[0]
         return reason
 

@@ -6,8 +6,8 @@ import ctypes
 import os
 
 __all__ = [
-    "MADV", "MAP_ANONYMOUS", "MAP_FIXED", "MAP_NORESERVE", "MAP_PRIVATE", "MAP_SHARED", "madvise", "mlock",
-    "mmap", "mprotect", "munlock", "munmap", "peek", "poke",
+    "MADV", "MAP_ANONYMOUS", "MAP_FIXED", "MAP_NORESERVE", "MAP_PRIVATE", "MAP_SHARED", "ioctl", "madvise",
+    "mlock", "mmap", "mprotect", "munlock", "munmap", "peek", "poke",
 ]
 
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 1, 2, 0x10, 0x20, 0x4000
@@ -27,6 +27,7 @@ _SIZES = {
     "madvise": [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
     "mlock": [ctypes.c_void_p, ctypes.c_size_t],
     "munlock": [ctypes.c_void_p, ctypes.c_size_t],
+    "ioctl": [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p],
 }
 for _name, _types in _SIZES.items():
     getattr(_libc, _name).argtypes = _types
@@ -68,6 +69,14 @@ def mlock(address: int, length: int) -> None:
 def munlock(address: int, length: int) -> None:
     """munlock(2)."""
     _call("munlock", address, length)
+
+
+def ioctl(fd: int, request: int, argument: int | bytes | bytearray = 0) -> int:
+    """ioctl(2) with a number, which may have 64 bits, or with a buffer; a bytearray may change."""
+    if isinstance(argument, int):
+        return _call("ioctl", fd, request, argument)
+    buffer = bytearray(argument) if isinstance(argument, bytes) else argument
+    return _call("ioctl", fd, request, ctypes.addressof(ctypes.c_char.from_buffer(buffer)))
 
 
 def peek(address: int, length: int) -> bytes:
