@@ -21,16 +21,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refault.scenarios.api import Scenario
 
-__all__ = ["MACHINES", "SCENARIOS", "load_all", "scenario"]
+__all__ = ["MACHINES", "SCENARIOS", "scenario"]
 
 SCENARIOS: dict[str, Callable[[Scenario], None]] = {}
 MACHINES: dict[str, dict[str, Any]] = {}
 """What a scenario's machine has that the usual one has not: options of `refault.VM`."""
-
-
-def load_all() -> None:
-    """Fill the registry with the scenarios that come with refault."""
-    import refault.scenarios.linux_mm  # noqa: F401
 
 
 def scenario(**machine: Any) -> Callable[[Callable[[Scenario], None]], Callable[[Scenario], None]]:

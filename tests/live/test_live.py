@@ -6,12 +6,12 @@ import os
 
 import pytest
 
+import refault.scenarios.linux_mm  # noqa: F401  (fills the registry)
 from refault.errors import UsageError
-from refault.scenarios import MACHINES, SCENARIOS, load_all
+from refault.scenarios import MACHINES, SCENARIOS
 from refault.scenarios.normal import normal_recorded
 from refault.scenarios.recordings import recording
 
-load_all()
 LIVE = "REFAULT_LIVE" in os.environ
 
 
