@@ -10,6 +10,8 @@ Reading order:
     memory.py                    faults; memory_zap.py, memory_copy.py: entries out, entries into a child
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
+    userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill
+                                 (userfaultfd_mfill.py) and register and protect (userfaultfd_wp.py)
     gup.py uaccess.py            memory for others than the CPU, and for the process itself
     rmap.py rmap_unmap.py        from a page to its entries
     tlb.py mmu_gather.py         when the host's own translations go
@@ -17,6 +19,7 @@ Reading order:
     interval_notifier.py hmm.py  the other scheme, by sequence counts, and a device that uses it
     lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
     shrink_folio_list.py         and how
+    page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
     migrate.py oom_kill.py       to another frame; to nowhere

@@ -23,6 +23,8 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_SOFT_DIRTY,
     _PAGE_SWP_EXCLUSIVE,
     _PAGE_SWP_SOFT_DIRTY,
+    _PAGE_SWP_UFFD_WP,
+    _PAGE_UFFD_WP,
     SWP_HWPOISON,
     SWP_MIG_DIRTY,
     SWP_MIG_YOUNG,
@@ -34,6 +36,7 @@ from host_mm.arch.x86.pgtable import (
     pte_dirty,
     pte_mkdirty,
     pte_mkold,
+    pte_mkuffd_wp,
     pte_mkwrite,
     pte_to_swp_entry,
     pte_write,
@@ -198,6 +201,8 @@ class _Unmap:
             value |= _PAGE_SWP_EXCLUSIVE
         if old & _PAGE_SOFT_DIRTY:
             value |= _PAGE_SWP_SOFT_DIRTY
+        if old & _PAGE_UFFD_WP:
+            value |= _PAGE_SWP_UFFD_WP
         set_pte(mm, address, pte, value)
         return True
 
@@ -219,6 +224,8 @@ class _Unmap:
         value = swp_entry_to_pte(entry)
         if old & _PAGE_SOFT_DIRTY:
             value |= _PAGE_SWP_SOFT_DIRTY
+        if old & _PAGE_UFFD_WP:
+            value |= _PAGE_SWP_UFFD_WP
         set_pte(mm, address, pte, value)
         if (t := host.trace.set_migration_pte) is not None:
             t(address, value, 0)
@@ -280,6 +287,8 @@ def remove_migration_ptes(
             value &= ~_PAGE_SOFT_DIRTY
         if kind == SWP_MIGRATION_WRITE:
             value = pte_mkwrite(value)
+        elif old & _PAGE_SWP_UFFD_WP:
+            value = pte_mkuffd_wp(value)
         folio_add_anon_rmap_pte(host, dst, vma, address, exclusive=kind != SWP_MIGRATION_READ)
         set_pte(mm, address, pte, value)
         if (t := host.trace.remove_migration_pte) is not None:
