@@ -1,8 +1,8 @@
 """The contract between a guest payload and the machine: ports, memory map, CPUID leaf, vmcalls.
 
-Every integer constant here is also a symbol of the payload assembler (guest_payloads/builder.py), so
-payload sources name them and never repeat a number. Nothing else of the machine is visible to a
-payload, and this module imports nothing of it.
+Every integer constant here, VMCALL_* too, is also a symbol of the payload assembler
+(guest_payloads/builder.py), so payload sources name them and never repeat a number. Nothing else of
+the machine is visible to a payload, and this module imports nothing of it.
 
 Sources of truth: kvm-unit-tests (serial 0x3f8 and isa-debug-exit 0xf4 dialect), the Multiboot 0.6.96
 specification, Intel SDM vol. 2A (CPUID leaves 40000000H-4FFFFFFFH are left to hypervisors).
@@ -51,13 +51,7 @@ __all__ = [
     "LOW_MEMORY", "MMIO_COUNT", "MMIO_LAST_ACCESS", "MMIO_LAST_VALUE", "MMIO_STORE_SIZE", "MMIO_TEST_GPA",
     "MMIO_TEST_SIZE", "OPEN_BUS_GPA", "PIC1_COMMAND", "PIC1_DATA", "PIC2_COMMAND", "PIC2_DATA",
     "PIT_CHANNEL0", "PIT_COMMAND", "PIT_HZ", "PROT_EXEC", "PROT_READ", "PROT_WRITE", "SERIAL_PORT",
-    "SLOT_TEST_GPA", "VMCALLS", "VMCALL_AGE", "VMCALL_CHILD_EXIT", "VMCALL_CHILD_READ", "VMCALL_CPU_COUNT",
-    "VMCALL_DIRTY_LOG", "VMCALL_DMA_WRITE", "VMCALL_DONTNEED", "VMCALL_EPT_AD", "VMCALL_EPT_RESTORE",
-    "VMCALL_EPT_SET", "VMCALL_FORK", "VMCALL_GET_DIRTY", "VMCALL_HOST_READ", "VMCALL_HOST_WRITE",
-    "VMCALL_KVM_MAP_WRITE", "VMCALL_LAST_EXIT", "VMCALL_MAP_LEVEL", "VMCALL_MIGRATE", "VMCALL_MIRROR_READ",
-    "VMCALL_MMIO_DEVICE", "VMCALL_PROTECT", "VMCALL_PROTECT_FAULTS", "VMCALL_RECLAIM", "VMCALL_SLOT_CREATE",
-    "VMCALL_SLOT_DELETE", "VMCALL_SLOT_MOVE", "VMCALL_SLOT_RESTORE", "VMCALL_START_CPU", "VMCALL_SWAP_OUT",
-    "VMCALL_WEATHER", "Vmcall", "cpuid_signature_leaf", "vmcall_by_name", "vmcall_by_number",
+    "SLOT_TEST_GPA", "VMCALLS", "Vmcall", "cpuid_signature_leaf", "vmcall_by_name", "vmcall_by_number",
 ]
 
 CPUID_SIGNATURE_LEAF = 0x4000_0000

@@ -22,6 +22,7 @@ Reading order:
     page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
+    swap_readahead.py zram.py zsmalloc.py            more than was asked for; swap that is RAM
     migrate.py oom_kill.py       to another frame; to nowhere
     ksm.py ksm_merge.py          equal pages become one; ksm_break.py: and are parted again
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped

@@ -44,15 +44,17 @@ from host_mm import (
     userfaultfd_k,
     vmscan,
     vmscan_trace,
+    zram,
 )
 from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
-from host_mm.ksm_types import Ksm
+from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
 from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
 from host_mm.ram import PAGE_SHIFT, Ram
+from host_mm.swap_readahead import SwapReadahead
 from host_mm.swapfile import SwapInfo
 
 if TYPE_CHECKING:
@@ -122,7 +124,11 @@ class HostMm:
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
         self.lru = lru.Lru(self)
-        self.swap: SwapInfo | None = SwapInfo(sched, swap_bytes, swap_path) if swap_bytes else None
+        self.swap: SwapInfo | None = None
+        if swap_bytes:
+            device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
+            self.swap = SwapInfo(sched, swap_bytes, swap_path, device)
+        self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
         self.ksm = Ksm(self)
         self.processes: list[Process] = []
@@ -196,6 +202,14 @@ class HostMm:
 
     def _at_work(self) -> bool:
         return self.ksm.scanning or any(not vmscan.kswapd_asleep(self, node.nid) for node in self.nodes)
+
+    def shutdown(self) -> None:
+        """Every process has ended: stop ksmd, turn swap off. What is in use after that is lost."""
+        if self.ksm.mm_slots:
+            ksm.run_store(self, KSM_RUN_UNMERGE)
+        if self.swap is not None:
+            swap_state.try_to_unuse(self)
+        self.quiesce()
 
     def close(self) -> None:
         """Give up what the machine underneath holds for us: the swap file."""

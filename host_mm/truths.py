@@ -17,6 +17,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     uffd-wp                  ... and only where userfaultfd write-protects do entries say so, and not writable
     lru                      ... and PG_lru says where the folio is
     tlb-stale                ... and every host TLB entry is what the tables say
+    leak                     when the host goes down, every frame and swap slot is free
 
 The first six raise from the place where they break; `audit` checks the others when nobody is
 inside mm. References that are neither mappings, page tables, swap cache nor LRU batches come from
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     from host_mm.interval_notifier import MmuIntervalNotifier
     from host_mm.mm_types import MmStruct, VmArea
 
-__all__ = ["HostTruths", "audit"]
+__all__ = ["HostTruths", "audit", "nothing_left"]
 
 
 class HostTruths:
@@ -280,6 +281,21 @@ class _Audit:
                 raise BrokenTruth("swap-cache", f"slot {offset:#x} holds pfn {pfn:#x}, which says otherwise")
         if used != swap.inuse_pages:
             raise BrokenTruth("swap-count", f"{swap.inuse_pages} slots are counted as in use, {used} are")
+
+
+def nothing_left(host: HostMm) -> None:
+    """After HostMm.shutdown: no frame and no swap slot is anybody's. Raises BrokenTruth."""
+    pages = host.pages
+    for zone in host.zones:
+        if zone.nr_free == zone.managed:
+            continue
+        pfn = zone.start
+        while pages.flags[pfn] & (PG_buddy | PG_reserved):
+            pfn += 1 << pages.order[pfn] if pages.flags[pfn] & PG_buddy else 1
+        who = f"pfn {pfn:#x} ({decode_page_flags(pages.flags[pfn])})"
+        raise BrokenTruth("leak", f"{zone.managed - zone.nr_free} frames were not given back, {who} first")
+    if host.swap is not None and host.swap.inuse_pages:
+        raise BrokenTruth("leak", f"{host.swap.inuse_pages} swap slots were not given back")
 
 
 def audit(host: HostMm) -> None:
