@@ -9,7 +9,7 @@ HostMm, which this file, at the top of the room, passes on:
     page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory
     memory      ->  do_swap_page             swapin  ->  do_wp_page
     madvise     ->  reclaim_pages
-    mm_types    ->  free_mm
+    mm_types    ->  free_mm                  page    ->  free_huge_folio
 
 Not modelled: memory hotplug, more than one zone in a node, cgroups.
 """
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from host_mm import (
     fork,
     gup,
+    hugetlb,
     hmm,
     interval_notifier,
     ksm,
@@ -49,7 +50,7 @@ from host_mm import (
 from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
-from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved
+from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved, page_folio
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
@@ -131,6 +132,8 @@ class HostMm:
         self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
         self.ksm = Ksm(self)
+        self.hstate = hugetlb.Hstate(self, nodes)
+        self.hugetlb_inodes = 0
         self.processes: list[Process] = []
         self.next_pid = 1
         self.daemons: list[Task] = []
@@ -242,10 +245,14 @@ class HostMm:
         """swapin -> memory."""
         return memory.do_wp_page(vmf)
 
+    def free_huge_folio(self, pfn: int) -> None:
+        """page -> hugetlb: the last reference to a huge page is gone."""
+        hugetlb.free_huge_folio(self, pfn)
+
     def mark_page_accessed(self, pfn: int) -> None:
         """folio_mark_accessed, for holders of a reference outside mm."""
         if pfn != self.zero_pfn:
-            self.lru.folio_mark_accessed(pfn)
+            self.lru.folio_mark_accessed(page_folio(self.pages, pfn))
 
 
 def _tracepoints() -> list[Any]:

@@ -202,7 +202,7 @@ def adjust_range_if_pmd_sharing_possible(vma: VmArea, start: int, end: int) -> t
     first, last = -(-vma.start // PUD_SIZE) * PUD_SIZE, vma.end & ~(PUD_SIZE - 1)
     if not vma.flags & VM_MAYSHARE or last <= first or end <= first or start >= last:
         return start, end
-    if "narrow-unshare" in vma.mm.host.breaks:
+    if "hugetlb-narrow-unshare" in vma.mm.host.breaks:
         return start, end
     if start > first:
         start &= ~(PUD_SIZE - 1)

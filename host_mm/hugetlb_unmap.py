@@ -96,7 +96,7 @@ def unmap_hugepages(tlb: MmuGather, vma: VmArea, start: int, end: int, folio: in
         if huge_pmd_unshare(vma, address, pmd):
             lock.unlock()
             base = address & ~(PUD_SIZE - 1)
-            if "narrow-unshare" in mm.host.breaks:
+            if "hugetlb-narrow-unshare" in mm.host.breaks:
                 tlb.remove_tlb_entry(address, PMD_SIZE)
             else:
                 tlb.remove_tlb_entry(base, PUD_SIZE)

@@ -53,6 +53,7 @@ __all__ = [
     "VM_FAULT_SIGBUS",
     "VM_FAULT_SIGSEGV",
     "VM_HUGEPAGE",
+    "VM_HUGETLB",
     "VM_IO",
     "VM_LOCKED",
     "VM_LOCKED_MASK",

@@ -19,6 +19,7 @@ class MmProfile(msgspec.Struct, frozen=True):
     2 (PMD). `change_pte`: set_pte_at_notify tells notifiers the new entry. `invalidate_range`: the
     *_clear_flush_notify calls invalidate_range under the page-table lock and the bracket ends with the
     end that skips it. `anon_exclusive`: COW reuse goes by PG_anon_exclusive, else by the map count.
+    `hugetlb_unmap_brackets`: unmapping huge pages opens a bracket of its own, an UNMAP, inside the caller's.
     """
 
     name: str
@@ -26,7 +27,8 @@ class MmProfile(msgspec.Struct, frozen=True):
     change_pte: bool
     invalidate_range: bool
     anon_exclusive: bool
+    hugetlb_unmap_brackets: bool = False
 
 
 LINUX_6_18 = MmProfile("linux-6.18", 3, False, False, True)
-LINUX_5_10 = MmProfile("linux-5.10", 2, True, True, False)
+LINUX_5_10 = MmProfile("linux-5.10", 2, True, True, False, True)
