@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from host_mm.kernel.errors import BrokenTruth
+from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES
 from host_mm.ram import column
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ __all__ = [
     "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced", "PG_reserved", "PG_swapbacked",
     "PG_swapcache", "PG_table", "PG_unevictable", "PG_uptodate", "PG_workingset", "PG_writeback",
     "PG_young", "Pages", "decode_page_flags", "folio_mapcount", "folio_maybe_dma_pinned", "folio_nr_pages",
-    "folio_ref_freeze", "folio_ref_unfreeze", "folio_test_large", "get_page", "page_folio", "put_page",
+    "folio_ref_freeze", "folio_ref_unfreeze", "folio_test_large", "get_page", "mm_counter", "page_folio",
+    "put_page",
     "set_page_dirty", "try_get_page",
 ]
 
@@ -132,6 +134,14 @@ def folio_mapcount(pages: Pages, head: int) -> int:
     return pages.large_mapcount[head] if pages.flags[head] & PG_head else pages.mapcount[head]
 
 
+def mm_counter(pages: Pages, head: int) -> int:
+    """Which of mm.rss counts a mapping of this folio."""
+    flags = pages.flags[head]
+    if flags & PG_anon:
+        return MM_ANONPAGES
+    return MM_SHMEMPAGES if flags & PG_swapbacked else MM_FILEPAGES
+
+
 def get_page(host: HostMm, pfn: int, nr: int = 1) -> None:
     """Take `nr` references to a page that cannot be free now."""
     pages = host.pages
@@ -198,7 +208,7 @@ def folio_maybe_dma_pinned(pages: Pages, pfn: int) -> bool:
 
 
 def set_page_dirty(host: HostMm, pfn: int) -> None:
-    """folio_mark_dirty: the frame's bytes are newer than any backing store's."""
+    """folio_mark_dirty: the frame's bytes are newer than any backing store's; a file is told of its pages."""
     pages = host.pages
     head = pfn - pages.tail[pfn]
     flags = pages.flags[head]
@@ -206,4 +216,9 @@ def set_page_dirty(host: HostMm, pfn: int) -> None:
         return
     if flags & PG_reclaim:
         flags &= ~PG_reclaim
-    pages.flags[head] = flags | PG_dirty
+    pages.flags[head] = flags
+    mapping = None if flags & PG_anon else pages.mapping.get(head)
+    if mapping is None:
+        pages.flags[head] = flags | PG_dirty
+    else:
+        mapping.a_ops.dirty_folio(mapping, head)
