@@ -277,9 +277,8 @@ def _follow_huge_pmd(vma: VmArea, addr: int, flags: int) -> int:
     lock = pmd_lock(vma.mm, pmd)
     entry = host.ram.u64[pmd >> 3]
     pfn = pmd_pfn(entry)
-    if not pte_present(entry) or (flags & FOLL_WRITE and not pte_write(entry)):
-        answer = -ENOENT
-    elif pte_protnone(entry) and flags & FOLL_HONOR_NUMA_FAULT and vma.flags & VM_ACCESS_FLAGS:
+    hinting = pte_protnone(entry) and flags & FOLL_HONOR_NUMA_FAULT and vma.flags & VM_ACCESS_FLAGS
+    if not pte_present(entry) or hinting or (flags & FOLL_WRITE and not pte_write(entry)):
         answer = -ENOENT
     elif not pte_write(entry) and _must_unshare(host, vma, flags, pfn):
         answer = -EMLINK

@@ -8,7 +8,8 @@ free_huge_folio, folio_isolate_hugetlb, folio_putback_hugetlb, move_hugetlb_stat
 
     nr          pages the pool owns: persistent ones and `surplus`, which go back to the buddy when freed
     free        on a free list, with reference count 0, so that nobody can take a reference
-    resv        promised to mappings and not yet handed out; `free - resv` may be had without a promise
+    resv        promised to mappings and not yet handed out; `free - resv` may be had without a promise. It
+                can be less than 0 while a page that its owner unmapped is still held by somebody else
 
 A free page is poisoned and told to `host.free_hooks` like one that the buddy allocator gets: whoever still
 translates to it is wrong from then on. What it was (page flags, mapping) is forgotten there and not, as in
@@ -394,8 +395,6 @@ def _gather_surplus(h: Hstate, delta: int) -> bool:
 def _return_unused_surplus(h: Hstate, unused: int) -> None:
     """return_unused_surplus_pages: take back a promise, and the surplus made for it. The lock is held."""
     h.resv -= unused
-    if h.resv < 0:
-        raise BrokenTruth("hugetlb-reserve", f"{h.resv} huge pages are reserved", h.host.stream.here())
     gone: list[int] = []
     for _ in range(min(unused, h.surplus)):
         pfn = _remove_pool_folio(h, surplus=True)

@@ -30,6 +30,7 @@ from host_mm.arch.x86.pgtable import (
     swp_offset,
 )
 from host_mm.filemap import folio_lock, folio_trylock, folio_unlock, folio_wait_locked, folio_wait_unlock
+from host_mm.filemap_cache import filemap_lock_folio
 from host_mm.hugetlb import HPG_migratable
 from host_mm.hugetlb_resv import (
     HPAGE_RESV_OWNER,
@@ -43,7 +44,6 @@ from host_mm.hugetlb_resv import (
 )
 from host_mm.hugetlb_rmap import (
     copy_huge_folio,
-    filemap_lock_hugetlb_folio,
     hugetlb_add_file_rmap,
     hugetlb_add_new_anon_rmap,
     hugetlb_add_to_page_cache,
@@ -176,7 +176,7 @@ def _no_page(vmf: VmFault, mutex: Mutex) -> tuple[str, int]:
     mapping = vma.file
     if is_vma_resv_set(vma, HPAGE_RESV_UNMAPPED):
         return "unmapped-by-owner", VM_FAULT_SIGBUS
-    pfn = filemap_lock_hugetlb_folio(mapping, vmf.pgoff)
+    pfn = filemap_lock_folio(mapping, vmf.pgoff << 9)
     fresh = pfn < 0
     if fresh:
         if vmf.pgoff >= mapping.i_size >> 21:

@@ -19,7 +19,7 @@ from errno import EAGAIN, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
-from host_mm.address_space import AddressSpace, folio_mark_dirty, vmas_of_pages
+from host_mm.address_space import AddressSpace, vmas_of_pages
 from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_PSE,
@@ -79,6 +79,7 @@ from host_mm.page import (
     folio_ref_unfreeze,
     get_page,
     put_page,
+    set_page_dirty,
 )
 from host_mm.pgtable_generic import pmd_lock, set_pmd
 from host_mm.rmap import rmap_walk
@@ -196,7 +197,7 @@ def _unmap_locked(
     set_pmd(vma.mm, address, pmd, 0)
     flush_hugetlb_tlb_range(vma, address, address + PMD_SIZE)
     if pte_dirty(old):
-        folio_mark_dirty(host, src)
+        set_page_dirty(host, src)
     exclusive = anon and host.pages.flags[src] & PG_anon_exclusive
     if exclusive and not hugetlb_try_share_anon_rmap(host, src):
         set_pmd(vma.mm, address, pmd, old)

@@ -35,11 +35,28 @@ if TYPE_CHECKING:
     from host_mm.mm_types import VmArea
 
 __all__ = [
-    "HPAGE_RESV_OWNER", "HPAGE_RESV_UNMAPPED", "LONG_MAX", "HugetlbInode", "HugetlbVmaLock", "ResvMap",
-    "alloc_hugetlb_folio", "clear_vma_resv_huge_pages", "hugetlb_dup_vma_private", "hugetlb_reserve_pages",
-    "hugetlb_unreserve_pages", "hugetlb_vma_lock_alloc", "hugetlb_vma_lock_free", "is_vma_resv_set",
-    "resv_map_put", "restore_reserve_on_error", "set_vma_resv_flags", "vma_add_reservation",
-    "vma_end_reservation", "vma_hugecache_offset", "vma_needs_reservation", "vma_resv_map",
+    "HPAGE_RESV_OWNER",
+    "HPAGE_RESV_UNMAPPED",
+    "LONG_MAX",
+    "HugetlbInode",
+    "HugetlbVmaLock",
+    "ResvMap",
+    "alloc_hugetlb_folio",
+    "clear_vma_resv_huge_pages",
+    "hugetlb_dup_vma_private",
+    "hugetlb_reserve_pages",
+    "hugetlb_unreserve_pages",
+    "hugetlb_vma_lock_alloc",
+    "hugetlb_vma_lock_free",
+    "is_vma_resv_set",
+    "restore_reserve_on_error",
+    "resv_map_put",
+    "set_vma_resv_flags",
+    "vma_add_reservation",
+    "vma_end_reservation",
+    "vma_hugecache_offset",
+    "vma_needs_reservation",
+    "vma_resv_map",
 ]
 
 HPAGE_RESV_OWNER = 1 << 0

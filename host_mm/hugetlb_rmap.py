@@ -21,7 +21,7 @@ from host_mm.arch.x86.pgtable import (
     pte_mkyoung,
     pte_wrprotect,
 )
-from host_mm.filemap import folio_lock, folio_unlock
+from host_mm.filemap_cache import filemap_remove_folio, page_cache_store
 from host_mm.hugetlb import HPG_restore_reserve
 from host_mm.kernel.costs import COST_CLEAR_PAGE, COST_COPY_PAGE
 from host_mm.kernel.errors import BrokenTruth
@@ -34,8 +34,6 @@ from host_mm.page import (
     PG_swapbacked,
     PG_uptodate,
     folio_maybe_dma_pinned,
-    get_page,
-    put_page,
 )
 from host_mm.pgtable_generic import set_pmd
 
@@ -45,8 +43,8 @@ if TYPE_CHECKING:
     from host_mm.mm_types import VmArea
 
 __all__ = [
-    "copy_huge_folio", "filemap_lock_hugetlb_folio", "hugetlb_add_anon_rmap", "hugetlb_add_file_rmap",
-    "hugetlb_add_new_anon_rmap", "hugetlb_add_to_page_cache", "hugetlb_delete_from_page_cache",
+    "copy_huge_folio", "hugetlb_add_anon_rmap", "hugetlb_add_file_rmap", "hugetlb_add_new_anon_rmap",
+    "hugetlb_add_to_page_cache", "hugetlb_delete_from_page_cache",
     "hugetlb_remove_rmap", "hugetlb_try_dup_anon_rmap", "hugetlb_try_share_anon_rmap", "make_huge_pte",
     "set_huge_ptep_writable", "zero_huge_folio",
 ]
@@ -149,46 +147,19 @@ def set_huge_ptep_writable(vma: VmArea, address: int, pmd: int) -> None:
 
 
 # -- the page cache -------------------------------------------------------------------------------
-def filemap_lock_hugetlb_folio(mapping: AddressSpace, index: int) -> int:
-    """Huge page `index` of the file, locked and with a reference; -1: a hole."""
-    host = mapping.host
-    while True:
-        pfn = mapping.i_pages.get(index << 9, -1)
-        if pfn < 0:
-            return -1
-        get_page(host, pfn)
-        folio_lock(host, pfn)
-        if mapping.i_pages.get(index << 9, -1) == pfn:
-            return pfn
-        folio_unlock(host, pfn)
-        put_page(host, pfn)
-
-
 def hugetlb_add_to_page_cache(mapping: AddressSpace, pfn: int, index: int) -> bool:
-    """The file has the page from now on, locked and dirty; false: it has another one there."""
-    host = mapping.host
-    first = index << 9
-    if first in mapping.i_pages:
+    """The file has the page as its huge page `index`, locked and dirty; false: it has another one there."""
+    pages = mapping.host.pages
+    pages.flags[pfn] |= PG_locked
+    if page_cache_store(mapping, pfn, index << 9):
+        pages.flags[pfn] &= ~PG_locked
         return False
-    get_page(host, pfn, HPAGE_PMD_NR)
-    for small in range(first, first + HPAGE_PMD_NR):
-        mapping.i_pages[small] = pfn
-    mapping.nrpages += HPAGE_PMD_NR
-    pages = host.pages
-    pages.mapping[pfn] = mapping
-    pages.index[pfn] = first
     pages.private[pfn] &= ~HPG_restore_reserve
-    pages.flags[pfn] |= PG_locked | PG_dirty
+    pages.flags[pfn] |= PG_dirty
     return True
 
 
-def hugetlb_delete_from_page_cache(host: HostMm, pfn: int) -> None:
+def hugetlb_delete_from_page_cache(mapping: AddressSpace, pfn: int) -> None:
     """The file has a hole there; the folio lock and a reference are held."""
-    pages = host.pages
-    mapping = pages.mapping.pop(pfn)
-    first = pages.index[pfn]
-    pages.flags[pfn] &= ~(PG_dirty | PG_uptodate)
-    for small in range(first, first + HPAGE_PMD_NR):
-        del mapping.i_pages[small]
-    mapping.nrpages -= HPAGE_PMD_NR
-    put_page(host, pfn, HPAGE_PMD_NR)
+    mapping.host.pages.flags[pfn] &= ~(PG_dirty | PG_uptodate)
+    filemap_remove_folio(mapping, pfn)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
-from host_mm.address_space import folio_mark_dirty, vmas_of_pages
+from host_mm.address_space import vmas_of_pages
 from host_mm.arch.x86.pgtable import (
     _PAGE_PSE,
     _PAGE_SWP_SOFT_DIRTY,
@@ -59,7 +59,7 @@ from host_mm.hugetlb_share import (
 )
 from host_mm.mm_types import VM_MAYSHARE
 from host_mm.mmu_gather import MmuGather
-from host_mm.page import PG_anon
+from host_mm.page import PG_anon, set_page_dirty
 from host_mm.pgtable_generic import pmd_lock, set_pmd
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _clear_entry(tlb: MmuGather, vma: VmArea, address: int, pmd: int, folio: int
     set_pmd(mm, address, pmd, 0)
     tlb.remove_tlb_entry(address, PMD_SIZE)
     if pte_dirty(entry):
-        folio_mark_dirty(host, pfn)
+        set_page_dirty(host, pfn)
     hugetlb_remove_rmap(host, pfn)
     return pfn
 

@@ -8,6 +8,8 @@ mm/hugetlb.c (hugetlb_vm_op_open, hugetlb_vm_op_close, hugetlb_vm_op_split); Lin
 A hole unmaps the whole huge pages in it, one bracket a mapping, and zeroes what is left at its ends
 without telling anybody. Pages are taken out of the file one by one, under the fault mutex of each and its
 folio lock; one that somebody faulted in again meanwhile, or whose VMA was busy before, is unmapped again.
+A fault that had looked at the file's size before a truncation, and puts its page into the file after it,
+leaves that page beyond the end until the file goes, and with it a promise less than none; so does Linux.
 
 Not modelled: mounts and their limits, names, read(2), seals, poisoned pages.
 """
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING
 from host_mm.address_space import AddressSpace, AddressSpaceOperations, VmOperations, fput, vmas_of_pages
 from host_mm.arch.x86.pgtable import PMD_SIZE, pmd_pfn, pte_present
 from host_mm.filemap import folio_lock, folio_unlock
+from host_mm.filemap_cache import filemap_lock_folio
 from host_mm.hugetlb import HPG_migratable, hugetlb_acct_memory
 from host_mm.hugetlb_resv import (
     HPAGE_RESV_OWNER,
@@ -38,7 +41,6 @@ from host_mm.hugetlb_resv import (
     vma_resv_map,
 )
 from host_mm.hugetlb_rmap import (
-    filemap_lock_hugetlb_folio,
     hugetlb_add_to_page_cache,
     hugetlb_delete_from_page_cache,
     zero_huge_folio,
@@ -211,7 +213,7 @@ def _punch_hole(mapping: AddressSpace, start: int, end: int) -> None:
 def _zero_partial(mapping: AddressSpace, start: int, end: int) -> None:
     """hugetlbfs_zero_partial_page: [start, end) lies in one huge page."""
     host = mapping.host
-    pfn = filemap_lock_hugetlb_folio(mapping, start >> 21)
+    pfn = filemap_lock_folio(mapping, start >> 21 << 9)
     if pfn < 0:
         return
     base = (pfn << 12) - (start & ~(PMD_SIZE - 1))
@@ -303,7 +305,7 @@ def _remove_pages(mapping: AddressSpace, start: int, end: int) -> None:
         folio_lock(host, pfn)
         if host.pages.large_mapcount[pfn]:
             _unmap_file_folio(mapping, pfn, index)
-        hugetlb_delete_from_page_cache(host, pfn)
+        hugetlb_delete_from_page_cache(mapping, pfn)
         freed += 1
         if not truncating:
             hugetlb_unreserve_pages(mapping, index, index + 1, 1)

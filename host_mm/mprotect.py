@@ -55,11 +55,12 @@ from host_mm.arch.x86.pgtable import (
     swp_entry_to_pte,
     swp_offset,
 )
+from host_mm.hugetlb_unmap import hugetlb_change_protection
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory import vm_normal_page
 from host_mm.memory_copy import is_cow_mapping
-from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE
+from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_HUGETLB, VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE
 from host_mm.mmu_gather import MmuGather
 from host_mm.page import (
     PG_anon,
@@ -154,6 +155,8 @@ def change_protection(tlb: MmuGather, vma: VmArea, start: int, end: int, cp_flag
 
     How many changed, or -ENOMEM where markers need tables.
     """
+    if vma.flags & VM_HUGETLB:
+        return hugetlb_change_protection(vma, start, end, vma.page_prot)
     change = _Change(tlb, vma, cp_flags)
     span = PGDIR_SIZE if change.mm.host.profile.mprotect_bracket_level == 3 else PUD_SIZE
     pages = 0

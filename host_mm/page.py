@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GUP_PIN_COUNTING_BIAS", "PAGE_FLAGS_CHECK_AT_FREE", "PG_active", "PG_anon", "PG_anon_exclusive",
-    "PG_buddy", "PG_dirty", "PG_head", "PG_hugetlb", "PG_hwpoison", "PG_idle", "PG_ksm", "PG_locked", "PG_lru",
-    "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced", "PG_reserved", "PG_swapbacked",
+    "PG_buddy", "PG_dirty", "PG_head", "PG_hugetlb", "PG_hwpoison", "PG_idle", "PG_ksm", "PG_locked",
+    "PG_lru", "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced", "PG_reserved", "PG_swapbacked",
     "PG_swapcache", "PG_table", "PG_unevictable", "PG_uptodate", "PG_workingset", "PG_writeback",
     "PG_young", "Pages", "decode_page_flags", "folio_mapcount", "folio_maybe_dma_pinned", "folio_nr_pages",
     "folio_ref_freeze", "folio_ref_unfreeze", "folio_test_large", "get_page", "mm_counter", "page_folio",
