@@ -11,7 +11,8 @@ HostMm, which this file, at the top of the room, passes on:
     swapin      ->  do_wp_page
     madvise     ->  reclaim_pages
     mmap        ->  shmem_file_setup
-    mm_types    ->  free_mm                  page    ->  free_huge_folio
+    page        ->  free_huge_folio, free_zone_device_folio
+    mm_types    ->  free_mm
 
 Not modelled: memory hotplug, more than one zone in a node, cgroups.
 """
@@ -27,7 +28,7 @@ from host_mm import (
     filemap_cache,
     fork,
     gup,
-    hmm,
+    hmm_mirror,
     hugetlb,
     interval_notifier,
     ksm,
@@ -36,6 +37,7 @@ from host_mm import (
     lru,
     memory,
     memory_file,
+    memremap,
     migrate,
     mmu_notifier,
     oom_kill,
@@ -60,6 +62,7 @@ from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
 from host_mm.ram import PAGE_SHIFT, Ram
+from host_mm.secondary_tables import SecondaryTables
 from host_mm.swap_readahead import SwapReadahead
 from host_mm.swapfile import SwapInfo
 
@@ -77,7 +80,7 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
-    filemap_cache, fork, gup, hmm, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate,
+    filemap_cache, fork, gup, hmm_mirror, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate,
     mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
     vmscan_trace,
 )
@@ -107,12 +110,13 @@ class HostMm:
         self.breaks = breaks
         self.seed = seed
         self.vmstat: defaultdict[str, int] = defaultdict(int)
-        self.trace: Any = stream.bind(_tracepoints())
+        self.trace: Any = stream.bind(_tracepoints(), profile.absent_events)
         nr_frames = ram_bytes >> PAGE_SHIFT
         if nr_frames < 64:
             raise ValueError("a host needs 256 KiB of RAM at least")
-        self.ram = Ram(nr_frames)
-        self.pages = Pages(nr_frames)
+        self.ram = Ram(nr_frames + memremap.DEVICE_FRAMES)
+        self.pages = Pages(nr_frames + memremap.DEVICE_FRAMES)
+        self.device_frames = memremap.DeviceFrames(nr_frames)
         self.zero_pfn = ZERO_PFN
         for pfn in range(_RESERVED):
             self.pages.flags[pfn] = PG_reserved
@@ -127,6 +131,7 @@ class HostMm:
         self.frame_holders: list[Callable[[], Mapping[int, int]]] = [self._tables_of_the_dead, self._pins]
         self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
         self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
+        self.secondary_tables = SecondaryTables()
         self.folio_waitqueues: dict[int, WaitQueue] = {}
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
@@ -268,6 +273,15 @@ class HostMm:
     def free_huge_folio(self, pfn: int) -> None:
         """page -> hugetlb: the last reference to a huge page is gone."""
         hugetlb.free_huge_folio(self, pfn)
+
+    def free_zone_device_folio(self, pfn: int) -> None:
+        """page -> memremap."""
+        memremap.free_zone_device_folio(self, pfn)
+
+    def device_frame_gone(self, pfn: int) -> None:
+        """A device's frame has no user any more: whoever still translates to it is wrong."""
+        for hook in self.free_hooks:
+            hook(pfn, 0)
 
     def mark_page_accessed(self, pfn: int) -> None:
         """folio_mark_accessed, for holders of a reference outside mm."""

@@ -194,7 +194,8 @@ def folio_add_new_anon_rmap(
     # A page that is not exclusive may be found through any VMA of the tree: it hangs on the root.
     pages.mapping[pfn] = anon_vma if exclusive else anon_vma.root
     pages.index[pfn] = vma.page_index(address)
-    pages.flags[pfn] |= PG_anon | PG_swapbacked | (PG_anon_exclusive if exclusive else 0)
+    owned = exclusive and host.profile.anon_exclusive
+    pages.flags[pfn] |= PG_anon | PG_swapbacked | (PG_anon_exclusive if owned else 0)
     pages.mapcount[pfn] = 1
     host.vmstat["nr_anon_pages"] += 1
 
@@ -205,7 +206,7 @@ def folio_add_anon_rmap_pte(host: HostMm, pfn: int, vma: VmArea, address: int, *
     if not pages.mapcount[pfn]:
         host.vmstat["nr_anon_pages"] += 1
     pages.mapcount[pfn] += 1
-    if exclusive:
+    if exclusive and host.profile.anon_exclusive:
         pages.flags[pfn] |= PG_anon_exclusive
     host.lru.mlock_vma_folio(pfn, vma)
 
@@ -243,7 +244,7 @@ def _needs_cow_for_dma(vma: VmArea, host: HostMm, pfn: int) -> bool:
 def folio_try_dup_anon_rmap_pte(host: HostMm, pfn: int, src_vma: VmArea) -> bool:
     """Fork shares the page with the child; false if it may be pinned and must be copied."""
     pages = host.pages
-    if pages.flags[pfn] & PG_anon_exclusive:
+    if pages.flags[pfn] & PG_anon_exclusive or not host.profile.anon_exclusive:
         if _needs_cow_for_dma(src_vma, host, pfn):
             return False
         pages.flags[pfn] &= ~PG_anon_exclusive

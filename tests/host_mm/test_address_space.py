@@ -1,4 +1,4 @@
-"""Files, the VMAs that map them, and the pages that both share (host_mm/address_space.py, memory_file.py)."""
+"""Files and the VMAs that map them (host_mm/address_space.py)."""
 
 from __future__ import annotations
 
@@ -9,82 +9,23 @@ import pytest
 
 from host_mm import mmu_notifier as mn
 from host_mm.address_space import AddressSpace, fput
-from host_mm.arch.x86.pgtable import lookup_address_in_mm, pte_pfn
+from host_mm.arch.x86.pgtable import lookup_address_in_mm
 from host_mm.filemap import folio_lock, folio_unlock
 from host_mm.fork import exit_process, fork_process
 from host_mm.kernel.errors import BrokenTruth, KernelError
-from host_mm.kernel.sched import RandomStrategy
-from host_mm.madvise import MADV_DONTFORK, MADV_DONTNEED, do_madvise
-from host_mm.memory_file import unmap_mapping_pages
-from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES
-from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_READ, do_mmap, do_munmap
+from host_mm.madvise import MADV_DONTFORK, do_madvise
+from host_mm.mm_types import MM_SHMEMPAGES
+from host_mm.mmap import MAP_PRIVATE, MAP_SHARED, PROT_READ, do_mmap, do_munmap
 from host_mm.mprotect import do_mprotect
 from host_mm.mremap import MREMAP_FIXED, MREMAP_MAYMOVE, do_mremap
-from host_mm.page import PG_anon
 from host_mm.process import Process
 from host_mm.rmap import folio_referenced, rmap_walk
 from host_mm.rmap_unmap import remove_migration_ptes, try_to_migrate, try_to_unmap
 from host_mm.shmem import memfd_create
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
+from tests.host_mm.files import THERE, Shared, frame
 from tests.host_mm.machine import PAGE, RW, Recorder, make_host, run
-
-HERE = 0x7FFF0040_0000
-THERE = 0x7FFE0040_0000
-
-
-class Shared:
-    """A memfd of some pages, mapped in two processes: shared in `a`, and in `b` as asked."""
-
-    def __init__(self, pages: int = 16, kind: int = MAP_SHARED, **kw: Any) -> None:
-        self.host = make_host(**kw)
-        self.a, self.b = self.host.create_process("a"), self.host.create_process("b")
-        self.file = memfd_create(self.host, "x", pages * PAGE)
-        self.at = do_mmap(self.a.mm, HERE, pages * PAGE, RW, MAP_SHARED, file=self.file)
-        self.bt = do_mmap(self.b.mm, THERE, pages * PAGE, RW, kind, file=self.file)
-
-    def end(self) -> None:
-        """Everybody goes: nothing may be left."""
-        fput(self.file)
-        audit(self.host)
-        for process in list(self.host.processes):
-            exit_process(process)
-        audit(self.host)
-        assert not self.host.mappings
-
-
-def frame(process: Process, address: int) -> int:
-    entry, level = lookup_address_in_mm(process.mm, address)
-    assert level == 1
-    return pte_pfn(entry)
-
-
-def test_a_store_through_one_mapping_is_read_through_the_other() -> None:
-    s = Shared()
-    copy_to_user(s.a, s.at + 3 * PAGE, b"one")
-    assert copy_from_user(s.b, s.bt + 3 * PAGE, 3) == b"one"
-    assert frame(s.a, s.at + 3 * PAGE) == frame(s.b, s.bt + 3 * PAGE)
-    assert (s.a.mm.rss[MM_SHMEMPAGES], s.a.mm.rss[MM_FILEPAGES], s.a.mm.rss[MM_ANONPAGES]) == (1, 0, 0)
-    s.end()
-
-
-def test_a_private_mapping_reads_the_file_and_keeps_what_it_writes() -> None:
-    s = Shared(kind=MAP_PRIVATE)
-    notifier = Recorder(s.bt)
-    mn.mmu_notifier_register(notifier, s.b.mm)
-    copy_to_user(s.a, s.at, b"file")
-    assert copy_from_user(s.b, s.bt, 4) == b"file"
-    copy_to_user(s.b, s.bt, b"mine")
-    assert notifier.take() == [("clear", 0, PAGE)], "a page of the file was mapped: its copy is bracketed"
-    copy_to_user(s.b, s.bt + PAGE, b"mine")
-    assert notifier.take() == [], "nothing was mapped: do_cow_fault tells nobody"
-    assert copy_from_user(s.a, s.at, 4) == b"file"
-    copy_to_user(s.a, s.at, b"FILE")
-    assert copy_from_user(s.b, s.bt, 4) == b"mine"
-    assert (s.b.mm.rss[MM_SHMEMPAGES], s.b.mm.rss[MM_ANONPAGES]) == (0, 2)
-    do_madvise(s.b.mm, s.bt, PAGE, MADV_DONTNEED)
-    assert copy_from_user(s.b, s.bt, 4) == b"FILE", "DONTNEED gives the file's bytes back"
-    s.end()
 
 
 def test_a_child_shares_shared_pages_and_copies_private_ones() -> None:
@@ -166,55 +107,6 @@ def test_unmapping_leaves_nothing_behind_and_migration_entries_come_back() -> No
     s.end()
 
 
-@pytest.mark.parametrize("even_cows", [False, True])
-def test_unmapping_a_files_pages_takes_copies_only_when_asked(even_cows: bool) -> None:
-    s = Shared(kind=MAP_PRIVATE)
-    for page in range(4):
-        copy_to_user(s.a, s.at + page * PAGE, b"file")
-        copy_from_user(s.b, s.bt + page * PAGE, 1)
-    copy_to_user(s.b, s.bt + PAGE, b"mine")
-    copy_to_user(s.b, s.bt + 9 * PAGE, b"mine")
-    a, b = Recorder(s.at), Recorder(s.bt)
-    mn.mmu_notifier_register(a, s.a.mm)
-    mn.mmu_notifier_register(b, s.b.mm)
-    unmap_mapping_pages(s.file, 1, 2, even_cows=even_cows)
-    assert a.take() == b.take() == [("clear", PAGE, 3 * PAGE)]
-    assert (s.b.mm.rss[MM_SHMEMPAGES], s.b.mm.rss[MM_ANONPAGES]) == (2, 1 if even_cows else 2)
-    assert copy_from_user(s.b, s.bt + PAGE, 4) == (b"file" if even_cows else b"mine")
-    unmap_mapping_pages(s.file, 8, 0, even_cows=even_cows)
-    assert a.take() == b.take() == [("clear", 8 * PAGE, 16 * PAGE)]
-    assert copy_from_user(s.b, s.bt + 9 * PAGE, 4) == (bytes(4) if even_cows else b"mine")
-    s.end()
-
-
-def test_shared_anonymous_memory_lives_as_long_as_it_is_mapped() -> None:
-    host = make_host()
-    a = host.create_process("a")
-    at = do_mmap(a.mm, 0, 4 * PAGE, RW, MAP_SHARED | MAP_ANONYMOUS)
-    copy_to_user(a, at, b"parent")
-    b = fork_process(a)
-    copy_to_user(b, at, b"child!")
-    assert copy_from_user(a, at, 6) == b"child!"
-    assert not host.pages.flags[frame(a, at)] & PG_anon
-    exit_process(a)
-    assert copy_from_user(b, at, 6) == b"child!"
-    do_munmap(b.mm, at, 4 * PAGE)
-    assert not host.mappings, "the last mapping took the file along"
-    exit_process(b)
-    audit(host)
-
-
-def test_beyond_the_end_of_the_file_is_a_bus_error() -> None:
-    s = Shared(pages=2)
-    at = do_mmap(s.a.mm, 0, 4 * PAGE, RW, MAP_SHARED, file=s.file, pgoff=0)
-    copy_to_user(s.a, at + PAGE, b"x")
-    with pytest.raises(KernelError, match="bus error"):
-        copy_from_user(s.a, at + 2 * PAGE, 1)
-    with pytest.raises(KernelError, match="bus error"):
-        copy_to_user(s.a, at + 2 * PAGE, b"x")
-    s.end()
-
-
 def test_mmap_refuses_what_no_file_backs() -> None:
     s = Shared()
     with pytest.raises(KernelError) as refused:
@@ -243,38 +135,6 @@ def test_registering_a_notifier_waits_for_walks_of_the_files_mappings() -> None:
 
     run(s.host, walker, register)
     assert order == ["walked", "registered"]
-    s.end()
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_faults_unmapping_and_fork_race_without_a_wrong_byte_or_count(seed: int) -> None:
-    s = Shared(pages=8, kind=MAP_PRIVATE)
-    s.host.sched.set_strategy(RandomStrategy(seed, 2))
-    s.host.sched.lockdep = {}
-
-    def writer() -> None:
-        for turn in range(12):
-            page = turn * 5 % 8
-            copy_to_user(s.a, s.at + page * PAGE, b"file%2d" % turn)
-            assert copy_from_user(s.a, s.at + page * PAGE, 6) == b"file%2d" % turn
-
-    def private() -> None:
-        for turn in range(12):
-            page = turn * 3 % 8
-            copy_from_user(s.b, s.bt + page * PAGE, 1)
-            copy_to_user(s.b, s.bt + page * PAGE + 8, b"mine%2d" % turn)
-            assert copy_from_user(s.b, s.bt + page * PAGE + 8, 6) == b"mine%2d" % turn
-
-    def unmapper() -> None:
-        for turn in range(8):
-            unmap_mapping_pages(s.file, turn, 3, even_cows=False)
-
-    def forker() -> None:
-        for _ in range(3):
-            exit_process(fork_process(s.b))
-
-    run(s.host, writer, private, unmapper, forker)
-    s.host.sched.set_strategy(None)
     s.end()
 
 
