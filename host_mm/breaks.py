@@ -6,9 +6,9 @@ one of the checked truths is expected to fail.
 Each is shown at work by a command in refault/switch_runs.toml. Five more steps can be left out of a
 HostMm by its `breaks` alone, for tests of this room and of the RDMA engine, as no payload asks for their
 operations yet: `odp-no-dirty` and `odp-no-drain` (an invalidation does not mark dirty what the engine could
-write, or does not wait for its DMA), `hugetlb-narrow-unshare` (unhooking a
-shared table of huge pages is told and flushed for the requested range only), `ksm-ignore-refs` (KSM merges a page although somebody else holds a
-reference to it) and `mremap-flush-after-unlock` (mremap flushes the old range after the page-table locks
+write, or does not wait for its DMA), `hugetlb-narrow-unshare` (unhooking a shared table of huge pages is told
+and flushed for the requested range only), `ksm-ignore-refs` (KSM merges a page although somebody else holds
+a reference to it) and `mremap-flush-after-unlock` (mremap flushes the old range after the page-table locks
 are dropped).
 
 Not modelled: switches of the KVM side (kvm_model/breaks.py), and that reclaim drops a folio although it

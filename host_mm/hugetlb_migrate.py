@@ -90,12 +90,37 @@ if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.mm_types import AnonVma, VmArea
 
-__all__ = ["unmap_and_move_huge_page"]
+__all__ = ["migrate_hugetlbs"]
 
+NR_MAX_MIGRATE_PAGES_RETRY = 10
 _COPIED_FLAGS = PG_uptodate | PG_referenced | PG_swapbacked | PG_anon
 
 
-def unmap_and_move_huge_page(host: HostMm, src: int, nid: int, *, wait: bool) -> int:
+def migrate_hugetlbs(host: HostMm, folios: list[int], nid: int, *, sync: bool) -> tuple[int, int, list[int]]:
+    """Move isolated huge pages to a node: how many stayed or -ENOMEM, how many moved, and those that stayed.
+
+    `sync`: from the fourth attempt on their folio locks are waited for.
+    """
+    moved = 0
+    for attempt in range(NR_MAX_MIGRATE_PAGES_RETRY):
+        if not folios:
+            break
+        left: list[int] = []
+        for position, pfn in enumerate(folios):
+            if host.sched.preempt:
+                host.sched.point("cond_resched")
+            rc = _unmap_and_move_huge_page(host, pfn, nid, wait=sync and attempt > 2)
+            if rc == -ENOMEM:
+                return rc, moved, left + folios[position:]
+            if rc:
+                left.append(pfn)
+            else:
+                moved += 1
+        folios = left
+    return len(folios), moved, folios
+
+
+def _unmap_and_move_huge_page(host: HostMm, src: int, nid: int, *, wait: bool) -> int:
     """Move an isolated huge page to a node: 0 and the isolation is over, -EAGAIN, or -ENOMEM.
 
     `wait`: the folio lock may be waited for.

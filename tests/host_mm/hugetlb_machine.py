@@ -46,7 +46,9 @@ class Witness(mn.MmuNotifier):
         )
         names = {"primary_flush": "flush", "frame_free": "free"}
         host.stream.listen(Listener(
-            [f"refault:{name}" for name in names], lambda event: self.log.append(names[event.name]),
+            [f"refault:{name}" for name in names],
+            lambda event: self.log.append(names[event.name])
+            if event.args.get("pid", mm.process.pid) == mm.process.pid else None,
             ancestors=False,
         ))
         assert mn.mmu_notifier_register(self, mm) == 0

@@ -15,7 +15,7 @@ from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.madvise import MADV_DONTNEED, do_madvise
 from host_mm.mmap import MAP_NORESERVE, MAP_PRIVATE, PROT_READ, do_munmap
 from host_mm.mprotect import do_mprotect
-from host_mm.pgtable_generic import pmd_offset, pud_offset
+from host_mm.pgtable_generic import pmd_offset
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10
 from host_mm.uaccess import copy_from_user, copy_to_user
