@@ -9,8 +9,8 @@ it in between is given back. It never takes the zero page. Slow GUP faults under
 (FOLL_PIN) counts 1024 references at once and must hold an exclusive page; a read-only long-term pin
 of anything else first makes one (unshare).
 
-Not modelled: huge pages, more than one page in a call, FOLL_LONGTERM's migration out of movable zones
-(there are none), pages of devices, signals (FOLL_INTERRUPTIBLE never interrupts), 5.10's FOLL_COW (a
+Not modelled: transparent huge pages, more than one page in a call, FOLL_LONGTERM's migration out of movable
+zones (there are none), pages of devices, signals (FOLL_INTERRUPTIBLE never interrupts), 5.10's FOLL_COW (a
 forced write there follows any dirty entry).
 """
 

@@ -9,7 +9,7 @@ COLD and PAGEOUT open no bracket of their own; PAGEOUT's reclaim brackets page b
 
 MERGEABLE and UNMERGEABLE are in ksm.py.
 
-Not modelled: REMOVE, COLLAPSE, HWPOISON, guard pages, huge pages, file pages, VMA names.
+Not modelled: REMOVE, COLLAPSE, HWPOISON, guard pages, transparent huge pages, file pages, VMA names.
 """
 
 from __future__ import annotations

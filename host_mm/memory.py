@@ -10,7 +10,7 @@ opens, and under the page-table lock the old entry is cleared and flushed before
 
 Faults on files are in memory_file.py.
 
-Not modelled: huge pages, NUMA balancing's migration (a hinting fault only restores the rights).
+Not modelled: transparent huge pages, NUMA balancing's migration (a hinting fault only restores the rights).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ to the 2 MiB boundary if nothing else is mapped there. Entries that move one by 
 those that move with their table do not. A userfaultfd's range moves entry by entry and loses its write
 protections.
 
-Not modelled: huge entries, hugetlb, exec's move of the stack; that 5.10 takes the rmap locks for a table
+Not modelled: transparent huge pages, exec's move of the stack; that 5.10 takes the rmap locks for a table
 only where it does for entries.
 """
 

@@ -11,7 +11,7 @@ The flush follows the bracket's end: what a gather found to need one, in 5.10 th
 Userfaultfd's write-protection takes the same way; where it must hold for pages that are not there, the walk
 makes the tables and puts markers in.
 
-Not modelled: protection keys, huge entries, prot_none_walk, memory tiers.
+Not modelled: protection keys, transparent huge pages, prot_none_walk, memory tiers.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ of its new place, so that it can merge. MREMAP_DONTUNMAP leaves the emptied sour
 Where a page of a faulted VMA moves into a neighbour that was never faulted, the neighbour gets the
 source's anon_vma, as in 6.18 stable; 6.18.2 forgets to.
 
-Not modelled: hugetlb, file mappings' hooks, KSM's unmerging before a move, userfaultfd events, sealing,
+Not modelled: file mappings' hooks, KSM's unmerging before a move, userfaultfd events, sealing,
 accounting (VM_ACCOUNT, locked_vm, map count limit), old_len 0 of shared mappings.
 """
 

@@ -25,7 +25,7 @@ The first six raise from the place where they break; `audit` checks the others w
 inside mm. References that are neither mappings, page tables, swap cache nor LRU batches come from
 `host.frame_holders`: callables that give a dict of pfn to count (KVM's tables, pins).
 
-Not modelled: huge entries.
+Not modelled: transparent huge pages; truths_hugetlb.py has those of hugetlbfs.
 """
 
 from __future__ import annotations
