@@ -299,6 +299,7 @@ def rmap_walk(
     """
     if host.pages.flags[pfn] & PG_ksm:
         return rmap_walk_ksm(host, pfn, rmap_one, try_lock=try_lock, done=done)
+    given = anon_vma
     if anon_vma is None:
         anon_vma = folio_get_anon_vma(host, pfn)
         if anon_vma is None:
@@ -310,6 +311,10 @@ def rmap_walk(
                 return False
         else:
             rwsem.read_lock()
+        if given is None and host.pages.mapping.get(pfn) is not anon_vma:
+            # UFFDIO_MOVE gave the page to another VMA while the lock was waited for.
+            rwsem.read_unlock()
+            return rmap_walk(host, pfn, rmap_one, try_lock=try_lock, done=done)
     index = host.pages.index[pfn]
     hits: list[tuple[int, VmArea, int]] = []
     for avc in anon_vma.chains.values():
