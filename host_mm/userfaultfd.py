@@ -2,8 +2,8 @@
 
 Source of truth: fs/userfaultfd.c (userfaultfd_api, userfaultfd_register, userfaultfd_unregister,
 userfaultfd_wake, userfaultfd_copy, userfaultfd_zeropage, userfaultfd_writeprotect, userfaultfd_move,
-userfaultfd_poison, userfaultfd_release); Linux 6.18. Waiting and reading are in userfaultfd_k.py, what the ioctls
-do to the tables in userfaultfd_mfill.py, userfaultfd_move.py and userfaultfd_wp.py.
+userfaultfd_poison, userfaultfd_release); Linux 6.18. Waiting and reading are in userfaultfd_k.py, what the
+ioctls do to the tables in userfaultfd_mfill.py, userfaultfd_move.py and userfaultfd_wp.py.
 
 An ioctl that fills answers how many bytes it did, Linux's output field. Fewer than asked is what the ioctl
 itself answers -EAGAIN for; the caller goes on behind them. What it did it wakes.
@@ -48,11 +48,12 @@ if TYPE_CHECKING:
     from host_mm.process import Process
 
 __all__ = [
-    "MODE_DONTWAKE", "UFFDIO_COPY_MODE_WP", "UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES", "UFFDIO_REGISTER_MODE_MINOR", "UFFDIO_REGISTER_MODE_MISSING",
-    "UFFDIO_REGISTER_MODE_WP", "UFFDIO_WRITEPROTECT_MODE_DONTWAKE", "UFFDIO_WRITEPROTECT_MODE_WP",
-    "UFFD_FEATURES", "userfaultfd", "userfaultfd_api", "userfaultfd_copy", "userfaultfd_move", "userfaultfd_poison",
-    "userfaultfd_register", "userfaultfd_release", "userfaultfd_unregister", "userfaultfd_wake",
-    "userfaultfd_writeprotect", "userfaultfd_zeropage",
+    "MODE_DONTWAKE", "UFFDIO_COPY_MODE_WP", "UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES",
+    "UFFDIO_REGISTER_MODE_MINOR", "UFFDIO_REGISTER_MODE_MISSING", "UFFDIO_REGISTER_MODE_WP",
+    "UFFDIO_WRITEPROTECT_MODE_DONTWAKE", "UFFDIO_WRITEPROTECT_MODE_WP", "UFFD_FEATURES", "userfaultfd",
+    "userfaultfd_api", "userfaultfd_copy", "userfaultfd_move", "userfaultfd_poison", "userfaultfd_register",
+    "userfaultfd_release", "userfaultfd_unregister", "userfaultfd_wake", "userfaultfd_writeprotect",
+    "userfaultfd_zeropage",
 ]
 
 UFFD_FEATURES = (
