@@ -79,6 +79,7 @@ class Host:
             board.close()
         if checker is not None:
             checker.audit()
+            checker.leaks()
         self.abandon()
 
     def abandon(self) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from emu.hostops import operation
 from emu.operations.memory import _scalar_size
-from host_mm.hmm import HmmMirror
+from host_mm.hmm_mirror import HmmMirror
 from host_mm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
