@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from emu.host import Host
     from emu.loaders.image import Image
     from emu.operations.instrument import ArmedEntry
+    from emu.uffd import Lend, PostCopy, Snapshot
     from host_mm.hmm_mirror import HmmMirror
     from kvm_model.vcpu import Vcpu
 
@@ -99,6 +100,7 @@ class Board:
         self.protected: list[tuple[int, int]] = []
         self.protection_faults = 0
         self.armed: ArmedEntry | None = None
+        self.uffd: PostCopy | Snapshot | Lend | None = None
         self.moving = False
         self.moves = 0
         self.moved_back = WaitQueue(host.sched, "guest memory moved back")
@@ -310,6 +312,8 @@ class Board:
                 self.child.exit()
             for mirror in self.mirrors.values():
                 mirror.close()
+            if self.uffd is not None:
+                self.uffd.stop()
             self.vmm.exit()
             # As the VMM's file of the device, closed after its address space is gone.
             self.rdma.close()

@@ -6,6 +6,7 @@
 | `mapping.py` | mlock, munlock, mremap |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
+| `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
 | `process.py` | fork and exit |
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
@@ -14,9 +15,20 @@
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
 """
 
-from emu.operations import device, instrument, ksm, mapping, memory, process, rdma, slots, weather
+from emu.operations import (
+    device,
+    instrument,
+    ksm,
+    mapping,
+    memory,
+    process,
+    rdma,
+    slots,
+    userfaultfd,
+    weather,
+)
 
-__all__ = ["device", "instrument", "ksm", "mapping", "memory", "process", "rdma", "slots", "weather"]
-from emu.operations import tracking
-
-__all__ = ["device", "instrument", "ksm", "mapping", "memory", "process", "slots", "tracking", "weather"]
+__all__ = [
+    "device", "instrument", "ksm", "mapping", "memory", "process", "rdma", "slots", "userfaultfd",
+    "weather",
+]

@@ -46,6 +46,8 @@ def mremap(board: Board, gpa: int, pages: int = 1) -> int:
     pieces = spans(board, gpa, pages)
     if board.moving:
         raise KernelError(errno.EBUSY, "another mremap is under way")
+    if board.uffd is not None:
+        raise KernelError(errno.EBUSY, "mremap would take the range's registration with its userfaultfd away")
     board.moving = True
     try:
         for hva, length in pieces:

@@ -8,6 +8,7 @@
 | `normal.py` | the form in which the two are compared |
 | `linux_mm.py` | the scenarios of host memory management |
 | `linux_mm_reclaim.py` | those of reclaim and access tracking |
+| `linux_mm_uffd.py` | those of userfaultfd; `emulator_uffd.py` has their steps |
 | `recorded/linux-6.18/` | the real kernel's traces |
 
 Not modelled: a live `/dev/kvm` as a back end.

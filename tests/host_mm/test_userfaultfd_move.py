@@ -197,9 +197,12 @@ def test_beside_writers_reclaim_and_migration_pages_go_and_come_back_whole(seed:
 
     seen: set[str] = set()
 
+    def take_back(address: int) -> int:
+        return userfaultfd_move(vm.ctx, address, address - vm.base + AWAY, PAGE)
+
     def answer(msg: Any) -> None:
         while True:
-            errno = errno_of(lambda: userfaultfd_move(vm.ctx, msg.address, msg.address - vm.base + AWAY, PAGE))
+            errno = errno_of(lambda: take_back(msg.address))
             seen.add(errno)
             if errno in ("ok", "EEXIST"):
                 # EEXIST: it was here already, or a repeated step hid that it came.
