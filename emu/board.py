@@ -34,6 +34,7 @@ from emu.vmm import Vmm
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.sched import Task, WaitQueue
 from kvm_model.kvm_main import Kvm
+from kvm_model.profile import PROFILES
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
 from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
 
@@ -111,8 +112,8 @@ class Board:
         self.cpu = UnicornCpu(host.mm, host.sched, interpreted=interpreted, params=config.params)
         self.cpu.exit_filter = self._exit_filter
         self.kvm = Kvm(
-            host.mm, self.process, self.cpu, params=config.params, breaks=frozenset(config.breaks),
-            checks=config.checks,
+            host.mm, self.process, self.cpu, profile=PROFILES[config.profile], params=config.params,
+            breaks=frozenset(config.breaks), checks=config.checks,
         )
         self.vcpus = [self.kvm.create_vcpu(n) for n in range(config.vcpus)]
         self.vcpus[0].irq_source = self.pic

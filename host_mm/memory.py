@@ -9,7 +9,7 @@ stays so until fork shares it. A write to a shared page copies it: the copy is m
 opens, and under the page-table lock the old entry is cleared and flushed before the new one is set.
 
 Not modelled: file and shmem faults (a VMA with `ops` brings its own `fault(vmf)`), huge pages,
-memcg charges, NUMA balancing's migration (a hinting fault only restores the rights).
+NUMA balancing's migration (a hinting fault only restores the rights).
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ if TYPE_CHECKING:
     from host_mm.mm_types import VmArea
 
 __all__ = [
-    "TRACEPOINTS", "do_wp_page", "folio_prealloc", "handle_mm_fault", "is_zero_pfn", "maybe_mkwrite",
-    "vm_normal_page", "vmf_orig_pte_uffd_wp",
+    "TRACEPOINTS", "do_wp_page", "folio_alloc", "folio_prealloc", "handle_mm_fault", "is_zero_pfn",
+    "maybe_mkwrite", "vm_normal_page", "vmf_orig_pte_uffd_wp",
 ]
 
 _RET = (
@@ -144,7 +144,16 @@ def maybe_mkwrite(pte: int, vma: VmArea) -> int:
 
 
 def folio_prealloc(host: HostMm, vma: VmArea, *, zero: bool) -> int:
-    """A page for this VMA by its memory policy, or -1."""
+    """A page for this VMA by its memory policy, charged to its process's memory cgroup, or -1."""
+    pfn = folio_alloc(host, vma, zero=zero)
+    if pfn >= 0 and vma.mm.process.memcg is not None and host.memcg.charge(pfn, vma.mm):
+        put_page(host, pfn)
+        return -1
+    return pfn
+
+
+def folio_alloc(host: HostMm, vma: VmArea, *, zero: bool) -> int:
+    """A page for this VMA by its memory policy that is not charged yet, or -1."""
     nid = vma.policy.preferred_node() if vma.policy is not None else host.numa_node_id(vma.mm.process)
     pfn = host.allocator.alloc_pages(GFP_HIGHUSER_MOVABLE | GFP_COMP | (GFP_ZERO if zero else 0), 0, nid)
     if pfn >= 0:
@@ -382,12 +391,24 @@ def _wp_shared(vmf: VmFault) -> tuple[str, int]:
 
 def _may_reuse(host: HostMm, vma: VmArea, pfn: int) -> bool:
     flags = host.pages.flags
-    if host.profile.anon_exclusive and flags[pfn] & PG_anon_exclusive:
+    if not host.profile.anon_exclusive:
+        return _nobody_else_refers(host, pfn)
+    if flags[pfn] & PG_anon_exclusive:
         return True
     if _wp_can_reuse_anon_folio(host, vma, pfn):
         flags[pfn] |= PG_anon_exclusive
         return True
     return False
+
+
+def _nobody_else_refers(host: HostMm, pfn: int) -> bool:
+    """Linux 5.10's do_wp_page: any reference beside the entry's, even the swap cache's, means a copy."""
+    pages = host.pages
+    if pages.flags[pfn] & PG_ksm or pages.refcount[pfn] != 1 or not folio_trylock(host, pfn):
+        return False
+    alone = not pages.flags[pfn] & PG_ksm and pages.mapcount[pfn] == 1 and pages.refcount[pfn] == 1
+    folio_unlock(host, pfn)
+    return alone
 
 
 def _wp_can_reuse_anon_folio(host: HostMm, vma: VmArea, pfn: int) -> bool:
@@ -439,17 +460,14 @@ def _wp_page_copy(vmf: VmFault) -> int:
     if host.sched.preempt:
         host.sched.point("pte")
     copied = _install_copy(vmf, new)
-    if host.profile.invalidate_range and copied:
-        mmu_notifier.mmu_notifier_invalidate_range_only_end(range_)
-    else:
-        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+    mmu_notifier.mmu_notifier_invalidate_range_only_end(range_)
     if not copied:
         put_page(host, new)
     elif old >= 0:
         # The reference that the old entry held, given up with it.
         put_page(host, old)
     if old >= 0:
-        if copied:
+        if copied and host.profile.cow_frees_swap_cache:
             free_swap_cache(host, old)
         put_page(host, old)
     return 0
@@ -477,12 +495,10 @@ def _install_copy(vmf: VmFault, new: int) -> bool:
     late_flush = "cow-flush-after-unlock" in host.breaks
     if not late_flush:
         ptep_clear_flush(mm, vmf.address, vmf.pte)
-    if host.profile.invalidate_range:
-        mmu_notifier.mmu_notifier_invalidate_range(mm, vmf.address, vmf.address + 4096)
+    mmu_notifier.mmu_notifier_invalidate_range(mm, vmf.address, vmf.address + 4096)
     folio_add_new_anon_rmap(host, new, vma, vmf.address)
     host.lru.folio_add_lru_vma(new, vma)
-    if host.profile.change_pte:
-        mmu_notifier.mmu_notifier_change_pte(mm, vmf.address, entry)
+    mmu_notifier.mmu_notifier_change_pte(mm, vmf.address, entry)
     set_pte(mm, vmf.address, vmf.pte, entry)
     if old >= 0:
         # Only now: whoever saw one mapping less could reuse a page that this entry still reached.

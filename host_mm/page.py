@@ -13,7 +13,7 @@ page holds its distance from the head in `tail`, and all reference counts live i
     index:    linear_page_index in its anon_vma or file
     mapping:  AnonVma or address space, absent for pages nobody maps
 
-Not modelled: memcg charges, page_ref tracing, per-page LRU links (lru.py keeps the lists), the folio
+Not modelled: page_ref tracing, per-page LRU links (lru.py keeps the lists), the folio
 type's large-mapcount tricks (each 4 KiB page counts for itself).
 """
 

@@ -36,6 +36,8 @@ from host_mm.mm_types import (
     MMF_UNSTABLE,
     VM_ACCESS_FLAGS,
     VM_LOCKED,
+    VM_RAND_READ,
+    VM_SEQ_READ,
     VM_SOFTDIRTY,
     AnonVma,
     AnonVmaChain,
@@ -60,6 +62,7 @@ from host_mm.pgtable_generic import (
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
+    from host_mm.memcontrol import MemCgroup
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
@@ -186,7 +189,8 @@ def folio_add_new_anon_rmap(
     # A page that is not exclusive may be found through any VMA of the tree: it hangs on the root.
     pages.mapping[pfn] = anon_vma if exclusive else anon_vma.root
     pages.index[pfn] = vma.page_index(address)
-    pages.flags[pfn] |= PG_anon | PG_swapbacked | (PG_anon_exclusive if exclusive else 0)
+    owned = exclusive and host.profile.anon_exclusive
+    pages.flags[pfn] |= PG_anon | PG_swapbacked | (PG_anon_exclusive if owned else 0)
     pages.mapcount[pfn] = 1
     host.vmstat["nr_anon_pages"] += 1
 
@@ -197,7 +201,7 @@ def folio_add_anon_rmap_pte(host: HostMm, pfn: int, vma: VmArea, address: int, *
     if not pages.mapcount[pfn]:
         host.vmstat["nr_anon_pages"] += 1
     pages.mapcount[pfn] += 1
-    if exclusive:
+    if exclusive and host.profile.anon_exclusive:
         pages.flags[pfn] |= PG_anon_exclusive
     host.lru.mlock_vma_folio(pfn, vma)
 
@@ -230,7 +234,7 @@ def _needs_cow_for_dma(vma: VmArea, host: HostMm, pfn: int) -> bool:
 def folio_try_dup_anon_rmap_pte(host: HostMm, pfn: int, src_vma: VmArea) -> bool:
     """Fork shares the page with the child; false if it may be pinned and must be copied."""
     pages = host.pages
-    if pages.flags[pfn] & PG_anon_exclusive:
+    if pages.flags[pfn] & PG_anon_exclusive or not host.profile.anon_exclusive:
         if _needs_cow_for_dma(src_vma, host, pfn):
             return False
         pages.flags[pfn] &= ~PG_anon_exclusive
@@ -334,18 +338,24 @@ def rmap_walk(
 
 
 class _Referenced:
-    __slots__ = ("host", "mapcount", "pfn", "referenced", "vm_flags")
+    __slots__ = ("host", "mapcount", "memcg", "pfn", "referenced", "vm_flags")
 
-    def __init__(self, host: HostMm, pfn: int) -> None:
+    def __init__(self, host: HostMm, pfn: int, memcg: MemCgroup | None) -> None:
         self.host = host
+        self.memcg = memcg
         self.pfn = pfn
         self.mapcount = host.pages.mapcount[pfn]
         self.referenced = 0
         self.vm_flags = 0
 
     def one(self, vma: VmArea, address: int) -> bool:
-        """folio_referenced_one."""
+        """folio_referenced_one, where invalid_folio_referenced_vma does not forbid it."""
         host, pfn, mm = self.host, self.pfn, vma.mm
+        if vma.flags & (VM_SEQ_READ | VM_RAND_READ):
+            return True
+        if self.memcg is not None and mm.process.memcg is not self.memcg:
+            # Reclaim for one group does not ask other groups.
+            return True
         pages = host.pages
         pte = page_vma_mapped_walk(host, pfn, vma, address)
         referenced = 0
@@ -381,13 +391,16 @@ def _ptep_clear_flush_young_notify(mm: MmStruct, address: int, pte: int) -> int:
     return young | mmu_notifier.mmu_notifier_clear_flush_young(mm, address, address + 4096)
 
 
-def folio_referenced(host: HostMm, pfn: int, *, is_locked: bool = False) -> tuple[int, int]:
-    """How many mappings used the page since last asked, and their VM flags; clears what it counts.
+def folio_referenced(
+    host: HostMm, pfn: int, *, is_locked: bool = False, memcg: MemCgroup | None = None
+) -> tuple[int, int]:
+    """How many mappings, of `memcg` if given, used the page since last asked, and their VM flags.
 
-    -1: the lock was contended, or only an exiting process maps the page. A KSM page is walked under its
-    folio lock, which is the caller's (`is_locked`) or tried; who has it now is using the page.
+    What is counted is cleared. -1: the lock was contended, or only an exiting process maps the page. A
+    KSM page is walked under its folio lock, which is the caller's (`is_locked`) or tried; who has it now
+    is using the page.
     """
-    walk = _Referenced(host, pfn)
+    walk = _Referenced(host, pfn, memcg)
     if not walk.mapcount or pfn not in host.pages.mapping:
         return 0, 0
     we_lock = not is_locked and bool(host.pages.flags[pfn] & PG_ksm)

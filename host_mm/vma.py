@@ -106,7 +106,7 @@ def split_huge_pmd_address(vma: VmArea, address: int) -> None:
         mmu_notifier.MMU_NOTIFY_CLEAR, mm, base, base + PMD_SIZE, order=mmu_notifier.ORDER_UNDER_PTL
     )
     mmu_notifier.mmu_notifier_invalidate_range_start(range_)
-    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+    mmu_notifier.mmu_notifier_invalidate_range_only_end(range_)
 
 
 def _split_if_needed(vma: VmArea, address: int) -> None:
