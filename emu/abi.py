@@ -422,27 +422,26 @@ VMCALLS: tuple[Vmcall, ...] = (
            "The engine's peer stores the low `size` bytes of `value` into the region."),
     Vmcall(VMCALL_RDMA_PEER_ADD, "rdma_peer_add", ("key", "gpa", "value"), "what was there", ("ENOENT",),
            "The engine's peer adds `value` to the 8 bytes at `gpa`, aligned to 8, at once."),
-    Vmcall(VMCALL_UFFD_MISSING, "uffd_missing", ("gpa", "pages"), "pages that were set aside", ("EBUSY",),
+    Vmcall(VMCALL_UFFD_MISSING, "uffd_missing", ("gpa", "pages"), "pages that were set aside", (),
            "Post-copy: the VMM keeps the bytes of the range's pages, drops them with MADV_DONTNEED, and a "
            "thread of its brings each when somebody touches it, by UFFDIO_COPY; pages that were never there "
-           "come as UFFDIO_ZEROPAGE. Accesses wait meanwhile. -EBUSY while a userfaultfd is served."),
-    Vmcall(VMCALL_UFFD_WP, "uffd_wp", ("gpa", "pages"), "0", ("EBUSY",),
+           "come as UFFDIO_ZEROPAGE. Accesses wait meanwhile. Ends what an earlier uffd_* began."),
+    Vmcall(VMCALL_UFFD_WP, "uffd_wp", ("gpa", "pages"), "0", (),
            "Snapshot: the range is write-protected with UFFDIO_WRITEPROTECT; the first write to each page "
-           "waits until a thread of the VMM has saved the page. -EBUSY while a userfaultfd is served."),
-    Vmcall(VMCALL_UFFD_MOVE, "uffd_move", ("gpa", "pages"), "pages that went", ("EBUSY",),
+           "waits until a thread of the VMM has saved the page. Ends what an earlier one began."),
+    Vmcall(VMCALL_UFFD_MOVE, "uffd_move", ("gpa", "pages"), "pages that went", (),
            "UFFDIO_MOVE of the range's pages to another place of the VMM, and of each back when somebody "
-           "touches it. Pages that are pinned or shared stay. -EBUSY while a userfaultfd is served."),
+           "touches it. Pages that are pinned or shared stay. Ends what an earlier one began."),
     Vmcall(VMCALL_UFFD_END, "uffd_end", (), "pages written after uffd_wp, else faults served", ("ENOENT",),
            "Ends what uffd_missing, uffd_wp or uffd_move began: what is elsewhere comes back first. -ENOENT "
            "when nothing was begun."),
     Vmcall(VMCALL_UFFD_READ, "uffd_read", ("gpa", "size"), "the value, zero-extended", ("ENOENT",),
            "As host_read, of the memory as it was at uffd_wp. -ENOENT without a snapshot."),
     Vmcall(VMCALL_PAGEMAP_SCAN, "pagemap_scan", ("gpa", "pages", "protect"), "written pages of the range",
-           ("EBUSY",),
+           (),
            "PAGEMAP_SCAN of the range for pages that were written since they were protected last; those that "
            "never were count as written. With `protect` 1 (else 0) what was found is protected "
-           "(PM_SCAN_WP_MATCHING); the next write lifts that and nobody waits. -EBUSY where a userfaultfd is "
-           "served."),
+           "(PM_SCAN_WP_MATCHING); the next write lifts that and nobody waits. Ends what uffd_* began."),
     Vmcall(VMCALL_PAGE_IDLE_SET, "page_idle_set", ("gpa", "pages"), "frames made idle", (),
            "Sets the idle bits of the range's frames; accessed bits of host and guest are cleared. Frames "
            "on no LRU list, and pages without a frame, do not count."),

@@ -6,7 +6,7 @@ a running guest, pages that are lent out; Linux 6.18.
 Each may begin while vCPUs run. What they write until then is in the pages that are set aside; from then on
 their accesses wait in the host's fault handler until the thread has answered.
 
-Not modelled: several threads for one userfaultfd, events (fork and mremap of memory that is set aside).
+Not modelled: several threads for one userfaultfd, events.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import KernelError
+from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import Task, WaitQueue
 from host_mm.pagemap import PM_PRESENT, PM_SWAP
 from host_mm.ram import PAGE_SIZE
@@ -52,13 +53,17 @@ _ZEROS = bytes(PAGE_SIZE)
 
 
 class UffdHandler:
-    """One userfaultfd over `pieces` (hva, length) of guest memory. `served`: faults that were answered."""
+    """One userfaultfd over `pieces` (hva, length) of guest memory. `served`: faults that were answered.
+
+    `mutex` is the VMM's own: who drops pages that are kept elsewhere does so between two answers.
+    """
 
     def __init__(self, board: Board, pieces: list[tuple[int, int]], features: int = 0) -> None:
         self.board = board
         self.vmm = board.vmm
         self.pieces = pieces
         self.served = 0
+        self.mutex = Mutex(board.host.sched, "uffd thread")
         self.ctx = board.vmm.userfaultfd(features)
         self._stopping = False
         self._gone = WaitQueue(board.host.sched, "uffd thread")
@@ -81,8 +86,10 @@ class UffdHandler:
             except KernelError:
                 continue
             own.cause = msg.cause
+            self.mutex.lock()
             if self.answer(msg):
                 self.served += 1
+            self.mutex.unlock()
             own.cause = None
         self._task = None
         self._gone.wake_all()
@@ -98,9 +105,19 @@ class UffdHandler:
         self._gone.wait_event(lambda: self._task is None)
         userfaultfd_release(self.ctx)
 
+    def begin(self) -> int:
+        """Start; what the user is answered."""
+        raise NotImplementedError
+
     def finish(self) -> int:
         """Bring everything back to where the guest can do without this, and stop; the answer for the user."""
         raise NotImplementedError
+
+    def bring_all(self) -> None:
+        """Bring what is elsewhere; the rest of the range stays as it is."""
+
+    def forget(self, hva: int, length: int) -> None:
+        """The VMM drops a range: what is kept of it elsewhere goes, too. `mutex` is held."""
 
     # -- its tools ----------------------------------------------------------------------------
 
@@ -129,7 +146,8 @@ class UffdHandler:
                     userfaultfd_zeropage(self.ctx, hva, PAGE_SIZE)
                 return
             except KernelError as exc:
-                if exc.errno == errno.EEXIST:
+                if exc.errno in (errno.EEXIST, errno.ENOENT):
+                    # There already, or the range was unmapped meanwhile.
                     userfaultfd_wake(self.ctx, hva, PAGE_SIZE)
                     return
                 if exc.errno not in (errno.ENOMEM, errno.EAGAIN):
@@ -187,15 +205,24 @@ class PostCopy(UffdHandler):
         if self.dropped:
             self.kept.pop(hva, None)
 
-    def finish(self) -> int:
-        """Push what nobody asked for; how many faults were served."""
+    def bring_all(self) -> None:
+        """Push what nobody asked for yet."""
         while self.kept:
-            hva, data = next(iter(self.kept.items()))
-            page = self.vmm.mmap(PAGE_SIZE, PROT_RW)
-            self.vmm.write(page, data)
-            self.give(hva, page)
-            self.vmm.munmap(page, PAGE_SIZE)
-            self.kept.pop(hva, None)
+            self.mutex.lock()
+            if self.kept:
+                hva, data = self.kept.popitem()
+                self.vmm.write(self.buffer, data)
+                self.give(hva, self.buffer)
+            self.mutex.unlock()
+
+    def forget(self, hva: int, length: int) -> None:
+        """These pages will come as zeros."""
+        for page in range(hva, hva + length, PAGE_SIZE):
+            self.kept.pop(page, None)
+
+    def finish(self) -> int:
+        """Bring everything; how many faults were served."""
+        self.bring_all()
         self.stop()
         self.vmm.munmap(self.buffer, PAGE_SIZE)
         return self.served
@@ -261,15 +288,20 @@ class Lend(UffdHandler):
         return sum(len(self.populated(self.lent_to[hva], length)) for hva, length in self.pieces)
 
     def _move_out(self, hva: int, length: int) -> None:
-        done = 0
+        done, left = 0, length
         while done < length:
-            place, left = self.lent_to[hva] + done, length - done
+            place = self.lent_to[hva] + done
             try:
                 done += userfaultfd_move(self.ctx, place, hva + done, left, UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES)
             except KernelError as exc:
-                if exc.errno not in (errno.EBUSY, errno.EEXIST):
+                if exc.errno == errno.EINVAL and left > PAGE_SIZE:
+                    # More than one mapping, or one with other rights: page by page.
+                    left = PAGE_SIZE
+                    continue
+                if exc.errno not in (errno.EBUSY, errno.EEXIST, errno.EINVAL):
                     raise
                 done += PAGE_SIZE
+            left = min(left, length - done)
 
     def answer(self, msg: UffdMsg) -> bool:
         """The page comes back, or one of zeros comes where none was."""
@@ -287,19 +319,34 @@ class Lend(UffdHandler):
                 self.give(hva, 0)
             elif exc.errno == errno.EEXIST:
                 userfaultfd_wake(self.ctx, hva, PAGE_SIZE)
-            elif exc.errno == errno.EBUSY:
-                # A fork shares it with the child since, or somebody pinned it.
+            elif exc.errno in (errno.EBUSY, errno.EINVAL):
+                # A fork shares it with the child since, somebody pinned it, or the rights changed.
                 self.give(hva, place)
                 self.vmm.madvise(place, PAGE_SIZE, MADV_DONTNEED)
             else:
                 raise
 
-    def finish(self) -> int:
-        """Everything comes back; how many faults asked for it before."""
+    def bring_all(self) -> None:
+        """Everything comes back."""
         for hva, length in self.pieces:
             place = self.lent_to[hva]
             for page in self.populated(place, length):
+                self.mutex.lock()
                 self._bring(hva + page - place)
+                self.mutex.unlock()
+
+    def forget(self, hva: int, length: int) -> None:
+        """Their pages go from where they are lent to."""
+        from host_mm.madvise import MADV_DONTNEED
+
+        for start, size in self.pieces:
+            first, last = max(start, hva), min(start + size, hva + length)
+            if first < last:
+                self.vmm.madvise(self._place(first), last - first, MADV_DONTNEED)
+
+    def finish(self) -> int:
+        """Everything comes back; how many faults asked for it before."""
+        self.bring_all()
         self.stop()
         for hva, length in self.pieces:
             self.vmm.munmap(self.lent_to[hva], length)

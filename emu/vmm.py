@@ -123,6 +123,13 @@ class Vmm:
             self.wp_async = self.userfaultfd(UFFD_FEATURE_WP_ASYNC)
         userfaultfd_register(self.wp_async, address, length, UFFDIO_REGISTER_MODE_WP)
 
+    def unregister_wp_async(self, address: int, length: int) -> None:
+        """UFFDIO_UNREGISTER of what register_wp_async registered of the range."""
+        from host_mm.userfaultfd import userfaultfd_unregister
+
+        if self.wp_async is not None:
+            userfaultfd_unregister(self.wp_async, address, length)
+
     def pagemap(self, address: int, pages: int) -> list[int]:
         """read(2) of /proc/PID/pagemap: a word a page."""
         from host_mm.pagemap import pagemap_read

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from emu.hostops import operation
 from emu.operations.memory import spans
+from emu.operations.userfaultfd import end_uffd
 from host_mm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
@@ -46,12 +47,12 @@ def mremap(board: Board, gpa: int, pages: int = 1) -> int:
     pieces = spans(board, gpa, pages)
     if board.moving:
         raise KernelError(errno.EBUSY, "another mremap is under way")
-    if board.uffd is not None:
-        raise KernelError(errno.EBUSY, "mremap would take the range's registration with its userfaultfd away")
     board.moving = True
     try:
-        for hva, length in pieces:
-            _away_and_back(board, hva, length)
+        with board.uffd_control:
+            end_uffd(board)
+            for hva, length in pieces:
+                _away_and_back(board, hva, length)
     finally:
         board.moving = False
         board.moves += 1

@@ -1,10 +1,10 @@
 """userfaultfd: guest memory that comes when it is asked for, snapshots, and who wrote what.
 
 Source: fs/userfaultfd.c, mm/userfaultfd.c, fs/proc/task_mmu.c (PAGEMAP_SCAN); Linux 6.18. The VMM's thread
-that serves the faults is in emu/uffd.py. One userfaultfd with a thread is open at a time.
+that serves the faults is in emu/uffd.py.
 
-While one is, a fork's child lacks pages that are elsewhere, and dropping pages (dontneed, free) that did
-not come back yet does not keep them from coming.
+One userfaultfd is served at a time: the next operation that wants one ends the one before, as do mremap and
+pagemap_scan. The VMM brings what is elsewhere before it forks.
 """
 
 from __future__ import annotations
@@ -19,26 +19,29 @@ from host_mm.ram import PAGE_SIZE
 
 if TYPE_CHECKING:
     from emu.board import Board
-    from emu.uffd import Lend, PostCopy, Snapshot
+    from emu.uffd import UffdHandler
 
-__all__: list[str] = []
-
-
-def _begin(board: Board, handler: PostCopy | Snapshot | Lend) -> int:
-    board.uffd = handler
-    try:
-        return handler.begin()
-    except BaseException:
-        board.uffd = None
-        handler.stop()
-        raise
+__all__ = ["end_uffd"]
 
 
-def _check_free(board: Board) -> None:
-    if board.uffd is not None:
-        raise KernelError(errno.EBUSY, "a userfaultfd is served already; uffd_end() ends it")
-    if board.moving:
-        raise KernelError(errno.EBUSY, "an mremap is under way, and takes registrations away")
+def _begin(board: Board, pieces: list[tuple[int, int]], kind: type[UffdHandler]) -> int:
+    with board.uffd_control:
+        end_uffd(board)
+        for hva, length in pieces:
+            board.vmm.unregister_wp_async(hva, length)
+        handler = board.uffd = kind(board, pieces)
+        try:
+            return handler.begin()
+        except KernelError:
+            board.uffd = None
+            handler.finish()
+            raise
+
+
+def end_uffd(board: Board) -> int:
+    """End the userfaultfd that is served, if any; its answer, or -1. The caller holds uffd_control."""
+    handler, board.uffd = board.uffd, None
+    return handler.finish() if handler is not None else -1
 
 
 @operation("CLEAR", "PROTECTION_VMA", "CLEAR", example="uffd_missing(gpa=0x200000, pages=16)")
@@ -46,9 +49,7 @@ def uffd_missing(board: Board, gpa: int, pages: int = 1) -> int:
     """Post-copy: keep the range's bytes, drop it, bring each page when it is touched; answers how many."""
     from emu.uffd import PostCopy
 
-    pieces = spans(board, gpa, pages)
-    _check_free(board)
-    return _begin(board, PostCopy(board, pieces))
+    return _begin(board, spans(board, gpa, pages), PostCopy)
 
 
 @operation("CLEAR", "PROTECTION_VMA", example="uffd_wp(gpa=0x200000, pages=16)")
@@ -56,9 +57,7 @@ def uffd_wp(board: Board, gpa: int, pages: int = 1) -> int:
     """Snapshot: write-protect the range; each page is saved before its first write; see uffd_end()."""
     from emu.uffd import Snapshot
 
-    pieces = spans(board, gpa, pages)
-    _check_free(board)
-    return _begin(board, Snapshot(board, pieces))
+    return _begin(board, spans(board, gpa, pages), Snapshot)
 
 
 @operation("CLEAR", example="uffd_move(gpa=0x200000, pages=16)")
@@ -66,19 +65,17 @@ def uffd_move(board: Board, gpa: int, pages: int = 1) -> int:
     """UFFDIO_MOVE of the range's pages elsewhere, and of each back when it is touched; answers how many."""
     from emu.uffd import Lend
 
-    pieces = spans(board, gpa, pages)
-    _check_free(board)
-    return _begin(board, Lend(board, pieces))
+    return _begin(board, spans(board, gpa, pages), Lend)
 
 
 @operation("PROTECTION_VMA", example="uffd_wp(gpa=0x200000, pages=16); vm.host.uffd_end()")
 def uffd_end(board: Board) -> int:
     """End the userfaultfd; what is elsewhere comes back. Answers pages written (wp), else faults served."""
-    handler = board.uffd
-    if handler is None:
+    with board.uffd_control:
+        answer = end_uffd(board)
+    if answer < 0:
         raise KernelError(errno.ENOENT, "no userfaultfd is served")
-    board.uffd = None
-    return handler.finish()
+    return answer
 
 
 @operation(example="uffd_wp(gpa=0x200000, pages=16); vm.host.uffd_read(gpa=0x200000, size=8)")
@@ -111,11 +108,13 @@ def pagemap_scan(board: Board, gpa: int, pages: int = 1, protect: int = 1) -> in
     pieces = spans(board, gpa, pages)
     both = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
     found = 0
-    for hva, length in pieces:
-        board.vmm.register_wp_async(hva, length)
-        arg = PmScanArg(
-            hva, hva + length, flags=PM_SCAN_WP_MATCHING if protect else 0, vec_len=pages,
-            category_mask=PAGE_IS_WRITTEN, category_anyof_mask=both, return_mask=PAGE_IS_WRITTEN,
-        )
-        found += sum((region.end - region.start) // PAGE_SIZE for region in board.vmm.pagemap_scan(arg))
+    with board.uffd_control:
+        end_uffd(board)
+        for hva, length in pieces:
+            board.vmm.register_wp_async(hva, length)
+            arg = PmScanArg(
+                hva, hva + length, flags=PM_SCAN_WP_MATCHING if protect else 0, vec_len=pages,
+                category_mask=PAGE_IS_WRITTEN, category_anyof_mask=both, return_mask=PAGE_IS_WRITTEN,
+            )
+            found += sum((region.end - region.start) // PAGE_SIZE for region in board.vmm.pagemap_scan(arg))
     return found

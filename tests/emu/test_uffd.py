@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -28,6 +29,8 @@ def test_a_guest_with_weather_never_knows(name: str, seed: int) -> None:
             while board.stop is None:
                 perform(board, name, GPA + (number % 8) * CHUNK * 4096, CHUNK)
                 board.host.sched.sleep(300_000)
+                if board.stop is not None:
+                    return
                 served += perform(board, "uffd_end")
                 number += 1
 
@@ -116,9 +119,9 @@ def test_lent_pages_that_a_fork_shared_come_back_as_copies() -> None:
     with refault.VM("4M", host_ram="16M", check=True) as vm:
         vm.host.host_write(GPA, 7)
         assert vm.host.uffd_move(GPA, 4) == 1
-        vm.host.fork()
+        child = vm.board.vmm.fork()
         assert vm.host.host_read(GPA) == 7
-        vm.host.child_exit()
+        child.exit()
         vm.host.uffd_end()
 
 
@@ -160,13 +163,71 @@ def test_what_the_operations_refuse() -> None:
             vm.host.uffd_read(GPA, 8)
         with pytest.raises(KernelError, match="EINVAL"):
             vm.host.pagemap_scan(GPA, 1, protect=2)
-        vm.host.uffd_wp(GPA, 4)
-        for call in (*calls, vm.host.mremap):
-            with pytest.raises(KernelError, match="EBUSY"):
-                call(GPA, 1)
+
+
+def test_the_next_use_ends_the_one_before_and_nothing_is_lost() -> None:
+    with refault.VM("4M", host_ram="16M", check=True) as vm:
+        host = vm.host
+        uses = [host.uffd_missing, host.uffd_move, host.uffd_wp, host.pagemap_scan, host.mremap]
+        for number, (first, second) in enumerate(itertools.product(uses, uses)):
+            for page in range(4):
+                host.host_write(GPA + page * 4096, number * 4 + page)
+            first(GPA, 8)
+            second(GPA, 8)
+            found = [host.host_read(GPA + page * 4096) for page in range(4)]
+            assert found == [number * 4 + page for page in range(4)]
+
+
+@pytest.mark.parametrize("name", ["uffd_missing", "uffd_move"])
+def test_a_forked_child_has_the_pages_that_were_elsewhere(name: str) -> None:
+    with refault.VM("4M", host_ram="16M", check=True) as vm:
+        vm.host.host_write(GPA, 7)
+        getattr(vm.host, name)(GPA, 4)
+        vm.host.fork()
+        vm.host.host_write(GPA, 8)
+        assert vm.host.child_read(GPA) == 7
+        vm.host.child_exit()
+        assert vm.host.host_read(GPA) == 8
+
+
+@pytest.mark.parametrize("name", ["uffd_missing", "uffd_move"])
+def test_dropping_pages_drops_them_where_they_are(name: str) -> None:
+    with refault.VM("4M", host_ram="16M", check=True) as vm:
+        vm.host.host_write(GPA, 7)
+        vm.host.host_write(GPA + 4096, 8)
+        getattr(vm.host, name)(GPA, 4)
+        vm.host.dontneed(GPA, 1)
+        assert [vm.host.host_read(GPA), vm.host.host_read(GPA + 4096)] == [0, 8]
+
+
+@pytest.mark.parametrize("name", ["uffd_missing", "uffd_move", "uffd_wp"])
+@pytest.mark.parametrize("prot", [0, 1])
+def test_rights_that_change_meanwhile_lose_nothing(name: str, prot: int) -> None:
+    with refault.VM("4M", host_ram="16M", check=True) as vm:
+        for page in range(4):
+            vm.host.host_write(GPA + page * 4096, page + 1)
+        hva = vm.board.memory.hva(GPA)
+        getattr(vm.host, name)(GPA, 4)
+        vm.board.vmm.mprotect(hva, 2 * 4096, prot)
+        if prot:
+            assert vm.host.host_read(GPA) == 1
         vm.host.uffd_end()
-        vm.host.pagemap_scan(GPA, 4)
-        with pytest.raises(KernelError, match="EBUSY"):
-            vm.host.uffd_missing(GPA, 8)
-        assert vm.host.uffd_missing(GPA + 4 * 4096, 4) == 0
-        vm.host.uffd_end()
+        vm.board.vmm.mprotect(hva, 2 * 4096, 3)
+        assert [vm.host.host_read(GPA + page * 4096) for page in range(4)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_operations_beside_each_other_wait_for_each_other(seed: int) -> None:
+    names = ["uffd_missing", "uffd_move", "uffd_wp", "pagemap_scan", "fork", "mremap"]
+    with refault.VM("4M", host_ram="16M", seed=seed, check=True, params=RANDOM) as vm:
+        for page in range(8):
+            vm.host.host_write(GPA + page * 4096, page + 1)
+        sched = vm.board.host.sched
+        tasks = []
+        for name in names:
+            args = () if name == "fork" else (GPA, 8)
+            tasks.append(sched.spawn(name, lambda name=name, args=args: perform(vm.board, name, *args)))
+        sched.run_until(lambda: all(task.done for task in tasks))
+        assert [vm.host.host_read(GPA + page * 4096) for page in range(8)] == list(range(1, 9))
+        assert [vm.host.child_read(GPA + page * 4096) for page in range(8)] == list(range(1, 9))
+        vm.host.child_exit()
