@@ -11,7 +11,7 @@ The flush follows the bracket's end: what a gather found to need one, in 5.10 th
 Userfaultfd's write-protection takes the same way; where it must hold for pages that are not there, the walk
 makes the tables and puts markers in.
 
-Not modelled: protection keys, huge entries, prot_none_walk, memory tiers.
+Not modelled: protection keys, transparent huge pages, prot_none_walk, memory tiers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_NX,
     _PAGE_PRESENT,
     _PAGE_RW,
-    _PAGE_SOFT_DIRTY,
     _PAGE_SWP_SOFT_DIRTY,
     _PAGE_SWP_UFFD_WP,
     _PAGE_UFFD_WP,
@@ -57,11 +56,12 @@ from host_mm.arch.x86.pgtable import (
     swp_entry_to_pte,
     swp_offset,
 )
+from host_mm.hugetlb_unmap import hugetlb_change_protection
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory import vm_normal_page
 from host_mm.memory_copy import is_cow_mapping
-from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE
+from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_HUGETLB, VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE
 from host_mm.mmu_gather import MmuGather
 from host_mm.page import (
     PG_anon,
@@ -83,7 +83,7 @@ from host_mm.pgtable_generic import (
     set_pte,
 )
 from host_mm.userfaultfd_k import userfaultfd_pte_wp, userfaultfd_wp_use_markers
-from host_mm.vma import vm_get_page_prot, vma_modify_flags
+from host_mm.vma import vm_get_page_prot, vma_modify_flags, vma_set_page_prot, vma_wants_writenotify
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
@@ -144,8 +144,10 @@ def _mprotect_fixup(tlb: MmuGather, vma: VmArea, start: int, end: int, flags: in
         return
     vma = vma_modify_flags(vma, start, end, flags)
     vma.flags = flags | (vma.flags & VM_SOFTDIRTY)
-    vma.page_prot = vm_get_page_prot(flags)
-    cp = MM_CP_TRY_CHANGE_WRITABLE if flags & VM_WRITE and not flags & VM_SHARED else 0
+    vma_set_page_prot(vma)
+    # vma_wants_manual_pte_write_upgrade: page_prot alone does not say what is writable.
+    upgrade = vma_wants_writenotify(vma) if flags & VM_SHARED else bool(flags & VM_WRITE)
+    cp = MM_CP_TRY_CHANGE_WRITABLE if upgrade else 0
     change_protection(tlb, vma, start, end, cp)
 
 
@@ -154,6 +156,8 @@ def change_protection(tlb: MmuGather, vma: VmArea, start: int, end: int, cp_flag
 
     How many changed, or -ENOMEM where markers need tables.
     """
+    if vma.flags & VM_HUGETLB:
+        return hugetlb_change_protection(vma, start, end, vma.page_prot)
     profile = vma.mm.host.profile
     if profile.mprotect_gathers:
         return _change_chunks(_Change(tlb, vma, cp_flags), start, end)
@@ -343,8 +347,6 @@ def can_change_pte_writable(vma: VmArea, entry: int) -> bool:
     Private: an exclusive page needs no COW. Shared: a dirty entry was told to the file system before.
     """
     if not vma.flags & VM_WRITE or pte_protnone(entry) or userfaultfd_pte_wp(vma, entry):
-        return False
-    if not vma.flags & VM_SOFTDIRTY and not entry & _PAGE_SOFT_DIRTY:
         return False
     if vma.flags & VM_SHARED:
         return pte_dirty(entry)

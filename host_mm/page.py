@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from host_mm.kernel.errors import BrokenTruth
+from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES
 from host_mm.ram import column
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GUP_PIN_COUNTING_BIAS", "PAGE_FLAGS_CHECK_AT_FREE", "PG_active", "PG_anon", "PG_anon_exclusive",
-    "PG_buddy", "PG_dirty", "PG_head", "PG_hwpoison", "PG_idle", "PG_ksm", "PG_locked", "PG_lru",
-    "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced", "PG_reserved", "PG_swapbacked",
+    "PG_buddy", "PG_dirty", "PG_head", "PG_hugetlb", "PG_hwpoison", "PG_idle", "PG_ksm", "PG_locked",
+    "PG_lru", "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced", "PG_reserved", "PG_swapbacked",
     "PG_swapcache", "PG_table", "PG_unevictable", "PG_uptodate", "PG_workingset", "PG_writeback",
     "PG_young", "PG_zone_device", "Pages", "decode_page_flags", "folio_mapcount",
-    "folio_maybe_dma_pinned", "folio_nr_pages", "folio_ref_freeze",
-    "folio_ref_unfreeze", "folio_test_large", "get_page", "page_folio", "put_page",
+    "folio_maybe_dma_pinned", "folio_nr_pages", "folio_ref_freeze", "folio_ref_unfreeze",
+    "folio_test_large", "get_page", "mm_counter", "page_folio", "put_page",
     "set_page_dirty", "try_get_page",
 ]
 
@@ -66,6 +67,7 @@ PG_buddy = 1 << 32
 PG_table = 1 << 33
 PG_anon = 1 << 34
 PG_ksm = 1 << 35
+PG_hugetlb = 1 << 36
 # What the kernel keeps in the zone number: ZONE_DEVICE.
 PG_zone_device = 1 << 40
 
@@ -82,7 +84,7 @@ _NAMES = {
     PG_reserved: "reserved", PG_private: "private", PG_reclaim: "reclaim", PG_swapbacked: "swapbacked",
     PG_unevictable: "unevictable", PG_mlocked: "mlocked", PG_hwpoison: "hwpoison", PG_young: "young",
     PG_idle: "idle", PG_buddy: "buddy", PG_table: "table", PG_anon: "anon", PG_ksm: "ksm",
-    PG_zone_device: "zone_device",
+    PG_hugetlb: "hugetlb", PG_zone_device: "zone_device",
 }
 
 
@@ -134,6 +136,14 @@ def folio_mapcount(pages: Pages, head: int) -> int:
     return pages.large_mapcount[head] if pages.flags[head] & PG_head else pages.mapcount[head]
 
 
+def mm_counter(pages: Pages, head: int) -> int:
+    """Which of mm.rss counts a mapping of this folio."""
+    flags = pages.flags[head]
+    if flags & PG_anon:
+        return MM_ANONPAGES
+    return MM_SHMEMPAGES if flags & PG_swapbacked else MM_FILEPAGES
+
+
 def get_page(host: HostMm, pfn: int, nr: int = 1) -> None:
     """Take `nr` references to a page that cannot be free now."""
     pages = host.pages
@@ -173,6 +183,9 @@ def put_page(host: HostMm, pfn: int, nr: int = 1) -> None:
 
 def __folio_put(host: HostMm, pfn: int) -> None:
     pages = host.pages
+    if pages.flags[pfn] & PG_hugetlb:
+        host.free_huge_folio(pfn)
+        return
     if pages.flags[pfn] & PG_zone_device:
         host.free_zone_device_folio(pfn)
         return
@@ -200,7 +213,7 @@ def folio_maybe_dma_pinned(pages: Pages, pfn: int) -> bool:
 
 
 def set_page_dirty(host: HostMm, pfn: int) -> None:
-    """folio_mark_dirty: the frame's bytes are newer than any backing store's."""
+    """folio_mark_dirty: the frame's bytes are newer than any backing store's; a file is told of its pages."""
     pages = host.pages
     head = pfn - pages.tail[pfn]
     flags = pages.flags[head]
@@ -208,4 +221,9 @@ def set_page_dirty(host: HostMm, pfn: int) -> None:
         return
     if flags & PG_reclaim:
         flags &= ~PG_reclaim
-    pages.flags[head] = flags | PG_dirty
+    pages.flags[head] = flags
+    mapping = None if flags & PG_anon else pages.mapping.get(head)
+    if mapping is None:
+        pages.flags[head] = flags | PG_dirty
+    else:
+        mapping.a_ops.dirty_folio(mapping, head)

@@ -7,7 +7,7 @@ One bracket per VMA per folio. With TTU_BATCH_FLUSH the entry is cleared and the
 that the bracket ends before the primary flush: the caller flushes (try_to_unmap_flush) before it
 frees the page or starts I/O.
 
-Not modelled: file and huge pages, hugetlb, device-private entries, should_defer_flush's look at the CPU
+Not modelled: transparent huge pages, device-private entries, should_defer_flush's look at the CPU
 mask (a flush is always deferred when asked).
 """
 
@@ -55,12 +55,14 @@ from host_mm.page import (
     PG_swapbacked,
     PG_swapcache,
     get_page,
+    mm_counter,
     put_page,
     set_page_dirty,
 )
 from host_mm.pgtable_generic import pte_lockptr, ptep_clear_flush, ptep_get, ptep_get_and_clear, set_pte
 from host_mm.rmap import (
     folio_add_anon_rmap_pte,
+    folio_add_file_rmap_pte,
     folio_get_anon_vma,
     folio_remove_rmap_pte,
     folio_try_share_anon_rmap_pte,
@@ -156,7 +158,10 @@ class _Unmap:
         flags = pages.flags[pfn]
         if flags & PG_hwpoison and self.flags & TTU_HWPOISON:
             set_pte(mm, address, pte, swp_entry_to_pte(swp_entry(SWP_HWPOISON, pfn)))
-            mm.rss[MM_ANONPAGES] -= 1
+            mm.rss[mm_counter(pages, pfn)] -= 1
+        elif not flags & PG_anon:
+            # The folio is locked, so that nothing else can be mapped here before the bracket ends.
+            mm.rss[mm_counter(pages, pfn)] -= 1
         elif bool(flags & PG_swapbacked) != bool(flags & PG_swapcache):
             set_pte(mm, address, pte, old)
             return False
@@ -246,7 +251,8 @@ class _Unmap:
 def try_to_unmap(host: HostMm, pfn: int, flags: int = 0) -> bool:
     """Replace every entry that maps a locked page; true if none is left.
 
-    The page is in the swap cache, or is a MADV_FREE page that just goes.
+    An anonymous page is in the swap cache, or is a MADV_FREE page that just goes; of a file's page
+    nothing is left behind.
     """
     unmap = _Unmap(host, pfn, flags)
     pages = host.pages
@@ -296,7 +302,10 @@ def remove_migration_ptes(
             value = pte_mkwrite(value)
         elif old & _PAGE_SWP_UFFD_WP:
             value = pte_mkuffd_wp(value)
-        folio_add_anon_rmap_pte(host, dst, vma, address, exclusive=kind != SWP_MIGRATION_READ)
+        if pages.flags[dst] & PG_anon:
+            folio_add_anon_rmap_pte(host, dst, vma, address, exclusive=kind != SWP_MIGRATION_READ)
+        else:
+            folio_add_file_rmap_pte(host, dst, vma)
         set_pte(mm, address, pte, value)
         if (t := host.trace.remove_migration_pte) is not None:
             t(address, value, 0)
@@ -305,7 +314,7 @@ def remove_migration_ptes(
         pte_lockptr(mm, pte).unlock()
         return True
 
-    if anon_vma is None and not pages.flags[dst] & PG_ksm:
+    if anon_vma is None and pages.flags[dst] & (PG_anon | PG_ksm) == PG_anon:
         anon_vma = pages.mapping.get(dst) or folio_get_anon_vma(host, dst)
         if anon_vma is None:
             return

@@ -8,6 +8,7 @@
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
 | `process.py` | fork and exit |
+| `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
 | `rdma.py` | registrations with the RDMA engine, and its peer |
@@ -23,12 +24,24 @@ from emu.operations import (
     memory,
     process,
     rdma,
+    secondary,
     slots,
+    tracking,
     userfaultfd,
     weather,
 )
 
 __all__ = [
-    "device", "instrument", "ksm", "mapping", "memory", "process", "rdma", "slots", "userfaultfd",
+    "device",
+    "instrument",
+    "ksm",
+    "mapping",
+    "memory",
+    "process",
+    "rdma",
+    "secondary",
+    "slots",
+    "tracking",
+    "userfaultfd",
     "weather",
 ]
