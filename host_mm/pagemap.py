@@ -17,7 +17,7 @@ An entry of the pagemap:
     | P | SW| FI|     | GR| WP| EX | SD| pfn, or slot and type  |
     +---+---+---+-----+---+---+----+---+------------------------+
 
-Not modelled: hugetlb, the capability that shows frame numbers, fatal signals.
+Not modelled: scans of hugetlb, protecting a huge page (it stays found as written), the capability that shows frame numbers, fatal signals.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import msgspec
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.arch.x86.pgtable import (
+    _PAGE_PSE,
     _PAGE_SOFT_DIRTY,
     _PAGE_SWP_SOFT_DIRTY,
     _PAGE_SWP_UFFD_WP,
@@ -58,7 +59,7 @@ from host_mm.arch.x86.pgtable import (
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory import vm_normal_page
-from host_mm.mm_types import VM_PFNMAP, VM_SOFTDIRTY
+from host_mm.mm_types import VM_HUGETLB, VM_PFNMAP, VM_SOFTDIRTY
 from host_mm.page import PG_anon
 from host_mm.pgtable_generic import pte_lockptr, pte_offset_map_lock, ptep_get_and_clear, set_pte
 from host_mm.userfaultfd_k import userfaultfd_wp_async, userfaultfd_wp_use_markers
@@ -117,11 +118,19 @@ def pagemap_read(mm: MmStruct, start: int, pages: int) -> list[int]:
         mm.mmap_lock.read_lock()
         for at in range(address, following, 4096):
             vma = mm.vma_lookup(at)
-            entry, level = walk_lockless(mm.host.ram, mm.pgd, at)
-            found.append(_pagemap_entry(vma, entry if level == 1 else 0) if vma is not None else 0)
+            found.append(_pagemap_entry(vma, _entry_at(mm, at)) if vma is not None else 0)
         mm.mmap_lock.read_unlock()
         address = following
     return found
+
+
+def _entry_at(mm: MmStruct, address: int) -> int:
+    """The 4 KiB entry of a page, made up from its leaf where that is huge; 0: none."""
+    entry, level = walk_lockless(mm.host.ram, mm.pgd, address)
+    if level == 1 or not entry & _PAGE_PSE:
+        return entry if level == 1 else 0
+    size = PMD_SIZE if level == 2 else PUD_SIZE
+    return (entry & ~_PAGE_PSE) + (address & (size - 1) & PFN_MASK)
 
 
 def _pagemap_entry(vma: VmArea, entry: int) -> int:
@@ -268,6 +277,8 @@ class _Scan:
     def _test_walk(self, vma: VmArea) -> int:
         """1: nothing for us in this VMA."""
         arg = self.arg
+        if vma.flags & VM_HUGETLB:
+            return 1
         wp_allowed = userfaultfd_wp_async(vma) and userfaultfd_wp_use_markers(vma)
         if not wp_allowed and arg.flags & PM_SCAN_CHECK_WPASYNC:
             return -EPERM
@@ -296,7 +307,7 @@ class _Scan:
         mm, arg = self.mm, self.arg
         pte = pte_offset_map_lock(mm, pmd, start)
         if not pte:
-            return 0
+            return self._huge(vma, start, end)
         ptl = pte_lockptr(mm, pte)
         protect = bool(arg.flags & PM_SCAN_WP_MATCHING)
         # Who only protects wants every page of the VMA protected, whatever it matches.
@@ -324,6 +335,14 @@ class _Scan:
             _tlb.flush_tlb_range(mm, first, address)
         ptl.unlock()
         return ret
+
+    def _huge(self, vma: VmArea, start: int, end: int) -> int:
+        """pagemap_scan_thp_entry: the part of a huge page."""
+        entry = _entry_at(self.mm, start)
+        categories = self.vma_category | _categories(vma, entry) | PAGE_IS_HUGE
+        if not entry or not self._interesting(categories):
+            return 0
+        return self._output(categories, start, end)[0]
 
     # -- what matches -------------------------------------------------------------------------
 
@@ -374,7 +393,7 @@ def _chunks(mm: MmStruct, start: int, end: int) -> Iterator[tuple[int, int, int]
             entry = u64[slot >> 3]
             if not entry & 1:
                 break
-            if size == PMD_SIZE:
+            if size == PMD_SIZE or entry & _PAGE_PSE:
                 pmd = slot
                 break
             table = entry & PFN_MASK
