@@ -17,7 +17,8 @@ An entry of the pagemap:
     | P | SW| FI|     | GR| WP| EX | SD| pfn, or slot and type  |
     +---+---+---+-----+---+---+----+---+------------------------+
 
-Not modelled: scans of hugetlb, protecting a huge page (it stays found as written), the capability that shows frame numbers, fatal signals.
+Not modelled: scans of hugetlb, protecting a huge page (it stays found as written), the
+capability that shows frame numbers, fatal signals.
 """
 
 from __future__ import annotations
