@@ -4,6 +4,7 @@
 |---|---|
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
+| `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
@@ -18,6 +19,7 @@
 
 from emu.operations import (
     device,
+    files,
     instrument,
     ksm,
     mapping,
@@ -33,6 +35,7 @@ from emu.operations import (
 
 __all__ = [
     "device",
+    "files",
     "instrument",
     "ksm",
     "mapping",
