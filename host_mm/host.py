@@ -36,13 +36,16 @@ from host_mm import (
     ksm_tree,
     lru,
     memory,
+    memory_device,
     memory_file,
     memremap,
     migrate,
+    migrate_device,
     mmu_notifier,
     oom_kill,
     page_alloc,
     page_io,
+    rmap_device,
     rmap_unmap,
     shmem,
     swap_state,
@@ -81,9 +84,9 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
-    filemap_cache, fork, gup, hmm_mirror, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate,
-    mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
-    vmscan_trace,
+    filemap_cache, fork, gup, hmm_mirror, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory,
+    memory_device, migrate, migrate_device, mmu_notifier, oom_kill, page_alloc, page_io, rmap_device,
+    rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan, vmscan_trace,
 )
 
 
