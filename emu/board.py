@@ -98,6 +98,7 @@ class Board:
         self.serial_bytes = bytearray()
         self.output = output
         self.child: Vmm | None = None
+        self.forking = False
         self.mirrors: dict[int, HmmMirror] = {}
         self.protected: list[tuple[int, int]] = []
         self.protection_faults = 0

@@ -18,9 +18,13 @@ __all__: list[str] = []
 @operation("PROTECTION_PAGE", example="fork()")
 def fork(board: Board) -> int:
     """fork of the VMM; the child keeps the guest's bytes of this moment and never runs."""
-    if board.child is not None:
+    if board.child is not None or board.forking:
         raise KernelError(errno.EBUSY, "the child of an earlier fork lives")
-    board.child = board.vmm.fork()
+    board.forking = True
+    try:
+        board.child = board.vmm.fork()
+    finally:
+        board.forking = False
     return 0
 
 
