@@ -3,9 +3,10 @@
 A switch is tested where the step stands: `if "no-primary-flush" not in host.breaks`. With a switch on,
 one of the checked truths is expected to fail.
 
-Each is shown at work by a command in refault/switch_runs.toml. One more step can be left out of a HostMm
-by its `breaks` alone, for tests of emu/dune.py, as no payload asks for it yet: `dune-no-retry` (emu/dune.py
-enters what GUP said although a bracket came in between).
+Each is shown at work by a command in refault/switch_runs.toml. Two more steps can be left out of a HostMm by
+its `breaks` alone, for tests, as no payload asks for their operations yet: `dune-no-retry` (emu/dune.py
+enters what GUP said although a bracket came in between) and `hugetlb-narrow-unshare` (unhooking a shared
+table of huge pages is told and flushed for the requested range only).
 
 Not modelled: switches of the KVM side (kvm_model/breaks.py), and that reclaim drops a folio although it
 is dirty again: all who write through a reference lock the folio to say so, but KVM when it unmaps a
