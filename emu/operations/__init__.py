@@ -6,6 +6,7 @@
 | `mapping.py` | mlock, munlock, mremap |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
+| `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
@@ -26,6 +27,7 @@ from emu.operations import (
     secondary,
     slots,
     tracking,
+    userfaultfd,
     weather,
 )
 
@@ -40,5 +42,6 @@ __all__ = [
     "secondary",
     "slots",
     "tracking",
+    "userfaultfd",
     "weather",
 ]

@@ -10,6 +10,7 @@
 | `live/` | the back end that runs it on this machine's `/dev/kvm` |
 | `linux_mm.py` | the scenarios of host memory management |
 | `linux_mm_reclaim.py` | those of reclaim and access tracking |
+| `linux_mm_uffd.py` | those of userfaultfd; `emulator_uffd.py` has their steps |
 | `recorded/linux-6.18/` | the real kernel's traces |
 """
 
