@@ -4,6 +4,7 @@
 |---|---|
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
+| `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `process.py` | fork and exit |
@@ -17,6 +18,7 @@
 
 from emu.operations import (
     device,
+    hugetlb,
     instrument,
     ksm,
     mapping,
@@ -31,6 +33,7 @@ from emu.operations import (
 
 __all__ = [
     "device",
+    "hugetlb",
     "instrument",
     "ksm",
     "mapping",
