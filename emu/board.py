@@ -33,6 +33,7 @@ from emu.hugetlb import HugetlbMemory
 from emu.memory import PROT_RW, GuestMemory
 from emu.vmm import Vmm
 from host_mm.kernel.errors import BrokenTruth, KernelError
+from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import Task, WaitQueue
 from kvm_model.kvm_main import Kvm
 from kvm_model.profile import PROFILES
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from emu.host import Host
     from emu.loaders.image import Image
     from emu.operations.instrument import ArmedEntry
+    from emu.uffd import UffdHandler
     from host_mm.hmm_mirror import HmmMirror
     from kvm_model.vcpu import Vcpu
 
@@ -103,6 +105,8 @@ class Board:
         self.protected: list[tuple[int, int]] = []
         self.protection_faults = 0
         self.armed: ArmedEntry | None = None
+        self.uffd: UffdHandler | None = None
+        self.uffd_control = Mutex(host.sched, "uffd control")
         self.moving = False
         self.moves = 0
         self.moved_back = WaitQueue(host.sched, "guest memory moved back")
@@ -317,6 +321,8 @@ class Board:
                 self.child.exit()
             for mirror in self.mirrors.values():
                 mirror.close()
+            if self.uffd is not None:
+                self.uffd.stop()
             self.hugetlb.exit_peer()
             self.vmm.exit()
             self.hugetlb.close()

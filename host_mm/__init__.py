@@ -14,7 +14,9 @@ Reading order:
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
     userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill
-                                 (userfaultfd_mfill.py) and register and protect (userfaultfd_wp.py)
+                                 (userfaultfd_mfill.py), register and protect (userfaultfd_wp.py) and move
+                                 (userfaultfd_move.py) pages
+    pagemap.py                   what each page is, and scans that protect what they find
     gup.py uaccess.py            memory for others than the CPU, and for the process itself
     rmap.py rmap_unmap.py        from a page to its entries
     tlb.py mmu_gather.py         when the host's own translations go
