@@ -65,6 +65,7 @@ from host_mm import (
     vmscan,
     vmscan_trace,
     zram,
+    zswap,
 )
 from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
@@ -120,6 +121,7 @@ _MODULES = (
     userfaultfd_k,
     vmscan,
     vmscan_trace,
+    zswap,
 )
 
 
@@ -183,6 +185,7 @@ class HostMm:
             device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
             self.swap = SwapInfo(sched, swap_bytes, swap_path, device)
             self.swap.free_notify.append(self.memcg.uncharge_swap)
+        self.zswap = zswap.Zswap(self, self.swap)
         self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
         self.file_device = page_io.SwapDevice(self, "file-io")
