@@ -53,19 +53,19 @@ class GuestMemory:
     def _add_ram(self, gpa: int, size: int, offset: int) -> None:
         """RAM of the board, `offset` bytes into its backend."""
         vmm, backend = self.board.vmm, self.board.config.memory_backend
-        if backend == "memfd":
-            self._add(gpa, size, files.mmap_memfd(vmm, size), mapped=True)
-        elif backend != "anon":
-            path = backend.removeprefix("file:")
-            hva = files.mmap_file(vmm, size, path, pgoff=offset >> 12)
-            self._add(gpa, size, hva, mapped=True)
-        else:
+        if backend == "anon":
             self._add(gpa, size)
+        elif backend == "memfd":
+            self._show(gpa, size, files.mmap_memfd(vmm, size))
+        else:
+            path = backend.removeprefix("file:")
+            self._show(gpa, size, files.mmap_file(vmm, size, path, pgoff=offset >> 12))
 
-    def _add(self, gpa: int, size: int, hva: int = 0, *, mapped: bool = False) -> Region:
+    def _add(self, gpa: int, size: int, hva: int = 0) -> Region:
+        return self._show(gpa, size, self.board.vmm.mmap(size, PROT_RW, hva))
+
+    def _show(self, gpa: int, size: int, hva: int) -> Region:
         board = self.board
-        if not mapped:
-            hva = board.vmm.mmap(size, PROT_RW, hva)
         region = Region(len(self.regions), gpa, size, hva)
         board.kvm.set_user_memory_region(region.slot, gpa, size, hva, 0)
         self.regions.append(region)
@@ -117,20 +117,22 @@ class GuestMemory:
         return self.regions[slot]
 
     def check_free(self, gpa: int, size: int, but: Region | None = None) -> None:
-        """KernelError(EEXIST) if a live region other than `but` has some of [gpa, gpa + size)."""
+        """KernelError(EEXIST) if a slot shows something there."""
         for other in self.regions:
             if other is but or other.deleted:
                 continue
             if gpa < other.gpa + other.size and other.gpa < gpa + size:
                 raise KernelError(errno.EEXIST, f"gpa {gpa:#x} overlaps slot {other.slot} at {other.gpa:#x}")
 
-    def create(self, gpa: int, size: int, hva: int = 0, *, mapped: bool = False) -> Region:
-        """A new region at `gpa`, at the VMM's `hva` if that is not 0; KernelError(EEXIST) on overlap.
-
-        `mapped`: the VMM has mapped something at `hva` already, else it is anonymous memory.
-        """
+    def create(self, gpa: int, size: int, hva: int = 0) -> Region:
+        """A new region at `gpa`, at the VMM's `hva` if that is not 0; KernelError(EEXIST) on overlap."""
         self.check_free(gpa, size)
-        return self._add(gpa, size, hva, mapped=mapped)
+        return self._add(gpa, size, hva)
+
+    def show(self, gpa: int, size: int, hva: int) -> Region:
+        """A new region at `gpa` of memory that the VMM has mapped; KernelError(EEXIST) on overlap."""
+        self.check_free(gpa, size)
+        return self._show(gpa, size, hva)
 
     def delete(self, slot: int) -> None:
         """KVM_SET_USER_MEMORY_REGION with size 0; the memory stays the VMM's."""

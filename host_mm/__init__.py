@@ -29,6 +29,8 @@ Reading order:
     hmm.py hmm_mirror.py         what a device learns of the tables, and a device that mirrors them
     secondary_tables.py          where the truths find what devices translate by
     memremap.py                  frames that are devices', not RAM
+    memory_device.py             entries for pages that a device has
+    migrate_device.py rmap_device.py   to a device's memory and back; a device's alone
     lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
     shrink_folio_list.py         and how
     lru_gen.py lru_gen_walk.py lru_gen_evict.py  by generations: the lists, aging by page tables, eviction
@@ -36,7 +38,7 @@ Reading order:
     page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
-    swap_readahead.py zram.py zsmalloc.py            more than was asked for; swap that is RAM
+    swap_readahead.py zram.py zswap.py zsmalloc.py   more than was asked for; swap that is RAM
     hugetlb.py hugetlb_resv.py   the pool of huge pages, and who was promised some
     hugetlb_share.py             level-2 tables that processes share
     hugetlb_rmap.py hugetlb_fault.py hugetlb_unmap.py hugetlb_copy.py hugetlb_migrate.py   their life

@@ -30,7 +30,7 @@ def memfd_slot(board: Board, gpa: int, pages: int = 1) -> int:
     check_range(gpa, pages)
     size = pages << PAGE_SHIFT
     board.memory.check_free(gpa, size)
-    return board.memory.create(gpa, size, files.mmap_memfd(board.vmm, size), mapped=True).slot
+    return board.memory.show(gpa, size, files.mmap_memfd(board.vmm, size)).slot
 
 
 @operation(example="file_slot(gpa=0xE0000000, pages=16)")
@@ -42,7 +42,7 @@ def file_slot(board: Board, gpa: int, pages: int = 1, private: int = 0) -> int:
     size = pages << PAGE_SHIFT
     board.memory.check_free(gpa, size)
     hva = files.mmap_file(board.vmm, size, private=bool(private))
-    return board.memory.create(gpa, size, hva, mapped=True).slot
+    return board.memory.show(gpa, size, hva).slot
 
 
 _FILE = "file_slot(gpa=0xE0000000, pages=16); vm.host.host_write(gpa=0xE0000000, value=7)"
