@@ -7,6 +7,7 @@
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
+| `numa.py` | where vCPUs run, and pages that follow them |
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
@@ -22,6 +23,7 @@ from emu.operations import (
     ksm,
     mapping,
     memory,
+    numa,
     process,
     rdma,
     secondary,
@@ -32,16 +34,6 @@ from emu.operations import (
 )
 
 __all__ = [
-    "device",
-    "instrument",
-    "ksm",
-    "mapping",
-    "memory",
-    "process",
-    "rdma",
-    "secondary",
-    "slots",
-    "tracking",
-    "userfaultfd",
-    "weather",
+    "device", "instrument", "ksm", "mapping", "memory", "numa", "process", "rdma", "secondary", "slots",
+    "tracking", "userfaultfd", "weather",
 ]
