@@ -10,7 +10,11 @@ Reading order:
     mm_types.py process.py       address spaces, VMAs, processes
     memory.py                    faults; memory_zap.py, memory_copy.py: entries out, entries into a child
     address_space.py             files and their mappings; memory_file.py: faults on them
-    filemap_cache.py shmem.py    which folio has which page of a file; shared memory
+    filemap_cache.py             which folio has which page of a file
+    filemap_fault.py readahead.py  how a fault finds it, and what is read and mapped around it
+    backing_file.py page_writeback.py  files with their bytes in a real file; how dirty pages get there
+    shmem.py shmem_file.py memfd.py  shared memory
+    truncate.py                  how pages leave a file
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
     userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill
@@ -32,7 +36,7 @@ Reading order:
     page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
-    swap_readahead.py zram.py zsmalloc.py            more than was asked for; swap that is RAM
+    swap_readahead.py zram.py zswap.py zsmalloc.py   more than was asked for; swap that is RAM
     hugetlb.py hugetlb_resv.py   the pool of huge pages, and who was promised some
     hugetlb_share.py             level-2 tables that processes share
     hugetlb_rmap.py hugetlb_fault.py hugetlb_unmap.py hugetlb_copy.py hugetlb_migrate.py   their life

@@ -27,9 +27,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from host_mm import (
+    address_space,
+    backing_file,
     compaction,
     compaction_trace,
     filemap_cache,
+    filemap_fault,
     fork,
     gup,
     hmm_mirror,
@@ -51,8 +54,10 @@ from host_mm import (
     oom_kill,
     page_alloc,
     page_io,
+    page_writeback,
     rmap_unmap,
     shmem,
+    shmem_file,
     swap_state,
     swapin,
     tlb,
@@ -61,6 +66,7 @@ from host_mm import (
     vmscan,
     vmscan_trace,
     zram,
+    zswap,
 )
 from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
@@ -89,8 +95,10 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
+    backing_file,
     compaction_trace,
     filemap_cache,
+    filemap_fault,
     fork,
     gup,
     hmm_mirror,
@@ -108,12 +116,14 @@ _MODULES = (
     page_alloc,
     page_io,
     rmap_unmap,
+    shmem,
     swap_state,
     swapin,
     tlb,
     userfaultfd_k,
     vmscan,
     vmscan_trace,
+    zswap,
 )
 
 
@@ -177,10 +187,13 @@ class HostMm:
             device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
             self.swap = SwapInfo(sched, swap_bytes, swap_path, device)
             self.swap.free_notify.append(self.memcg.uncharge_swap)
+        self.zswap = zswap.Zswap(self, self.swap)
         self.swap_readahead = SwapReadahead(self.params)
         balancing = self.params.get("kernel.numa_balancing", "N").lower() in ("y", "1", "on", "yes", "true")
         self.numa_balancing = numa_balancing.NumaBalancing(self.params) if balancing else None
         self.swap_device = page_io.SwapDevice(self)
+        self.file_device = page_io.SwapDevice(self, "file-io")
+        self.flusher = page_writeback.Flusher(self)
         self.ksm = Ksm(self)
         self.hstate = hugetlb.Hstate(self, nodes)
         self.hugetlb_inodes = 0
@@ -251,12 +264,13 @@ class HostMm:
         while self._at_work():
             self.sched.sleep(QUIESCE_POLL)
         self.swap_device.drain()
+        self.file_device.drain()
         while self.ksm.scanning:
             self.sched.sleep(QUIESCE_POLL)
         self.lru.lru_add_drain_all()
 
     def _at_work(self) -> bool:
-        return self.ksm.scanning or any(
+        return self.ksm.scanning or self.flusher.running or any(
             not vmscan.kswapd_asleep(self, node.nid) or not kcompactd.kcompactd_asleep(self, node.nid)
             for node in self.nodes
         )
@@ -270,7 +284,9 @@ class HostMm:
         self.quiesce()
 
     def close(self) -> None:
-        """Give up what the machine underneath holds for us: the swap file."""
+        """Give up what the machine underneath holds for us: the swap file and others."""
+        for mapping in self.mappings:
+            mapping.a_ops.abandon(mapping)
         if self.swap is not None:
             self.swap.close()
 
@@ -315,7 +331,11 @@ class HostMm:
 
     def shmem_file_setup(self, name: str, size: int, nid: int) -> AddressSpace:
         """mmap -> shmem: the file behind a shared anonymous mapping."""
-        return shmem.shmem_file_setup(self, name, size, nid)
+        return shmem_file.shmem_file_setup(self, name, size, nid)
+
+    def fput(self, mapping: AddressSpace) -> None:
+        """page_writeback -> address_space: the flusher lets go of a file."""
+        address_space.fput(mapping)
 
     def do_fault(self, vmf: VmFault) -> int:
         """memory -> memory_file: a fault on an empty entry of a file mapping."""

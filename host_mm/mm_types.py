@@ -325,7 +325,7 @@ class VmFault:
     """struct vm_fault: one fault on its way. `pmd` and `pte` are physical addresses of entries (0: none)."""
 
     __slots__ = (
-        "address", "cow_page", "flags", "mm", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl",
+        "address", "cow_page", "fault_type", "flags", "mm", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl",
         "real_address", "vma",
     )
 
@@ -342,3 +342,4 @@ class VmFault:
         self.ptl: Spinlock | None = None
         self.page = -1
         self.cow_page = -1
+        self.fault_type = 0

@@ -7,6 +7,8 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     io-while-writable        no writable one reaches a folio whose write-out begins
     dirty-dropped            a folio dropped as clean has the bytes that its swap slot has
     held-frame-moved         no frame is migrated that somebody writes to by a reference of his own
+    held-frame-merged        ... nor taken by KSM
+    moved-still-translated   no translation of an entry that mremap moved outlives the page-table locks
     flush-before-set         no entry gets another frame while a host TLB entry or a device's translation
                              still reaches the old one, unless a flush is pending
     secondary-stale          nothing is published to a device that the tables do not say
@@ -139,6 +141,27 @@ class HostTruths:
                 host.stream.here(),
             )
 
+    def folio_merges(self, pfn: int) -> None:
+        """KSM write-protects the page to share it: nobody may write to it past its entries."""
+        host = self.host
+        if host.pins[pfn] or host.held[pfn]:
+            raise BrokenTruth(
+                "held-frame-merged", f"KSM takes pfn {pfn:#x} although its user still writes to it",
+                host.stream.here(),
+            )
+
+    def entries_moved(self, mm: MmStruct, start: int, end: int) -> None:
+        """The locks of both places are about to be dropped: then the page may go from the new one."""
+        tlb = mm.tlb.entries
+        pages = range(start >> 12, end >> 12)
+        for vpn in pages if len(pages) < len(tlb) else [vpn for vpn in tlb if vpn in pages]:
+            if vpn in tlb:
+                raise BrokenTruth(
+                    "moved-still-translated",
+                    f"the entry of {vpn << 12:#x} moved, but pid {_pid(mm)} still translates it",
+                    self.host.stream.here(),
+                )
+
     def pte_set(self, mm: MmStruct, address: int, old: int, new: int) -> None:
         """A pte hook: whoever still has the old translation would go on with the old frame."""
         if not new & _PAGE_PRESENT or mm.tlb_flush_pending or mm.tlb_flush_batched:
@@ -164,7 +187,7 @@ class HostTruths:
         if not swap.swap_count(slot):
             # Its last entry was unmapped while the folio was busy: nobody can ever ask for the bytes.
             return
-        kept = bytes(PAGE_SIZE) if swap.zeromap[slot] else swap.pread(slot)
+        kept = bytes(PAGE_SIZE) if swap.zeromap[slot] else host.zswap.data(slot) or swap.pread(slot)
         if host.ram.b[pfn << 12 : (pfn + 1) << 12] != kept:
             raise BrokenTruth(
                 "dirty-dropped", f"pfn {pfn:#x} is dropped as clean, slot {slot:#x} has other bytes",
@@ -375,6 +398,9 @@ class _Audit:
                 raise BrokenTruth("swap-count", "there are swap entries but no swap")
             return
         pages = self.host.pages
+        for slot in self.host.zswap.lru:
+            if not swap.swap_map[slot]:
+                raise BrokenTruth("swap-count", f"zswap keeps slot {slot:#x}, which is free")
         used = 0
         for offset, value in enumerate(swap.swap_map):
             if value == SWAP_MAP_BAD:
