@@ -4,6 +4,7 @@
 |---|---|
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
+| `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
@@ -19,6 +20,7 @@
 
 from emu.operations import (
     device,
+    hugetlb,
     instrument,
     ksm,
     mapping,
@@ -36,4 +38,17 @@ from emu.operations import (
 __all__ = [
     "device", "instrument", "ksm", "mapping", "memory", "numa", "process", "rdma", "secondary", "slots",
     "tracking", "userfaultfd", "weather",
+    "device",
+    "hugetlb",
+    "instrument",
+    "ksm",
+    "mapping",
+    "memory",
+    "process",
+    "rdma",
+    "secondary",
+    "slots",
+    "tracking",
+    "userfaultfd",
+    "weather",
 ]
