@@ -38,8 +38,6 @@ from emu.operations import (
 )
 
 __all__ = [
-    "device", "instrument", "ksm", "mapping", "memory", "numa", "process", "rdma", "secondary", "slots",
-    "tracking", "userfaultfd", "weather",
     "device",
     "device_memory",
     "hugetlb",
@@ -47,6 +45,7 @@ __all__ = [
     "ksm",
     "mapping",
     "memory",
+    "numa",
     "process",
     "rdma",
     "secondary",
