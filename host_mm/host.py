@@ -46,14 +46,17 @@ from host_mm import (
     lru_gen,
     lru_gen_walk,
     memory,
+    memory_device,
     memory_file,
     memremap,
     migrate,
+    migrate_device,
     mmu_notifier,
     oom_kill,
     page_alloc,
     page_io,
     page_writeback,
+    rmap_device,
     rmap_unmap,
     shmem,
     shmem_file,
@@ -108,11 +111,14 @@ _MODULES = (
     lru,
     lru_gen_walk,
     memory,
+    memory_device,
     migrate,
+    migrate_device,
     mmu_notifier,
     oom_kill,
     page_alloc,
     page_io,
+    rmap_device,
     rmap_unmap,
     shmem,
     swap_state,
@@ -251,6 +257,8 @@ class HostMm:
 
     def start_daemons(self) -> None:
         """Start kswapd on every node; each sleeps until an allocation finds its node short."""
+        if pages := int(self.params.get("hugetlb.nr_hugepages", "0")):
+            hugetlb.set_max_huge_pages(self, pages)
         for node in self.allocator.nodes:
             body = partial(vmscan.kswapd, self, node.nid)
             self.daemons.append(self.sched.spawn(f"kswapd{node.nid}", body))
@@ -272,11 +280,16 @@ class HostMm:
         )
 
     def shutdown(self) -> None:
-        """Every process has ended: stop ksmd, turn swap off. What is in use after that is lost."""
+        """Every process has ended: stop ksmd, turn swap off, give up the huge pages.
+
+        What is in use after that is lost.
+        """
         if self.ksm.mm_slots:
             ksm.run_store(self, KSM_RUN_UNMERGE)
         if self.swap is not None:
             swap_state.try_to_unuse(self)
+        self.hstate.nr_overcommit = 0
+        hugetlb.set_max_huge_pages(self, 0)
         self.quiesce()
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ class Param(msgspec.Struct, frozen=True):
 
 
 PARAMS: dict[str, Param] = {
+    "hugetlb.nr_hugepages": Param("count", "0", "huge pages of 2 MiB in the host's pool from the start"),
     "kvm.eager_page_split": Param(
         "bool", "Y", "split huge pages when dirty logging starts, not at the fault"
     ),
