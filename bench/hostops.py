@@ -8,6 +8,7 @@ page is a page that is mapped.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from bench.lab import GPA, Lab
 from bench.report import Group, Measure
@@ -39,10 +40,10 @@ def _touched(lab: Lab, name: str) -> Callable[[], object]:
 
 def _per_page(labs: dict[str, Lab], name: str) -> dict[str, float]:
     """Microseconds a touched page, on each machine."""
-    runs = {}
+    runs: dict[str, Callable[[], object]] = {}
     for key, lab in labs.items():
         # The guest uses the pages first, so that they are there and KVM maps them.
-        runs[f"{key} before"] = lambda lab=lab: lab.write_pages(PAGES)
+        runs[f"{key} before"] = partial(lab.write_pages, PAGES)
         runs[key] = _touched(lab, name)
     times = in_turns(runs, ROUNDS)
     return {key: min(times[key]) / PAGES * 1e6 for key in labs}
