@@ -266,6 +266,9 @@ VMCALL_UFFD_MOVE = 0x5246_0172
 VMCALL_UFFD_END = 0x5246_0173
 VMCALL_UFFD_READ = 0x5246_0174
 VMCALL_PAGEMAP_SCAN = 0x5246_0175
+VMCALL_NUMA_BALANCE = 0x5246_0178
+VMCALL_VCPU_NODE = 0x5246_0179
+VMCALL_PAGES_ON_NODE = 0x5246_017A
 VMCALL_DUNE_READ = 0x5246_01B5
 VMCALL_DUNE_WRITE = 0x5246_01B6
 VMCALL_SVA_READ = 0x5246_01B7
@@ -458,6 +461,15 @@ VMCALLS: tuple[Vmcall, ...] = (
            "The engine's peer stores the low `size` bytes of `value` into the region."),
     Vmcall(VMCALL_RDMA_PEER_ADD, "rdma_peer_add", ("key", "gpa", "value"), "what was there", ("ENOENT",),
            "The engine's peer adds `value` to the 8 bytes at `gpa`, aligned to 8, at once."),
+    Vmcall(VMCALL_NUMA_BALANCE, "numa_balance", ("gpa", "pages"), "pages that will fault", (),
+           "One scan of NUMA balancing over the range: mapped pages lose their rights, and the next access "
+           "gives them back or, from another node, moves the page to it first."),
+    Vmcall(VMCALL_VCPU_NODE, "vcpu_node", ("cpu", "node"), "0", (),
+           "sched_setaffinity of vCPU `cpu`'s thread to the CPUs of NUMA node `node`. -EINVAL where one of "
+           "them does not exist."),
+    Vmcall(VMCALL_PAGES_ON_NODE, "pages_on_node", ("gpa", "pages", "node"), "pages of the range on the node",
+           (),
+           "move_pages(2) without nodes: how many pages of the range have a frame on `node`."),
     Vmcall(VMCALL_UFFD_MISSING, "uffd_missing", ("gpa", "pages"), "pages that were set aside", (),
            "Post-copy: the VMM keeps the bytes of the range's pages, drops them with MADV_DONTNEED, and a "
            "thread of its brings each when somebody touches it, by UFFDIO_COPY; pages that were never there "

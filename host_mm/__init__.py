@@ -43,6 +43,7 @@ Reading order:
     hugetlb_share.py             level-2 tables that processes share
     hugetlb_rmap.py hugetlb_fault.py hugetlb_unmap.py hugetlb_copy.py hugetlb_migrate.py   their life
     hugetlbfs.py                 files of them
+    numa_balancing.py            pages go to the node that uses them
     migrate.py oom_kill.py       to another frame; to nowhere
     compaction.py kcompactd.py   many to another place, for large blocks; and the daemon that sees to it
     compaction_scan.py           which and where to; compaction_trace.py: what is told about it

@@ -9,6 +9,7 @@
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
+| `numa.py` | where vCPUs run, and pages that follow them |
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
@@ -28,6 +29,7 @@ from emu.operations import (
     ksm,
     mapping,
     memory,
+    numa,
     process,
     rdma,
     secondary,
@@ -46,6 +48,7 @@ __all__ = [
     "ksm",
     "mapping",
     "memory",
+    "numa",
     "process",
     "rdma",
     "secondary",
