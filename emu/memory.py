@@ -50,10 +50,11 @@ class GuestMemory:
         self.first_test_slot = len(self.regions)
 
     def _add(self, gpa: int, size: int, hva: int = 0) -> Region:
-        board = self.board
-        hva = board.vmm.mmap(size, PROT_RW, hva)
+        return self._show(gpa, size, self.board.vmm.mmap(size, PROT_RW, hva))
+
+    def _show(self, gpa: int, size: int, hva: int) -> Region:
         region = Region(len(self.regions), gpa, size, hva)
-        board.kvm.set_user_memory_region(region.slot, gpa, size, hva, 0)
+        self.board.kvm.set_user_memory_region(region.slot, gpa, size, hva, 0)
         self.regions.append(region)
         return region
 
@@ -113,6 +114,11 @@ class GuestMemory:
         """A new region at `gpa`, at the VMM's `hva` if that is not 0; KernelError(EEXIST) on overlap."""
         self._check_free(gpa, size)
         return self._add(gpa, size, hva)
+
+    def show(self, gpa: int, size: int, hva: int) -> Region:
+        """A new region at `gpa` of what the VMM has mapped at `hva`; KernelError(EEXIST) on overlap."""
+        self._check_free(gpa, size)
+        return self._show(gpa, size, hva)
 
     def delete(self, slot: int) -> None:
         """KVM_SET_USER_MEMORY_REGION with size 0; the memory stays the VMM's."""
