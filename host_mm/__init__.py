@@ -4,16 +4,23 @@ Reading order:
 
     ram.py                       the frames
     page.py page_alloc.py        struct page, and who owns which frame
+    mmzone.py                    zones, page blocks and the lists of free ones
     mempolicy.py                 and on which node
     pgtable_generic.py           tables as bytes in RAM; the funnel of every store
     mm_types.py process.py       address spaces, VMAs, processes
     memory.py                    faults; memory_zap.py, memory_copy.py: entries out, entries into a child
     address_space.py             files and their mappings; memory_file.py: faults on them
-    filemap_cache.py shmem.py    which folio has which page of a file; shared memory
+    filemap_cache.py             which folio has which page of a file
+    filemap_fault.py readahead.py  how a fault finds it, and what is read and mapped around it
+    backing_file.py page_writeback.py  files with their bytes in a real file; how dirty pages get there
+    shmem.py shmem_file.py memfd.py  shared memory
+    truncate.py                  how pages leave a file
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
     userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill
-                                 (userfaultfd_mfill.py) and register and protect (userfaultfd_wp.py)
+                                 (userfaultfd_mfill.py), register and protect (userfaultfd_wp.py) and move
+                                 (userfaultfd_move.py) pages
+    pagemap.py                   what each page is, and scans that protect what they find
     gup.py uaccess.py            memory for others than the CPU, and for the process itself
     rmap.py rmap_unmap.py        from a page to its entries
     tlb.py mmu_gather.py         when the host's own translations go
@@ -27,16 +34,23 @@ Reading order:
     migrate_device.py rmap_device.py   to a device's memory and back; a device's alone
     lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
     shrink_folio_list.py         and how
+    lru_gen.py lru_gen_walk.py lru_gen_evict.py  by generations: the lists, aging by page tables, eviction
     memcontrol.py                whose pages they are, and how many a group may have
     page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
-    swap_readahead.py zram.py zsmalloc.py            more than was asked for; swap that is RAM
+    swap_readahead.py zram.py zswap.py zsmalloc.py   more than was asked for; swap that is RAM
+    hugetlb.py hugetlb_resv.py   the pool of huge pages, and who was promised some
+    hugetlb_share.py             level-2 tables that processes share
+    hugetlb_rmap.py hugetlb_fault.py hugetlb_unmap.py hugetlb_copy.py hugetlb_migrate.py   their life
+    hugetlbfs.py                 files of them
     migrate.py oom_kill.py       to another frame; to nowhere
+    compaction.py kcompactd.py   many to another place, for large blocks; and the daemon that sees to it
+    compaction_scan.py           which and where to; compaction_trace.py: what is told about it
     ksm.py ksm_merge.py          equal pages become one; ksm_break.py: and are parted again
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped
     host.py                      all of it, wired
-    truths.py breaks.py          what must hold, and how to break it
+    truths.py truths_hugetlb.py breaks.py   what must hold, and how to break it
     profile.py                   what differs between kernels
 
 `kernel/` holds tasks, locks, costs and the clock; `arch/x86/` what depends on the CPU.

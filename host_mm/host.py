@@ -6,13 +6,14 @@ mm/page_alloc.c, mm/memory.c, mm/madvise.c, mm/vmscan.c, mm/swapfile.c and mm/oo
 Linux's mm is mutually recursive; imports here may not be. The lower files call upward by methods of
 HostMm, which this file, at the top of the room, passes on:
 
-    page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory
+    page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory, try_to_compact_pages
+    vmscan      ->  wakeup_kcompactd, reset_isolation_suitable
     memcontrol  ->  reclaim_memcg, out_of_memory
     memory      ->  do_swap_page, do_fault, wp_page_shared
     swapin      ->  do_wp_page
     madvise     ->  reclaim_pages
     mmap        ->  shmem_file_setup
-    page        ->  free_zone_device_folio
+    page        ->  free_huge_folio, free_zone_device_folio
     mm_types    ->  free_mm
 
 Not modelled: memory hotplug, more than one zone in a node.
@@ -26,15 +27,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from host_mm import (
+    address_space,
+    backing_file,
+    compaction,
+    compaction_trace,
     filemap_cache,
+    filemap_fault,
     fork,
     gup,
     hmm_mirror,
+    hugetlb,
     interval_notifier,
+    kcompactd,
     ksm,
     ksm_merge,
     ksm_tree,
     lru,
+    lru_gen,
+    lru_gen_walk,
     memory,
     memory_device,
     memory_file,
@@ -45,9 +55,11 @@ from host_mm import (
     oom_kill,
     page_alloc,
     page_io,
+    page_writeback,
     rmap_device,
     rmap_unmap,
     shmem,
+    shmem_file,
     swap_state,
     swapin,
     tlb,
@@ -56,12 +68,13 @@ from host_mm import (
     vmscan,
     vmscan_trace,
     zram,
+    zswap,
 )
 from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
 from host_mm.memcontrol import MemCgroup, MemoryController
-from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved
+from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved, page_folio
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
@@ -84,9 +97,37 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
-    filemap_cache, fork, gup, hmm_mirror, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory,
-    memory_device, migrate, migrate_device, mmu_notifier, oom_kill, page_alloc, page_io, rmap_device,
-    rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan, vmscan_trace,
+    backing_file,
+    compaction_trace,
+    filemap_cache,
+    filemap_fault,
+    fork,
+    gup,
+    hmm_mirror,
+    interval_notifier,
+    ksm,
+    ksm_merge,
+    ksm_tree,
+    lru,
+    lru_gen_walk,
+    memory,
+    memory_device,
+    migrate,
+    migrate_device,
+    mmu_notifier,
+    oom_kill,
+    page_alloc,
+    page_io,
+    rmap_device,
+    rmap_unmap,
+    shmem,
+    swap_state,
+    swapin,
+    tlb,
+    userfaultfd_k,
+    vmscan,
+    vmscan_trace,
+    zswap,
 )
 
 
@@ -134,21 +175,30 @@ class HostMm:
         self.held: Counter[int] = Counter()
         self.frame_holders: list[Callable[[], Mapping[int, int]]] = [self._tables_of_the_dead, self._pins]
         self.memcg = MemoryController(self)
+        self.lru_gen_enabled = self.params.get("mm.lru_gen", "N").lower() in ("y", "1", "on", "yes", "true")
+        self.gens = lru_gen.LruGen(self)
+        if self.lru_gen_enabled:
+            self.free_hooks.append(self.gens.forget)
         self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
         self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
         self.secondary_tables = SecondaryTables()
         self.folio_waitqueues: dict[int, WaitQueue] = {}
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
-        self.lru = lru.Lru(self)
+        self.lru = lru.Lru(self, lru_gen.new_lruvec)
         self.swap: SwapInfo | None = None
         if swap_bytes:
             device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
             self.swap = SwapInfo(sched, swap_bytes, swap_path, device)
             self.swap.free_notify.append(self.memcg.uncharge_swap)
+        self.zswap = zswap.Zswap(self, self.swap)
         self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
+        self.file_device = page_io.SwapDevice(self, "file-io")
+        self.flusher = page_writeback.Flusher(self)
         self.ksm = Ksm(self)
+        self.hstate = hugetlb.Hstate(self, nodes)
+        self.hugetlb_inodes = 0
         self.processes: list[Process] = []
         self.mappings: list[AddressSpace] = []
         self.delayed_fput: list[AddressSpace] = []
@@ -175,8 +225,8 @@ class HostMm:
 
     @property
     def zones(self) -> list[page_alloc.Zone]:
-        """The zones, one a node."""
-        return [node.zone for node in self.allocator.nodes]
+        """The zones of all nodes."""
+        return self.allocator.zones
 
     def numa_node_id(self, process: Process) -> int:
         """The node of the CPU that the current task, a thread of `process` or KVM's for it, runs on."""
@@ -207,6 +257,8 @@ class HostMm:
 
     def start_daemons(self) -> None:
         """Start kswapd on every node; each sleeps until an allocation finds its node short."""
+        if pages := int(self.params.get("hugetlb.nr_hugepages", "0")):
+            hugetlb.set_max_huge_pages(self, pages)
         for node in self.allocator.nodes:
             body = partial(vmscan.kswapd, self, node.nid)
             self.daemons.append(self.sched.spawn(f"kswapd{node.nid}", body))
@@ -216,23 +268,34 @@ class HostMm:
         while self._at_work():
             self.sched.sleep(QUIESCE_POLL)
         self.swap_device.drain()
+        self.file_device.drain()
         while self.ksm.scanning:
             self.sched.sleep(QUIESCE_POLL)
         self.lru.lru_add_drain_all()
 
     def _at_work(self) -> bool:
-        return self.ksm.scanning or any(not vmscan.kswapd_asleep(self, node.nid) for node in self.nodes)
+        return self.ksm.scanning or self.flusher.running or any(
+            not vmscan.kswapd_asleep(self, node.nid) or not kcompactd.kcompactd_asleep(self, node.nid)
+            for node in self.nodes
+        )
 
     def shutdown(self) -> None:
-        """Every process has ended: stop ksmd, turn swap off. What is in use after that is lost."""
+        """Every process has ended: stop ksmd, turn swap off, give up the huge pages.
+
+        What is in use after that is lost.
+        """
         if self.ksm.mm_slots:
             ksm.run_store(self, KSM_RUN_UNMERGE)
         if self.swap is not None:
             swap_state.try_to_unuse(self)
+        self.hstate.nr_overcommit = 0
+        hugetlb.set_max_huge_pages(self, 0)
         self.quiesce()
 
     def close(self) -> None:
-        """Give up what the machine underneath holds for us: the swap file."""
+        """Give up what the machine underneath holds for us: the swap file and others."""
+        for mapping in self.mappings:
+            mapping.a_ops.abandon(mapping)
         if self.swap is not None:
             self.swap.close()
 
@@ -245,6 +308,19 @@ class HostMm:
     def wakeup_kswapd(self, nid: int, order: int, gfp: int) -> None:
         """page_alloc -> vmscan."""
         vmscan.wakeup_kswapd(self, nid, order, gfp)
+
+    def try_to_compact_pages(self, gfp: int, order: int, zonelist: list[page_alloc.Zone], prio: int) -> int:
+        """page_alloc -> compaction: direct compaction; a COMPACT_* result."""
+        return compaction.try_to_compact_pages(self, gfp, order, zonelist, prio)
+
+    def wakeup_kcompactd(self, nid: int, order: int, zoneidx: int) -> None:
+        """vmscan -> kcompactd."""
+        kcompactd.wakeup_kcompactd(self, nid, order, zoneidx)
+
+    def reset_isolation_suitable(self, nid: int) -> None:
+        """vmscan -> compaction."""
+        for zone in self.allocator.nodes[nid].zones:
+            compaction.reset_isolation_suitable(zone)
 
     def out_of_memory(self, order: int, memcg: MemCgroup | None) -> bool:
         """page_alloc, memcontrol -> oom_kill: whether anything was killed, in the group if one is given."""
@@ -264,7 +340,11 @@ class HostMm:
 
     def shmem_file_setup(self, name: str, size: int, nid: int) -> AddressSpace:
         """mmap -> shmem: the file behind a shared anonymous mapping."""
-        return shmem.shmem_file_setup(self, name, size, nid)
+        return shmem_file.shmem_file_setup(self, name, size, nid)
+
+    def fput(self, mapping: AddressSpace) -> None:
+        """page_writeback -> address_space: the flusher lets go of a file."""
+        address_space.fput(mapping)
 
     def do_fault(self, vmf: VmFault) -> int:
         """memory -> memory_file: a fault on an empty entry of a file mapping."""
@@ -278,6 +358,10 @@ class HostMm:
         """swapin -> memory."""
         return memory.do_wp_page(vmf)
 
+    def free_huge_folio(self, pfn: int) -> None:
+        """page -> hugetlb: the last reference to a huge page is gone."""
+        hugetlb.free_huge_folio(self, pfn)
+
     def free_zone_device_folio(self, pfn: int) -> None:
         """page -> memremap."""
         memremap.free_zone_device_folio(self, pfn)
@@ -290,7 +374,7 @@ class HostMm:
     def mark_page_accessed(self, pfn: int) -> None:
         """folio_mark_accessed, for holders of a reference outside mm."""
         if pfn != self.zero_pfn:
-            self.lru.folio_mark_accessed(pfn)
+            self.lru.folio_mark_accessed(page_folio(self.pages, pfn))
 
 
 def _tracepoints() -> list[Any]:

@@ -12,7 +12,7 @@ the other, the flush of each inside its bracket.
 
     break migrate-ignore-refs     move folios although somebody holds a reference
 
-Not modelled: large folios and splits, hugetlb, movable_ops pages, file mappings, devices.
+Not modelled: large folios and splits, movable_ops pages, devices.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ from collections.abc import Callable
 from errno import EACCES, EAGAIN, EBUSY, EFAULT, ENODEV, ENOENT, ENOMEM
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import pte_pfn, pte_present
+from host_mm.arch.x86.pgtable import HPAGE_PMD_NR, pmd_pfn, pte_pfn, pte_present
 from host_mm.filemap import folio_lock, folio_trylock, folio_unlock, folio_wait_writeback
+from host_mm.filemap_cache import page_cache_replace
+from host_mm.hugetlb import folio_isolate_hugetlb, folio_putback_hugetlb
+from host_mm.hugetlb_migrate import migrate_hugetlbs
+from host_mm.hugetlb_share import hugetlb_vma_lock_read, hugetlb_vma_unlock_read
 from host_mm.kernel.costs import COST_MIGRATE_PAGE, COST_SYSCALL
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.ksm_types import folio_migrate_ksm
-from host_mm.mm_types import VM_IO, VM_PFNMAP
+from host_mm.mm_types import VM_HUGETLB, VM_IO, VM_PFNMAP
 from host_mm.page import (
     PG_active,
     PG_anon,
     PG_dirty,
+    PG_hugetlb,
     PG_idle,
     PG_ksm,
     PG_mlocked,
@@ -42,13 +47,14 @@ from host_mm.page import (
     PG_workingset,
     PG_writeback,
     PG_young,
+    folio_mapcount,
     folio_ref_freeze,
     folio_ref_unfreeze,
     get_page,
     put_page,
 )
 from host_mm.page_alloc import GFP_COMP, GFP_HIGHUSER_MOVABLE, GFP_THISNODE, alloc_pages
-from host_mm.pgtable_generic import pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get
+from host_mm.pgtable_generic import pmd_lock, pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get
 from host_mm.rmap_unmap import TTU_BATCH_FLUSH, remove_migration_ptes, try_to_migrate
 from host_mm.swap_state import swap_cache_replace_folio
 from host_mm.tlb import try_to_unmap_flush
@@ -56,7 +62,7 @@ from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
-    from host_mm.mm_types import AnonVma, MmStruct
+    from host_mm.mm_types import AnonVma, MmStruct, VmArea
     from host_mm.process import Process
 
 __all__ = [
@@ -127,6 +133,8 @@ TRACEPOINTS = (MM_MIGRATE_PAGES, MM_MIGRATE_PAGES_START, MIGRATE_FOLIO)
 
 NewFolio = Callable[[int], int]
 """From the source pfn to a new frame with one reference, or -1."""
+PutFolio = Callable[[int], None]
+"""Takes a new frame back that was not used."""
 
 
 class _Unmapped:
@@ -145,11 +153,14 @@ class _Unmapped:
 class _Batch:
     """One call of migrate_pages: its counts and the folios that failed for good."""
 
-    __slots__ = ("get_new_folio", "host", "nr_failed_pages", "nr_succeeded", "reason", "ret_folios")
+    __slots__ = (
+        "get_new_folio", "host", "nr_failed_pages", "nr_succeeded", "put_new_folio", "reason", "ret_folios",
+    )
 
-    def __init__(self, host: HostMm, get_new_folio: NewFolio, reason: int) -> None:
+    def __init__(self, host: HostMm, get_new_folio: NewFolio, put_new_folio: PutFolio, reason: int) -> None:
         self.host = host
         self.get_new_folio = get_new_folio
+        self.put_new_folio = put_new_folio
         self.reason = reason
         self.ret_folios: list[int] = []
         self.nr_succeeded = 0
@@ -180,12 +191,12 @@ class _Batch:
         if dst < 0:
             return -ENOMEM
         if not self._lock_source(src, mode, force):
-            put_page(host, dst)
+            self.put_new_folio(dst)
             return -EAGAIN
         if pages.flags[src] & PG_writeback:
             if mode != MIGRATE_SYNC or not force:
                 folio_unlock(host, src)
-                put_page(host, dst)
+                self.put_new_folio(dst)
                 return -EAGAIN if mode == MIGRATE_SYNC else -EBUSY
             folio_wait_writeback(host, src)
         if not folio_trylock(host, dst):
@@ -193,7 +204,7 @@ class _Batch:
                 "migrate", f"the new frame {dst:#x} is locked by somebody else", host.stream.here()
             )
         # A KSM page has no anon_vma of its own; its stable node leads to all of them.
-        pinned = pages.mapcount[src] and not pages.flags[src] & PG_ksm
+        pinned = pages.mapcount[src] and pages.flags[src] & (PG_anon | PG_ksm) == PG_anon
         anon_vma = pages.mapping.get(src) if pinned else None
         item = _Unmapped(src, dst, anon_vma, bool(pages.flags[src] & PG_mlocked))
         if pages.mapcount[src]:
@@ -212,14 +223,15 @@ class _Batch:
             remove_migration_ptes(host, item.src, item.src, item.anon_vma)
         folio_unlock(host, item.src)
         folio_unlock(host, item.dst)
-        put_page(host, item.dst)
+        self.put_new_folio(item.dst)
 
     def _move_to_new_folio(self, src: int, dst: int) -> int:
         """__migrate_folio: copy, then give the new frame the old one's identity."""
         host = self.host
         pages = host.pages
         flags = pages.flags
-        expected = 1 + bool(flags[src] & PG_swapcache) + pages.mapcount[src]
+        cached = not flags[src] & (PG_anon | PG_swapcache) and src in pages.mapping
+        expected = 1 + (bool(flags[src] & PG_swapcache) or cached) + pages.mapcount[src]
         ignore = "migrate-ignore-refs" in host.breaks
         if pages.refcount[src] != expected and not ignore:
             return -EAGAIN
@@ -230,6 +242,8 @@ class _Batch:
         if host.sched.preempt:
             host.sched.point("migrate-copy")
         if flags[src] & PG_swapcache and not self._replace_in_swap_cache(src, dst, expected, ignore):
+            return -EAGAIN
+        if cached and not page_cache_replace(pages.mapping[src], src, dst, expected):
             return -EAGAIN
         pages.index[dst] = pages.index[src]
         mapping = pages.mapping.get(src)
@@ -326,6 +340,14 @@ class _Batch:
         left += [item.src for item in unmapped]
         return saved or failed + len(left), left
 
+    def hugetlbs(self, folios: list[int], nid: int, mode: int) -> int:
+        """migrate_hugetlbs: how many stayed, or -ENOMEM."""
+        rc, moved, left = migrate_hugetlbs(self.host, folios, nid, sync=mode == MIGRATE_SYNC)
+        self.nr_succeeded += moved * HPAGE_PMD_NR
+        self.nr_failed_pages += len(left) * HPAGE_PMD_NR
+        self.ret_folios += left
+        return rc
+
     def sync(self, folios: list[int], mode: int) -> int:
         """migrate_pages_sync: all at once without waiting, then the rest one by one."""
         earlier, self.ret_folios = self.ret_folios, []
@@ -407,24 +429,41 @@ def alloc_migration_target(host: HostMm, nid: int) -> int:
 def putback_movable_pages(host: HostMm, pfns: list[int]) -> None:
     """Give folios that stay where they are back to their lists."""
     for pfn in pfns:
-        host.lru.folio_putback_lru(pfn)
+        if host.pages.flags[pfn] & PG_hugetlb:
+            folio_putback_hugetlb(host, pfn)
+        else:
+            host.lru.folio_putback_lru(pfn)
     pfns.clear()
 
 
-def migrate_pages(host: HostMm, pfns: list[int], target_nid: int, reason: int, mode: int) -> int:
+def migrate_pages(
+    host: HostMm, pfns: list[int], target_nid: int, reason: int, mode: int, *,
+    get_new_folio: NewFolio | None = None, put_new_folio: PutFolio | None = None,
+) -> int:
     """Move isolated folios to a node. How many stayed, or -ENOMEM; those are left in `pfns`.
 
-    The caller isolated them from the LRU and gives what stays to putback_movable_pages.
+    The caller isolated them from the LRU and gives what stays to putback_movable_pages. New frames come
+    from `get_new_folio` and unused ones go to `put_new_folio`; by default the node's and the allocator.
     """
     ctx = host.stream.ctx
     saved = ctx.cause
     if (t := host.trace.mm_migrate_pages_start) is not None:
         ctx.cause = t(mode, reason)
-    batch = _Batch(host, lambda src: alloc_migration_target(host, target_nid), reason)
+    batch = _Batch(
+        host, get_new_folio or (lambda src: alloc_migration_target(host, target_nid)),
+        put_new_folio or (lambda dst: put_page(host, dst)), reason,
+    )
     rc_gather = 0
-    todo, pfns[:] = list(pfns), []
+    todo = [pfn for pfn in pfns if not host.pages.flags[pfn] & PG_hugetlb]
+    if len(todo) < len(pfns):
+        huge = [pfn for pfn in pfns if host.pages.flags[pfn] & PG_hugetlb]
+        rc_gather = batch.hugetlbs(huge, target_nid, mode)
+        if rc_gather < 0:
+            batch.ret_folios += todo
+            todo = []
+    pfns[:] = []
     if not host.profile.migrate_batches:
-        rc_gather = batch.one_by_one(todo, mode)
+        rc_gather += batch.one_by_one(todo, mode)
         todo = []
     while todo:
         folios, todo = todo[:_NR_MAX_BATCHED], todo[_NR_MAX_BATCHED:]
@@ -457,9 +496,13 @@ def _add_folio_for_migration(mm: MmStruct, address: int, nid: int, pagelist: lis
     if vma is None or vma.flags & (VM_IO | VM_PFNMAP):
         mm.mmap_lock.read_unlock()
         return -EFAULT
+    ret = -ENOENT
+    if vma.flags & VM_HUGETLB:
+        ret = _add_huge_page_for_migration(vma, address, nid, pagelist, every)
+        mm.mmap_lock.read_unlock()
+        return ret
     pmd = pmd_offset(mm, address)
     pte = pte_offset_map_lock(mm, pmd, address) if pmd else 0
-    ret = -ENOENT
     if pte:
         entry = ptep_get(mm, pte)
         if pte_present(entry):
@@ -469,13 +512,36 @@ def _add_folio_for_migration(mm: MmStruct, address: int, nid: int, pagelist: lis
     return ret
 
 
+def _add_huge_page_for_migration(
+    vma: VmArea, address: int, nid: int, pagelist: list[int], every: bool
+) -> int:
+    mm = vma.mm
+    host = mm.host
+    hugetlb_vma_lock_read(vma)
+    pmd = pmd_offset(mm, address)
+    ret = -ENOENT
+    if pmd:
+        lock = pmd_lock(mm, pmd)
+        entry = host.ram.u64[pmd >> 3]
+        if pte_present(entry):
+            ret = _isolate_for_migration(host, pmd_pfn(entry), nid, pagelist, every)
+        lock.unlock()
+    hugetlb_vma_unlock_read(vma)
+    return ret
+
+
 def _isolate_for_migration(host: HostMm, pfn: int, nid: int, pagelist: list[int], every: bool) -> int:
     if pfn == host.zero_pfn:
         return -EFAULT
     if host.allocator.nid_of(pfn) == nid:
         return 0
-    if host.pages.mapcount[pfn] > 1 and not every:
+    if folio_mapcount(host.pages, pfn) > 1 and not every:
         return -EACCES
+    if host.pages.flags[pfn] & PG_hugetlb:
+        if not folio_isolate_hugetlb(host, pfn):
+            return -EBUSY
+        pagelist.append(pfn)
+        return 1
     if not host.lru.folio_isolate_lru(pfn):
         return -EBUSY
     pagelist.append(pfn)

@@ -29,6 +29,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     or 2 (PMD). `mprotect_gathers`: its flush is a gather's, else one over the whole range of the VMA.
     `madvise_gathers_once`: DONTNEED and FREE flush once for all VMAs, else VMA by VMA. `migrate_batches`:
     migration unmaps many folios, their flush deferred, before it moves the first; else one at a time.
+    `hugetlb_unmap_brackets`: unmapping huge pages opens a bracket of its own, an UNMAP, inside the caller's.
 
     Copies. `anon_exclusive`: who owns an anonymous page goes by PG_anon_exclusive, which COW reuse, pins,
     migration, swap entries and mprotect look at; without it COW reuses a page that nobody else refers to.
@@ -40,7 +41,9 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     Features. `mremap_moves_level`: the highest level whose whole tables mremap moves. `mremap_realigns`: it
     extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `ksm_smart_scan`:
-    ksmd skips pages that it tried to merge in vain.
+    ksmd skips pages that it tried to merge in vain. `device_exclusive`: make_device_exclusive exists.
+    `device_inserts_name_owner`: the bracket in which holes become device memory is MIGRATE with its owner,
+    else CLEAR.
     """
 
     name: str
@@ -52,6 +55,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     mprotect_gathers: bool = True
     madvise_gathers_once: bool = True
     migrate_batches: bool = True
+    hugetlb_unmap_brackets: bool = False
     anon_exclusive: bool = True
     cow_frees_swap_cache: bool = True
     pinned_stay_out_of_swap: bool = True
@@ -62,6 +66,8 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     mremap_realigns: bool = True
     madv_populate: bool = True
     ksm_smart_scan: bool = True
+    device_exclusive: bool = True
+    device_inserts_name_owner: bool = True
 
 
 LINUX_6_18 = MmProfile(name="linux-6.18")
@@ -81,6 +87,7 @@ LINUX_5_10 = MmProfile(
     mprotect_gathers=False,
     madvise_gathers_once=False,
     migrate_batches=False,
+    hugetlb_unmap_brackets=True,
     anon_exclusive=False,
     cow_frees_swap_cache=False,
     pinned_stay_out_of_swap=False,
@@ -91,5 +98,7 @@ LINUX_5_10 = MmProfile(
     mremap_realigns=False,
     madv_populate=False,
     ksm_smart_scan=False,
+    device_exclusive=False,
+    device_inserts_name_owner=False,
 )
 PROFILES = {profile.name: profile for profile in (LINUX_6_18, LINUX_5_10)}

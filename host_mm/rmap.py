@@ -338,6 +338,7 @@ def rmap_walk(
     flags = host.pages.flags[pfn]
     if flags & PG_ksm:
         return rmap_walk_ksm(host, pfn, rmap_one, try_lock=try_lock, done=done)
+    given = anon_vma
     if not flags & PG_anon and anon_vma is None:
         return _rmap_walk_file(host, pfn, rmap_one, locked=locked, try_lock=try_lock, done=done)
     if anon_vma is None:
@@ -351,6 +352,10 @@ def rmap_walk(
                 return False
         else:
             rwsem.read_lock()
+        if given is None and host.pages.mapping.get(pfn) is not anon_vma:
+            # UFFDIO_MOVE gave the page to another VMA while the lock was waited for.
+            rwsem.read_unlock()
+            return rmap_walk(host, pfn, rmap_one, try_lock=try_lock, done=done)
     index = host.pages.index[pfn]
     hits: list[tuple[int, VmArea, int]] = []
     for avc in anon_vma.chains.values():
@@ -430,7 +435,10 @@ class _Referenced:
                 ptl.unlock()
                 self.referenced = -1
                 return False
-            referenced = _ptep_clear_flush_young_notify(mm, address, pte)
+            if host.lru_gen_enabled:
+                referenced = int(host.gens.look_around(pfn, vma, address, pte))
+            else:
+                referenced = _ptep_clear_flush_young_notify(mm, address, pte)
             self.mapcount -= 1
             ptl.unlock()
         if referenced:

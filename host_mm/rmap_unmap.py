@@ -7,7 +7,7 @@ One bracket per VMA per folio. With TTU_BATCH_FLUSH the entry is cleared and the
 that the bracket ends before the primary flush: the caller flushes (try_to_unmap_flush) before it
 frees the page or starts I/O.
 
-Not modelled: huge pages, hugetlb, should_defer_flush's look at the CPU
+Not modelled: transparent huge pages, should_defer_flush's look at the CPU
 mask (a flush is always deferred when asked).
 """
 
@@ -166,6 +166,7 @@ class _Unmap:
         old = _clear_entry(mm, address, pte, self.flags)
         if pte_present(old) and pte_dirty(old):
             set_page_dirty(host, pfn)
+        mm.update_hiwater_rss()
         flags = pages.flags[pfn]
         if flags & PG_hwpoison and self.flags & TTU_HWPOISON:
             set_pte(mm, address, pte, swp_entry_to_pte(swp_entry(SWP_HWPOISON, pfn)))
@@ -232,6 +233,7 @@ class _Unmap:
         present = pte_present(old)
         if present and pte_dirty(old):
             set_page_dirty(host, pfn)
+        mm.update_hiwater_rss()
         if exclusive and not folio_try_share_anon_rmap_pte(host, pfn):
             set_pte(mm, address, pte, old)
             return False

@@ -7,6 +7,8 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     io-while-writable        no writable one reaches a folio whose write-out begins
     dirty-dropped            a folio dropped as clean has the bytes that its swap slot has
     held-frame-moved         no frame is migrated that somebody writes to by a reference of his own
+    held-frame-merged        ... nor taken by KSM
+    moved-still-translated   no translation of an entry that mremap moved outlives the page-table locks
     flush-before-set         no entry gets another frame while a host TLB entry or a device's translation
                              still reaches the old one, unless a flush is pending
     secondary-stale          nothing is published to a device that the tables do not say
@@ -19,6 +21,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     page-cache, i-mmap       ... and files find their pages and mappings, which have nobody else
     uffd-wp                  ... and only where userfaultfd write-protects do entries say so, and not writable
     lru                      ... and PG_lru says where the folio is
+    free-count               ... and a zone's free pages are those on its lists
     tlb-stale                ... and every host TLB entry and device's translation is what the tables say
     leak                     when the host goes down, every frame and swap slot is free
 
@@ -26,7 +29,7 @@ The first seven raise from the place where they break; `audit` checks the others
 inside mm. References that are neither mappings, page tables, swap cache nor LRU batches come from
 `host.frame_holders`: callables that give a dict of pfn to count (KVM's tables, pins).
 
-Not modelled: huge entries.
+Not modelled: transparent huge pages; truths_hugetlb.py has those of hugetlbfs.
 """
 
 from __future__ import annotations
@@ -54,11 +57,11 @@ from host_mm.arch.x86.pgtable import (
     walk_lockless,
 )
 from host_mm.kernel.errors import BrokenTruth
-from host_mm.lru import LRU_NAMES
 from host_mm.memory_device import device_entry_pfn
 from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_UFFD_WP
 from host_mm.page import (
     PG_buddy,
+    PG_hugetlb,
     PG_ksm,
     PG_lru,
     PG_reserved,
@@ -71,6 +74,7 @@ from host_mm.page import (
 from host_mm.pgtable_generic import pmd_entries
 from host_mm.ram import PAGE_SIZE
 from host_mm.swapfile import SWAP_MAP_BAD
+from host_mm.truths_hugetlb import HugetlbAudit
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -140,6 +144,27 @@ class HostTruths:
                 host.stream.here(),
             )
 
+    def folio_merges(self, pfn: int) -> None:
+        """KSM write-protects the page to share it: nobody may write to it past its entries."""
+        host = self.host
+        if host.pins[pfn] or host.held[pfn]:
+            raise BrokenTruth(
+                "held-frame-merged", f"KSM takes pfn {pfn:#x} although its user still writes to it",
+                host.stream.here(),
+            )
+
+    def entries_moved(self, mm: MmStruct, start: int, end: int) -> None:
+        """The locks of both places are about to be dropped: then the page may go from the new one."""
+        tlb = mm.tlb.entries
+        pages = range(start >> 12, end >> 12)
+        for vpn in pages if len(pages) < len(tlb) else [vpn for vpn in tlb if vpn in pages]:
+            if vpn in tlb:
+                raise BrokenTruth(
+                    "moved-still-translated",
+                    f"the entry of {vpn << 12:#x} moved, but pid {_pid(mm)} still translates it",
+                    self.host.stream.here(),
+                )
+
     def pte_set(self, mm: MmStruct, address: int, old: int, new: int) -> None:
         """A pte hook: whoever still has the old translation would go on with the old frame."""
         if not new & _PAGE_PRESENT or mm.tlb_flush_pending or mm.tlb_flush_batched:
@@ -165,7 +190,7 @@ class HostTruths:
         if not swap.swap_count(slot):
             # Its last entry was unmapped while the folio was busy: nobody can ever ask for the bytes.
             return
-        kept = bytes(PAGE_SIZE) if swap.zeromap[slot] else swap.pread(slot)
+        kept = bytes(PAGE_SIZE) if swap.zeromap[slot] else host.zswap.data(slot) or swap.pread(slot)
         if host.ram.b[pfn << 12 : (pfn + 1) << 12] != kept:
             raise BrokenTruth(
                 "dirty-dropped", f"pfn {pfn:#x} is dropped as clean, slot {slot:#x} has other bytes",
@@ -223,12 +248,15 @@ class _Audit:
         self.refs: Counter[int] = Counter()
         self.slots: Counter[int] = Counter()
         self.linked = 0
+        self.hugetlb = HugetlbAudit(host)
 
     def tables(self, mm: MmStruct) -> None:
         """Every page table holds one reference to itself."""
         u64 = self.host.ram.u64
         level = [mm.pgd]
         for depth in range(3, -1, -1):
+            if depth == 1:
+                level = [table for table in level if self.hugetlb.first_user(table)]
             self.refs.update(table >> 12 for table in level)
             if depth:
                 words = [word for at in level for word in u64[at >> 3 : (at >> 3) + 512].tolist()]
@@ -300,16 +328,23 @@ class _Audit:
         self.page_cache()
         for holder in host.frame_holders:
             refs.update(holder())
-        for node in host.allocator.nodes:
-            pfn = node.zone.start
-            while pfn < node.zone.end:
+        for zone in host.zones:
+            free = 0
+            pfn = zone.start
+            while pfn < zone.end:
                 flags = pages.flags[pfn]
                 if flags & PG_buddy:
+                    free += 1 << pages.order[pfn]
                     pfn += 1 << pages.order[pfn]
                     continue
                 if not flags & PG_reserved:
                     self._frame(pfn, flags)
                 pfn += 1
+            if free != zone.nr_free + zone.nr_isolated:
+                raise BrokenTruth(
+                    "free-count", f"zone {zone.name} of node {zone.nid} has {free} free frames, counts "
+                    f"{zone.nr_free} and {zone.nr_isolated} isolated",
+                )
         for pgmap in host.device_frames.pgmaps:
             for pfn in range(pgmap.start, pgmap.start + pgmap.nr):
                 if pages.refcount[pfn] or refs[pfn]:
@@ -348,12 +383,14 @@ class _Audit:
         who = f"pfn {pfn:#x} ({decode_page_flags(flags)})"
         expected = self.refs[pfn] + (1 if flags & PG_swapcache else 0)
         count, maps = pages.refcount[pfn], pages.mapcount[pfn]
+        if flags & PG_hugetlb:
+            self.hugetlb.frame(pfn, flags, self.refs[pfn])
+            return
         if count != expected or not expected:
             raise BrokenTruth("frame-refcount", f"{who} has refcount {count}, {expected} references exist")
         if maps != self.maps[pfn]:
             raise BrokenTruth("frame-mapcount", f"{who} has mapcount {maps}, {self.maps[pfn]} entries map it")
-        lists = self.host.lru.lruvec(pfn).lists
-        listed = [name for name, entries in zip(LRU_NAMES, lists, strict=True) if pfn in entries]
+        listed = self.host.lru.lruvec(pfn).where(pfn)
         if len(listed) != (1 if flags & PG_lru else 0):
             raise BrokenTruth("lru", f"{who} is on {listed}")
 
@@ -379,6 +416,9 @@ class _Audit:
                 raise BrokenTruth("swap-count", "there are swap entries but no swap")
             return
         pages = self.host.pages
+        for slot in self.host.zswap.lru:
+            if not swap.swap_map[slot]:
+                raise BrokenTruth("swap-count", f"zswap keeps slot {slot:#x}, which is free")
         used = 0
         for offset, value in enumerate(swap.swap_map):
             if value == SWAP_MAP_BAD:
@@ -419,10 +459,15 @@ def audit(host: HostMm) -> None:
         check.tables(mm)
         check.entries(mm)
         check.tlb(mm)
+        check.hugetlb.vmas(mm)
         check.mappings(mm)
     linked = sum(len(mapping.i_mmap) for mapping in host.mappings)
     if linked != check.linked:
         raise BrokenTruth("i-mmap", f"{linked} VMAs are linked to files, {check.linked} exist")
     check.frames()
+    check.hugetlb.finish()
     check.memcg()
+    for node in host.allocator.nodes:
+        for vec in host.memcg.iter(node.nid, None):
+            vec.audit()
     check.swap()

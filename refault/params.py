@@ -15,7 +15,10 @@ _BOOLS = ("y", "n", "1", "0", "on", "off", "yes", "no", "true", "false", "force"
 
 
 class Param(msgspec.Struct, frozen=True):
-    """One parameter: what it takes (`bool`, `count`, or words separated by |), its default, its meaning."""
+    """One parameter: what it takes, its default, its meaning.
+
+    It takes a `bool`, a `count`, a `size` or one of several words separated by |.
+    """
 
     takes: str
     default: str
@@ -23,6 +26,7 @@ class Param(msgspec.Struct, frozen=True):
 
 
 PARAMS: dict[str, Param] = {
+    "hugetlb.nr_hugepages": Param("count", "0", "huge pages of 2 MiB in the host's pool from the start"),
     "kvm.eager_page_split": Param(
         "bool", "Y", "split huge pages when dirty logging starts, not at the fault"
     ),
@@ -31,10 +35,20 @@ PARAMS: dict[str, Param] = {
     "kvm.tdp_mmu": Param("bool", "Y", "the TDP MMU; N is refused, as there is no other yet"),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
     "mm.fault_around_bytes": Param("bytes", "65536", "what a read fault of a file maps if it is cached"),
+    "mm.read_ahead_kb": Param("KiB", "128", "what a miss in the page cache reads around it"),
     "mm.max_gather_pages": Param("count", "9698", "pages that an unmap frees in one go"),
+    "mm.movablecore": Param("size", "0", "memory of ZONE_MOVABLE, over all nodes; plain bytes or K, M, G"),
+    "mm.page_group_by_mobility": Param(
+        "bool", "N", "keep what cannot move out of the blocks of what can, as large machines do"
+    ),
     "swap.device": Param("file|zram", "file", "swap to a file, or to compressed RAM"),
     "swap.vma_ra_enabled": Param("bool", "Y", "swap readahead goes by address, not by slot"),
+    "zswap.accept_threshold_percent": Param("count", "90", "how full a full zswap pool may stay"),
+    "zswap.enabled": Param("bool", "N", "keep swapped pages compressed in RAM before they go to the file"),
+    "zswap.max_pool_percent": Param("count", "20", "how much of RAM the zswap pool may take"),
+    "zswap.shrinker_enabled": Param("bool", "N", "reclaim writes the zswap pool back, too"),
     "vm.page_cluster": Param("0|1|2|3|4|5", "0", "swap readahead of up to 2**N pages"),
+    "mm.lru_gen": Param("bool", "N", "multi-generational LRU instead of the active and inactive lists"),
     "sched.period": Param(
         "count", "8", "switch tasks at one scheduling point in so many, with sched.strategy=random"
     ),
@@ -58,8 +72,11 @@ def check_params(params: dict[str, str]) -> None:
             good = value.lower() in _BOOLS
         elif param.takes == "count":
             good = value.isdecimal() and int(value) > 0
+        elif param.takes == "size":
+            good = value.rstrip("kmgKMG").isdecimal() and len(value) - len(value.rstrip("kmgKMG")) < 2
         else:
             good = value in param.takes.split("|")
         if not good:
-            takes = {"bool": "Y or N", "count": "a number from 1"}.get(param.takes, param.takes)
+            names = {"bool": "Y or N", "count": "a number from 1", "size": "bytes, or 64M and the like"}
+            takes = names.get(param.takes, param.takes)
             raise UsageError(f"parameter {name}={value}: it takes {takes}")

@@ -4,8 +4,10 @@
 |---|---|
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
+| `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
+| `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
@@ -20,6 +22,7 @@
 from emu.operations import (
     device,
     device_memory,
+    hugetlb,
     instrument,
     ksm,
     mapping,
@@ -30,12 +33,14 @@ from emu.operations import (
     secondary,
     slots,
     tracking,
+    userfaultfd,
     weather,
 )
 
 __all__ = [
     "device",
     "device_memory",
+    "hugetlb",
     "instrument",
     "ksm",
     "mapping",
@@ -46,5 +51,6 @@ __all__ = [
     "secondary",
     "slots",
     "tracking",
+    "userfaultfd",
     "weather",
 ]

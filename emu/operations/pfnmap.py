@@ -27,16 +27,9 @@ __all__: list[str] = []
 def pfnmap_create(board: Board, gpa: int, pages: int = 1) -> int:
     """Memory of a PCI function, zeroed, in a new slot at `gpa`; answers the slot's number."""
     check_range(gpa, pages)
+    board.memory.check_free(gpa, pages << 12)
     bar = PciBar(board.host.mm, pages)
-    hva = 0
-    try:
-        hva = bar.mmap(board.process)
-        slot = board.memory.show(gpa, pages << 12, hva).slot
-    except KernelError:
-        if hva:
-            board.vmm.munmap(hva, pages << 12)
-        bar.close()
-        raise
+    slot = board.memory.show(gpa, pages << 12, bar.mmap(board.process)).slot
     board.bars[slot] = bar
     return slot
 

@@ -1,10 +1,9 @@
 """Scenarios on the emulator.
 
-The guest is a handful of instructions in slot 0, each followed by `out 0xf4, al`; a guest access
-sets the registers, enters, and reads what came out. EPT accessed/dirty flags are off, so that the
-walk reads guest tables as shadow paging does, which the recordings were made with.
+A guest access sets the registers, enters, and reads what came out. EPT accessed/dirty flags are off,
+so that the walk reads guest tables as shadow paging does, which the recordings were made with.
 
-    slot 0, 2 MiB at gpa 0:  0x1000 code   0x2000 PML4   0x3000 PDPT   0x4000 PD   0x10000 PTs of D
+    slot 0, 2 MiB at gpa 0: what guest.py says
     slot 1, 8 MiB at gpa 0x10000000: D, whose hva is 0xa00000 below slot 0's
 """
 
@@ -15,10 +14,13 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from emu.hostops import OPERATIONS, perform
-from emu.loaders.image import BOOT_CR3, BOOT_GDT, Image
+from emu.loaders.image import BOOT_GDT, Image
 from host_mm.kernel.errors import KernelError
 from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
+from refault.scenarios.emulator_hugetlb import SLOT0_OFFSET_HUGETLB, HugetlbSteps
 from refault.scenarios.emulator_reclaim import ReclaimSteps
+from refault.scenarios.emulator_uffd import UffdSteps
+from refault.scenarios.guest import ENTRY, RFLAGS_IOPL3, USER_STACK, guest_memory
 from refault.scenarios.normal import HOST_EVENTS, SLOT0_OFFSET, SLOT0_SIZE, format_range
 from refault.vm import VM
 from trace_events.stream import Listener
@@ -31,59 +33,31 @@ if TYPE_CHECKING:
 
 __all__ = ["EmulatorBackend", "run_on_emulator"]
 
-CODE = 0x1000
-PDPT, PD, PTS = 0x3000, 0x4000, 0x10000
-USER_STACK = 0x8000
 IRET_FRAME = 0x7000
-RFLAGS_IOPL3 = 0x3002
 USER_CS, USER_SS = 0x1B, 0x13
-
-SNIPPETS = {
-    "load": bytes.fromhex("488b06e6f4"),  # mov rax,[rsi]; out 0xf4,al
-    "store": bytes.fromhex("488907e6f4"),  # mov [rdi],rax; out 0xf4,al
-    "read_modify_write": bytes.fromhex("48ff07e6f4"),  # inc qword [rdi]; out 0xf4,al
-    "nop": bytes.fromhex("e6f4"),
-    "to_user": bytes.fromhex("48cf"),  # iretq
-}
-ENTRY = {name: CODE + 0x40 * index for index, name in enumerate(SNIPPETS)}
 
 
 def _image() -> Image:
     gdt = struct.pack("<4Q", 0, 0x00AF9B000000FFFF, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF)
-    directory = [i << 21 | 0xE7 for i in range(512)]
-    tables: list[tuple[int, bytes]] = []
-    for i in range(DATA_SIZE >> 21):
-        directory[(DATA_GPA >> 21) + i] = (PTS + i * PAGE) | 7
-        entries = [(DATA_GPA + (i << 21) + j * PAGE) | 0x67 for j in range(512)]
-        tables.append((PTS + i * PAGE, struct.pack("<512Q", *entries)))
     frame = struct.pack("<5Q", ENTRY["nop"], USER_CS, RFLAGS_IOPL3, USER_STACK, USER_SS)
-    segments = [
-        (BOOT_GDT, gdt),
-        *((ENTRY[name], code) for name, code in SNIPPETS.items()),
-        (BOOT_CR3, struct.pack("<Q", PDPT | 7)),
-        (PDPT, struct.pack("<Q", PD | 7)),
-        (PD, struct.pack("<512Q", *directory)),
-        (IRET_FRAME, frame),
-        *tables,
-    ]
     return Image(
-        kind="scenario", mode="long", entry=ENTRY["to_user"], end=SLOT0_SIZE, segments=segments,
-        registers={"rsp": IRET_FRAME},
+        kind="scenario", mode="long", entry=ENTRY["to_user"], end=SLOT0_SIZE,
+        segments=[(BOOT_GDT, gdt), (IRET_FRAME, frame), *guest_memory()], registers={"rsp": IRET_FRAME},
     )
 
 
-class EmulatorBackend(ReclaimSteps):
+class EmulatorBackend(ReclaimSteps, UffdSteps, HugetlbSteps):
     """One machine for one scenario. `lines` is the normalised sequence, `events` the trace."""
 
     def __init__(self, **options: Any) -> None:
+        hugetlb = options.pop("hugetlb", "")
         params = {"kvm_intel.eptad": "0", **options.pop("params", {})}
         self.vm = VM("2M", params=params, **{"host_ram": "64M", "swap": "64M", **options})
         board = self.board = self.vm.board
         slot0 = board.memory.regions[0]
-        self.data_hva = slot0.hva - SLOT0_OFFSET
-        self.vm.host._board.host.sched.run_task(
-            "vmm", lambda: board.memory.create(DATA_GPA, DATA_SIZE, self.data_hva)
-        )
+        self.slot0_offset = SLOT0_OFFSET_HUGETLB if hugetlb else SLOT0_OFFSET
+        self.data_hva = slot0.hva - self.slot0_offset
+        self.vm.host._board.host.sched.run_task("vmm", lambda: self._create_data(hugetlb))
         board.load(_image())
         self.vm.run()
         self._run("nop")
@@ -93,10 +67,18 @@ class EmulatorBackend(ReclaimSteps):
         self.pinned: list[int] = []
         board.host.stream.listen(Listener(("*",), self._note))
 
+    def _create_data(self, hugetlb: str) -> None:
+        if hugetlb:
+            self.create_hugetlb(hugetlb)
+        else:
+            self.board.memory.create(DATA_GPA, DATA_SIZE, self.data_hva)
+
     def close(self) -> None:
         """Destroy the machine."""
         self.vm.finish()
+        self.close_hugetlb()
         self.unpin()
+        self.uffd_close()
         if self.child is not None:
             self._host(self.child.exit)
         self.vm.close()
@@ -109,7 +91,8 @@ class EmulatorBackend(ReclaimSteps):
         end = event.args.get("end", start)
         first, last = start - self.data_hva, end - self.data_hva
         if (start, end) != (0, (1 << 64) - 1) and not (
-            (last > 0 and first < DATA_SIZE) or (last > SLOT0_OFFSET and first < SLOT0_OFFSET + SLOT0_SIZE)
+            (last > 0 and first < DATA_SIZE)
+            or (last > self.slot0_offset and first < self.slot0_offset + SLOT0_SIZE)
         ):
             return
         absolute = (start, end) == (0, (1 << 64) - 1)
@@ -175,8 +158,9 @@ class EmulatorBackend(ReclaimSteps):
         return 0 if advice in ("DONTFORK", "DOFORK") else "ok"
 
     def mprotect(self, offset: int, length: int, prot: int) -> Any:
-        """mprotect(2)."""
-        return self._host(lambda: self.board.vmm.mprotect(self.data_hva + offset, length, prot)) or 0
+        """mprotect(2): 0 or -1."""
+        result = self._host(lambda: self.board.vmm.mprotect(self.data_hva + offset, length, prot))
+        return -1 if result else 0
 
     def munmap(self, offset: int, length: int) -> Any:
         """munmap(2)."""
