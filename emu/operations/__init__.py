@@ -4,10 +4,12 @@
 |---|---|
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
+| `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
+| `numa.py` | where vCPUs run, and pages that follow them |
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
@@ -21,11 +23,13 @@
 from emu.operations import (
     device,
     device_memory,
+    files,
     hugetlb,
     instrument,
     ksm,
     mapping,
     memory,
+    numa,
     process,
     rdma,
     secondary,
@@ -38,11 +42,13 @@ from emu.operations import (
 __all__ = [
     "device",
     "device_memory",
+    "files",
     "hugetlb",
     "instrument",
     "ksm",
     "mapping",
     "memory",
+    "numa",
     "process",
     "rdma",
     "secondary",
