@@ -276,11 +276,10 @@ VMCALL_DEVICE_WRITE = 0x5246_01BD
 VMCALL_DEVICE_ADD = 0x5246_01BE
 VMCALL_NR_HUGEPAGES = 0x5246_0140
 VMCALL_HUGETLB_CREATE = 0x5246_0141
-VMCALL_HUGETLB_PUNCH = 0x5246_0142
-VMCALL_HUGETLB_PEER_READ = 0x5246_0143
-VMCALL_HUGETLB_PEER_WRITE = 0x5246_0144
-VMCALL_HUGETLB_SHARERS = 0x5246_0145
-VMCALL_HUGETLB_UNSHARE = 0x5246_0146
+VMCALL_HUGETLB_PEER_READ = 0x5246_0142
+VMCALL_HUGETLB_PEER_WRITE = 0x5246_0143
+VMCALL_HUGETLB_SHARERS = 0x5246_0144
+VMCALL_HUGETLB_UNSHARE = 0x5246_0145
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
@@ -509,9 +508,6 @@ VMCALLS: tuple[Vmcall, ...] = (
            "As slot_create, but of huge pages: `gpa` and the range are whole 2 MiB (-EINVAL). `shared` 1: of "
            "a memfd, which others can map; 0: private. `reserve` 1: the pool promises every page, -ENOMEM if "
            "it cannot; 0: a fault that finds no page leaves KVM_RUN with -EFAULT. -EINVAL for other values."),
-    Vmcall(VMCALL_HUGETLB_PUNCH, "hugetlb_punch", ("gpa", "pages"), "0", (),
-           "A hole in the memfd behind a shared region of huge pages: whole huge pages go back to the pool, "
-           "parts are zeroed; the range reads as zeros. -EINVAL in other memory."),
     Vmcall(VMCALL_HUGETLB_PEER_READ, "hugetlb_peer_read", ("gpa", "size"), "the value, zero-extended", (),
            "Another process of the host maps the same memfd, on the first question about it, and reads "
            "`size` bytes (1, 2, 4 or 8) of it. Where 1 GiB of the file is mapped whole by both they use one "

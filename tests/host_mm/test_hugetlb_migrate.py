@@ -11,7 +11,6 @@ from host_mm.arch.x86.pgtable import pmd_pfn, pte_write
 from host_mm.fork import exit_process, fork_process
 from host_mm.gup import FOLL_WRITE, get_user_pages_unlocked, pin_user_page, unpin_user_page
 from host_mm.hugetlb import set_max_huge_pages
-from host_mm.hugetlbfs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.mempolicy import (
     MPOL_BIND,
@@ -28,7 +27,7 @@ from host_mm.page import put_page
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10
 from host_mm.uaccess import copy_from_user, copy_to_user
-from tests.host_mm.hugetlb_machine import BASE, GIB, HUGE, Machine, Witness
+from tests.host_mm.hugetlb_machine import BASE, GIB, HUGE, PUNCH_HOLE, Machine, Witness, fallocate
 from tests.host_mm.machine import run
 
 OTHER = BASE + 4 * GIB
@@ -211,7 +210,7 @@ def test_writes_forks_and_holes_beside_a_migration_lose_no_byte(seed: int) -> No
 
     run(
         m.host, migrate, write, fork,
-        lambda: fallocate(q, file, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, HUGE, HUGE),
+        lambda: fallocate(file, PUNCH_HOLE, HUGE, HUGE),
     )
     assert m.read(p, OTHER + 8, 4) == b"wwww"
     assert m.read(p, BASE + 8, 4) == b"ssss"

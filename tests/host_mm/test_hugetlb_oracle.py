@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
+from host_mm.address_space import FALLOC_FL_KEEP_SIZE
 from host_mm.fork import exit_process, fork_process
 from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
 from host_mm.hugetlb import set_max_huge_pages
 from host_mm.hugetlb_share import hugetlb_unshare_all_pmds
-from host_mm.hugetlbfs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from host_mm.madvise import MADV_DONTNEED, MADV_POPULATE_WRITE, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.mmap import MAP_NORESERVE, MAP_PRIVATE, PROT_READ, do_munmap
@@ -20,7 +20,7 @@ from host_mm.mremap import MREMAP_FIXED, MREMAP_MAYMOVE, do_mremap
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
 from host_mm.uaccess import copy_from_user
-from tests.host_mm.hugetlb_machine import BASE, GIB, HUGE, Machine
+from tests.host_mm.hugetlb_machine import BASE, GIB, HUGE, PUNCH_HOLE, Machine, fallocate
 from tests.host_mm.machine import RW
 
 SHARED = BASE
@@ -33,7 +33,6 @@ FILE_PAGES, PRIVATE_PAGES, COPIED_PAGES = 5, 3, 2
 CELL = 8
 """Each page's first bytes, and those of its second half, are what the model remembers."""
 OFFSETS = (0, HUGE // 2 + 0x5000)
-PUNCH = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 ZEROS = (bytes(CELL), bytes(CELL))
 Cells = tuple[bytes, bytes]
 
@@ -128,7 +127,7 @@ class Oracle:
 
     def punch(self, memory: Memory) -> None:
         page = self.rng.randrange(FILE_PAGES)
-        self.m.do(lambda: fallocate(memory.process, self.file, PUNCH, page * HUGE, HUGE))
+        self.m.do(lambda: fallocate(self.file, PUNCH_HOLE, page * HUGE, HUGE))
         self.cells[page] = ZEROS
         self.holes.add(page)
         for each in self.memories:
@@ -138,7 +137,7 @@ class Oracle:
 
     def punch_small(self, memory: Memory) -> None:
         page = self.rng.randrange(FILE_PAGES)
-        self.m.do(lambda: fallocate(memory.process, self.file, PUNCH, page * HUGE, 0x1000))
+        self.m.do(lambda: fallocate(self.file, PUNCH_HOLE, page * HUGE, 0x1000))
         self.cells[page] = (bytes(CELL), self.cells[page][1])
 
     def protect(self, memory: Memory) -> None:
@@ -184,7 +183,7 @@ class Oracle:
 
     def preallocate(self, memory: Memory) -> None:
         page = self.rng.randrange(FILE_PAGES)
-        self.m.do(lambda: fallocate(memory.process, self.file, FALLOC_FL_KEEP_SIZE, page * HUGE, HUGE))
+        self.m.do(lambda: fallocate(self.file, FALLOC_FL_KEEP_SIZE, page * HUGE, HUGE))
         self.holes.discard(page)
 
     def populate(self, memory: Memory) -> None:
