@@ -178,6 +178,8 @@ class HostMm:
         self.secondary_tables = SecondaryTables()
         self.folio_waitqueues: dict[int, WaitQueue] = {}
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
+        self.oom_victims: set[Process] = set()
+        self.oom_wait = WaitQueue(sched, "oom_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
         self.lru = lru.Lru(self, lru_gen.new_lruvec)
         self.swap: SwapInfo | None = None
