@@ -5,6 +5,7 @@
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
 | `ksm.py` | samepage merging |
+| `reclaim.py` | memory cgroups, generations, zswap, the OOM killer |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
 | `process.py` | fork and exit |
@@ -24,6 +25,7 @@ from emu.operations import (
     memory,
     process,
     rdma,
+    reclaim,
     secondary,
     slots,
     tracking,
@@ -39,6 +41,7 @@ __all__ = [
     "memory",
     "process",
     "rdma",
+    "reclaim",
     "secondary",
     "slots",
     "tracking",
