@@ -267,10 +267,24 @@ VMCALL_UFFD_MOVE = 0x5246_0172
 VMCALL_UFFD_END = 0x5246_0173
 VMCALL_UFFD_READ = 0x5246_0174
 VMCALL_PAGEMAP_SCAN = 0x5246_0175
+VMCALL_NUMA_BALANCE = 0x5246_0178
+VMCALL_VCPU_NODE = 0x5246_0179
+VMCALL_PAGES_ON_NODE = 0x5246_017A
 VMCALL_DUNE_READ = 0x5246_01B5
 VMCALL_DUNE_WRITE = 0x5246_01B6
 VMCALL_SVA_READ = 0x5246_01B7
 VMCALL_SVA_WRITE = 0x5246_01B8
+VMCALL_DEVICE_MIGRATE = 0x5246_01BB
+VMCALL_DEVICE_READ = 0x5246_01BC
+VMCALL_DEVICE_WRITE = 0x5246_01BD
+VMCALL_DEVICE_ADD = 0x5246_01BE
+VMCALL_NR_HUGEPAGES = 0x5246_0140
+VMCALL_HUGETLB_CREATE = 0x5246_0141
+VMCALL_HUGETLB_PUNCH = 0x5246_0142
+VMCALL_HUGETLB_PEER_READ = 0x5246_0143
+VMCALL_HUGETLB_PEER_WRITE = 0x5246_0144
+VMCALL_HUGETLB_SHARERS = 0x5246_0145
+VMCALL_HUGETLB_UNSHARE = 0x5246_0146
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
@@ -288,6 +302,15 @@ VMCALL_CLEAR_REFS = 0x5246_01D2
 VMCALL_MLOCK = 0x5246_01D3
 VMCALL_MUNLOCK = 0x5246_01D4
 VMCALL_MREMAP = 0x5246_01D5
+VMCALL_MEMFD_SLOT = 0x5246_0100
+VMCALL_FILE_SLOT = 0x5246_0101
+VMCALL_FSYNC = 0x5246_0102
+VMCALL_PUNCH_HOLE = 0x5246_0103
+VMCALL_REMOVE = 0x5246_0104
+VMCALL_TRUNCATE = 0x5246_0105
+VMCALL_FILE_WRITE = 0x5246_0106
+VMCALL_PEER_WRITE = 0x5246_0107
+VMCALL_FADVISE_DONTNEED = 0x5246_0108
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -447,6 +470,15 @@ VMCALLS: tuple[Vmcall, ...] = (
            "The engine's peer stores the low `size` bytes of `value` into the region."),
     Vmcall(VMCALL_RDMA_PEER_ADD, "rdma_peer_add", ("key", "gpa", "value"), "what was there", ("ENOENT",),
            "The engine's peer adds `value` to the 8 bytes at `gpa`, aligned to 8, at once."),
+    Vmcall(VMCALL_NUMA_BALANCE, "numa_balance", ("gpa", "pages"), "pages that will fault", (),
+           "One scan of NUMA balancing over the range: mapped pages lose their rights, and the next access "
+           "gives them back or, from another node, moves the page to it first."),
+    Vmcall(VMCALL_VCPU_NODE, "vcpu_node", ("cpu", "node"), "0", (),
+           "sched_setaffinity of vCPU `cpu`'s thread to the CPUs of NUMA node `node`. -EINVAL where one of "
+           "them does not exist."),
+    Vmcall(VMCALL_PAGES_ON_NODE, "pages_on_node", ("gpa", "pages", "node"), "pages of the range on the node",
+           (),
+           "move_pages(2) without nodes: how many pages of the range have a frame on `node`."),
     Vmcall(VMCALL_UFFD_MISSING, "uffd_missing", ("gpa", "pages"), "pages that were set aside", (),
            "Post-copy: the VMM keeps the bytes of the range's pages, drops them with MADV_DONTNEED, and a "
            "thread of its brings each when somebody touches it, by UFFDIO_COPY; pages that were never there "
@@ -477,6 +509,41 @@ VMCALLS: tuple[Vmcall, ...] = (
            "walks the VMM's own page tables."),
     Vmcall(VMCALL_SVA_WRITE, "sva_write", ("gpa", "value", "size"), "0", (),
            "That device stores the low `size` bytes of `value`."),
+    Vmcall(VMCALL_DEVICE_MIGRATE, "device_migrate", ("gpa", "pages"), "pages in device memory then",
+           ("ENOSPC",),
+           "Pages of the range go to the memory of a device, with their bytes, as far as it has room (256 "
+           "pages a slot); pages that nobody has touched go there as zeros. The guest's next access to one "
+           "brings it back."),
+    Vmcall(VMCALL_DEVICE_READ, "device_read", ("gpa", "size"), "the value, zero-extended", ("ENOSPC",),
+           "That device reads `size` bytes (1, 2, 4 or 8) at `gpa`, aligned to the size, from its own memory "
+           "or from RAM, wherever the page is."),
+    Vmcall(VMCALL_DEVICE_WRITE, "device_write", ("gpa", "value", "size"), "0", ("ENOSPC",),
+           "That device stores the low `size` bytes of `value`, in the same way."),
+    Vmcall(VMCALL_DEVICE_ADD, "device_add", ("gpa", "value"), "what was there", ("ENOSPC",),
+           "That device adds `value` to the 8 bytes at `gpa`, aligned to 8, while the page is its alone: the "
+           "guest's next access takes the page back."),
+    Vmcall(VMCALL_NR_HUGEPAGES, "nr_hugepages", ("count",), "huge pages that the pool has then", (),
+           "Writes `count` to /proc/sys/vm/nr_hugepages: the host's pool of 2 MiB pages grows to that, as "
+           "far as free blocks of that size can be had, or shrinks to it, as far as they are free."),
+    Vmcall(VMCALL_HUGETLB_CREATE, "hugetlb_create", ("gpa", "pages", "shared", "reserve"), "slot number >= 1",
+           ("EEXIST", "ENOMEM"),
+           "As slot_create, but of huge pages: `gpa` and the range are whole 2 MiB (-EINVAL). `shared` 1: of "
+           "a memfd, which others can map; 0: private. `reserve` 1: the pool promises every page, -ENOMEM if "
+           "it cannot; 0: a fault that finds no page leaves KVM_RUN with -EFAULT. -EINVAL for other values."),
+    Vmcall(VMCALL_HUGETLB_PUNCH, "hugetlb_punch", ("gpa", "pages"), "0", (),
+           "A hole in the memfd behind a shared region of huge pages: whole huge pages go back to the pool, "
+           "parts are zeroed; the range reads as zeros. -EINVAL in other memory."),
+    Vmcall(VMCALL_HUGETLB_PEER_READ, "hugetlb_peer_read", ("gpa", "size"), "the value, zero-extended", (),
+           "Another process of the host maps the same memfd, on the first question about it, and reads "
+           "`size` bytes (1, 2, 4 or 8) of it. Where 1 GiB of the file is mapped whole by both they use one "
+           "page table. -EINVAL in other memory."),
+    Vmcall(VMCALL_HUGETLB_PEER_WRITE, "hugetlb_peer_write", ("gpa", "value", "size"), "0", (),
+           "That process stores the low `size` bytes of `value`."),
+    Vmcall(VMCALL_HUGETLB_SHARERS, "hugetlb_sharers", ("gpa",), "other users of the page table", (),
+           "How many other processes use the VMM's level-2 page table of `gpa`. -EINVAL outside huge pages."),
+    Vmcall(VMCALL_HUGETLB_UNSHARE, "hugetlb_unshare", ("gpa",), "0", (),
+           "The VMM gives up every page table that it shares for the region of `gpa`, as registering "
+           "userfaultfd there does. Faults may share them again. -EINVAL outside huge pages."),
     Vmcall(VMCALL_PAGE_IDLE_SET, "page_idle_set", ("gpa", "pages"), "frames made idle", (),
            "Sets the idle bits of the range's frames; accessed bits of host and guest are cleared. Frames "
            "on no LRU list, and pages without a frame, do not count."),
@@ -527,6 +594,35 @@ VMCALLS: tuple[Vmcall, ...] = (
            "mremap(2) of the VMM's mapping to another place and back again. An access by another CPU that "
            "meets the hole leaves KVM_RUN with -EFAULT and waits until the memory is back. -EBUSY while "
            "another mremap is under way."),
+    Vmcall(VMCALL_MEMFD_SLOT, "memfd_slot", ("gpa", "pages"), "slot number >= 1", ("EEXIST", "ENOMEM"),
+           "A memfd of `pages` pages, mapped MAP_SHARED by the VMM, in a new memory slot at `gpa`; it is "
+           "a slot as slot_create makes them."),
+    Vmcall(VMCALL_FILE_SLOT, "file_slot", ("gpa", "pages", "private"), "slot number >= 1",
+           ("EEXIST", "ENOMEM"),
+           "As memfd_slot, with a fresh temporary file of zeros, mapped MAP_SHARED, or MAP_PRIVATE if "
+           "`private` is 1; -EINVAL for other values."),
+    Vmcall(VMCALL_FSYNC, "fsync", ("gpa",), "0", ("EBADF",),
+           "fsync(2) of the file that the VMM maps at `gpa`: its dirty pages are made clean and read- "
+           "only wherever they are mapped shared, then written. -EBADF where no file is mapped."),
+    Vmcall(VMCALL_PUNCH_HOLE, "punch_hole", ("gpa", "pages"), "0", ("EBADF",),
+           "fallocate(2) with FALLOC_FL_PUNCH_HOLE of the file's pages behind the range: they read as "
+           "zeros afterwards, but for pages that a private mapping has written."),
+    Vmcall(VMCALL_REMOVE, "remove", ("gpa", "pages"), "0", ("EACCES",),
+           "madvise(MADV_REMOVE) of the VMM's mapping: as punch_hole. -EINVAL where no file is mapped, "
+           "-EACCES where it is mapped private."),
+    Vmcall(VMCALL_TRUNCATE, "truncate", ("gpa",), "0", ("EBADF",),
+           "ftruncate(2) of the file behind `gpa` to end at `gpa`, and at once to its old size again: "
+           "memory from `gpa` to the end of the file reads as zeros, also what a private mapping had "
+           "written. An access by another CPU in between leaves KVM_RUN with -EFAULT."),
+    Vmcall(VMCALL_FILE_WRITE, "file_write", ("gpa", "value", "size"), "0", ("EBADF",),
+           "pwrite(2) of the low `size` bytes (1, 2 or 4) of `value` into the file where it is mapped at "
+           "`gpa`: seen by shared mappings, and by private ones that did not write the page yet."),
+    Vmcall(VMCALL_PEER_WRITE, "peer_write", ("gpa", "value", "size"), "0", ("EBADF", "ENOMEM"),
+           "Another process maps the file behind `gpa` MAP_SHARED, stores the low `size` bytes (1, 2 or "
+           "4) of `value` there, and ends."),
+    Vmcall(VMCALL_FADVISE_DONTNEED, "fadvise_dontneed", ("gpa", "pages"), "0", ("EBADF",),
+           "posix_fadvise(POSIX_FADV_DONTNEED) of the file's range: starts writing what is dirty and "
+           "drops what is clean and mapped by nobody. Shared memory has nothing to drop."),
 )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from emu import files
 from host_mm.kernel.errors import KernelError
 from host_mm.ram import PAGE_SIZE
 from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES
@@ -44,14 +45,27 @@ class GuestMemory:
         self.size = size
         self.regions: list[Region] = []
         low = min(size, LOW_RAM_LIMIT)
-        self._add(0, low)
+        self._add_ram(0, low, 0)
         if size > low:
-            self._add(HIGH_RAM_BASE, size - low)
+            self._add_ram(HIGH_RAM_BASE, size - low, low)
         self.first_test_slot = len(self.regions)
 
+    def _add_ram(self, gpa: int, size: int, offset: int) -> None:
+        """RAM of the board, `offset` bytes into its backend."""
+        vmm, backend = self.board.vmm, self.board.config.memory_backend
+        if backend == "anon":
+            self._add(gpa, size)
+        elif backend == "memfd":
+            self._show(gpa, size, files.mmap_memfd(vmm, size))
+        else:
+            path = backend.removeprefix("file:")
+            self._show(gpa, size, files.mmap_file(vmm, size, path, pgoff=offset >> 12))
+
     def _add(self, gpa: int, size: int, hva: int = 0) -> Region:
+        return self._show(gpa, size, self.board.vmm.mmap(size, PROT_RW, hva))
+
+    def _show(self, gpa: int, size: int, hva: int) -> Region:
         board = self.board
-        hva = board.vmm.mmap(size, PROT_RW, hva)
         region = Region(len(self.regions), gpa, size, hva)
         board.kvm.set_user_memory_region(region.slot, gpa, size, hva, 0)
         self.regions.append(region)
@@ -102,7 +116,8 @@ class GuestMemory:
             raise KernelError(errno.ENOENT, f"slot {slot} was not made by slot_create")
         return self.regions[slot]
 
-    def _check_free(self, gpa: int, size: int, but: Region | None = None) -> None:
+    def check_free(self, gpa: int, size: int, but: Region | None = None) -> None:
+        """KernelError(EEXIST) if a slot shows something there."""
         for other in self.regions:
             if other is but or other.deleted:
                 continue
@@ -111,8 +126,13 @@ class GuestMemory:
 
     def create(self, gpa: int, size: int, hva: int = 0) -> Region:
         """A new region at `gpa`, at the VMM's `hva` if that is not 0; KernelError(EEXIST) on overlap."""
-        self._check_free(gpa, size)
+        self.check_free(gpa, size)
         return self._add(gpa, size, hva)
+
+    def show(self, gpa: int, size: int, hva: int) -> Region:
+        """A new region at `gpa` of memory that the VMM has mapped; KernelError(EEXIST) on overlap."""
+        self.check_free(gpa, size)
+        return self._show(gpa, size, hva)
 
     def delete(self, slot: int) -> None:
         """KVM_SET_USER_MEMORY_REGION with size 0; the memory stays the VMM's."""
@@ -127,7 +147,7 @@ class GuestMemory:
         region = self._test_region(slot)
         if not region.deleted:
             raise KernelError(errno.EEXIST, f"slot {slot} is not deleted")
-        self._check_free(region.gpa, region.size, region)
+        self.check_free(region.gpa, region.size, region)
         self.board.kvm.set_user_memory_region(slot, region.gpa, region.size, region.hva, region.flags)
         region.deleted = False
 
@@ -136,6 +156,6 @@ class GuestMemory:
         region = self._test_region(slot)
         if region.deleted:
             raise KernelError(errno.ENOENT, f"slot {slot} is deleted")
-        self._check_free(gpa, region.size, region)
+        self.check_free(gpa, region.size, region)
         self.board.kvm.set_user_memory_region(slot, gpa, region.size, region.hva, region.flags)
         region.gpa = gpa

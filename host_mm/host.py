@@ -9,7 +9,7 @@ HostMm, which this file, at the top of the room, passes on:
     page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory, try_to_compact_pages
     vmscan      ->  wakeup_kcompactd, reset_isolation_suitable
     memcontrol  ->  reclaim_memcg, out_of_memory
-    memory      ->  do_swap_page, do_fault, wp_page_shared
+    memory      ->  do_swap_page, do_numa_page, do_fault, wp_page_shared
     swapin      ->  do_wp_page
     madvise     ->  reclaim_pages
     mmap        ->  shmem_file_setup
@@ -46,14 +46,18 @@ from host_mm import (
     lru_gen,
     lru_gen_walk,
     memory,
+    memory_device,
     memory_file,
     memremap,
     migrate,
+    migrate_device,
     mmu_notifier,
+    numa_balancing,
     oom_kill,
     page_alloc,
     page_io,
     page_writeback,
+    rmap_device,
     rmap_unmap,
     shmem,
     shmem_file,
@@ -108,11 +112,15 @@ _MODULES = (
     lru,
     lru_gen_walk,
     memory,
+    memory_device,
     migrate,
+    migrate_device,
     mmu_notifier,
+    numa_balancing,
     oom_kill,
     page_alloc,
     page_io,
+    rmap_device,
     rmap_unmap,
     shmem,
     swap_state,
@@ -189,6 +197,8 @@ class HostMm:
             self.swap.free_notify.append(self.memcg.uncharge_swap)
         self.zswap = zswap.Zswap(self, self.swap)
         self.swap_readahead = SwapReadahead(self.params)
+        balancing = self.params.get("kernel.numa_balancing", "N").lower() in ("y", "1", "on", "yes", "true")
+        self.numa_balancing = numa_balancing.NumaBalancing(self.params) if balancing else None
         self.swap_device = page_io.SwapDevice(self)
         self.file_device = page_io.SwapDevice(self, "file-io")
         self.flusher = page_writeback.Flusher(self)
@@ -253,6 +263,8 @@ class HostMm:
 
     def start_daemons(self) -> None:
         """Start kswapd on every node; each sleeps until an allocation finds its node short."""
+        if pages := int(self.params.get("hugetlb.nr_hugepages", "0")):
+            hugetlb.set_max_huge_pages(self, pages)
         for node in self.allocator.nodes:
             body = partial(vmscan.kswapd, self, node.nid)
             self.daemons.append(self.sched.spawn(f"kswapd{node.nid}", body))
@@ -274,11 +286,16 @@ class HostMm:
         )
 
     def shutdown(self) -> None:
-        """Every process has ended: stop ksmd, turn swap off. What is in use after that is lost."""
+        """Every process has ended: stop ksmd, turn swap off, give up the huge pages.
+
+        What is in use after that is lost.
+        """
         if self.ksm.mm_slots:
             ksm.run_store(self, KSM_RUN_UNMERGE)
         if self.swap is not None:
             swap_state.try_to_unuse(self)
+        self.hstate.nr_overcommit = 0
+        hugetlb.set_max_huge_pages(self, 0)
         self.quiesce()
 
     def close(self) -> None:
@@ -342,6 +359,10 @@ class HostMm:
     def wp_page_shared(self, vmf: VmFault) -> int:
         """memory -> memory_file: a write on a read-only entry of a shared mapping, its table locked."""
         return memory_file.wp_page_shared(vmf)
+
+    def do_numa_page(self, vmf: VmFault) -> tuple[str, int]:
+        """memory -> numa_balancing."""
+        return numa_balancing.do_numa_page(vmf)
 
     def do_wp_page(self, vmf: VmFault) -> tuple[str, int]:
         """swapin -> memory."""
