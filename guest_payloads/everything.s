@@ -14,7 +14,6 @@
 
 .equ OTHERS, 4                           ; pages that are looked at beside the piece
 .equ SLOT_PAGES, 2
-.equ EAGAIN, 11
 
 ; What an operation leaves in the pages of its piece.
 .equ SAME, 0
