@@ -293,6 +293,15 @@ VMCALL_CLEAR_REFS = 0x5246_01D2
 VMCALL_MLOCK = 0x5246_01D3
 VMCALL_MUNLOCK = 0x5246_01D4
 VMCALL_MREMAP = 0x5246_01D5
+VMCALL_MEMFD_SLOT = 0x5246_0100
+VMCALL_FILE_SLOT = 0x5246_0101
+VMCALL_FSYNC = 0x5246_0102
+VMCALL_PUNCH_HOLE = 0x5246_0103
+VMCALL_REMOVE = 0x5246_0104
+VMCALL_TRUNCATE = 0x5246_0105
+VMCALL_FILE_WRITE = 0x5246_0106
+VMCALL_PEER_WRITE = 0x5246_0107
+VMCALL_FADVISE_DONTNEED = 0x5246_0108
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -554,6 +563,35 @@ VMCALLS: tuple[Vmcall, ...] = (
            "mremap(2) of the VMM's mapping to another place and back again. An access by another CPU that "
            "meets the hole leaves KVM_RUN with -EFAULT and waits until the memory is back. -EBUSY while "
            "another mremap is under way."),
+    Vmcall(VMCALL_MEMFD_SLOT, "memfd_slot", ("gpa", "pages"), "slot number >= 1", ("EEXIST", "ENOMEM"),
+           "A memfd of `pages` pages, mapped MAP_SHARED by the VMM, in a new memory slot at `gpa`; it is "
+           "a slot as slot_create makes them."),
+    Vmcall(VMCALL_FILE_SLOT, "file_slot", ("gpa", "pages", "private"), "slot number >= 1",
+           ("EEXIST", "ENOMEM"),
+           "As memfd_slot, with a fresh temporary file of zeros, mapped MAP_SHARED, or MAP_PRIVATE if "
+           "`private` is 1; -EINVAL for other values."),
+    Vmcall(VMCALL_FSYNC, "fsync", ("gpa",), "0", ("EBADF",),
+           "fsync(2) of the file that the VMM maps at `gpa`: its dirty pages are made clean and read- "
+           "only wherever they are mapped shared, then written. -EBADF where no file is mapped."),
+    Vmcall(VMCALL_PUNCH_HOLE, "punch_hole", ("gpa", "pages"), "0", ("EBADF",),
+           "fallocate(2) with FALLOC_FL_PUNCH_HOLE of the file's pages behind the range: they read as "
+           "zeros afterwards, but for pages that a private mapping has written."),
+    Vmcall(VMCALL_REMOVE, "remove", ("gpa", "pages"), "0", ("EACCES",),
+           "madvise(MADV_REMOVE) of the VMM's mapping: as punch_hole. -EINVAL where no file is mapped, "
+           "-EACCES where it is mapped private."),
+    Vmcall(VMCALL_TRUNCATE, "truncate", ("gpa",), "0", ("EBADF",),
+           "ftruncate(2) of the file behind `gpa` to end at `gpa`, and at once to its old size again: "
+           "memory from `gpa` to the end of the file reads as zeros, also what a private mapping had "
+           "written. An access by another CPU in between leaves KVM_RUN with -EFAULT."),
+    Vmcall(VMCALL_FILE_WRITE, "file_write", ("gpa", "value", "size"), "0", ("EBADF",),
+           "pwrite(2) of the low `size` bytes (1, 2 or 4) of `value` into the file where it is mapped at "
+           "`gpa`: seen by shared mappings, and by private ones that did not write the page yet."),
+    Vmcall(VMCALL_PEER_WRITE, "peer_write", ("gpa", "value", "size"), "0", ("EBADF", "ENOMEM"),
+           "Another process maps the file behind `gpa` MAP_SHARED, stores the low `size` bytes (1, 2 or "
+           "4) of `value` there, and ends."),
+    Vmcall(VMCALL_FADVISE_DONTNEED, "fadvise_dontneed", ("gpa", "pages"), "0", ("EBADF",),
+           "posix_fadvise(POSIX_FADV_DONTNEED) of the file's range: starts writing what is dirty and "
+           "drops what is clean and mapped by nobody. Shared memory has nothing to drop."),
 )
 
 

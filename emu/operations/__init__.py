@@ -4,6 +4,7 @@
 |---|---|
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
+| `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
@@ -22,6 +23,7 @@
 from emu.operations import (
     device,
     device_memory,
+    files,
     hugetlb,
     instrument,
     ksm,
@@ -40,6 +42,7 @@ from emu.operations import (
 __all__ = [
     "device",
     "device_memory",
+    "files",
     "hugetlb",
     "instrument",
     "ksm",
