@@ -565,8 +565,17 @@ ask_rdma:
 .end:
     ret
 
-; The piece goes to a device's memory, where that reads and stores; what it adds to comes back first.
+; A device reads and stores, first in RAM, then in its own memory, where the piece goes; what it adds to
+; comes back before that.
 ask_device:
+    HOST2 VMCALL_DEVICE_READ, rdi, 4
+    call same_word
+    test rax, rax
+    js .end
+    call rng_next
+    mov r8, rax
+    HOST3 VMCALL_DEVICE_WRITE, rdi, r8, 8
+    call stored_word
     HOST2 VMCALL_DEVICE_MIGRATE, rdi, rsi
     test rax, rax
     js .end
