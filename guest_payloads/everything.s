@@ -784,6 +784,16 @@ ask_memcg_limit:
     HOST1 VMCALL_MEMCG_LIMIT, rax
     ret
 
+; There is a group once it had a limit.
+ask_memcg_reclaim:
+    HOST1 VMCALL_MEMCG_RECLAIM, rsi
+    cmp rax, -ENOENT
+    jne .end
+    HOST1 VMCALL_MEMCG_LIMIT, 900
+    HOST1 VMCALL_MEMCG_RECLAIM, rsi
+.end:
+    ret
+
 ; A whole huge page at a time, as hugetlbfs wants it.
 ask_huge_punch:
     and r12, -PAGE_2M
@@ -862,7 +872,7 @@ operations:
     OPERATION name_55, plain, VMCALL_LRU_GEN_AGE, 1, SAME, EVERY
     OPERATION name_56, count, VMCALL_LRU_GEN_EVICT, 32, SAME, EVERY
     OPERATION name_57, ask_memcg_limit, 0, 1, SAME, EVERY
-    OPERATION name_58, count, VMCALL_MEMCG_RECLAIM, 32, SAME, EVERY
+    OPERATION name_58, ask_memcg_reclaim, 0, 32, SAME, EVERY
     OPERATION name_59, switch, VMCALL_ZSWAP_ENABLE, 1, SAME, EVERY
     OPERATION name_60, count, VMCALL_ZSWAP_WRITEBACK, 32, SAME, EVERY
     OPERATION name_61, count, VMCALL_OOM_KILL, 64, SAME, EVERY
