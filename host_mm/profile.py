@@ -43,7 +43,8 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `ksm_smart_scan`:
     ksmd skips pages that it tried to merge in vain. `device_exclusive`: make_device_exclusive exists.
     `device_inserts_name_owner`: the bracket in which holes become device memory is MIGRATE with its owner,
-    else CLEAR.
+    else CLEAR. `userfaultfd_features`: the UFFD_FEATURE_* that UFFDIO_API offers. `pagemap_scan`: the
+    pagemap has the PAGEMAP_SCAN ioctl.
     """
 
     name: str
@@ -68,6 +69,8 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     ksm_smart_scan: bool = True
     device_exclusive: bool = True
     device_inserts_name_owner: bool = True
+    userfaultfd_features: int = 0x1FCA1
+    pagemap_scan: bool = True
 
 
 LINUX_6_18 = MmProfile(name="linux-6.18")
@@ -100,5 +103,7 @@ LINUX_5_10 = MmProfile(
     ksm_smart_scan=False,
     device_exclusive=False,
     device_inserts_name_owner=False,
+    userfaultfd_features=0xA1,
+    pagemap_scan=False,
 )
 PROFILES = {profile.name: profile for profile in (LINUX_6_18, LINUX_5_10)}
