@@ -16,7 +16,7 @@ HostMm, which this file, at the top of the room, passes on:
     page        ->  free_zone_device_folio
     mm_types    ->  free_mm
 
-Not modelled: memory hotplug, more than one zone in a node.
+Not modelled: hot-added memory, nodes without memory.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from host_mm import (
     ksm_tree,
     lru,
     memory,
+    memory_failure,
     memory_file,
     memremap,
     migrate,
@@ -47,6 +48,8 @@ from host_mm import (
     oom_kill,
     page_alloc,
     page_io,
+    page_isolation,
+    process,
     rmap_unmap,
     shmem,
     swap_state,
@@ -58,7 +61,7 @@ from host_mm import (
     vmscan_trace,
     zram,
 )
-from host_mm.kernel.locks import Spinlock, Srcu
+from host_mm.kernel.locks import Mutex, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
 from host_mm.memcontrol import MemCgroup, MemoryController
@@ -96,11 +99,14 @@ _MODULES = (
     ksm_tree,
     lru,
     memory,
+    memory_failure,
     migrate,
     mmu_notifier,
     oom_kill,
     page_alloc,
     page_io,
+    page_isolation,
+    process,
     rmap_unmap,
     swap_state,
     swapin,
@@ -153,8 +159,11 @@ class HostMm:
         self.mms: list[MmStruct] = []
         self.pins: Counter[int] = Counter()
         self.held: Counter[int] = Counter()
-        self.frame_holders: list[Callable[[], Mapping[int, int]]] = [self._tables_of_the_dead, self._pins]
+        self.frame_holders: list[Callable[[], Mapping[int, int]]] = [
+            self._tables_of_the_dead, self._pins, self._poisoned,
+        ]
         self.memcg = MemoryController(self)
+        self.mf_mutex = Mutex(sched, "mf_mutex")
         self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
         self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
         self.secondary_tables = SecondaryTables()
@@ -184,6 +193,10 @@ class HostMm:
     def _tables_of_the_dead(self) -> dict[int, int]:
         """Page directories that outlive their process because a notifier still holds the mm."""
         return {mm.pgd >> 12: 1 for mm in self.mms if not mm.process.alive}
+
+    def _poisoned(self) -> dict[int, int]:
+        """Frames that memory_failure keeps for nobody."""
+        return self.allocator.hwpoisoned
 
     def _pins(self) -> dict[int, int]:
         pins = Counter({pfn: nr * GUP_PIN_COUNTING_BIAS for pfn, nr in self.pins.items() if nr})

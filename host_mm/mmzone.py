@@ -286,6 +286,24 @@ class Zone:
         return order
 
 
+    def take_page_off_buddy(self, pfn: int) -> bool:
+        """Take one frame out of the free block that it is in; false if it is in none."""
+        head = self.buddy_of(pfn)
+        if head < 0:
+            return False
+        migratetype = self.blocks.migratetype(head)
+        order = self.del_from_free_list(head, migratetype)
+        while order:
+            order -= 1
+            upper = head + (1 << order)
+            if pfn < upper:
+                self.add_to_free_list(upper, order, migratetype)
+            else:
+                self.add_to_free_list(head, order, migratetype)
+                head = upper
+        return True
+
+
 class PgData:
     """struct pglist_data: one NUMA node. vmscan keeps its own state in `vmscan`, lru in `lruvec`.
 

@@ -4,6 +4,7 @@
 |---|---|
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
+| `migration.py` | compaction, exact frames, memory offline, mbind, long-term pins, bad memory |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `process.py` | fork and exit |
@@ -21,6 +22,7 @@ from emu.operations import (
     ksm,
     mapping,
     memory,
+    migration,
     process,
     rdma,
     secondary,
@@ -35,6 +37,7 @@ __all__ = [
     "ksm",
     "mapping",
     "memory",
+    "migration",
     "process",
     "rdma",
     "secondary",

@@ -4,9 +4,11 @@
 |---|---|
 | `api.py` | what a scenario can do: guest accesses, host operations, steps |
 | `emulator.py` | the back end that runs it here; `emulator_reclaim.py`: its steps for reclaim |
+| `emulator_migrate.py` | and for migration and compaction |
 | `recordings.py` | what the real kernel did |
 | `normal.py` | the form in which the two are compared |
 | `linux_mm.py` | the scenarios of host memory management |
+| `linux_mm_migrate.py` | those of migration and compaction |
 | `linux_mm_reclaim.py` | those of reclaim and access tracking |
 | `recorded/linux-6.18/` | the real kernel's traces |
 

@@ -18,6 +18,7 @@ from emu.hostops import OPERATIONS, perform
 from emu.loaders.image import BOOT_CR3, BOOT_GDT, Image
 from host_mm.kernel.errors import KernelError
 from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
+from refault.scenarios.emulator_migrate import MigrateSteps
 from refault.scenarios.emulator_reclaim import ReclaimSteps
 from refault.scenarios.normal import HOST_EVENTS, SLOT0_OFFSET, SLOT0_SIZE, format_range
 from refault.vm import VM
@@ -72,7 +73,7 @@ def _image() -> Image:
     )
 
 
-class EmulatorBackend(ReclaimSteps):
+class EmulatorBackend(MigrateSteps, ReclaimSteps):
     """One machine for one scenario. `lines` is the normalised sequence, `events` the trace."""
 
     def __init__(self, **options: Any) -> None:
