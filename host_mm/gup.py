@@ -11,9 +11,9 @@ of anything else first makes one (unshare).
 
 Several pages in a call are in gup_range.py, where long-term pins may be in gup_longterm.py.
 
-Not modelled: huge pages, pages of devices, signals (FOLL_INTERRUPTIBLE never interrupts), callers that hold
-mmap_lock and must keep it (all are FOLL_UNLOCKABLE), 5.10's FOLL_COW (a forced write there follows any dirty
-entry).
+Not modelled: transparent huge pages, pages of devices, signals (FOLL_INTERRUPTIBLE never interrupts), callers
+that hold mmap_lock and must keep it (all are FOLL_UNLOCKABLE), 5.10's FOLL_COW (a forced write there follows
+any dirty entry).
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_RW,
     _PAGE_SPECIAL,
     _PAGE_USER,
+    HPAGE_PMD_NR,
+    PMD_SIZE,
+    pmd_pfn,
     pte_dirty,
+    pte_mkdirty,
+    pte_mkyoung,
     pte_pfn,
     pte_present,
     pte_protnone,
@@ -35,6 +40,7 @@ from host_mm.arch.x86.pgtable import (
     walk_lockless,
 )
 from host_mm.gup_longterm import folio_is_longterm_pinnable, gup_longterm_locked
+from host_mm.hugetlb_share import hugetlb_vma_lock_read, hugetlb_vma_unlock_read
 from host_mm.kernel.costs import COST_WALK
 from host_mm.kernel.errors import EHWPOISON, BrokenTruth
 from host_mm.memory import handle_mm_fault, vm_normal_page
@@ -54,6 +60,7 @@ from host_mm.mm_types import (
     VM_FAULT_HWPOISON,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
+    VM_HUGETLB,
     VM_IO,
     VM_LOCKONFAULT,
     VM_MAYREAD,
@@ -70,11 +77,12 @@ from host_mm.page import (
     PG_dirty,
     PG_hwpoison,
     PG_referenced,
+    page_folio,
     put_page,
     set_page_dirty,
     try_get_page,
 )
-from host_mm.pgtable_generic import pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get
+from host_mm.pgtable_generic import pmd_lock, pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get, set_pmd
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -194,25 +202,27 @@ def gup_fast(mm: MmStruct, addr: int, flags: int) -> int:
         return -1
     entry, level = walk_lockless(host.ram, mm.pgd, addr)
     wanted = _PAGE_PRESENT | _PAGE_USER | (_PAGE_RW if flags & FOLL_WRITE else 0)
-    if level != 1 or entry & wanted != wanted or entry & _PAGE_SPECIAL:
+    if level > 2 or entry & wanted != wanted or entry & _PAGE_SPECIAL:
         return -1
-    pfn = pte_pfn(entry)
+    pfn = head = pte_pfn(entry)
+    if level == 2:
+        pfn += (addr >> 12) & (HPAGE_PMD_NR - 1)
     if host.sched.preempt:
         host.sched.point("gup-fast")
     if flags & FOLL_LONGTERM and not folio_is_longterm_pinnable(host, pfn):
         return -1
     if not _grab(host, pfn, flags):
         return -1
-    if walk_lockless(host.ram, mm.pgd, addr) != (entry, 1):
+    if walk_lockless(host.ram, mm.pgd, addr) != (entry, level):
         _ungrab(host, pfn, flags)
         return -1
-    if not pte_write(entry) and _must_unshare(host, None, flags, pfn):
+    if not pte_write(entry) and _must_unshare(host, None, flags, head):
         _ungrab(host, pfn, flags)
         return -1
     if flags & FOLL_PIN and mm.write_protect_seq != seq:
         _ungrab(host, pfn, flags)
         return -1
-    host.pages.flags[pfn] |= PG_referenced
+    host.pages.flags[head] |= PG_referenced
     return pfn
 
 
@@ -283,6 +293,12 @@ def _follow_page_pte(vma: VmArea, addr: int, flags: int) -> int:
     """The mapped frame with its reference; -ENOENT: fault it in; -EMLINK: unshare it first."""
     mm = vma.mm
     host = mm.host
+    if vma.flags & VM_HUGETLB:
+        # Its tables may be shared, and go while nobody holds this.
+        hugetlb_vma_lock_read(vma)
+        answer = _follow_huge_pmd(vma, addr, flags)
+        hugetlb_vma_unlock_read(vma)
+        return answer
     pmd = pmd_offset(mm, addr)
     pte = pte_offset_map_lock(mm, pmd, addr) if pmd else 0
     if not pte:
@@ -296,6 +312,33 @@ def _follow_page_pte(vma: VmArea, addr: int, flags: int) -> int:
         if answer != host.zero_pfn:
             host.lru.folio_mark_accessed(answer)
     ptl.unlock()
+    return answer
+
+
+def _follow_huge_pmd(vma: VmArea, addr: int, flags: int) -> int:
+    """follow_huge_pmd: as _follow_page_pte, for a leaf of level 2."""
+    host = vma.mm.host
+    pmd = pmd_offset(vma.mm, addr)
+    if not pmd:
+        return -ENOENT
+    lock = pmd_lock(vma.mm, pmd)
+    entry = host.ram.u64[pmd >> 3]
+    pfn = pmd_pfn(entry)
+    hinting = pte_protnone(entry) and flags & FOLL_HONOR_NUMA_FAULT and vma.flags & VM_ACCESS_FLAGS
+    if not pte_present(entry) or hinting or (flags & FOLL_WRITE and not pte_write(entry)):
+        answer = -ENOENT
+    elif not pte_write(entry) and _must_unshare(host, vma, flags, pfn):
+        answer = -EMLINK
+    elif not _grab(host, pfn, flags):
+        answer = -ENOMEM
+    else:
+        answer = pfn + ((addr >> 12) & (HPAGE_PMD_NR - 1))
+        if flags & FOLL_TOUCH:
+            young = pte_mkyoung(entry)
+            touched = pte_mkdirty(young) if flags & FOLL_WRITE else young
+            if touched != entry:
+                set_pmd(vma.mm, addr & ~(PMD_SIZE - 1), pmd, touched)
+    lock.unlock()
     return answer
 
 
@@ -434,7 +477,7 @@ def note_pins(host: HostMm, pfns: list[int]) -> None:
     """Account for pins that their caller keeps."""
     for pfn in pfns:
         if pfn != host.zero_pfn:
-            host.pins[pfn] += 1
+            host.pins[page_folio(host.pages, pfn)] += 1
 
 
 def gup_longterm(
@@ -449,7 +492,8 @@ def unpin_user_page(host: HostMm, pfn: int, *, dirty: bool = False) -> None:
     if dirty and pfn != host.zero_pfn:
         set_page_dirty(host, pfn)
     if pfn != host.zero_pfn:
-        if not host.pins[pfn]:
+        head = page_folio(host.pages, pfn)
+        if not host.pins[head]:
             raise BrokenTruth("page-pins", f"pfn {pfn:#x} is unpinned but has no pin", host.stream.here())
-        host.pins[pfn] -= 1
+        host.pins[head] -= 1
     _ungrab(host, pfn, FOLL_PIN)

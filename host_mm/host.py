@@ -13,7 +13,7 @@ HostMm, which this file, at the top of the room, passes on:
     swapin      ->  do_wp_page
     madvise     ->  reclaim_pages
     mmap        ->  shmem_file_setup
-    page        ->  free_zone_device_folio
+    page        ->  free_huge_folio, free_zone_device_folio
     mm_types    ->  free_mm
 
 Not modelled: hot-added memory, nodes without memory.
@@ -33,12 +33,15 @@ from host_mm import (
     fork,
     gup,
     hmm_mirror,
+    hugetlb,
     interval_notifier,
     kcompactd,
     ksm,
     ksm_merge,
     ksm_tree,
     lru,
+    lru_gen,
+    lru_gen_walk,
     memory,
     memory_failure,
     memory_file,
@@ -65,7 +68,7 @@ from host_mm.kernel.locks import Mutex, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
 from host_mm.memcontrol import MemCgroup, MemoryController
-from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved
+from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved, page_folio
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
@@ -98,6 +101,7 @@ _MODULES = (
     ksm_merge,
     ksm_tree,
     lru,
+    lru_gen_walk,
     memory,
     memory_failure,
     migrate,
@@ -164,13 +168,17 @@ class HostMm:
         ]
         self.memcg = MemoryController(self)
         self.mf_mutex = Mutex(sched, "mf_mutex")
+        self.lru_gen_enabled = self.params.get("mm.lru_gen", "N").lower() in ("y", "1", "on", "yes", "true")
+        self.gens = lru_gen.LruGen(self)
+        if self.lru_gen_enabled:
+            self.free_hooks.append(self.gens.forget)
         self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
         self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
         self.secondary_tables = SecondaryTables()
         self.folio_waitqueues: dict[int, WaitQueue] = {}
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
-        self.lru = lru.Lru(self)
+        self.lru = lru.Lru(self, lru_gen.new_lruvec)
         self.swap: SwapInfo | None = None
         if swap_bytes:
             device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
@@ -179,6 +187,8 @@ class HostMm:
         self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
         self.ksm = Ksm(self)
+        self.hstate = hugetlb.Hstate(self, nodes)
+        self.hugetlb_inodes = 0
         self.processes: list[Process] = []
         self.mappings: list[AddressSpace] = []
         self.delayed_fput: list[AddressSpace] = []
@@ -328,6 +338,10 @@ class HostMm:
         """swapin -> memory."""
         return memory.do_wp_page(vmf)
 
+    def free_huge_folio(self, pfn: int) -> None:
+        """page -> hugetlb: the last reference to a huge page is gone."""
+        hugetlb.free_huge_folio(self, pfn)
+
     def free_zone_device_folio(self, pfn: int) -> None:
         """page -> memremap."""
         memremap.free_zone_device_folio(self, pfn)
@@ -340,7 +354,7 @@ class HostMm:
     def mark_page_accessed(self, pfn: int) -> None:
         """folio_mark_accessed, for holders of a reference outside mm."""
         if pfn != self.zero_pfn:
-            self.lru.folio_mark_accessed(pfn)
+            self.lru.folio_mark_accessed(page_folio(self.pages, pfn))
 
 
 def _tracepoints() -> list[Any]:

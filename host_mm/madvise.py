@@ -11,7 +11,7 @@ MERGEABLE and UNMERGEABLE are in ksm.py.
 
 HWPOISON and SOFT_OFFLINE do to each page of the range what a memory error would.
 
-Not modelled: REMOVE, COLLAPSE, guard pages, huge pages, file pages, VMA names.
+Not modelled: REMOVE, COLLAPSE, guard pages, transparent huge pages, file pages, VMA names.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
+    PMD_SIZE,
     SWP_HWPOISON,
     non_swap_entry,
     pte_dirty,
@@ -50,6 +51,7 @@ from host_mm.mm_types import (
     MM_SWAPENTS,
     VM_DONTCOPY,
     VM_HUGEPAGE,
+    VM_HUGETLB,
     VM_IO,
     VM_LOCKED,
     VM_NOHUGEPAGE,
@@ -189,6 +191,12 @@ def _walk_vmas(mm: MmStruct, start: int, end: int, advice: int, tlb: MmuGather |
 def _vma_behavior(vma: VmArea, start: int, end: int, advice: int, tlb: MmuGather | None) -> None:
     if advice in _PAGES_ONLY and vma.flags & (VM_LOCKED | VM_PFNMAP):
         raise KernelError(EINVAL, f"{vma!r} is locked or not made of pages")
+    if vma.flags & VM_HUGETLB and advice in _PAGES_ONLY:
+        if advice != MADV_DONTNEED or start & (PMD_SIZE - 1):
+            raise KernelError(EINVAL, f"{vma!r} is made of huge pages")
+        end &= ~(PMD_SIZE - 1)
+        if start >= end:
+            return
     if advice in (MADV_DONTNEED, MADV_FREE):
         gather = tlb if tlb is not None else MmuGather(vma.mm)
         if advice == MADV_DONTNEED:

@@ -10,8 +10,9 @@ stay poisoned. An offline frame is reserved and nobody's.
 A page that is pinned cannot go. Linux goes on trying until a signal comes; here whoever asked loses patience
 after a number of rounds without any progress, and is told EBUSY.
 
-Not modelled: memory blocks of 128 MiB (any whole page blocks will do), hot-adding and removing, memory
-groups, memory notifiers, nodes without memory, the free list's tail as the place of what was onlined.
+Not modelled: hugetlb folios (they stay), memory blocks of 128 MiB (any whole page blocks will do), hot-adding
+and removing, memory groups, memory notifiers, nodes without memory, the free list's tail as the place of what
+was onlined.
 """
 
 from __future__ import annotations

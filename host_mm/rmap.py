@@ -421,7 +421,10 @@ class _Referenced:
                 ptl.unlock()
                 self.referenced = -1
                 return False
-            referenced = _ptep_clear_flush_young_notify(mm, address, pte)
+            if host.lru_gen_enabled:
+                referenced = int(host.gens.look_around(pfn, vma, address, pte))
+            else:
+                referenced = _ptep_clear_flush_young_notify(mm, address, pte)
             self.mapcount -= 1
             ptl.unlock()
         if referenced:

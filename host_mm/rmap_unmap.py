@@ -7,7 +7,7 @@ One bracket per VMA per folio. With TTU_BATCH_FLUSH the entry is cleared and the
 that the bracket ends before the primary flush: the caller flushes (try_to_unmap_flush) before it
 frees the page or starts I/O.
 
-Not modelled: huge pages, hugetlb, device-private entries, should_defer_flush's look at the CPU
+Not modelled: transparent huge pages, device-private entries, should_defer_flush's look at the CPU
 mask (a flush is always deferred when asked).
 """
 
