@@ -9,6 +9,7 @@
 | `cpu/` | Unicorn vCPUs, the hardware walk, TLB fills, event delivery |
 | `devices/`, `loaders/` | what answers ports and device memory; guest program files |
 | `abi.py` | what guest payloads may know of the machine |
+| `uffd.py` | the thread of a VMM that serves a userfaultfd: post-copy, snapshots, lent pages |
 | `hostops.py`, `operations/` | what can be asked of the host |
 | `config.py` | everything that decides what a machine does |
 | `inspector.py` | a translation shown without making one |

@@ -261,6 +261,12 @@ VMCALL_RDMA_DEREGISTER = 0x5246_01B1
 VMCALL_RDMA_PEER_READ = 0x5246_01B2
 VMCALL_RDMA_PEER_WRITE = 0x5246_01B3
 VMCALL_RDMA_PEER_ADD = 0x5246_01B4
+VMCALL_UFFD_MISSING = 0x5246_0170
+VMCALL_UFFD_WP = 0x5246_0171
+VMCALL_UFFD_MOVE = 0x5246_0172
+VMCALL_UFFD_END = 0x5246_0173
+VMCALL_UFFD_READ = 0x5246_0174
+VMCALL_PAGEMAP_SCAN = 0x5246_0175
 VMCALL_DUNE_READ = 0x5246_01B5
 VMCALL_DUNE_WRITE = 0x5246_01B6
 VMCALL_SVA_READ = 0x5246_01B7
@@ -443,6 +449,26 @@ VMCALLS: tuple[Vmcall, ...] = (
            "The engine's peer stores the low `size` bytes of `value` into the region."),
     Vmcall(VMCALL_RDMA_PEER_ADD, "rdma_peer_add", ("key", "gpa", "value"), "what was there", ("ENOENT",),
            "The engine's peer adds `value` to the 8 bytes at `gpa`, aligned to 8, at once."),
+    Vmcall(VMCALL_UFFD_MISSING, "uffd_missing", ("gpa", "pages"), "pages that were set aside", (),
+           "Post-copy: the VMM keeps the bytes of the range's pages, drops them with MADV_DONTNEED, and a "
+           "thread of its brings each when somebody touches it, by UFFDIO_COPY; pages that were never there "
+           "come as UFFDIO_ZEROPAGE. Accesses wait meanwhile. Ends what an earlier uffd_* began."),
+    Vmcall(VMCALL_UFFD_WP, "uffd_wp", ("gpa", "pages"), "0", (),
+           "Snapshot: the range is write-protected with UFFDIO_WRITEPROTECT; the first write to each page "
+           "waits until a thread of the VMM has saved the page. Ends what an earlier one began."),
+    Vmcall(VMCALL_UFFD_MOVE, "uffd_move", ("gpa", "pages"), "pages that went", (),
+           "UFFDIO_MOVE of the range's pages to another place of the VMM, and of each back when somebody "
+           "touches it. Pages that are pinned or shared stay. Ends what an earlier one began."),
+    Vmcall(VMCALL_UFFD_END, "uffd_end", (), "pages written after uffd_wp, else faults served", ("ENOENT",),
+           "Ends what uffd_missing, uffd_wp or uffd_move began: what is elsewhere comes back first. -ENOENT "
+           "when nothing was begun."),
+    Vmcall(VMCALL_UFFD_READ, "uffd_read", ("gpa", "size"), "the value, zero-extended", ("ENOENT",),
+           "As host_read, of the memory as it was at uffd_wp. -ENOENT without a snapshot."),
+    Vmcall(VMCALL_PAGEMAP_SCAN, "pagemap_scan", ("gpa", "pages", "protect"), "written pages of the range",
+           (),
+           "PAGEMAP_SCAN of the range for pages that were written since they were protected last; those that "
+           "never were count as written. With `protect` 1 (else 0) what was found is protected "
+           "(PM_SCAN_WP_MATCHING); the next write lifts that and nobody waits. Ends what uffd_* began."),
     Vmcall(VMCALL_DUNE_READ, "dune_read", ("gpa", "size"), "the value, zero-extended", ("ENOMEM",),
            "As host_read, also of 8 bytes, but the VMM runs on an EPT of its own, which its faults fill and "
            "brackets empty, like a guest's."),

@@ -32,6 +32,7 @@ from emu.hostops import OPERATIONS, TRACEPOINTS, perform
 from emu.memory import PROT_RW, GuestMemory
 from emu.vmm import Vmm
 from host_mm.kernel.errors import BrokenTruth, KernelError
+from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import Task, WaitQueue
 from host_mm.ram import PAGE_SIZE
 from kvm_model.kvm_main import Kvm
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from emu.host import Host
     from emu.loaders.image import Image
     from emu.operations.instrument import ArmedEntry
+    from emu.uffd import UffdHandler
     from host_mm.hmm_mirror import HmmMirror
     from kvm_model.vcpu import Vcpu
 
@@ -107,6 +109,8 @@ class Board:
         self.contig: dict[int, int] = {}
         self.offline: list[int] = []
         self.recovers_from_sigbus = False
+        self.uffd: UffdHandler | None = None
+        self.uffd_control = Mutex(host.sched, "uffd control")
         self.moving = False
         self.moves = 0
         self.moved_back = WaitQueue(host.sched, "guest memory moved back")
@@ -341,6 +345,8 @@ class Board:
             for mirror in self.mirrors.values():
                 mirror.close()
             self._give_back()
+            if self.uffd is not None:
+                self.uffd.stop()
             self.vmm.exit()
             # As the VMM's files of these, closed after its address space is gone.
             self.rdma.close()

@@ -11,7 +11,9 @@ from host_mm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
+    from host_mm.pagemap import PageRegion, PmScanArg
     from host_mm.process import Process
+    from host_mm.userfaultfd_k import UserfaultfdCtx
 
 __all__ = ["Vmm"]
 
@@ -25,6 +27,7 @@ class Vmm:
     def __init__(self, mm: HostMm, process: Process) -> None:
         self.mm = mm
         self.process = process
+        self.wp_async: UserfaultfdCtx | None = None
 
     def mmap(self, length: int, prot: int, address: int = 0) -> int:
         """Private anonymous memory; at `address` exactly if it is not 0 (MAP_FIXED). The address."""
@@ -88,16 +91,56 @@ class Vmm:
         return Vmm(self.mm, fork_process(self.process))
 
     def exit(self) -> None:
-        """exit(2)."""
+        """exit(2): the address space goes first, then the open files."""
         from host_mm.fork import exit_process
+        from host_mm.userfaultfd import userfaultfd_release
 
         exit_process(self.process)
+        if self.wp_async is not None:
+            userfaultfd_release(self.wp_async)
+            self.wp_async = None
 
     def clear_refs(self, kind: int) -> None:
         """Write to /proc/PID/clear_refs."""
         from host_mm.task_mmu import clear_refs_write
 
         clear_refs_write(self.process.mm, kind)
+
+    def userfaultfd(self, features: int = 0) -> UserfaultfdCtx:
+        """userfaultfd(2) and UFFDIO_API; it must be released."""
+        from host_mm.userfaultfd import userfaultfd, userfaultfd_api
+
+        ctx = userfaultfd(self.process)
+        userfaultfd_api(ctx, features)
+        return ctx
+
+    def register_wp_async(self, address: int, length: int) -> None:
+        """UFFDIO_REGISTER of the range with a userfaultfd whose write-protections a write just lifts."""
+        from host_mm.userfaultfd import UFFDIO_REGISTER_MODE_WP, userfaultfd_register
+        from host_mm.userfaultfd_k import UFFD_FEATURE_WP_ASYNC
+
+        if self.wp_async is None:
+            self.wp_async = self.userfaultfd(UFFD_FEATURE_WP_ASYNC)
+        userfaultfd_register(self.wp_async, address, length, UFFDIO_REGISTER_MODE_WP)
+
+    def unregister_wp_async(self, address: int, length: int) -> None:
+        """UFFDIO_UNREGISTER of what register_wp_async registered of the range."""
+        from host_mm.userfaultfd import userfaultfd_unregister
+
+        if self.wp_async is not None:
+            userfaultfd_unregister(self.wp_async, address, length)
+
+    def pagemap(self, address: int, pages: int) -> list[int]:
+        """read(2) of /proc/PID/pagemap: a word a page."""
+        from host_mm.pagemap import pagemap_read
+
+        return pagemap_read(self.process.mm, address, pages)
+
+    def pagemap_scan(self, arg: PmScanArg) -> list[PageRegion]:
+        """PAGEMAP_SCAN on /proc/PID/pagemap."""
+        from host_mm.pagemap import do_pagemap_scan
+
+        return do_pagemap_scan(self.process.mm, arg)
 
     def pin(self, address: int) -> int:
         """A long-term pin for writing, as io_uring takes on a registered buffer: the frame; KernelError."""

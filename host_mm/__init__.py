@@ -10,13 +10,21 @@ Reading order:
     mm_types.py process.py       address spaces, VMAs, processes
     memory.py                    faults; memory_zap.py, memory_copy.py: entries out, entries into a child
     address_space.py             files and their mappings; memory_file.py: faults on them
-    filemap_cache.py shmem.py    which folio has which page of a file; shared memory
+    filemap_cache.py             which folio has which page of a file
+    filemap_fault.py readahead.py  how a fault finds it, and what is read and mapped around it
+    backing_file.py page_writeback.py  files with their bytes in a real file; how dirty pages get there
+    shmem.py shmem_file.py memfd.py  shared memory
+    truncate.py                  how pages leave a file
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
     userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill
                                  (userfaultfd_mfill.py) and register and protect (userfaultfd_wp.py)
     gup.py gup_range.py          pages for others than the CPU; gup_longterm.py: and for long
     uaccess.py            memory for others than the CPU, and for the process itself
+                                 (userfaultfd_mfill.py), register and protect (userfaultfd_wp.py) and move
+                                 (userfaultfd_move.py) pages
+    pagemap.py                   what each page is, and scans that protect what they find
+    gup.py uaccess.py            memory for others than the CPU, and for the process itself
     rmap.py rmap_unmap.py        from a page to its entries
     tlb.py mmu_gather.py         when the host's own translations go
     mmu_notifier.py              how secondary MMUs are told; mmu_notifier_types.py: what a bracket is

@@ -27,9 +27,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from host_mm import (
+    address_space,
+    backing_file,
     compaction,
     compaction_trace,
     filemap_cache,
+    filemap_fault,
     fork,
     gup,
     hmm_mirror,
@@ -52,9 +55,11 @@ from host_mm import (
     page_alloc,
     page_io,
     page_isolation,
+    page_writeback,
     process,
     rmap_unmap,
     shmem,
+    shmem_file,
     swap_state,
     swapin,
     tlb,
@@ -91,8 +96,10 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
+    backing_file,
     compaction_trace,
     filemap_cache,
+    filemap_fault,
     fork,
     gup,
     hmm_mirror,
@@ -112,6 +119,7 @@ _MODULES = (
     page_isolation,
     process,
     rmap_unmap,
+    shmem,
     swap_state,
     swapin,
     tlb,
@@ -186,6 +194,8 @@ class HostMm:
             self.swap.free_notify.append(self.memcg.uncharge_swap)
         self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
+        self.file_device = page_io.SwapDevice(self, "file-io")
+        self.flusher = page_writeback.Flusher(self)
         self.ksm = Ksm(self)
         self.hstate = hugetlb.Hstate(self, nodes)
         self.hugetlb_inodes = 0
@@ -260,12 +270,13 @@ class HostMm:
         while self._at_work():
             self.sched.sleep(QUIESCE_POLL)
         self.swap_device.drain()
+        self.file_device.drain()
         while self.ksm.scanning:
             self.sched.sleep(QUIESCE_POLL)
         self.lru.lru_add_drain_all()
 
     def _at_work(self) -> bool:
-        return self.ksm.scanning or any(
+        return self.ksm.scanning or self.flusher.running or any(
             not vmscan.kswapd_asleep(self, node.nid) or not kcompactd.kcompactd_asleep(self, node.nid)
             for node in self.nodes
         )
@@ -279,7 +290,9 @@ class HostMm:
         self.quiesce()
 
     def close(self) -> None:
-        """Give up what the machine underneath holds for us: the swap file."""
+        """Give up what the machine underneath holds for us: the swap file and others."""
+        for mapping in self.mappings:
+            mapping.a_ops.abandon(mapping)
         if self.swap is not None:
             self.swap.close()
 
@@ -324,7 +337,11 @@ class HostMm:
 
     def shmem_file_setup(self, name: str, size: int, nid: int) -> AddressSpace:
         """mmap -> shmem: the file behind a shared anonymous mapping."""
-        return shmem.shmem_file_setup(self, name, size, nid)
+        return shmem_file.shmem_file_setup(self, name, size, nid)
+
+    def fput(self, mapping: AddressSpace) -> None:
+        """page_writeback -> address_space: the flusher lets go of a file."""
+        address_space.fput(mapping)
 
     def do_fault(self, vmf: VmFault) -> int:
         """memory -> memory_file: a fault on an empty entry of a file mapping."""

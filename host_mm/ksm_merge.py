@@ -135,10 +135,16 @@ def _write_protect_locked(mm: MmStruct, address: int, pte: int, pfn: int) -> int
     entry = ptep_clear_flush(mm, address, pte)
     if host.sched.preempt:
         host.sched.race("pte")
-    alone = pages.mapcount[pfn] + 1 + swapped == pages.refcount[pfn] or "ksm-ignore-refs" in host.breaks
-    if not alone or (exclusive and not folio_try_share_anon_rmap_pte(host, pfn)):
+    alone = pages.mapcount[pfn] + 1 + swapped == pages.refcount[pfn]
+    if alone and exclusive:
+        alone = folio_try_share_anon_rmap_pte(host, pfn)
+    if "ksm-ignore-refs" in host.breaks:
+        pages.flags[pfn] &= ~PG_anon_exclusive
+    elif not alone:
         set_pte(mm, address, pte, entry)
         return _NOT_PROTECTED
+    if host.checks is not None:
+        host.checks.folio_merges(pfn)
     if pte_dirty(entry):
         set_page_dirty(host, pfn)
     entry = pte_wrprotect(pte_mkclean(entry))

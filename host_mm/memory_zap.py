@@ -147,6 +147,7 @@ def _zap_nonpresent(mm: MmStruct, address: int, pte: int, old: int) -> None:
 def unmap_vmas(tlb: MmuGather, vmas: list[VmArea], start: int, end: int) -> None:
     """munmap and exit: one bracket over [start, end), then each VMA's part of it."""
     mm = tlb.mm
+    mm.update_hiwater_rss()
     range_ = mmu_notifier.mmu_notifier_range_init(
         mmu_notifier.MMU_NOTIFY_UNMAP, mm, start, end, order=mmu_notifier.ORDER_GATHER
     )
@@ -178,6 +179,7 @@ def zap_page_range_single_batched(
 ) -> None:
     """Clear a part of one VMA inside a bracket, into the caller's gather."""
     mm = vma.mm
+    mm.update_hiwater_rss()
     huge = bool(vma.flags & VM_HUGETLB)
     start, end = address, address + size
     if huge:

@@ -12,7 +12,7 @@ the other, the flush of each inside its bracket.
 
     break migrate-ignore-refs     move folios although somebody holds a reference
 
-Not modelled: large folios and splits, movable_ops pages, file mappings, devices.
+Not modelled: large folios and splits, movable_ops pages, devices.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import HPAGE_PMD_NR, pmd_pfn, pte_pfn, pte_present
 from host_mm.filemap import folio_lock, folio_trylock, folio_unlock, folio_wait_writeback
+from host_mm.filemap_cache import page_cache_replace
 from host_mm.hugetlb import folio_isolate_hugetlb, folio_putback_hugetlb
 from host_mm.hugetlb_migrate import migrate_hugetlbs
 from host_mm.hugetlb_share import hugetlb_vma_lock_read, hugetlb_vma_unlock_read
@@ -222,7 +223,7 @@ class _Batch:
                 "migrate", f"the new frame {dst:#x} is locked by somebody else", host.stream.here()
             )
         # A KSM page has no anon_vma of its own; its stable node leads to all of them.
-        pinned = pages.mapcount[src] and not pages.flags[src] & PG_ksm
+        pinned = pages.mapcount[src] and pages.flags[src] & (PG_anon | PG_ksm) == PG_anon
         anon_vma = pages.mapping.get(src) if pinned else None
         item = _Unmapped(src, dst, anon_vma, bool(pages.flags[src] & PG_mlocked))
         if pages.mapcount[src]:
@@ -248,7 +249,8 @@ class _Batch:
         host = self.host
         pages = host.pages
         flags = pages.flags
-        expected = 1 + bool(flags[src] & PG_swapcache) + pages.mapcount[src]
+        cached = not flags[src] & (PG_anon | PG_swapcache) and src in pages.mapping
+        expected = 1 + (bool(flags[src] & PG_swapcache) or cached) + pages.mapcount[src]
         ignore = "migrate-ignore-refs" in host.breaks
         if pages.refcount[src] != expected and not ignore:
             return -EAGAIN
@@ -259,6 +261,8 @@ class _Batch:
         if host.sched.preempt:
             host.sched.point("migrate-copy")
         if flags[src] & PG_swapcache and not self._replace_in_swap_cache(src, dst, expected, ignore):
+            return -EAGAIN
+        if cached and not page_cache_replace(pages.mapping[src], src, dst, expected):
             return -EAGAIN
         pages.index[dst] = pages.index[src]
         mapping = pages.mapping.get(src)

@@ -72,16 +72,17 @@ TRACEPOINTS = (SWAP_WRITE_START, SWAP_WRITE_END, SWAP_READ_START, SWAP_READ_END,
 
 
 class SwapDevice:
-    """The request queue of the swap file's device. `inflight` maps pfn to slot.
+    """The request queue of the swap file's device, or of the files'. `inflight` maps pfn to slot (page).
 
     Reclaimers that wait for writeback hang on `host.reclaim_wait`; `throttled_written` counts what
     completed since the first of them came.
     """
 
-    __slots__ = ("host", "inflight", "last_read", "last_write", "throttled_written")
+    __slots__ = ("host", "inflight", "last_read", "last_write", "name", "throttled_written")
 
-    def __init__(self, host: HostMm) -> None:
+    def __init__(self, host: HostMm, name: str = "swap-io") -> None:
         self.host = host
+        self.name = name
         self.inflight: dict[int, int] = {}
         self.last_read = 0
         self.last_write = 0
@@ -108,7 +109,7 @@ class SwapDevice:
         sched = self.host.sched
         stream = self.host.stream
         self.inflight[pfn] = slot
-        irq = TaskContext("swap-io", cause=stream.ctx.cause)
+        irq = TaskContext(self.name, cause=stream.ctx.cause)
 
         def complete() -> None:
             # An interrupt: it runs on top of whoever is current and may not be preempted.

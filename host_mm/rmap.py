@@ -329,6 +329,7 @@ def rmap_walk(
     flags = host.pages.flags[pfn]
     if flags & PG_ksm:
         return rmap_walk_ksm(host, pfn, rmap_one, try_lock=try_lock, done=done)
+    given = anon_vma
     if not flags & PG_anon and anon_vma is None:
         return _rmap_walk_file(host, pfn, rmap_one, locked=locked, try_lock=try_lock, done=done)
     if anon_vma is None:
@@ -342,6 +343,10 @@ def rmap_walk(
                 return False
         else:
             rwsem.read_lock()
+        if given is None and host.pages.mapping.get(pfn) is not anon_vma:
+            # UFFDIO_MOVE gave the page to another VMA while the lock was waited for.
+            rwsem.read_unlock()
+            return rmap_walk(host, pfn, rmap_one, try_lock=try_lock, done=done)
     index = host.pages.index[pfn]
     hits: list[tuple[int, VmArea, int]] = []
     for avc in anon_vma.chains.values():

@@ -154,6 +154,7 @@ class _Unmap:
         old = _clear_entry(mm, address, pte, self.flags)
         if pte_dirty(old):
             set_page_dirty(host, pfn)
+        mm.update_hiwater_rss()
         flags = pages.flags[pfn]
         if flags & PG_hwpoison and self.flags & TTU_HWPOISON:
             set_pte(mm, address, pte, swp_entry_to_pte(swp_entry(SWP_HWPOISON, pfn)))
@@ -222,6 +223,7 @@ class _Unmap:
         old = _clear_entry(mm, address, pte, self.flags)
         if pte_dirty(old):
             set_page_dirty(host, pfn)
+        mm.update_hiwater_rss()
         if exclusive and not folio_try_share_anon_rmap_pte(host, pfn):
             set_pte(mm, address, pte, old)
             return False

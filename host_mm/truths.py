@@ -7,6 +7,8 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     io-while-writable        no writable one reaches a folio whose write-out begins
     dirty-dropped            a folio dropped as clean has the bytes that its swap slot has
     held-frame-moved         no frame is migrated that somebody writes to by a reference of his own
+    held-frame-merged        ... nor taken by KSM
+    moved-still-translated   no translation of an entry that mremap moved outlives the page-table locks
     flush-before-set         no entry gets another frame while a host TLB entry or a device's translation
                              still reaches the old one, unless a flush is pending
     secondary-stale          nothing is published to a device that the tables do not say
@@ -140,6 +142,27 @@ class HostTruths:
                 "held-frame-moved", f"pfn {pfn:#x} is migrated although its user still writes to it",
                 host.stream.here(),
             )
+
+    def folio_merges(self, pfn: int) -> None:
+        """KSM write-protects the page to share it: nobody may write to it past its entries."""
+        host = self.host
+        if host.pins[pfn] or host.held[pfn]:
+            raise BrokenTruth(
+                "held-frame-merged", f"KSM takes pfn {pfn:#x} although its user still writes to it",
+                host.stream.here(),
+            )
+
+    def entries_moved(self, mm: MmStruct, start: int, end: int) -> None:
+        """The locks of both places are about to be dropped: then the page may go from the new one."""
+        tlb = mm.tlb.entries
+        pages = range(start >> 12, end >> 12)
+        for vpn in pages if len(pages) < len(tlb) else [vpn for vpn in tlb if vpn in pages]:
+            if vpn in tlb:
+                raise BrokenTruth(
+                    "moved-still-translated",
+                    f"the entry of {vpn << 12:#x} moved, but pid {_pid(mm)} still translates it",
+                    self.host.stream.here(),
+                )
 
     def pte_set(self, mm: MmStruct, address: int, old: int, new: int) -> None:
         """A pte hook: whoever still has the old translation would go on with the old frame."""

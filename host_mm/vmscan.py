@@ -127,6 +127,9 @@ def _shrink_inactive_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, 
         return 0
     file = lru >= LRU_INACTIVE_FILE
     reclaimed, stat, kept = shrink_folio_list(host, folios, sc)
+    if stat.nr_unqueued_dirty == len(folios):
+        # Nothing but dirty pages of files at the end of the list: somebody must write them.
+        host.flusher.wakeup()
     move_folios_to_lru(host, vec, kept)
     host.vmstat[f"pgsteal_{_reclaimer(sc)}"] += reclaimed
     host.vmstat["pgsteal_file" if file else "pgsteal_anon"] += reclaimed

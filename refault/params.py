@@ -34,6 +34,7 @@ PARAMS: dict[str, Param] = {
     "kvm.tdp_mmu": Param("bool", "Y", "the TDP MMU; N is refused, as there is no other yet"),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
     "mm.fault_around_bytes": Param("bytes", "65536", "what a read fault of a file maps if it is cached"),
+    "mm.read_ahead_kb": Param("KiB", "128", "what a miss in the page cache reads around it"),
     "mm.max_gather_pages": Param("count", "9698", "pages that an unmap frees in one go"),
     "mm.movablecore": Param("size", "0", "memory of ZONE_MOVABLE, over all nodes; plain bytes or K, M, G"),
     "mm.page_group_by_mobility": Param(

@@ -7,6 +7,7 @@
 | `migration.py` | compaction, exact frames, memory offline, mbind, long-term pins, bad memory |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
+| `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
@@ -28,6 +29,7 @@ from emu.operations import (
     secondary,
     slots,
     tracking,
+    userfaultfd,
     weather,
 )
 
@@ -43,5 +45,6 @@ __all__ = [
     "secondary",
     "slots",
     "tracking",
+    "userfaultfd",
     "weather",
 ]

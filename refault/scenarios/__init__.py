@@ -12,6 +12,7 @@
 | `linux_mm.py` | the scenarios of host memory management |
 | `linux_mm_migrate.py` | those of migration and compaction |
 | `linux_mm_reclaim.py` | those of reclaim and access tracking |
+| `linux_mm_uffd.py` | those of userfaultfd; `emulator_uffd.py` has their steps |
 | `recorded/linux-6.18/` | the real kernel's traces |
 """
 

@@ -156,6 +156,22 @@ class Backend(Protocol):
         """kdamond ends."""
         ...
 
+    def uffd_api(self) -> Any:
+        """userfaultfd(2) and UFFDIO_API; 0."""
+        ...
+
+    def uffd_register(self, mode: int) -> Any:
+        """UFFDIO_REGISTER of the data slot."""
+        ...
+
+    def uffd_answer(self, kind: str) -> None:
+        """From now on a thread of the VMM answers faults by UFFDIO_COPY ("copy") or _ZEROPAGE ("zero")."""
+        ...
+
+    def uffd_copy(self, offset: int) -> Any:
+        """UFFDIO_COPY of the page that the thread copies, too; 0."""
+        ...
+
 
 class Scenario:
     """The steps, told to a back end. Titles follow the recordings'."""
@@ -310,3 +326,16 @@ class Scenario:
     def damon_off(self) -> Any:
         """DAMON stops."""
         return self._step("damon off", "damon_off")
+
+    def uffd(self, mode: int) -> None:
+        """A userfaultfd for the data slot."""
+        self._step("UFFDIO_API", "uffd_api")
+        self._step(f"UFFDIO_REGISTER mode {mode}", "uffd_register", mode)
+
+    def uffd_answer(self, kind: str) -> None:
+        """How its faults are answered from now on; no step."""
+        self.backend.uffd_answer(kind)
+
+    def uffd_copy(self, offset: int, title: str) -> Any:
+        """UFFDIO_COPY."""
+        return self._step(title, "uffd_copy", offset)

@@ -19,6 +19,7 @@ from host_mm.kernel.errors import KernelError
 from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
 from refault.scenarios.emulator_migrate import MigrateSteps
 from refault.scenarios.emulator_reclaim import ReclaimSteps
+from refault.scenarios.emulator_uffd import UffdSteps
 from refault.scenarios.guest import ENTRY, RFLAGS_IOPL3, USER_STACK, guest_memory
 from refault.scenarios.normal import HOST_EVENTS, SLOT0_OFFSET, SLOT0_SIZE, format_range
 from refault.vm import VM
@@ -45,7 +46,7 @@ def _image() -> Image:
     )
 
 
-class EmulatorBackend(MigrateSteps, ReclaimSteps):
+class EmulatorBackend(MigrateSteps, ReclaimSteps, UffdSteps):
     """One machine for one scenario. `lines` is the normalised sequence, `events` the trace."""
 
     def __init__(self, **options: Any) -> None:
@@ -70,6 +71,7 @@ class EmulatorBackend(MigrateSteps, ReclaimSteps):
         """Destroy the machine."""
         self.vm.finish()
         self.unpin()
+        self.uffd_close()
         if self.child is not None:
             self._host(self.child.exit)
         self.vm.close()
