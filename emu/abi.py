@@ -271,6 +271,13 @@ VMCALL_DUNE_READ = 0x5246_01B5
 VMCALL_DUNE_WRITE = 0x5246_01B6
 VMCALL_SVA_READ = 0x5246_01B7
 VMCALL_SVA_WRITE = 0x5246_01B8
+VMCALL_NR_HUGEPAGES = 0x5246_0140
+VMCALL_HUGETLB_CREATE = 0x5246_0141
+VMCALL_HUGETLB_PUNCH = 0x5246_0142
+VMCALL_HUGETLB_PEER_READ = 0x5246_0143
+VMCALL_HUGETLB_PEER_WRITE = 0x5246_0144
+VMCALL_HUGETLB_SHARERS = 0x5246_0145
+VMCALL_HUGETLB_UNSHARE = 0x5246_0146
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
@@ -479,6 +486,28 @@ VMCALLS: tuple[Vmcall, ...] = (
            "walks the VMM's own page tables."),
     Vmcall(VMCALL_SVA_WRITE, "sva_write", ("gpa", "value", "size"), "0", (),
            "That device stores the low `size` bytes of `value`."),
+    Vmcall(VMCALL_NR_HUGEPAGES, "nr_hugepages", ("count",), "huge pages that the pool has then", (),
+           "Writes `count` to /proc/sys/vm/nr_hugepages: the host's pool of 2 MiB pages grows to that, as "
+           "far as free blocks of that size can be had, or shrinks to it, as far as they are free."),
+    Vmcall(VMCALL_HUGETLB_CREATE, "hugetlb_create", ("gpa", "pages", "shared", "reserve"), "slot number >= 1",
+           ("EEXIST", "ENOMEM"),
+           "As slot_create, but of huge pages: `gpa` and the range are whole 2 MiB (-EINVAL). `shared` 1: of "
+           "a memfd, which others can map; 0: private. `reserve` 1: the pool promises every page, -ENOMEM if "
+           "it cannot; 0: a fault that finds no page leaves KVM_RUN with -EFAULT. -EINVAL for other values."),
+    Vmcall(VMCALL_HUGETLB_PUNCH, "hugetlb_punch", ("gpa", "pages"), "0", (),
+           "A hole in the memfd behind a shared region of huge pages: whole huge pages go back to the pool, "
+           "parts are zeroed; the range reads as zeros. -EINVAL in other memory."),
+    Vmcall(VMCALL_HUGETLB_PEER_READ, "hugetlb_peer_read", ("gpa", "size"), "the value, zero-extended", (),
+           "Another process of the host maps the same memfd, on the first question about it, and reads "
+           "`size` bytes (1, 2, 4 or 8) of it. Where 1 GiB of the file is mapped whole by both they use one "
+           "page table. -EINVAL in other memory."),
+    Vmcall(VMCALL_HUGETLB_PEER_WRITE, "hugetlb_peer_write", ("gpa", "value", "size"), "0", (),
+           "That process stores the low `size` bytes of `value`."),
+    Vmcall(VMCALL_HUGETLB_SHARERS, "hugetlb_sharers", ("gpa",), "other users of the page table", (),
+           "How many other processes use the VMM's level-2 page table of `gpa`. -EINVAL outside huge pages."),
+    Vmcall(VMCALL_HUGETLB_UNSHARE, "hugetlb_unshare", ("gpa",), "0", (),
+           "The VMM gives up every page table that it shares for the region of `gpa`, as registering "
+           "userfaultfd there does. Faults may share them again. -EINVAL outside huge pages."),
     Vmcall(VMCALL_PAGE_IDLE_SET, "page_idle_set", ("gpa", "pages"), "frames made idle", (),
            "Sets the idle bits of the range's frames; accessed bits of host and guest are cleared. Frames "
            "on no LRU list, and pages without a frame, do not count."),

@@ -29,6 +29,7 @@ from emu.devices.pit import Pit
 from emu.devices.rdma import RdmaDevice
 from emu.devices.serial import Serial
 from emu.hostops import OPERATIONS, TRACEPOINTS, perform
+from emu.hugetlb import HugetlbMemory
 from emu.memory import PROT_RW, GuestMemory
 from emu.vmm import Vmm
 from host_mm.kernel.errors import BrokenTruth, KernelError
@@ -117,6 +118,7 @@ class Board:
         self.process = host.mm.create_process("vmm")
         self.vmm = Vmm(host.mm, self.process)
         self.rdma = RdmaDevice(host.mm, self.process)
+        self.hugetlb = HugetlbMemory(self)
         self.dune: Dune | None = None
         self.sva: SvaDevice | None = None
         self._make_devices()
@@ -347,7 +349,9 @@ class Board:
             self._give_back()
             if self.uffd is not None:
                 self.uffd.stop()
+            self.hugetlb.exit_peer()
             self.vmm.exit()
+            self.hugetlb.close()
             # As the VMM's files of these, closed after its address space is gone.
             self.rdma.close()
             if self.dune is not None:

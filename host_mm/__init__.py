@@ -39,7 +39,7 @@ Reading order:
     page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
-    swap_readahead.py zram.py zsmalloc.py            more than was asked for; swap that is RAM
+    swap_readahead.py zram.py zswap.py zsmalloc.py   more than was asked for; swap that is RAM
     hugetlb.py hugetlb_resv.py   the pool of huge pages, and who was promised some
     hugetlb_share.py             level-2 tables that processes share
     hugetlb_rmap.py hugetlb_fault.py hugetlb_unmap.py hugetlb_copy.py hugetlb_migrate.py   their life

@@ -68,6 +68,7 @@ from host_mm import (
     vmscan,
     vmscan_trace,
     zram,
+    zswap,
 )
 from host_mm.kernel.locks import Mutex, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
@@ -126,6 +127,7 @@ _MODULES = (
     userfaultfd_k,
     vmscan,
     vmscan_trace,
+    zswap,
 )
 
 
@@ -192,6 +194,7 @@ class HostMm:
             device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
             self.swap = SwapInfo(sched, swap_bytes, swap_path, device)
             self.swap.free_notify.append(self.memcg.uncharge_swap)
+        self.zswap = zswap.Zswap(self, self.swap)
         self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
         self.file_device = page_io.SwapDevice(self, "file-io")
@@ -261,6 +264,8 @@ class HostMm:
 
     def start_daemons(self) -> None:
         """Start kswapd on every node; each sleeps until an allocation finds its node short."""
+        if pages := int(self.params.get("hugetlb.nr_hugepages", "0")):
+            hugetlb.set_max_huge_pages(self, pages)
         for node in self.allocator.nodes:
             body = partial(vmscan.kswapd, self, node.nid)
             self.daemons.append(self.sched.spawn(f"kswapd{node.nid}", body))
@@ -282,11 +287,16 @@ class HostMm:
         )
 
     def shutdown(self) -> None:
-        """Every process has ended: stop ksmd, turn swap off. What is in use after that is lost."""
+        """Every process has ended: stop ksmd, turn swap off, give up the huge pages.
+
+        What is in use after that is lost.
+        """
         if self.ksm.mm_slots:
             ksm.run_store(self, KSM_RUN_UNMERGE)
         if self.swap is not None:
             swap_state.try_to_unuse(self)
+        self.hstate.nr_overcommit = 0
+        hugetlb.set_max_huge_pages(self, 0)
         self.quiesce()
 
     def close(self) -> None:

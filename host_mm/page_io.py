@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from host_mm.swapfile import SwapInfo
     from host_mm.zram import Zram
 
-__all__ = ["QUEUE_DEPTH", "SWAP_CLUSTER_MAX", "TRACEPOINTS", "SwapDevice", "swap_read_folio", "swap_writeout"]
+__all__ = [
+    "QUEUE_DEPTH", "SWAP_CLUSTER_MAX", "TRACEPOINTS", "SwapDevice", "swap_read_folio", "swap_writeout",
+    "swap_writepage",
+]
 
 SWAP_CLUSTER_MAX = 32
 QUEUE_DEPTH = 16
@@ -155,6 +158,15 @@ def swap_writeout(host: HostMm, pfn: int) -> None:
         folio_unlock(host, pfn)
         return
     swap.zeromap[slot] = 0
+    if host.zswap.store(pfn):
+        folio_unlock(host, pfn)
+        return
+    swap_writepage(host, pfn, slot)
+
+
+def swap_writepage(host: HostMm, pfn: int, slot: int) -> None:
+    """__swap_writepage: the locked folio's bytes go to the device; unlocks it."""
+    swap = _swap(host)
     if host.checks is not None:
         host.checks.writeback_starts(pfn)
     host.vmstat["pswpout"] += 1
@@ -210,6 +222,8 @@ def swap_read_folio(host: HostMm, pfn: int) -> None:
         if (t := host.trace.swap_zero) is not None:
             t(pfn, slot, False)
         folio_unlock(host, pfn)
+        return
+    if host.zswap.enabled and host.zswap.load(pfn):
         return
     host.vmstat["pswpin"] += 1
     if (t := host.trace.swap_read_start) is not None:

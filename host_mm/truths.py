@@ -189,7 +189,7 @@ class HostTruths:
         if not swap.swap_count(slot):
             # Its last entry was unmapped while the folio was busy: nobody can ever ask for the bytes.
             return
-        kept = bytes(PAGE_SIZE) if swap.zeromap[slot] else swap.pread(slot)
+        kept = bytes(PAGE_SIZE) if swap.zeromap[slot] else host.zswap.data(slot) or swap.pread(slot)
         if host.ram.b[pfn << 12 : (pfn + 1) << 12] != kept:
             raise BrokenTruth(
                 "dirty-dropped", f"pfn {pfn:#x} is dropped as clean, slot {slot:#x} has other bytes",
@@ -415,6 +415,9 @@ class _Audit:
                 raise BrokenTruth("swap-count", "there are swap entries but no swap")
             return
         pages = self.host.pages
+        for slot in self.host.zswap.lru:
+            if not swap.swap_map[slot]:
+                raise BrokenTruth("swap-count", f"zswap keeps slot {slot:#x}, which is free")
         used = 0
         for offset, value in enumerate(swap.swap_map):
             if value == SWAP_MAP_BAD:

@@ -13,7 +13,7 @@ kernel's VMSCAN_THROTTLE_WRITEBACK), so that out of memory means that nothing is
 
 Not modelled: kswapd's short first sleep, swappiness and the anon/file cost balance (the file
 lists hold only MADV_FREE pages and go first), workingset refaults, compaction, watermark boost,
-slab shrinkers, too_many_isolated, pfmemalloc throttling, node reclaim.
+slab shrinkers other than zswap's, too_many_isolated, pfmemalloc throttling, node reclaim.
 """
 
 from __future__ import annotations
@@ -235,6 +235,8 @@ def _shrink_node(host: HostMm, nid: int, sc: ScanControl) -> None:
         lru_gen_shrink_node(host, nid, sc)
     else:
         _shrink_node_memcgs(host, nid, sc)
+    if host.zswap.shrinker_enabled:
+        host.zswap.shrink_slab(sc.priority)
     state = host.allocator.nodes[nid].vmscan
     if sc.nr_reclaimed > before and isinstance(state, Kswapd):
         state.failures = 0

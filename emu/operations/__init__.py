@@ -5,6 +5,7 @@
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
 | `migration.py` | compaction, exact frames, memory offline, mbind, long-term pins, bad memory |
+| `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
@@ -19,6 +20,7 @@
 
 from emu.operations import (
     device,
+    hugetlb,
     instrument,
     ksm,
     mapping,
@@ -35,6 +37,7 @@ from emu.operations import (
 
 __all__ = [
     "device",
+    "hugetlb",
     "instrument",
     "ksm",
     "mapping",

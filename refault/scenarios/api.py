@@ -148,6 +148,14 @@ class Backend(Protocol):
         """The VMM sleeps."""
         ...
 
+    def punch_hole(self, offset: int, length: int) -> Any:
+        """fallocate(2) with FALLOC_FL_PUNCH_HOLE in the file that D shows."""
+        ...
+
+    def ftruncate(self, size: int) -> Any:
+        """ftruncate(2) of that file."""
+        ...
+
     def damon_on(self, offset: int) -> Any:
         """kdamond watches the frame behind D + offset, by physical address, a sample every 5 ms."""
         ...
@@ -318,6 +326,14 @@ class Scenario:
             self._step(title, "idle", ns)
         else:
             self.backend.idle(ns)
+
+    def punch_hole(self, offset: int, length: int, title: str) -> Any:
+        """A hole in the file."""
+        return self._step(title, "punch_hole", offset, length)
+
+    def ftruncate(self, size: int, title: str) -> Any:
+        """Another size of the file."""
+        return self._step(title, "ftruncate", size)
 
     def damon_on(self, offset: int) -> Any:
         """DAMON starts."""
