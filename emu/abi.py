@@ -271,6 +271,10 @@ VMCALL_DUNE_READ = 0x5246_01B5
 VMCALL_DUNE_WRITE = 0x5246_01B6
 VMCALL_SVA_READ = 0x5246_01B7
 VMCALL_SVA_WRITE = 0x5246_01B8
+VMCALL_DEVICE_MIGRATE = 0x5246_01BB
+VMCALL_DEVICE_READ = 0x5246_01BC
+VMCALL_DEVICE_WRITE = 0x5246_01BD
+VMCALL_DEVICE_ADD = 0x5246_01BE
 VMCALL_NR_HUGEPAGES = 0x5246_0140
 VMCALL_HUGETLB_CREATE = 0x5246_0141
 VMCALL_HUGETLB_PUNCH = 0x5246_0142
@@ -486,6 +490,19 @@ VMCALLS: tuple[Vmcall, ...] = (
            "walks the VMM's own page tables."),
     Vmcall(VMCALL_SVA_WRITE, "sva_write", ("gpa", "value", "size"), "0", (),
            "That device stores the low `size` bytes of `value`."),
+    Vmcall(VMCALL_DEVICE_MIGRATE, "device_migrate", ("gpa", "pages"), "pages in device memory then",
+           ("ENOSPC",),
+           "Pages of the range go to the memory of a device, with their bytes, as far as it has room (256 "
+           "pages a slot); pages that nobody has touched go there as zeros. The guest's next access to one "
+           "brings it back."),
+    Vmcall(VMCALL_DEVICE_READ, "device_read", ("gpa", "size"), "the value, zero-extended", ("ENOSPC",),
+           "That device reads `size` bytes (1, 2, 4 or 8) at `gpa`, aligned to the size, from its own memory "
+           "or from RAM, wherever the page is."),
+    Vmcall(VMCALL_DEVICE_WRITE, "device_write", ("gpa", "value", "size"), "0", ("ENOSPC",),
+           "That device stores the low `size` bytes of `value`, in the same way."),
+    Vmcall(VMCALL_DEVICE_ADD, "device_add", ("gpa", "value"), "what was there", ("ENOSPC",),
+           "That device adds `value` to the 8 bytes at `gpa`, aligned to 8, while the page is its alone: the "
+           "guest's next access takes the page back."),
     Vmcall(VMCALL_NR_HUGEPAGES, "nr_hugepages", ("count",), "huge pages that the pool has then", (),
            "Writes `count` to /proc/sys/vm/nr_hugepages: the host's pool of 2 MiB pages grows to that, as "
            "far as free blocks of that size can be had, or shrinks to it, as far as they are free."),

@@ -42,6 +42,7 @@ from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
 from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
 
 if TYPE_CHECKING:
+    from emu.devices.hmm_device import HmmDevice
     from emu.devices.sva import SvaDevice
     from emu.dune import Dune
     from emu.host import Host
@@ -121,6 +122,7 @@ class Board:
         self.hugetlb = HugetlbMemory(self)
         self.dune: Dune | None = None
         self.sva: SvaDevice | None = None
+        self.hmm_devices: dict[int, HmmDevice] = {}
         self._make_devices()
         self.cpu = UnicornCpu(host.mm, host.sched, interpreted=interpreted, params=config.params)
         self.cpu.exit_filter = self._exit_filter
@@ -354,6 +356,8 @@ class Board:
             self.hugetlb.close()
             # As the VMM's files of these, closed after its address space is gone.
             self.rdma.close()
+            for device in self.hmm_devices.values():
+                device.close()
             if self.dune is not None:
                 self.dune.close()
             if self.sva is not None:

@@ -32,6 +32,8 @@ Reading order:
     hmm.py hmm_mirror.py         what a device learns of the tables, and a device that mirrors them
     secondary_tables.py          where the truths find what devices translate by
     memremap.py                  frames that are devices', not RAM
+    memory_device.py             entries for pages that a device has
+    migrate_device.py rmap_device.py   to a device's memory and back; a device's alone
     lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
     shrink_folio_list.py         and how
     lru_gen.py lru_gen_walk.py lru_gen_evict.py  by generations: the lists, aging by page tables, eviction

@@ -90,30 +90,11 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
-    "FOLL_ANON",
-    "FOLL_FORCE",
-    "FOLL_GET",
-    "FOLL_HONOR_NUMA_FAULT",
-    "FOLL_HWPOISON",
-    "FOLL_INTERNAL",
-    "FOLL_INTERRUPTIBLE",
-    "FOLL_LONGTERM",
-    "FOLL_NOFAULT",
-    "FOLL_NOWAIT",
-    "FOLL_PIN",
-    "FOLL_TOUCH",
-    "FOLL_WRITE",
-    "TRACEPOINTS",
-    "faultin_page_range",
-    "get_user_page_fast_only",
-    "get_user_pages_unlocked",
-    "gup_fast",
-    "gup_slow",
-    "mm_populate",
-    "note_pins",
-    "pin_user_page",
-    "trace_gup",
-    "unpin_user_page",
+    "FOLL_ANON", "FOLL_FORCE", "FOLL_GET", "FOLL_HONOR_NUMA_FAULT", "FOLL_HWPOISON", "FOLL_INTERNAL",
+    "FOLL_INTERRUPTIBLE", "FOLL_LONGTERM", "FOLL_NOFAULT", "FOLL_NOWAIT", "FOLL_PIN", "FOLL_TOUCH",
+    "FOLL_WRITE", "TRACEPOINTS", "faultin_page_range", "get_user_page_fast_only", "get_user_page_remote",
+    "get_user_pages_unlocked", "gup_fast", "gup_longterm", "gup_slow", "mm_populate", "note_pins",
+    "pin_user_page", "trace_gup", "unpin_user_page",
 ]
 
 FOLL_WRITE = 1 << 0
@@ -233,6 +214,19 @@ def get_user_pages_unlocked(mm: MmStruct, addr: int, gup_flags: int) -> int:
     -EAGAIN is what the kernel answers with 0 pages: FOLL_NOWAIT and the fault would have to wait.
     """
     return trace_gup(mm, addr, gup_flags, "slow", _gup_slow(mm, addr, gup_flags | FOLL_TOUCH))
+
+
+def get_user_page_remote(mm: MmStruct, addr: int, flags: int) -> int:
+    """get_user_pages_remote of one page, under the caller's mmap_lock; a frame with a reference or an errno.
+
+    A fault that has to drop the lock (userfaultfd) takes it again, so that VMAs must be looked up anew.
+    """
+    flags |= FOLL_REMOTE | FOLL_TOUCH | FOLL_TRIED
+    while True:
+        pfn, locked = _get_user_page(mm, addr, flags)
+        if locked:
+            return trace_gup(mm, addr, flags, "slow", pfn)
+        mm.mmap_lock.read_lock()
 
 
 def _gup_slow(mm: MmStruct, addr: int, flags: int) -> int:

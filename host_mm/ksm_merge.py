@@ -26,6 +26,7 @@ from host_mm.arch.x86.pgtable import (
     pte_dirty,
     pte_mkclean,
     pte_mkdirty,
+    pte_present,
     pte_write,
     pte_wrprotect,
 )
@@ -128,6 +129,9 @@ def _write_protect_locked(mm: MmStruct, address: int, pte: int, pfn: int) -> int
     host = mm.host
     pages = host.pages
     entry = ptep_get(mm, pte)
+    if not pte_present(entry):
+        # A device has the page for itself.
+        return _NOT_PROTECTED
     exclusive = pages.flags[pfn] & PG_anon_exclusive
     if not (pte_write(entry) or pte_dirty(entry) or exclusive or mm_tlb_flush_pending(mm)):
         return entry

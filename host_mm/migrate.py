@@ -81,6 +81,7 @@ __all__ = [
     "MR_SYSCALL",
     "TRACEPOINTS",
     "MigrationTarget",
+    "folio_migrate_flags",
     "migrate_pages",
     "move_pages",
     "putback_movable_pages",
@@ -269,9 +270,7 @@ class _Batch:
         if mapping is not None:
             pages.mapping[dst] = mapping
         folio_migrate_ksm(host, dst, src)
-        flags[dst] |= flags[src] & (_COPIED_FLAGS | PG_dirty)
-        flags[src] &= ~(PG_active | PG_unevictable | PG_dirty)
-        host.memcg.migrate(src, dst)
+        folio_migrate_flags(host, dst, src)
         return 0
 
     def _replace_in_swap_cache(self, src: int, dst: int, expected: int, ignore: bool) -> bool:
@@ -437,6 +436,14 @@ class _Batch:
         if rc:
             self.undo(item)
         return rc
+
+
+def folio_migrate_flags(host: HostMm, dst: int, src: int) -> None:
+    """The new frame has the old one's state and its charge."""
+    flags = host.pages.flags
+    flags[dst] |= flags[src] & (_COPIED_FLAGS | PG_dirty)
+    flags[src] &= ~(PG_active | PG_unevictable | PG_dirty)
+    host.memcg.migrate(src, dst)
 
 
 def alloc_migration_target(host: HostMm, src: int, target: MigrationTarget) -> int:

@@ -23,6 +23,8 @@ from host_mm import mmu_notifier
 from host_mm.address_space import vmas_of_pages
 from host_mm.arch.x86.pgtable import (
     SWP_PFN_MASK,
+    is_device_exclusive_entry,
+    is_device_private_entry,
     is_migration_entry,
     is_swap_pte,
     pte_pfn,
@@ -311,8 +313,15 @@ def page_vma_mapped_walk(
             swp = pte_to_swp_entry(entry)
             if is_migration_entry(swp) and swp_offset(swp) & SWP_PFN_MASK == pfn:
                 return pte
-    elif pte_present(entry) and pte_pfn(entry) == pfn:
-        return pte
+    elif pte_present(entry):
+        if pte_pfn(entry) == pfn:
+            return pte
+    elif is_swap_pte(entry):
+        # A page that a device has counts as mapped.
+        swp = pte_to_swp_entry(entry)
+        device = is_device_private_entry(swp) or is_device_exclusive_entry(swp)
+        if device and swp_offset(swp) & SWP_PFN_MASK == pfn:
+            return pte
     pte_lockptr(mm, pte).unlock()
     return 0
 

@@ -7,7 +7,7 @@ One bracket per VMA per folio. With TTU_BATCH_FLUSH the entry is cleared and the
 that the bracket ends before the primary flush: the caller flushes (try_to_unmap_flush) before it
 frees the page or starts I/O.
 
-Not modelled: transparent huge pages, device-private entries, should_defer_flush's look at the CPU
+Not modelled: transparent huge pages, should_defer_flush's look at the CPU
 mask (a flush is always deferred when asked).
 """
 
@@ -31,6 +31,7 @@ from host_mm.arch.x86.pgtable import (
     SWP_MIGRATION_READ,
     SWP_MIGRATION_READ_EXCLUSIVE,
     SWP_MIGRATION_WRITE,
+    is_writable_device_private_entry,
     make_migration_entry,
     mk_pte,
     pte_dirty,
@@ -38,6 +39,7 @@ from host_mm.arch.x86.pgtable import (
     pte_mkold,
     pte_mkuffd_wp,
     pte_mkwrite,
+    pte_present,
     pte_to_swp_entry,
     pte_write,
     swp_entry,
@@ -45,6 +47,7 @@ from host_mm.arch.x86.pgtable import (
     swp_offset,
     swp_type,
 )
+from host_mm.memory_device import make_device_private_pte
 from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_LOCKED
 from host_mm.page import (
     PG_anon,
@@ -54,6 +57,7 @@ from host_mm.page import (
     PG_ksm,
     PG_swapbacked,
     PG_swapcache,
+    PG_zone_device,
     get_page,
     mm_counter,
     put_page,
@@ -98,12 +102,20 @@ TRACEPOINTS = (SET_MIGRATION_PTE, REMOVE_MIGRATION_PTE)
 
 
 def _clear_entry(mm: MmStruct, address: int, pte: int, flags: int) -> int:
-    """Empty the entry, the flush now or noted for later; the page is dirty if the entry was."""
-    if flags & TTU_BATCH_FLUSH:
+    """Empty the entry, the flush now or noted for later. A device's entry has nothing to flush."""
+    if flags & TTU_BATCH_FLUSH and pte_present(ptep_get(mm, pte)):
         old = ptep_get_and_clear(mm, address, pte)
         _tlb.set_tlb_ubc_flush_pending(mm, pte_dirty(old))
         return old
     return ptep_clear_flush(mm, address, pte)
+
+
+def _swp_bits(old: int) -> int:
+    """The bits that a swap or migration entry takes over from the entry it replaces."""
+    if not pte_present(old):
+        return old & (_PAGE_SWP_SOFT_DIRTY | _PAGE_SWP_UFFD_WP)
+    bits = _PAGE_SWP_SOFT_DIRTY if old & _PAGE_SOFT_DIRTY else 0
+    return bits | (_PAGE_SWP_UFFD_WP if old & _PAGE_UFFD_WP else 0)
 
 
 class _Unmap:
@@ -152,7 +164,7 @@ class _Unmap:
         pages = host.pages
         exclusive = pages.flags[pfn] & (PG_anon | PG_anon_exclusive) == PG_anon | PG_anon_exclusive
         old = _clear_entry(mm, address, pte, self.flags)
-        if pte_dirty(old):
+        if pte_present(old) and pte_dirty(old):
             set_page_dirty(host, pfn)
         mm.update_hiwater_rss()
         flags = pages.flags[pfn]
@@ -209,10 +221,7 @@ class _Unmap:
         value = swp_entry_to_pte(entry)
         if exclusive:
             value |= _PAGE_SWP_EXCLUSIVE
-        if old & _PAGE_SOFT_DIRTY:
-            value |= _PAGE_SWP_SOFT_DIRTY
-        if old & _PAGE_UFFD_WP:
-            value |= _PAGE_SWP_UFFD_WP
+        value |= _swp_bits(old)
         set_pte(mm, address, pte, value)
         return True
 
@@ -221,23 +230,21 @@ class _Unmap:
         flags = host.pages.flags[pfn]
         exclusive = flags & (PG_anon | PG_anon_exclusive) == PG_anon | PG_anon_exclusive
         old = _clear_entry(mm, address, pte, self.flags)
-        if pte_dirty(old):
+        present = pte_present(old)
+        if present and pte_dirty(old):
             set_page_dirty(host, pfn)
         mm.update_hiwater_rss()
         if exclusive and not folio_try_share_anon_rmap_pte(host, pfn):
             set_pte(mm, address, pte, old)
             return False
-        if pte_write(old):
+        writable = pte_write(old) if present else is_writable_device_private_entry(pte_to_swp_entry(old))
+        if writable:
             kind = SWP_MIGRATION_WRITE
         else:
             kind = SWP_MIGRATION_READ_EXCLUSIVE if exclusive else SWP_MIGRATION_READ
-        keep = old if host.profile.migration_keeps_ad else 0
+        keep = old if present and host.profile.migration_keeps_ad else 0
         entry = make_migration_entry(kind, pfn, young=bool(keep & _PAGE_ACCESSED), dirty=pte_dirty(keep))
-        value = swp_entry_to_pte(entry)
-        if old & _PAGE_SOFT_DIRTY:
-            value |= _PAGE_SWP_SOFT_DIRTY
-        if old & _PAGE_UFFD_WP:
-            value |= _PAGE_SWP_UFFD_WP
+        value = swp_entry_to_pte(entry) | _swp_bits(old)
         set_pte(mm, address, pte, value)
         if (t := host.trace.set_migration_pte) is not None:
             t(address, value, 0)
@@ -306,6 +313,9 @@ def remove_migration_ptes(
             folio_add_anon_rmap_pte(host, dst, vma, address, exclusive=kind != SWP_MIGRATION_READ)
         else:
             folio_add_file_rmap_pte(host, dst, vma)
+        if pages.flags[dst] & PG_zone_device:
+            bits = old & (_PAGE_SWP_SOFT_DIRTY | _PAGE_SWP_UFFD_WP)
+            value = make_device_private_pte(dst, writable=pte_write(value)) | bits
         set_pte(mm, address, pte, value)
         if (t := host.trace.remove_migration_pte) is not None:
             t(address, value, 0)

@@ -40,12 +40,13 @@ from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import (
     _PAGE_PRESENT,
-    _PAGE_PSE,
     _PAGE_RW,
     _PAGE_SPECIAL,
     _PAGE_UFFD_WP,
     PFN_MASK,
+    SWP_DEVICE_READ,
     is_migration_entry,
+    is_swap_pte,
     non_swap_entry,
     pmd_table,
     pte_pfn,
@@ -53,10 +54,12 @@ from host_mm.arch.x86.pgtable import (
     pte_swp_uffd_wp_any,
     pte_to_swp_entry,
     swp_offset,
+    swp_type,
     walk_lockless,
 )
 from host_mm.kernel.errors import BrokenTruth
-from host_mm.mm_types import MM_SWAPENTS, VM_UFFD_WP
+from host_mm.memory_device import device_entry_pfn
+from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_UFFD_WP
 from host_mm.page import (
     PG_buddy,
     PG_hugetlb,
@@ -200,9 +203,8 @@ class HostTruths:
         self, who: str, mm: MmStruct, address: int, pfn: int, writable: bool
     ) -> None:
         """A secondary MMU gets a translation: no bracket is open there, so it is what the tables say."""
-        entry, level = walk_lockless(self.host.ram, mm.pgd, address)
-        mapped = pte_pfn(entry) + (address >> 12 & (1 << 9 * (level - 1)) - 1 if entry & _PAGE_PSE else 0)
-        if not entry & _PAGE_PRESENT or mapped != pfn or (writable and not entry & _PAGE_RW):
+        mapped, may_write, entry = _translation(mm, address, device=True)
+        if mapped != pfn or (writable and not may_write):
             raise BrokenTruth(
                 "secondary-stale",
                 f"{who} gets {address:#x} as pfn {pfn:#x}{' to write' if writable else ''}, "
@@ -218,6 +220,17 @@ class HostTruths:
                 f"{sub.start:#x} -- {sub.last:#x}: published under seq {seq}, now {sub.invalidate_seq}",
                 self.host.stream.here(),
             )
+
+
+def _translation(mm: MmStruct, address: int, *, device: bool) -> tuple[int, bool, int]:
+    """(frame or -1, whether it may be written, entry) by the tables; with `device` also what a device has."""
+    entry, level = walk_lockless(mm.host.ram, mm.pgd, address)
+    if entry & _PAGE_PRESENT:
+        within = (1 << 9 * (level - 1)) - 1 if level > 1 else 0
+        return (pte_pfn(entry) & ~within) + (address >> 12 & within), bool(entry & _PAGE_RW), entry
+    if not device or level > 1 or not is_swap_pte(entry):
+        return -1, False, entry
+    return device_entry_pfn(entry), swp_type(pte_to_swp_entry(entry)) != SWP_DEVICE_READ, entry
 
 
 def _mms(host: HostMm) -> list[MmStruct]:
@@ -265,6 +278,9 @@ class _Audit:
                     self._uffd_wp(vma, entry)
                     if pte_present(entry):
                         self._present(entry, rss)
+                    elif (pfn := device_entry_pfn(entry)) >= 0:
+                        self.maps[pfn] += 1
+                        rss[MM_ANONPAGES] += 1
                     elif not non_swap_entry(swp := pte_to_swp_entry(entry)):
                         self.slots[swp_offset(swp)] += 1
                         rss[MM_SWAPENTS] += 1
@@ -298,10 +314,8 @@ class _Audit:
 
     def _translations(self, mm: MmStruct, who: str, table: HostTlb) -> None:
         for vpn, cached in table.entries.items():
-            entry, level = walk_lockless(self.host.ram, mm.pgd, vpn << 12)
-            writable = not cached & 1 or entry & _PAGE_RW
-            pfn = pte_pfn(entry) + (vpn & 511 if level == 2 else 0)
-            if level > 2 or not entry & 1 or pfn != cached >> 1 or not writable:
+            pfn, writable, entry = _translation(mm, vpn << 12, device=table is not mm.tlb)
+            if pfn != cached >> 1 or (cached & 1 and not writable):
                 raise BrokenTruth(
                     "tlb-stale", f"pid {_pid(mm)} {vpn << 12:#x}: {who} {cached:#x}, entry {entry:#x}"
                 )
@@ -333,6 +347,10 @@ class _Audit:
                     "free-count", f"zone {zone.name} of node {zone.nid} has {free} free frames, counts "
                     f"{zone.nr_free} and {zone.nr_isolated} isolated",
                 )
+        for pgmap in host.device_frames.pgmaps:
+            for pfn in range(pgmap.start, pgmap.start + pgmap.nr):
+                if pages.refcount[pfn] or refs[pfn]:
+                    self._frame(pfn, pages.flags[pfn])
 
     def out_of_use(self) -> None:
         """Memory that is offline and frames that have failed are nobody's."""

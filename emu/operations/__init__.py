@@ -13,6 +13,7 @@
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
+| `device_memory.py` | a device with memory of its own: pages there, pages its alone |
 | `rdma.py` | registrations with the RDMA engine, and its peer |
 | `weather.py` | random transparent operations beside the guest |
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
@@ -20,6 +21,7 @@
 
 from emu.operations import (
     device,
+    device_memory,
     hugetlb,
     instrument,
     ksm,
@@ -37,6 +39,7 @@ from emu.operations import (
 
 __all__ = [
     "device",
+    "device_memory",
     "hugetlb",
     "instrument",
     "ksm",
