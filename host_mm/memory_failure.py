@@ -9,12 +9,13 @@ taken off its list. A mapped one is unmapped; its entries become poison entries,
 swap entries where the swap cache keeps the page. Who must know gets a signal at once: the process that hit
 the error (BUS_MCEERR_AR), and those that asked to be told early (BUS_MCEERR_AO), if the lost bytes were the
 only ones. A clean page of the swap cache is dropped and read again from its slot; a dirty one stays in the
-cache, so that whoever faults on it is killed rather than given old bytes.
+cache, so that whoever faults on it is killed rather than given old bytes. A page of a file leaves the page
+cache, with its bytes if it was dirty, and is read again; shmem, which has no other place, keeps it.
 
 soft_offline_page loses nothing: the frame only aged. Its page is migrated, and the frame kept out of the
 lists as above.
 
-Not modelled: the page cache (the action for its pages fails), huge pages, DAX, unpoisoning, the hwpoison
+Not modelled: huge pages, fsync's error for lost bytes of a file, DAX, unpoisoning, the hwpoison
 filter, panic, the work queue of asynchronous errors.
 """
 
@@ -38,6 +39,7 @@ from host_mm.page import (
     PG_dirty,
     PG_head,
     PG_hwpoison,
+    PG_ksm,
     PG_lru,
     PG_mlocked,
     PG_reserved,
@@ -46,17 +48,21 @@ from host_mm.page import (
     PG_uptodate,
     PG_writeback,
     put_page,
+    set_page_dirty,
     try_get_page,
 )
 from host_mm.page_alloc import GFP_MOVABLE, GFP_RETRY_MAYFAIL, GFP_USER
+from host_mm.page_writeback import folio_mkclean
 from host_mm.pgtable_generic import pte_lockptr
 from host_mm.process import BUS_MCEERR_AO, BUS_MCEERR_AR
 from host_mm.rmap import page_vma_mapped_walk, rmap_walk
 from host_mm.rmap_unmap import TTU_HWPOISON, TTU_IGNORE_MLOCK, TTU_SYNC, try_to_unmap
 from host_mm.swap_state import swap_cache_del_folio
+from host_mm.truncate import truncate_inode_folio
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
+    from host_mm.address_space import AddressSpace
     from host_mm.host import HostMm
     from host_mm.mm_types import VmArea
     from host_mm.process import Process
@@ -155,7 +161,7 @@ def _user_mappings(host: HostMm, pfn: int, current: Process | None) -> bool:
     mlocked = pages.flags[pfn] & PG_mlocked
     tokill = _collect_procs(host, pfn, current)
     ttu = TTU_IGNORE_MLOCK | TTU_SYNC | TTU_HWPOISON
-    if pages.flags[pfn] & PG_swapcache:
+    if pages.flags[pfn] & PG_swapcache or _clean_in_a_file(host, pfn):
         ttu &= ~TTU_HWPOISON
     unmapped = try_to_unmap(host, pfn, ttu)
     if mlocked:
@@ -165,6 +171,24 @@ def _user_mappings(host: HostMm, pfn: int, current: Process | None) -> bool:
         for process, address, required in tokill:
             process.send_sig_mceerr(BUS_MCEERR_AR if required else BUS_MCEERR_AO, address)
     return unmapped
+
+
+def _clean_in_a_file(host: HostMm, pfn: int) -> bool:
+    """Whether the bytes can be read again, after the entries' dirty bits are in the page."""
+    mapping = _folio_mapping(host, pfn)
+    if mapping is None or host.pages.flags[pfn] & PG_dirty or not mapping.a_ops.can_writeback:
+        return False
+    if folio_mkclean(host, pfn):
+        set_page_dirty(host, pfn)
+        return False
+    return True
+
+
+def _folio_mapping(host: HostMm, pfn: int) -> AddressSpace | None:
+    """The file that the page belongs to, if it does."""
+    if host.pages.flags[pfn] & (PG_anon | PG_ksm | PG_swapcache):
+        return None
+    return host.pages.mapping.get(pfn)
 
 
 # -- what becomes of it -----------------------------------------------------------------------------
@@ -196,11 +220,21 @@ def _act(host: HostMm, pfn: int, kind: str) -> int:
     result = _FAILED
     if kind.endswith("LRU page"):
         _delete_from_lru_cache(host, pfn)
-        result = _RECOVERED if pages.flags[pfn] & PG_anon else _FAILED
+        result = _RECOVERED if pages.flags[pfn] & PG_anon else _truncate_error_folio(host, pfn)
     elif kind == "reserved kernel page":
         result = _IGNORED
     folio_unlock(host, pfn)
     return result
+
+
+def _truncate_error_folio(host: HostMm, pfn: int) -> int:
+    """A page of a file leaves it; one of shmem stays, so that nobody gets zeros for its bytes."""
+    mapping = _folio_mapping(host, pfn)
+    if mapping is None:
+        return _FAILED
+    if not mapping.a_ops.is_shmem:
+        truncate_inode_folio(mapping, pfn)
+    return _FAILED if _has_extra_refcount(host, pfn, 1 + mapping.a_ops.is_shmem) else _RECOVERED
 
 
 def _identify(flags: int) -> str:

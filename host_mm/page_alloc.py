@@ -166,6 +166,7 @@ class PageAllocator:
             zones = [Zone(host.pages, self.blocks, nid, idx, first, last) for idx, first, last in bounds]
             self.nodes.append(PgData(nid, zones))
         self._per_node = per_node
+        self.highest_zoneidx = max(zone.idx for zone in self.zones)
         for zone in self.zones:
             self._release_boot_memory(zone, max(zone.start, reserved))
         self.setup_per_zone_wmarks()

@@ -28,6 +28,7 @@ from host_mm.page_alloc import GFP_KERNEL, alloc_pages
 from host_mm.process import BUS_MCEERR_AO, BUS_MCEERR_AR, Process
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
+from tests.host_mm.files import Shared
 from tests.host_mm.machine import run
 from tests.host_mm.test_migrate import BASE, PAGE, fill, make, pfn_of
 from tests.host_mm.test_order_classes import record
@@ -145,6 +146,46 @@ def test_a_dirty_page_of_the_swap_cache_stays_there_and_kills_who_wants_it() -> 
     assert [s.code for s in process.signals] == [BUS_MCEERR_AR]
     run(host, lambda: exit_process(process))
     audit(host)
+
+
+def test_a_clean_page_of_a_file_is_dropped_and_read_again() -> None:
+    s = Shared(disk=b"x" * 16 * PAGE)
+    s.do(lambda: copy_from_user(s.a, s.at, 1))
+    lines = lines_of(s.host)
+    pfn = s.file.i_pages[0]
+    assert fail(s.host, pfn, MF_ACTION_REQUIRED, s.a) == 0
+    assert lines == [f"pfn {pfn:#x}: recovery action for clean LRU page: Recovered"]
+    assert s.a.signals == []
+    assert 0 not in s.file.i_pages
+    assert s.host.sched.run_task("read", lambda: copy_from_user(s.a, s.at, 1)) == b"x"
+    assert s.file.i_pages[0] != pfn
+    s.end()
+
+
+def test_a_dirty_page_of_a_file_is_lost_and_who_mapped_it_is_told() -> None:
+    s = Shared(disk=b"x" * 16 * PAGE)
+    s.do(lambda: copy_to_user(s.a, s.at, b"new"))
+    lines = lines_of(s.host)
+    pfn = s.file.i_pages[0]
+    assert fail(s.host, pfn, MF_ACTION_REQUIRED, s.a) == 0
+    assert lines[-1] == f"pfn {pfn:#x}: recovery action for dirty LRU page: Recovered"
+    assert [signal.address for signal in s.a.signals] == [s.at]
+    assert s.host.sched.run_task("read", lambda: copy_from_user(s.b, s.bt, 3)) == b"xxx", "as the disk has it"
+    s.end()
+
+
+def test_shmem_keeps_the_bad_page_so_that_nobody_reads_zeros() -> None:
+    s = Shared()
+    s.do(lambda: copy_to_user(s.a, s.at, b"new"))
+    s.quiet()
+    pfn = s.file.i_pages[0]
+    assert fail(s.host, pfn) == 0
+    assert s.file.i_pages[0] == pfn
+    for process, at in ((s.a, s.at), (s.b, s.bt)):
+        with pytest.raises(KernelError):
+            s.do(lambda process=process, at=at: copy_from_user(process, at, 1))  # type: ignore[misc]
+        assert [signal.code for signal in process.signals] == [BUS_MCEERR_AR]
+    s.end()
 
 
 def test_a_free_frame_is_taken_off_its_list() -> None:
