@@ -46,11 +46,8 @@ from host_mm import (
     lru_gen,
     lru_gen_walk,
     memory,
-<<<<<<< HEAD
-    memory_failure,
-=======
     memory_device,
->>>>>>> main
+    memory_failure,
     memory_file,
     memremap,
     migrate,
@@ -61,11 +58,8 @@ from host_mm import (
     page_io,
     page_isolation,
     page_writeback,
-<<<<<<< HEAD
     process,
-=======
     rmap_device,
->>>>>>> main
     rmap_unmap,
     shmem,
     shmem_file,
@@ -120,23 +114,17 @@ _MODULES = (
     lru,
     lru_gen_walk,
     memory,
-<<<<<<< HEAD
-    memory_failure,
-=======
     memory_device,
->>>>>>> main
+    memory_failure,
     migrate,
     migrate_device,
     mmu_notifier,
     oom_kill,
     page_alloc,
     page_io,
-<<<<<<< HEAD
     page_isolation,
     process,
-=======
     rmap_device,
->>>>>>> main
     rmap_unmap,
     shmem,
     swap_state,
