@@ -72,12 +72,13 @@ class Stop(msgspec.Struct):
 class _VcpuThread:
     """A vCPU's thread: whether it was started, whether it halted for good."""
 
-    __slots__ = ("error", "halted", "task", "vcpu", "wq")
+    __slots__ = ("error", "halted", "node", "task", "vcpu", "wq")
 
     def __init__(self, vcpu: Vcpu, wq: WaitQueue) -> None:
         self.vcpu = vcpu
         self.wq = wq
         self.task: Task | None = None
+        self.node = -1
         self.halted = True
         self.error: BaseException | None = None
 
@@ -117,6 +118,7 @@ class Board:
         self.moves = 0
         self.moved_back = WaitQueue(host.sched, "guest memory moved back")
         self.process = host.mm.create_process("vmm")
+        self.process.threads += config.vcpus
         self.vmm = Vmm(host.mm, self.process)
         self.rdma = RdmaDevice(host.mm, self.process)
         self.hugetlb = HugetlbMemory(self)
@@ -186,12 +188,20 @@ class Board:
         self.cpu.start_like(thread.vcpu, self.vcpus[max(caller, 0)], entry, stack, (arg, number))
         self._start(thread)
 
+    def set_node(self, number: int, node: int) -> None:
+        """Let vCPU `number`'s thread run on a CPU of NUMA node `node`, -1: where the VMM is at home."""
+        thread = self.threads[number]
+        thread.node = node
+        if thread.task is not None:
+            thread.task.node = node
+
     def _start(self, thread: _VcpuThread) -> None:
         thread.halted = False
         if thread.task is None:
             number = thread.vcpu.vcpu_id
             body = functools.partial(self._thread_body, thread)
             thread.task = self.host.sched.spawn(f"vcpu{number}", body, vcpu=number)
+            thread.task.node = thread.node
         else:
             thread.wq.wake_all()
 

@@ -7,11 +7,12 @@ DONTNEED and FREE bracket each VMA's part (CLEAR) and share one gather, which is
 each VMA has its own.
 COLD and PAGEOUT open no bracket of their own; PAGEOUT's reclaim brackets page by page.
 
-MERGEABLE and UNMERGEABLE are in ksm.py.
+MERGEABLE and UNMERGEABLE are in ksm.py, REMOVE and what files do of WILLNEED in madvise_file.py. Who maps a
+file may page it out: every process here may write to every file.
 
 HWPOISON and SOFT_OFFLINE do to each page of the range what a memory error would.
 
-Not modelled: REMOVE, COLLAPSE, guard pages, transparent huge pages, file pages, VMA names.
+Not modelled: COLLAPSE, guard pages, transparent huge pages, VMA names.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from host_mm.gup_range import get_user_pages
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.ksm import ksm_madvise
+from host_mm.madvise_file import madvise_remove, madvise_willneed_file
 from host_mm.memory import vm_normal_page
 from host_mm.memory_failure import (
     MF_ACTION_REQUIRED,
@@ -84,7 +86,8 @@ if TYPE_CHECKING:
 __all__ = [
     "MADV_COLD", "MADV_DOFORK", "MADV_DONTFORK", "MADV_DONTNEED", "MADV_FREE", "MADV_HUGEPAGE",
     "MADV_HWPOISON", "MADV_KEEPONFORK", "MADV_MERGEABLE", "MADV_NOHUGEPAGE", "MADV_NORMAL", "MADV_PAGEOUT",
-    "MADV_POPULATE_READ", "MADV_POPULATE_WRITE", "MADV_RANDOM", "MADV_SEQUENTIAL", "MADV_SOFT_OFFLINE",
+    "MADV_POPULATE_READ", "MADV_POPULATE_WRITE", "MADV_RANDOM", "MADV_REMOVE", "MADV_SEQUENTIAL",
+    "MADV_SOFT_OFFLINE",
     "MADV_UNMERGEABLE", "MADV_WILLNEED", "MADV_WIPEONFORK", "do_madvise",
 ]
 
@@ -94,6 +97,7 @@ MADV_SEQUENTIAL = 2
 MADV_WILLNEED = 3
 MADV_DONTNEED = 4
 MADV_FREE = 8
+MADV_REMOVE = 9
 MADV_DONTFORK = 10
 MADV_DOFORK = 11
 MADV_MERGEABLE = 12
@@ -109,8 +113,8 @@ MADV_POPULATE_WRITE = 23
 MADV_HWPOISON = 100
 MADV_SOFT_OFFLINE = 101
 
-_READERS = frozenset({MADV_WILLNEED, MADV_DONTNEED, MADV_FREE, MADV_COLD, MADV_PAGEOUT})
-_PAGES_ONLY = _READERS - {MADV_WILLNEED}
+_READERS = frozenset({MADV_WILLNEED, MADV_DONTNEED, MADV_FREE, MADV_COLD, MADV_PAGEOUT, MADV_REMOVE})
+_PAGES_ONLY = _READERS - {MADV_WILLNEED, MADV_REMOVE}
 _VMA_FLAGS = {
     MADV_NORMAL: (0, VM_RAND_READ | VM_SEQ_READ), MADV_SEQUENTIAL: (VM_SEQ_READ, VM_RAND_READ),
     MADV_RANDOM: (VM_RAND_READ, VM_SEQ_READ), MADV_DONTFORK: (VM_DONTCOPY, 0), MADV_DOFORK: (0, VM_DONTCOPY),
@@ -208,7 +212,9 @@ def _vma_behavior(vma: VmArea, start: int, end: int, advice: int, tlb: MmuGather
     elif advice in (MADV_COLD, MADV_PAGEOUT):
         _cold_or_pageout(vma, start, end, pageout=advice == MADV_PAGEOUT)
     elif advice == MADV_WILLNEED:
-        _willneed(vma, start, end)
+        (_willneed if vma.file is None else madvise_willneed_file)(vma, start, end)
+    elif advice == MADV_REMOVE:
+        madvise_remove(vma, start, end)
     else:
         _set_vma_flags(vma, start, end, advice)
 

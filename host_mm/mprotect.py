@@ -92,7 +92,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MM_CP_PROT_NUMA", "MM_CP_TRY_CHANGE_WRITABLE", "MM_CP_UFFD_WP", "MM_CP_UFFD_WP_RESOLVE",
-    "can_change_pte_writable", "change_protection", "do_mprotect",
+    "can_change_pte_writable", "change_protection", "do_mprotect", "vma_wants_manual_pte_write_upgrade",
 ]
 
 MM_CP_TRY_CHANGE_WRITABLE = 1 << 0
@@ -147,10 +147,13 @@ def _mprotect_fixup(tlb: MmuGather, vma: VmArea, start: int, end: int, flags: in
     vma = vma_modify_flags(vma, start, end, flags)
     vma.flags = flags | (vma.flags & VM_SOFTDIRTY)
     vma_set_page_prot(vma)
-    # vma_wants_manual_pte_write_upgrade: page_prot alone does not say what is writable.
-    upgrade = vma_wants_writenotify(vma) if flags & VM_SHARED else bool(flags & VM_WRITE)
-    cp = MM_CP_TRY_CHANGE_WRITABLE if upgrade else 0
+    cp = MM_CP_TRY_CHANGE_WRITABLE if vma_wants_manual_pte_write_upgrade(vma) else 0
     change_protection(tlb, vma, start, end, cp)
+
+
+def vma_wants_manual_pte_write_upgrade(vma: VmArea) -> bool:
+    """Whether the VMA's page_prot alone does not say which entries are writable."""
+    return vma_wants_writenotify(vma) if vma.flags & VM_SHARED else bool(vma.flags & VM_WRITE)
 
 
 def change_protection(tlb: MmuGather, vma: VmArea, start: int, end: int, cp_flags: int) -> int:

@@ -362,7 +362,8 @@ def rmap_walk(
         address = avc.vma.address_of_index(index)
         if address >= 0:
             hits.append((avc.vma.pgoff, avc.vma, address))
-    hits.sort(key=lambda hit: hit[0])
+    if len(hits) > 1:
+        hits.sort(key=lambda hit: hit[0])
     sched = host.sched
     for _, vma, address in hits:
         if sched.preempt:

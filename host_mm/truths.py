@@ -193,7 +193,7 @@ class HostTruths:
             # Its last entry was unmapped while the folio was busy: nobody can ever ask for the bytes.
             return
         kept = bytes(PAGE_SIZE) if swap.zeromap[slot] else host.zswap.data(slot) or swap.pread(slot)
-        if host.ram.b[pfn << 12 : (pfn + 1) << 12] != kept:
+        if host.ram.read(pfn << 12, PAGE_SIZE) != kept:
             raise BrokenTruth(
                 "dirty-dropped", f"pfn {pfn:#x} is dropped as clean, slot {slot:#x} has other bytes",
                 host.stream.here(),

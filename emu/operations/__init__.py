@@ -5,10 +5,12 @@
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
 | `migration.py` | compaction, exact frames, memory offline, mbind, long-term pins, bad memory |
+| `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
+| `numa.py` | where vCPUs run, and pages that follow them |
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
@@ -22,12 +24,14 @@
 from emu.operations import (
     device,
     device_memory,
+    files,
     hugetlb,
     instrument,
     ksm,
     mapping,
     memory,
     migration,
+    numa,
     process,
     rdma,
     secondary,
@@ -40,12 +44,14 @@ from emu.operations import (
 __all__ = [
     "device",
     "device_memory",
+    "files",
     "hugetlb",
     "instrument",
     "ksm",
     "mapping",
     "memory",
     "migration",
+    "numa",
     "process",
     "rdma",
     "secondary",
