@@ -90,7 +90,7 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
-    "FOLL_ANON", "FOLL_FORCE", "FOLL_GET", "FOLL_HONOR_NUMA_FAULT", "FOLL_HWPOISON", "FOLL_INTERNAL",
+    "FOLL_ANON", "FOLL_FORCE", "FOLL_GET", "FOLL_HONOR_NUMA_FAULT", "FOLL_HWPOISON",
     "FOLL_INTERRUPTIBLE", "FOLL_LONGTERM", "FOLL_NOFAULT", "FOLL_NOWAIT", "FOLL_PIN", "FOLL_TOUCH",
     "FOLL_WRITE", "TRACEPOINTS", "faultin_page_range", "get_user_page_fast_only", "get_user_page_remote",
     "get_user_pages_unlocked", "gup_fast", "gup_longterm", "gup_slow", "mm_populate", "note_pins",
@@ -111,8 +111,6 @@ FOLL_TOUCH = 1 << 16
 FOLL_TRIED = 1 << 17
 FOLL_REMOTE = 1 << 18
 FOLL_PIN = 1 << 19
-FOLL_INTERNAL = FOLL_TOUCH | FOLL_TRIED | FOLL_REMOTE | FOLL_PIN
-"""What nobody may ask for from outside."""
 
 _NAMES = (
     (FOLL_WRITE, "write"), (FOLL_NOWAIT, "nowait"), (FOLL_LONGTERM, "longterm"), (FOLL_PIN, "pin"),

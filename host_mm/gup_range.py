@@ -15,11 +15,14 @@ from errno import EFAULT, EINVAL
 from typing import TYPE_CHECKING
 
 from host_mm.gup import (
+    FOLL_FORCE,
     FOLL_GET,
-    FOLL_INTERNAL,
+    FOLL_HONOR_NUMA_FAULT,
     FOLL_LONGTERM,
+    FOLL_NOFAULT,
     FOLL_PIN,
     FOLL_TOUCH,
+    FOLL_WRITE,
     gup_fast,
     gup_longterm,
     gup_slow,
@@ -37,9 +40,12 @@ if TYPE_CHECKING:
 __all__ = ["get_user_pages", "pin_user_pages", "unpin_user_pages"]
 
 
+_ALLOWED = FOLL_WRITE | FOLL_LONGTERM | FOLL_FORCE | FOLL_GET | FOLL_NOFAULT | FOLL_HONOR_NUMA_FAULT
+
+
 def _check(start: int, nr_pages: int, flags: int, how: int) -> None:
     contradicts = flags & FOLL_GET if how == FOLL_PIN else flags & FOLL_LONGTERM
-    if nr_pages < 0 or start & 4095 or flags & FOLL_INTERNAL or contradicts:
+    if nr_pages < 0 or start & 4095 or flags & ~_ALLOWED or contradicts:
         raise KernelError(EINVAL, f"flags {flags:#x} for {nr_pages} pages at {start:#x}")
 
 
@@ -62,8 +68,7 @@ def _gup(mm: MmStruct, start: int, nr_pages: int, flags: int) -> list[int]:
 def get_user_pages(mm: MmStruct, start: int, nr_pages: int, flags: int = 0) -> list[int]:
     """The frames of `nr_pages` pages from `start` on, or of fewer, with a reference each.
 
-    KernelError: EINVAL (flags that do not fit), or why there is not even one (EFAULT, ENOMEM, EHWPOISON,
-    EAGAIN with FOLL_NOWAIT).
+    KernelError: EINVAL (flags that do not fit), or why there is not even one (EFAULT, ENOMEM).
     """
     _check(start, nr_pages, flags, FOLL_GET)
     return _gup(mm, start, nr_pages, flags)

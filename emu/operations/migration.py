@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from emu.hostops import operation
+from emu.hostops import LEAVES_ZEROS, operation
 from emu.operations.memory import page_hvas, spans
 from host_mm.kernel.errors import KernelError
 from host_mm.mmzone import PAGEBLOCK_NR_PAGES
@@ -135,7 +135,7 @@ def soft_offline(board: Board, gpa: int, pages: int = 1) -> int:
     return 0
 
 
-@operation("CLEAR", example="memory_failure(gpa=0x300000)")
+@operation("CLEAR", example="memory_failure(gpa=0x300000)", leaves=LEAVES_ZEROS)
 def memory_failure(board: Board, gpa: int, recover: int = 1) -> int:
     """The memory of the frame behind `gpa` fails: its bytes are lost, and the guest's next access finds out.
 

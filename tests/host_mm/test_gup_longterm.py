@@ -12,10 +12,13 @@ from host_mm.fork import exit_process, fork_process
 from host_mm.gup import (
     FOLL_ANON,
     FOLL_GET,
+    FOLL_HONOR_NUMA_FAULT,
     FOLL_LONGTERM,
     FOLL_NOFAULT,
+    FOLL_NOWAIT,
     FOLL_PIN,
     FOLL_WRITE,
+    get_user_pages_unlocked,
     pin_user_page,
 )
 from host_mm.gup_range import get_user_pages, pin_user_pages, unpin_user_pages
@@ -24,10 +27,14 @@ from host_mm.ksm import scan_until_quiet
 from host_mm.madvise import MADV_MERGEABLE, MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.mmap import do_munmap
+from host_mm.mmu_gather import MmuGather
 from host_mm.mmzone import PAGEBLOCK_NR_PAGES, ZONE_MOVABLE, ZONE_NORMAL
+from host_mm.mprotect import MM_CP_PROT_NUMA, change_protection
 from host_mm.page import put_page
 from host_mm.page_isolation import PB_ISOLATE_MODE_OTHER, start_isolate_page_range, undo_isolate_page_range
 from host_mm.truths import audit
+from host_mm.uaccess import copy_to_user
+from tests.host_mm.files import Shared
 from tests.host_mm.machine import PAGE, Vmm, make_host
 from trace_events.stream import Listener
 
@@ -141,6 +148,8 @@ def test_arguments_that_contradict_each_other_are_einval() -> None:
         lambda: get_user_pages(vmm.mm, vmm.base, 1, FOLL_PIN),
         lambda: pin_user_pages(vmm.mm, vmm.base, 1, FOLL_GET),
         lambda: pin_user_pages(vmm.mm, vmm.base, -1, 0),
+        lambda: get_user_pages(vmm.mm, vmm.base, 1, FOLL_ANON),
+        lambda: get_user_pages(vmm.mm, vmm.base, 1, FOLL_NOWAIT),
     ):
         with pytest.raises(KernelError) as caught:
             call()
@@ -150,11 +159,39 @@ def test_arguments_that_contradict_each_other_are_einval() -> None:
 def test_nofault_takes_only_what_is_there_and_anon_only_anonymous_memory() -> None:
     vmm = Vmm()
     vmm.host_write(0, 1)
-    pfns = pin(vmm, 4, FOLL_WRITE | FOLL_NOFAULT | FOLL_ANON)
+    pfns = pin(vmm, 4, FOLL_WRITE | FOLL_NOFAULT)
     assert len(pfns) == 1
     unpin_user_pages(vmm.host, pfns)
+    s = Shared()
+    s.do(lambda: copy_to_user(s.a, s.at, b"x"))
+    assert get_user_pages_unlocked(s.a.mm, s.at, FOLL_ANON) == -EFAULT
+    put_page(s.host, get_user_pages_unlocked(s.a.mm, s.at, 0))
+    s.end()
+
+
+def test_a_hinting_entry_is_faulted_first_only_by_those_who_honour_it() -> None:
+    vmm = Vmm()
+    vmm.host_write(0, 1)
+    run = vmm.host.sched.run_task
+    # A page on the scanner's own node would be left alone.
+    run("move", lambda: move_pages(vmm.process, [vmm.base], [1]))
+    run("hint", lambda: change_prot_numa(vmm, 0))
+    faults = vmm.host.vmstat["numa_hint_faults"]
+    put_page(vmm.host, run("gup", lambda: get_user_pages(vmm.mm, vmm.base, 1))[0])
+    assert vmm.host.vmstat["numa_hint_faults"] == faults
+    put_page(vmm.host, run("gup", lambda: get_user_pages(vmm.mm, vmm.base, 1, FOLL_HONOR_NUMA_FAULT))[0])
+    assert vmm.host.vmstat["numa_hint_faults"] == faults + 1
+
+
+def change_prot_numa(vmm: Vmm, offset: int) -> None:
+    """The page's entry becomes a hinting one, as the scanner of NUMA balancing makes it."""
     vma = vmm.mm.vma_lookup(vmm.base)
     assert vma is not None
+    tlb = MmuGather(vmm.mm)
+    vmm.mm.mmap_lock.read_lock()
+    change_protection(tlb, vma, vmm.base + offset, vmm.base + offset + PAGE, MM_CP_PROT_NUMA)
+    vmm.mm.mmap_lock.read_unlock()
+    tlb.finish()
 
 
 def test_pins_resist_migration_compaction_merging_and_paging() -> None:
