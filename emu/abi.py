@@ -274,6 +274,8 @@ VMCALL_DUNE_READ = 0x5246_01B5
 VMCALL_DUNE_WRITE = 0x5246_01B6
 VMCALL_SVA_READ = 0x5246_01B7
 VMCALL_SVA_WRITE = 0x5246_01B8
+VMCALL_PFNMAP_CREATE = 0x5246_01B9
+VMCALL_PFNMAP_REVOKE = 0x5246_01BA
 VMCALL_DEVICE_MIGRATE = 0x5246_01BB
 VMCALL_DEVICE_READ = 0x5246_01BC
 VMCALL_DEVICE_WRITE = 0x5246_01BD
@@ -511,6 +513,14 @@ VMCALLS: tuple[Vmcall, ...] = (
            "walks the VMM's own page tables."),
     Vmcall(VMCALL_SVA_WRITE, "sva_write", ("gpa", "value", "size"), "0", (),
            "That device stores the low `size` bytes of `value`."),
+    Vmcall(VMCALL_PFNMAP_CREATE, "pfnmap_create", ("gpa", "pages"), "slot number >= 1",
+           ("EEXIST", "ENOSPC"),
+           "A PCI function's memory, zeros, in a new memory slot at `gpa`: frames that no struct page "
+           "counts, mapped raw into the VMM. Reads and writes are plain accesses, no exits. The slot may be "
+           "deleted, restored and moved like slot_create's."),
+    Vmcall(VMCALL_PFNMAP_REVOKE, "pfnmap_revoke", ("slot",), "0", ("ENOENT", "ENOSPC"),
+           "The function is reset: its memory is taken from the VMM and the guest, and the next access finds "
+           "other frames, with zeros. -ENOENT for a slot that pfnmap_create did not give."),
     Vmcall(VMCALL_DEVICE_MIGRATE, "device_migrate", ("gpa", "pages"), "pages in device memory then",
            ("ENOSPC",),
            "Pages of the range go to the memory of a device, with their bytes, as far as it has room (256 "

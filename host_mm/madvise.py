@@ -26,7 +26,9 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
     PMD_SIZE,
     SWP_HWPOISON,
+    ULONG_MAX,
     non_swap_entry,
+    page_align,
     pte_dirty,
     pte_mkclean,
     pte_mkold,
@@ -131,8 +133,9 @@ def do_madvise(mm: MmStruct, start: int, length: int, advice: int) -> None:
     HWPOISON and SOFT_OFFLINE also EBUSY and EIO (memory_failure.py); pages before that one are done.
     """
     mm.host.sched.advance(COST_SYSCALL)
-    end = start + ((length + 4095) & ~4095)
-    if start & 4095 or end < start:
+    size = page_align(length)
+    end = start + size
+    if start & 4095 or (length and not size) or end > ULONG_MAX:
         raise KernelError(EINVAL, f"{start:#x}+{length:#x} is not a page range")
     if advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE) and mm.host.profile.madv_populate:
         _populate(mm, start, end, advice == MADV_POPULATE_WRITE)

@@ -40,10 +40,12 @@ from host_mm.arch.x86.pgtable import (
     SWP_MIGRATION_READ,
     SWP_MIGRATION_READ_EXCLUSIVE,
     SWP_PFN_MASK,
+    ULONG_MAX,
     is_pte_marker,
     is_writable_device_private_entry,
     is_writable_migration_entry,
     make_pte_marker,
+    page_align,
     pte_dirty,
     pte_marker_get,
     pte_mkuffd_wp,
@@ -100,6 +102,8 @@ MM_CP_PROT_NUMA = 1 << 1
 MM_CP_UFFD_WP = 1 << 2
 MM_CP_UFFD_WP_RESOLVE = 1 << 3
 _PAGE_NONE = vm_get_page_prot(0)
+_PROT_MASK = 0xF
+"""Read, write, execute and PROT_SEM, which means nothing."""
 _FLUSH_ON_CLEAR = _PAGE_DIRTY | _PAGE_PRESENT | _PAGE_ACCESSED
 _FLUSH_ON_CHANGE = _PAGE_RW | _PAGE_USER | _PAGE_NX
 
@@ -112,16 +116,20 @@ def _pte_needs_flush(old: int, new: int) -> bool:
 
 
 def do_mprotect(mm: MmStruct, start: int, length: int, prot: int) -> None:
-    """Give [start, start+length) the rights `prot`. KernelError: EINVAL, ENOMEM (a hole), EACCES.
+    """Give [start, start+length) the rights `prot`. KernelError: EINVAL, ENOMEM (a hole, or beyond), EACCES.
 
     What lies before a hole has been changed by then, as in Linux.
     """
     mm.host.sched.advance(COST_SYSCALL)
-    end = start + ((length + 4095) & ~4095)
     if start & 4095:
         raise KernelError(EINVAL, f"{start:#x} is not page-aligned")
-    if end == start:
+    if not length:
         return
+    end = start + page_align(length)
+    if not start < end <= ULONG_MAX:
+        raise KernelError(ENOMEM, f"{start:#x}+{length:#x} wraps around")
+    if prot & ~_PROT_MASK:
+        raise KernelError(EINVAL, f"no rights {prot:#x}")
     mm.mmap_lock.lock()
     tlb = MmuGather(mm)
     try:

@@ -16,6 +16,7 @@
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
 | `device_memory.py` | a device with memory of its own: pages there, pages its alone |
+| `pfnmap.py` | a PCI function's memory in a slot |
 | `rdma.py` | registrations with the RDMA engine, and its peer |
 | `weather.py` | random transparent operations beside the guest |
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
@@ -32,6 +33,7 @@ from emu.operations import (
     memory,
     migration,
     numa,
+    pfnmap,
     process,
     rdma,
     secondary,
@@ -52,6 +54,7 @@ __all__ = [
     "memory",
     "migration",
     "numa",
+    "pfnmap",
     "process",
     "rdma",
     "secondary",
