@@ -476,7 +476,9 @@ def gup_longterm(
     host: HostMm, flags: int, pin: Callable[[], tuple[list[int], int]]
 ) -> tuple[list[int], int]:
     """`pin()`, and again until what it pinned may stay pinned, if that is for long."""
-    return gup_longterm_locked(host, pin) if flags & FOLL_LONGTERM else pin()
+    if not flags & FOLL_LONGTERM:
+        return pin()
+    return gup_longterm_locked(host, pin, lambda pfn: _ungrab(host, pfn, FOLL_PIN))
 
 
 def unpin_user_page(host: HostMm, pfn: int, *, dirty: bool = False) -> None:

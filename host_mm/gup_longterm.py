@@ -26,7 +26,7 @@ from host_mm.migrate import (
     putback_movable_pages,
 )
 from host_mm.mmzone import MIGRATE_ISOLATE, ZONE_MOVABLE
-from host_mm.page import GUP_PIN_COUNTING_BIAS, page_folio, put_page
+from host_mm.page import page_folio
 from host_mm.page_alloc import GFP_NOWARN, GFP_USER
 
 if TYPE_CHECKING:
@@ -44,11 +44,12 @@ def folio_is_longterm_pinnable(host: HostMm, pfn: int) -> bool:
 
 
 def gup_longterm_locked(
-    host: HostMm, pin: Callable[[], tuple[list[int], int]]
+    host: HostMm, pin: Callable[[], tuple[list[int], int]], unpin: Callable[[int], None]
 ) -> tuple[list[int], int]:
     """`pin()` until all it pinned may stay pinned: its answer, or ([], -ENOMEM) with nothing pinned.
 
-    `pin` gives the frames that it pinned, in order, one pin each, and what ended it early.
+    `pin` gives the frames that it pinned, in order, one pin each, and what ended it early; `unpin` takes
+    one pin back.
     """
     task = host.sched.current
     nested = task in host.allocator.memalloc_pin
@@ -56,7 +57,7 @@ def gup_longterm_locked(
     try:
         while True:
             pfns, ended = pin()
-            err = _check_and_migrate_movable_pages(host, pfns)
+            err = _check_and_migrate_movable_pages(host, pfns, unpin)
             if err != -EAGAIN:
                 return (pfns, ended) if not err else ([], err)
     finally:
@@ -79,14 +80,15 @@ def _collect(host: HostMm, pfns: list[int], movable: list[int]) -> int:
     return collected
 
 
-def _check_and_migrate_movable_pages(host: HostMm, pfns: list[int]) -> int:
+def _check_and_migrate_movable_pages(
+    host: HostMm, pfns: list[int], unpin: Callable[[int], None]
+) -> int:
     """0: all are where they may be; -EAGAIN: nothing is pinned now, try again; -ENOMEM: nor can it be."""
     movable: list[int] = []
     if not _collect(host, pfns, movable):
         return 0
     for pfn in pfns:
-        if pfn != host.zero_pfn:
-            put_page(host, pfn, GUP_PIN_COUNTING_BIAS)
+        unpin(pfn)
     if not movable:
         return -EAGAIN
     target = MigrationTarget(-1, GFP_USER | GFP_NOWARN)

@@ -192,7 +192,7 @@ class Zone:
     # -- taking -------------------------------------------------------------------------------
 
     def rmqueue(self, order: int, migratetype: int) -> int:
-        """__rmqueue: a block of 2**order frames for this type of request, or -1."""
+        """__rmqueue: a block of 2**order frames for this type of request, never an isolated one, or -1."""
         pfn = self._rmqueue_smallest(order, migratetype)
         if pfn < 0:
             pfn = self._rmqueue_claim(order, migratetype)
@@ -205,9 +205,17 @@ class Zone:
         return pfn
 
     def _rmqueue_smallest(self, order: int, migratetype: int) -> int:
-        for lists in self.free_list[order:]:
-            if lists[migratetype]:
-                return self._take(next(reversed(lists[migratetype])), order, migratetype)
+        for size in range(order, MAX_ORDER + 1):
+            blocks = self.free_list[size][migratetype]
+            if blocks:
+                pfn, _ = blocks.popitem()
+                pages = self.pages
+                pages.flags[pfn] = 0
+                pages.order[pfn] = 0
+                self.nr_free -= 1 << size
+                if size > order:
+                    self.expand(pfn, order, size, migratetype)
+                return pfn
         return -1
 
     def find_suitable_fallback(self, order: int, migratetype: int, *, claimable: bool) -> int:

@@ -166,6 +166,7 @@ class PageAllocator:
             zones = [Zone(host.pages, self.blocks, nid, idx, first, last) for idx, first, last in bounds]
             self.nodes.append(PgData(nid, zones))
         self._per_node = per_node
+        self._zonelists: dict[tuple[int, int, int], list[Zone]] = {}
         self.highest_zoneidx = max(zone.idx for zone in self.zones)
         for zone in self.zones:
             self._release_boot_memory(zone, max(zone.start, reserved))
@@ -276,9 +277,13 @@ class PageAllocator:
 
     def zonelist(self, nid: int, gfp: int) -> list[Zone]:
         """The zones that a request may take from, the best first."""
-        nodes = [self.nodes[nid]] if gfp & GFP_THISNODE else self.nodes[nid:] + self.nodes[:nid]
         highest = gfp_zone(gfp)
-        return [zone for node in nodes for zone in reversed(node.zones) if zone.idx <= highest]
+        known = self._zonelists.get((nid, gfp & GFP_THISNODE, highest))
+        if known is None:
+            nodes = [self.nodes[nid]] if gfp & GFP_THISNODE else self.nodes[nid:] + self.nodes[:nid]
+            known = [zone for node in nodes for zone in reversed(node.zones) if zone.idx <= highest]
+            self._zonelists[nid, gfp & GFP_THISNODE, highest] = known
+        return known
 
     def _get_page_from_freelist(self, gfp: int, order: int, zonelist: list[Zone], mark: str | None) -> int:
         migratetype = self.gfp_migratetype(gfp)
