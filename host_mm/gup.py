@@ -12,8 +12,8 @@ of anything else first makes one (unshare).
 Several pages in a call are in gup_range.py, where long-term pins may be in gup_longterm.py.
 
 Not modelled: transparent huge pages, coherent device memory, signals (FOLL_INTERRUPTIBLE never interrupts),
-callers that hold mmap_lock and must keep it (all are FOLL_UNLOCKABLE), 5.10's FOLL_COW (a forced write there follows
-any dirty entry).
+callers that hold mmap_lock and must keep it (all are FOLL_UNLOCKABLE), 5.10's FOLL_COW (a forced write there
+follows any dirty entry).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
 | `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
+| `reclaim.py` | memory cgroups, generations, zswap, the OOM killer |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
 | `numa.py` | where vCPUs run, and pages that follow them |
@@ -36,6 +37,7 @@ from emu.operations import (
     pfnmap,
     process,
     rdma,
+    reclaim,
     secondary,
     slots,
     tracking,
@@ -57,6 +59,7 @@ __all__ = [
     "pfnmap",
     "process",
     "rdma",
+    "reclaim",
     "secondary",
     "slots",
     "tracking",
