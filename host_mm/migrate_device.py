@@ -13,7 +13,8 @@ migrate_device_range), include/linux/migrate.h: struct migrate_vma, MIGRATE_PFN_
 
 A word a page in `src` and `dst`: bit 0 a page (its number from bit 6), bit 1 it moves, bit 3 writable.
 The brackets of collecting and of filling holes are MIGRATE with the driver's owner, so that its own
-notifier can leave them out: it knows. Others, KVM among them, unmap as ever.
+notifier can leave them out: it knows. Others, KVM among them, unmap as ever. In 5.10 the latter is CLEAR and
+nobody's.
 
 Not modelled: huge pages (skipped; Linux splits them), KSM pages and file pages (skipped), coherent device
 memory.
@@ -370,9 +371,11 @@ def _pages(host: HostMm, src: list[int], dst: list[int], args: MigrateVma | None
             assert args.vma is not None
             address = args.start + (index << 12)
             if range_ is None:
+                own = host.profile.migrate_vma_insert_has_owner
                 range_ = mmu_notifier.mmu_notifier_range_init(
-                    mmu_notifier.MMU_NOTIFY_MIGRATE, args.vma.mm, address, args.end,
-                    order=mmu_notifier.ORDER_UNDER_PTL, owner=args.pgmap_owner,
+                    mmu_notifier.MMU_NOTIFY_MIGRATE if own else mmu_notifier.MMU_NOTIFY_CLEAR, args.vma.mm,
+                    address, args.end, order=mmu_notifier.ORDER_UNDER_PTL,
+                    owner=args.pgmap_owner if own else None,
                 )
                 mmu_notifier.mmu_notifier_invalidate_range_start(range_)
             if not _insert_page(args.vma, address, new):
@@ -384,7 +387,7 @@ def _pages(host: HostMm, src: list[int], dst: list[int], args: MigrateVma | None
             if (t := host.trace.migrate_device) is not None:
                 t(old, new, moved)
     if range_ is not None:
-        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+        mmu_notifier.mmu_notifier_invalidate_range_only_end(range_)
 
 
 def _move_identity(host: HostMm, src: int, dst: int, *, extra: int) -> bool:
@@ -436,6 +439,8 @@ def _insert_page(vma: VmArea, address: int, pfn: int) -> bool:
     get_page(host, pfn)
     if zero:
         ptep_clear_flush(mm, address, pte)
+        mmu_notifier.mmu_notifier_invalidate_range(mm, address, address + 4096)
+        mmu_notifier.mmu_notifier_change_pte(mm, address, entry)
     set_pte(mm, address, pte, entry)
     ptl.unlock()
     return True

@@ -6,7 +6,8 @@ Not modelled: generations other than these two. Of 5.10: that clear_refs flushes
 mlock without counts, and munlock by a walk of the reverse map; that a COW drops the old page under the
 page-table lock; KSM's zero pages without a mark and its merged pages that an mremap parts; limits of
 MREMAP_DONTUNMAP; a fork that gives its locks up every 32 entries; clear_refs under mmap_lock for reading
-only; the print formats where a tracepoint's text differs.
+only; a NUMA hint that remembers the right to write; that userfaultfd has neither minor faults nor poison
+and write-protects anonymous memory only; the print formats where a tracepoint's text differs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     page-table lock, brackets call it once more as they end, but those that end by
     mmu_notifier_invalidate_range_only_end. `refused_start_ends_others`: when one notifier refuses a start,
     the others are told the end. `absent_events`: tracepoints this kernel has not.
+ `migrate_vma_insert_has_owner`: the bracket in which
+    migrate_vma_pages fills holes is MIGRATE and its driver's, else CLEAR and nobody's.
 
     Orders. `mprotect_bracket_level`: the table level whose walker opens change_protection's bracket, 3 (PUD)
     or 2 (PMD). `mprotect_gathers`: its flush is a gather's, else one over the whole range of the VMA.
@@ -41,7 +44,8 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     Features. `mremap_moves_level`: the highest level whose whole tables mremap moves. `mremap_realigns`: it
     extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `ksm_smart_scan`:
-    ksmd skips pages that it tried to merge in vain.
+    ksmd skips pages that it tried to merge in vain. `device_exclusive`: devices can have a page for
+    themselves (the EXCLUSIVE event). `uffd_move`, `pagemap_scan`: these ioctls exist.
     """
 
     name: str
@@ -54,6 +58,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     madvise_gathers_once: bool = True
     migrate_batches: bool = True
     hugetlb_unmap_brackets: bool = False
+    migrate_vma_insert_has_owner: bool = True
     anon_exclusive: bool = True
     cow_frees_swap_cache: bool = True
     pinned_stay_out_of_swap: bool = True
@@ -64,6 +69,9 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     mremap_realigns: bool = True
     madv_populate: bool = True
     ksm_smart_scan: bool = True
+    device_exclusive: bool = True
+    uffd_move: bool = True
+    pagemap_scan: bool = True
 
 
 LINUX_6_18 = MmProfile(name="linux-6.18")
@@ -84,6 +92,7 @@ LINUX_5_10 = MmProfile(
     madvise_gathers_once=False,
     migrate_batches=False,
     hugetlb_unmap_brackets=True,
+    migrate_vma_insert_has_owner=False,
     anon_exclusive=False,
     cow_frees_swap_cache=False,
     pinned_stay_out_of_swap=False,
@@ -94,5 +103,8 @@ LINUX_5_10 = MmProfile(
     mremap_realigns=False,
     madv_populate=False,
     ksm_smart_scan=False,
+    device_exclusive=False,
+    uffd_move=False,
+    pagemap_scan=False,
 )
 PROFILES = {profile.name: profile for profile in (LINUX_6_18, LINUX_5_10)}

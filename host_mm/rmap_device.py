@@ -56,9 +56,12 @@ TRACEPOINTS = (DEVICE_EXCLUSIVE,)
 def make_device_exclusive(mm: MmStruct, address: int, owner: Any) -> int:
     """The page at `address`, locked and with a reference, out of the CPU's reach; or a negative errno.
 
-    mmap_lock is held for reading. -EOPNOTSUPP: not anonymous; -EFAULT, -ENOMEM: get_user_pages's.
+    mmap_lock is held for reading. -EOPNOTSUPP: not anonymous, or the kernel cannot do it; -EFAULT, -ENOMEM:
+    get_user_pages's.
     """
     host = mm.host
+    if not host.profile.device_exclusive:
+        return -EOPNOTSUPP
     address &= ~0xFFF
     while True:
         pfn = get_user_page_remote(mm, address, FOLL_WRITE)
