@@ -221,6 +221,7 @@ WC_SUCCESS, WC_LOC_QP_OP_ERR, WC_LOC_PROT_ERR, WC_WR_FLUSH_ERR, WC_REM_ACCESS_ER
 """Statuses (enum ib_wc_status): bad request; local key or address; behind a failed one; the remote's."""
 
 ENOENT, ECHILD, ENOMEM, EFAULT, EBUSY, EEXIST, EINVAL, ENOSYS, ENODATA = 2, 10, 12, 14, 16, 17, 22, 38, 61
+EAGAIN = 11
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 
 VMCALL_SWAP_OUT = 0x5246_0001
@@ -266,6 +267,7 @@ VMCALL_UFFD_MOVE = 0x5246_0172
 VMCALL_UFFD_END = 0x5246_0173
 VMCALL_UFFD_READ = 0x5246_0174
 VMCALL_PAGEMAP_SCAN = 0x5246_0175
+VMCALL_UFFD_MINOR = 0x5246_0176
 VMCALL_NUMA_BALANCE = 0x5246_0178
 VMCALL_VCPU_NODE = 0x5246_0179
 VMCALL_PAGES_ON_NODE = 0x5246_017A
@@ -273,20 +275,29 @@ VMCALL_DUNE_READ = 0x5246_01B5
 VMCALL_DUNE_WRITE = 0x5246_01B6
 VMCALL_SVA_READ = 0x5246_01B7
 VMCALL_SVA_WRITE = 0x5246_01B8
+VMCALL_PFNMAP_CREATE = 0x5246_01B9
+VMCALL_PFNMAP_REVOKE = 0x5246_01BA
 VMCALL_DEVICE_MIGRATE = 0x5246_01BB
 VMCALL_DEVICE_READ = 0x5246_01BC
 VMCALL_DEVICE_WRITE = 0x5246_01BD
 VMCALL_DEVICE_ADD = 0x5246_01BE
 VMCALL_NR_HUGEPAGES = 0x5246_0140
 VMCALL_HUGETLB_CREATE = 0x5246_0141
-VMCALL_HUGETLB_PUNCH = 0x5246_0142
-VMCALL_HUGETLB_PEER_READ = 0x5246_0143
-VMCALL_HUGETLB_PEER_WRITE = 0x5246_0144
-VMCALL_HUGETLB_SHARERS = 0x5246_0145
-VMCALL_HUGETLB_UNSHARE = 0x5246_0146
+VMCALL_HUGETLB_PEER_READ = 0x5246_0142
+VMCALL_HUGETLB_PEER_WRITE = 0x5246_0143
+VMCALL_HUGETLB_SHARERS = 0x5246_0144
+VMCALL_HUGETLB_UNSHARE = 0x5246_0145
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
+VMCALL_MEMCG_LIMIT = 0x5246_0153
+VMCALL_MEMCG_RECLAIM = 0x5246_0154
+VMCALL_LRU_GEN_ENABLE = 0x5246_0155
+VMCALL_LRU_GEN_AGE = 0x5246_0156
+VMCALL_LRU_GEN_EVICT = 0x5246_0157
+VMCALL_ZSWAP_ENABLE = 0x5246_0158
+VMCALL_ZSWAP_WRITEBACK = 0x5246_0159
+VMCALL_OOM_KILL = 0x5246_015A
 VMCALL_COLD = 0x5246_01D0
 VMCALL_FREE = 0x5246_01D1
 VMCALL_CLEAR_REFS = 0x5246_01D2
@@ -480,6 +491,10 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_UFFD_MOVE, "uffd_move", ("gpa", "pages"), "pages that went", (),
            "UFFDIO_MOVE of the range's pages to another place of the VMM, and of each back when somebody "
            "touches it. Pages that are pinned or shared stay. Ends what an earlier one began."),
+    Vmcall(VMCALL_UFFD_MINOR, "uffd_minor", ("gpa", "pages"), "0", (),
+           "The range, which is a memfd_slot's, is unmapped; its pages stay in the memfd, and each is mapped "
+           "by UFFDIO_CONTINUE when somebody touches it. Ends what an earlier one began. -EINVAL for other "
+           "memory."),
     Vmcall(VMCALL_UFFD_END, "uffd_end", (), "pages written after uffd_wp, else faults served", ("ENOENT",),
            "Ends what uffd_missing, uffd_wp or uffd_move began: what is elsewhere comes back first. -ENOENT "
            "when nothing was begun."),
@@ -500,6 +515,14 @@ VMCALLS: tuple[Vmcall, ...] = (
            "walks the VMM's own page tables."),
     Vmcall(VMCALL_SVA_WRITE, "sva_write", ("gpa", "value", "size"), "0", (),
            "That device stores the low `size` bytes of `value`."),
+    Vmcall(VMCALL_PFNMAP_CREATE, "pfnmap_create", ("gpa", "pages"), "slot number >= 1",
+           ("EEXIST", "ENOSPC"),
+           "A PCI function's memory, zeros, in a new memory slot at `gpa`: frames that no struct page "
+           "counts, mapped raw into the VMM. Reads and writes are plain accesses, no exits. The slot may be "
+           "deleted, restored and moved like slot_create's."),
+    Vmcall(VMCALL_PFNMAP_REVOKE, "pfnmap_revoke", ("slot",), "0", ("ENOENT", "ENOSPC"),
+           "The function is reset: its memory is taken from the VMM and the guest, and the next access finds "
+           "other frames, with zeros. -ENOENT for a slot that pfnmap_create did not give."),
     Vmcall(VMCALL_DEVICE_MIGRATE, "device_migrate", ("gpa", "pages"), "pages in device memory then",
            ("ENOSPC",),
            "Pages of the range go to the memory of a device, with their bytes, as far as it has room (256 "
@@ -521,9 +544,6 @@ VMCALLS: tuple[Vmcall, ...] = (
            "As slot_create, but of huge pages: `gpa` and the range are whole 2 MiB (-EINVAL). `shared` 1: of "
            "a memfd, which others can map; 0: private. `reserve` 1: the pool promises every page, -ENOMEM if "
            "it cannot; 0: a fault that finds no page leaves KVM_RUN with -EFAULT. -EINVAL for other values."),
-    Vmcall(VMCALL_HUGETLB_PUNCH, "hugetlb_punch", ("gpa", "pages"), "0", (),
-           "A hole in the memfd behind a shared region of huge pages: whole huge pages go back to the pool, "
-           "parts are zeroed; the range reads as zeros. -EINVAL in other memory."),
     Vmcall(VMCALL_HUGETLB_PEER_READ, "hugetlb_peer_read", ("gpa", "size"), "the value, zero-extended", (),
            "Another process of the host maps the same memfd, on the first question about it, and reads "
            "`size` bytes (1, 2, 4 or 8) of it. Where 1 GiB of the file is mapped whole by both they use one "
@@ -544,6 +564,28 @@ VMCALLS: tuple[Vmcall, ...] = (
            "kdamond watches the VMM's mapping of the range for `ns` of logical time, one sample of each "
            "region every `sample_ns`; other CPUs go on meanwhile. The result is the size of the regions "
            "that the last aggregation found in use. -EINVAL unless 0 < sample_ns <= ns <= 10 s."),
+    Vmcall(VMCALL_MEMCG_LIMIT, "memcg_limit", ("pages",), "pages charged to the group", ("ENOMEM",),
+           "memory.max of the VMM's memory cgroup in pages; 0 lifts it. The first call makes the group; "
+           "pages that the VMM has by then stay uncharged. A limit that reclaim cannot reach ends the run."),
+    Vmcall(VMCALL_MEMCG_RECLAIM, "memcg_reclaim", ("pages",), "frames that came free", ("ENOENT", "EAGAIN"),
+           "A write to memory.reclaim of the VMM's memory cgroup. -ENOENT before memcg_limit, -EAGAIN when "
+           "so much cannot be had."),
+    Vmcall(VMCALL_LRU_GEN_ENABLE, "lru_gen_enable", ("on",), "the setting before: 0 or 1", (),
+           "Switches the host between the classic LRU (0) and the multi-generational one (1)."),
+    Vmcall(VMCALL_LRU_GEN_AGE, "lru_gen_age", (), "the youngest generation", ("EEXIST",),
+           "The host walks the page tables of the VMM's memory cgroup, clears accessed bits in host PTEs "
+           "and SPTEs and opens a generation. -ENOSYS with the classic LRU."),
+    Vmcall(VMCALL_LRU_GEN_EVICT, "lru_gen_evict", ("pages",), "frames that came free", (),
+           "Reclaims up to `pages` frames from all but the two youngest generations. -ENOSYS with the "
+           "classic LRU."),
+    Vmcall(VMCALL_ZSWAP_ENABLE, "zswap_enable", ("on",), "the setting before: 0 or 1", (),
+           "From now on swapped-out pages go into a compressed pool first (1), or not (0). -ENOSYS without "
+           "swap."),
+    Vmcall(VMCALL_ZSWAP_WRITEBACK, "zswap_writeback", ("pages",), "pages written", (),
+           "Writes up to `pages` pages of the compressed pool to the swap file, oldest first."),
+    Vmcall(VMCALL_OOM_KILL, "oom_kill", ("pages",), "pages reaped", ("ENOMEM",),
+           "Another process of the host with so many pages is killed as by the OOM killer; its memory is "
+           "reaped two seconds later. Other CPUs go on meanwhile."),
     Vmcall(VMCALL_COLD, "cold", ("gpa", "pages"), "0", (),
            "madvise(MADV_COLD): the range's pages are not young any more and go first when memory is short. "
            "-EINVAL where the range is locked."),

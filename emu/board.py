@@ -42,6 +42,7 @@ from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
 
 if TYPE_CHECKING:
     from emu.devices.hmm_device import HmmDevice
+    from emu.devices.pci_bar import PciBar
     from emu.devices.sva import SvaDevice
     from emu.dune import Dune
     from emu.host import Host
@@ -120,6 +121,7 @@ class Board:
         self.dune: Dune | None = None
         self.sva: SvaDevice | None = None
         self.hmm_devices: dict[int, HmmDevice] = {}
+        self.bars: dict[int, PciBar] = {}
         self._make_devices()
         self.cpu = UnicornCpu(host.mm, host.sched, interpreted=interpreted, params=config.params)
         self.cpu.exit_filter = self._exit_filter
@@ -342,6 +344,8 @@ class Board:
             self.rdma.close()
             for device in self.hmm_devices.values():
                 device.close()
+            for bar in self.bars.values():
+                bar.close()
             if self.dune is not None:
                 self.dune.close()
             if self.sva is not None:

@@ -28,6 +28,7 @@ Reading order:
     interval_notifier.py         the other scheme, by sequence counts
     hmm.py hmm_mirror.py         what a device learns of the tables, and a device that mirrors them
     secondary_tables.py          where the truths find what devices translate by
+    memory_pfnmap.py             mappings of raw frames
     memremap.py                  frames that are devices', not RAM
     memory_device.py             entries for pages that a device has
     migrate_device.py rmap_device.py   to a device's memory and back; a device's alone

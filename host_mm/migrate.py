@@ -12,7 +12,7 @@ the other, the flush of each inside its bracket.
 
     break migrate-ignore-refs     move folios although somebody holds a reference
 
-Not modelled: large folios and splits, movable_ops pages, devices.
+Not modelled: large folios and splits, movable_ops pages.
 """
 
 from __future__ import annotations

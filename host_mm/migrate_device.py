@@ -13,8 +13,7 @@ migrate_device_range), include/linux/migrate.h: struct migrate_vma, MIGRATE_PFN_
 
 A word a page in `src` and `dst`: bit 0 a page (its number from bit 6), bit 1 it moves, bit 3 writable.
 The brackets of collecting and of filling holes are MIGRATE with the driver's owner, so that its own
-notifier can leave them out: it knows. Others, KVM among them, unmap as ever. In 5.10 the latter is CLEAR and
-nobody's.
+notifier can leave them out: it knows. Others, KVM among them, unmap as ever.
 
 Not modelled: huge pages (skipped; Linux splits them), KSM pages and file pages (skipped), coherent device
 memory.
@@ -96,7 +95,7 @@ from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
-    from host_mm.mm_types import VmArea
+    from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
     "MIGRATE_PFN_MIGRATE", "MIGRATE_PFN_VALID", "MIGRATE_PFN_WRITE", "MIGRATE_VMA_SELECT_DEVICE_PRIVATE",
@@ -371,12 +370,7 @@ def _pages(host: HostMm, src: list[int], dst: list[int], args: MigrateVma | None
             assert args.vma is not None
             address = args.start + (index << 12)
             if range_ is None:
-                own = host.profile.migrate_vma_insert_has_owner
-                range_ = mmu_notifier.mmu_notifier_range_init(
-                    mmu_notifier.MMU_NOTIFY_MIGRATE if own else mmu_notifier.MMU_NOTIFY_CLEAR, args.vma.mm,
-                    address, args.end, order=mmu_notifier.ORDER_UNDER_PTL,
-                    owner=args.pgmap_owner if own else None,
-                )
+                range_ = _insert_range(args.vma.mm, address, args)
                 mmu_notifier.mmu_notifier_invalidate_range_start(range_)
             if not _insert_page(args.vma, address, new):
                 src[index] &= ~MIGRATE_PFN_MIGRATE
@@ -388,6 +382,14 @@ def _pages(host: HostMm, src: list[int], dst: list[int], args: MigrateVma | None
                 t(old, new, moved)
     if range_ is not None:
         mmu_notifier.mmu_notifier_invalidate_range_only_end(range_)
+
+
+def _insert_range(mm: MmStruct, address: int, args: MigrateVma) -> mmu_notifier.MmuNotifierRange:
+    named = mm.host.profile.device_inserts_name_owner
+    return mmu_notifier.mmu_notifier_range_init(
+        mmu_notifier.MMU_NOTIFY_MIGRATE if named else mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, args.end,
+        order=mmu_notifier.ORDER_UNDER_PTL, owner=args.pgmap_owner if named else None,
+    )
 
 
 def _move_identity(host: HostMm, src: int, dst: int, *, extra: int) -> bool:

@@ -16,7 +16,6 @@ import msgspec
 
 __all__ = ["LINUX_5_10", "LINUX_6_18", "PROFILES", "MmProfile"]
 
-
 class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     """One kernel's mm. The defaults are those of 6.18.
 
@@ -25,8 +24,6 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     page-table lock, brackets call it once more as they end, but those that end by
     mmu_notifier_invalidate_range_only_end. `refused_start_ends_others`: when one notifier refuses a start,
     the others are told the end. `absent_events`: tracepoints this kernel has not.
- `migrate_vma_insert_has_owner`: the bracket in which
-    migrate_vma_pages fills holes is MIGRATE and its driver's, else CLEAR and nobody's.
 
     Orders. `mprotect_bracket_level`: the table level whose walker opens change_protection's bracket, 3 (PUD)
     or 2 (PMD). `mprotect_gathers`: its flush is a gather's, else one over the whole range of the VMA.
@@ -44,8 +41,9 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     Features. `mremap_moves_level`: the highest level whose whole tables mremap moves. `mremap_realigns`: it
     extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `ksm_smart_scan`:
-    ksmd skips pages that it tried to merge in vain. `device_exclusive`: devices can have a page for
-    themselves (the EXCLUSIVE event). `uffd_move`, `pagemap_scan`: these ioctls exist.
+    ksmd skips pages that it tried to merge in vain. `device_exclusive`: make_device_exclusive exists (the
+    EXCLUSIVE event). `device_inserts_name_owner`: the bracket in which holes become device memory is MIGRATE
+    with its owner, else CLEAR. `uffd_move`, `pagemap_scan`: these ioctls exist.
     """
 
     name: str
@@ -58,7 +56,6 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     madvise_gathers_once: bool = True
     migrate_batches: bool = True
     hugetlb_unmap_brackets: bool = False
-    migrate_vma_insert_has_owner: bool = True
     anon_exclusive: bool = True
     cow_frees_swap_cache: bool = True
     pinned_stay_out_of_swap: bool = True
@@ -72,7 +69,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     device_exclusive: bool = True
     uffd_move: bool = True
     pagemap_scan: bool = True
-
+    device_inserts_name_owner: bool = True
 
 LINUX_6_18 = MmProfile(name="linux-6.18")
 LINUX_5_10 = MmProfile(
@@ -92,7 +89,6 @@ LINUX_5_10 = MmProfile(
     madvise_gathers_once=False,
     migrate_batches=False,
     hugetlb_unmap_brackets=True,
-    migrate_vma_insert_has_owner=False,
     anon_exclusive=False,
     cow_frees_swap_cache=False,
     pinned_stay_out_of_swap=False,
@@ -106,5 +102,6 @@ LINUX_5_10 = MmProfile(
     device_exclusive=False,
     uffd_move=False,
     pagemap_scan=False,
+    device_inserts_name_owner=False,
 )
 PROFILES = {profile.name: profile for profile in (LINUX_6_18, LINUX_5_10)}

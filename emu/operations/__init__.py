@@ -7,6 +7,7 @@
 | `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
+| `reclaim.py` | memory cgroups, generations, zswap, the OOM killer |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
 | `numa.py` | where vCPUs run, and pages that follow them |
@@ -15,6 +16,7 @@
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
 | `device_memory.py` | a device with memory of its own: pages there, pages its alone |
+| `pfnmap.py` | a PCI function's memory in a slot |
 | `rdma.py` | registrations with the RDMA engine, and its peer |
 | `weather.py` | random transparent operations beside the guest |
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
@@ -30,8 +32,10 @@ from emu.operations import (
     mapping,
     memory,
     numa,
+    pfnmap,
     process,
     rdma,
+    reclaim,
     secondary,
     slots,
     tracking,
@@ -49,8 +53,10 @@ __all__ = [
     "mapping",
     "memory",
     "numa",
+    "pfnmap",
     "process",
     "rdma",
+    "reclaim",
     "secondary",
     "slots",
     "tracking",
