@@ -84,7 +84,7 @@ _LEAF = EPT_READABLE | EPT_EXECUTABLE | EPT_MT_WB << EPT_MEMTYPE_SHIFT | EPT_IPA
 
 
 class Dune(MmuNotifier):
-    """One process in Dune mode, which its exit ends. `mapped` repeats the leaves by address, for the truths."""
+    """One process in Dune mode, until its exit. `mapped` repeats the leaves by address, for the truths."""
 
     def __init__(self, process: Process) -> None:
         """vmx_create_ept. KernelError(ENOMEM)."""

@@ -15,6 +15,7 @@
 ; vmcalls: mirror_read dma_write kvm_map_write dune_read dune_write sva_read sva_write rdma_register rdma_deregister rdma_peer_read rdma_peer_write rdma_peer_add device_migrate device_read device_write device_add pfnmap_create pfnmap_revoke
 ; vmcalls: ksm_merge ksm_unmerge page_idle_set page_idle_get damon numa_balance vcpu_node pages_on_node pagemap_scan uffd_missing uffd_move uffd_wp uffd_read uffd_end
 ; vmcalls: memfd_slot file_slot file_write peer_write fsync fadvise_dontneed punch_hole remove truncate nr_hugepages hugetlb_create hugetlb_peer_read hugetlb_peer_write hugetlb_sharers hugetlb_unshare
+; vmcalls: compact contig_alloc contig_free mbind offline online pin unpin soft_offline memory_failure uffd_minor
 ; vmcalls: lru_gen_enable lru_gen_age lru_gen_evict memcg_limit memcg_reclaim zswap_enable zswap_writeback oom_kill
 .include "runtime.inc"
 
@@ -424,6 +425,8 @@ count_answer:
     je .count
     cmp rax, -ENOSYS
     je .count
+    cmp rax, -EIO                        ; soft_offline: it stays where it is
+    je .count
     cmp rax, -EEXIST                     ; lru_gen: that generation is there
     je .count
     lea rcx, [rdx + wrong]
@@ -642,21 +645,19 @@ ask_log:
 .end:
     ret
 
-; The slot goes and comes back, or moves; its first word says where it was made.
+; The slot goes, comes back and moves; its first word says where it was made.
 ask_slot:
     mov rax, [slot]
     test rax, rax
     js .end
-    test sil, 1
-    jz .move
     HOST1 VMCALL_SLOT_DELETE, qword ptr [slot]
     mov rdx, [slot_at]
     cmp qword ptr [rdx], -1
     jne .bad
     HOST1 VMCALL_SLOT_RESTORE, qword ptr [slot]
-    jmp .look
-.move:
-    mov rdx, [slot_at]
+    mov rcx, [slot_gpa]
+    cmp [rdx], rcx
+    jne .bad
     xor rdx, 0x100000
     mov [slot_at], rdx
     HOST2 VMCALL_SLOT_MOVE, qword ptr [slot], rdx
@@ -714,6 +715,60 @@ ask_clear_refs:
     and eax, 3
     lea rax, [rax + 1]                   ; 1 to 4
     HOST1 VMCALL_CLEAR_REFS, rax
+    ret
+
+; What is idle, and then used, is not.
+ask_idle:
+    HOST2 VMCALL_PAGE_IDLE_SET, rdi, rsi
+    test rax, rax
+    js .end
+    mov rcx, [rdi]
+    HOST2 VMCALL_PAGE_IDLE_GET, rdi, rsi
+.end:
+    ret
+
+ask_mbind:
+    call rng_next
+    and eax, 1
+    HOST3 VMCALL_MBIND, rdi, rsi, rax
+    ret
+
+; A device takes the frames, the memory goes out of use; both come back.
+ask_contig:
+    call write_pages                     ; so that the page has a frame of its own
+    HOST2 VMCALL_MIGRATE, r12, 1         ; and is on its list
+    HOST2 VMCALL_CONTIG_ALLOC, r12, 4
+    test rax, rax
+    js .end
+    HOST1 VMCALL_CONTIG_FREE, rax
+.end:
+    ret
+
+ask_offline:
+    call write_pages
+    HOST2 VMCALL_MIGRATE, r12, 1
+    HOST1 VMCALL_OFFLINE, r12
+    test rax, rax
+    js .end
+    HOST1 VMCALL_ONLINE, rax
+.end:
+    ret
+
+; Pinned pages stay through what would move them.
+ask_pin:
+    HOST2 VMCALL_PIN, rdi, rsi
+    test rax, rax
+    js .end
+    HOST2 VMCALL_MIGRATE, rdi, rsi
+    HOST2 VMCALL_SWAP_OUT, rdi, rsi
+    HOST2 VMCALL_UNPIN, rdi, rsi
+.end:
+    ret
+
+; A page of one's own fails.
+ask_failure:
+    call write_pages
+    HOST2 VMCALL_MEMORY_FAILURE, r12, 1
     ret
 
 ask_damon:
@@ -816,131 +871,145 @@ bar_gpa:        .quad SLOT_TEST_GPA + 0x800000
 operations:
     OPERATION name_0, range, VMCALL_SWAP_OUT, 16, SAME, SMALL
     OPERATION name_1, range, VMCALL_MIGRATE, 16, SAME, EVERY
-    OPERATION name_2, range, VMCALL_DONTNEED, 16, ZEROS, ANON | PRIVATE
-    OPERATION name_3, range, VMCALL_DONTNEED, 16, SAME, FILES
-    OPERATION name_4, range, VMCALL_FREE, 16, ANYTHING, ANON
-    OPERATION name_5, range, VMCALL_COLD, 16, SAME, SMALL
-    OPERATION name_6, range, VMCALL_AGE, 16, SAME, EVERY
-    OPERATION name_7, range, VMCALL_PAGE_IDLE_SET, 16, SAME, SMALL
-    OPERATION name_8, range, VMCALL_PAGE_IDLE_GET, 16, SAME, SMALL
-    OPERATION name_9, ask_damon, 0, 64, SAME, SMALL
-    OPERATION name_10, count, VMCALL_RECLAIM, 32, SAME, EVERY
-    OPERATION name_11, ask_protect, 0, 16, SAME, SMALL
-    OPERATION name_12, range, VMCALL_MREMAP, 16, SAME, SMALL
-    OPERATION name_13, ask_lock, 0, 16, SAME, SMALL
-    OPERATION name_14, ask_clear_refs, 0, 1, SAME, EVERY
-    OPERATION name_15, ask_scan, 0, 32, SAME, SMALL
-    OPERATION name_16, ask_numa, 0, 32, SAME, SMALL
-    OPERATION name_17, ask_fork, 0, 8, SAME, EVERY
-    OPERATION name_18, reads, VMCALL_HOST_READ, 1, SAME, EVERY
-    OPERATION name_19, stores, VMCALL_HOST_WRITE, 1, ANYTHING, EVERY
-    OPERATION name_20, reads, VMCALL_MIRROR_READ, 1, SAME, ANON
-    OPERATION name_21, ask_dma, 0, 1, ANYTHING, SMALL
-    OPERATION name_22, ask_map, 0, 1, ANYTHING, ANON
-    OPERATION name_23, reads, VMCALL_DUNE_READ, 1, SAME, SMALL
-    OPERATION name_24, stores, VMCALL_DUNE_WRITE, 1, ANYTHING, SMALL
-    OPERATION name_25, reads, VMCALL_SVA_READ, 1, SAME, SMALL
-    OPERATION name_26, stores, VMCALL_SVA_WRITE, 1, ANYTHING, SMALL
-    OPERATION name_27, ask_rdma, 0, 16, ANYTHING, SMALL
-    OPERATION name_28, ask_device, 0, 16, ANYTHING, ANON
-    OPERATION name_29, ask_bar, 0, 1, SAME, ANON
-    OPERATION name_30, ask_log, 0, 4, SAME, SMALL
-    OPERATION name_31, ask_slot, 0, 2, SAME, ANON
-    OPERATION name_32, ask_slot_range, VMCALL_MIGRATE, 2, SAME, ANON
-    OPERATION name_33, ask_ksm_merge, 0, 32, SAME, SMALL
-    OPERATION name_34, ask_ksm_equal, 0, 8, SAME, SMALL
-    OPERATION name_35, range, VMCALL_KSM_UNMERGE, 64, SAME, SMALL
-    OPERATION name_36, range, VMCALL_UFFD_MISSING, 16, SAME, ANON
-    OPERATION name_37, range, VMCALL_UFFD_MOVE, 16, SAME, ANON
-    OPERATION name_38, ask_uffd_wp, 0, 16, ANYTHING, ANON
-    OPERATION name_39, ask_uffd_end, 0, 1, SAME, ANON
-    OPERATION name_40, stores, VMCALL_FILE_WRITE, 1, ANYTHING, FILES
-    OPERATION name_41, stores, VMCALL_PEER_WRITE, 1, ANYTHING, FILES
-    OPERATION name_42, one_argument, VMCALL_FSYNC, 1, SAME, FILES | PRIVATE
-    OPERATION name_43, range, VMCALL_FADVISE_DONTNEED, 16, SAME, FILES | PRIVATE
-    OPERATION name_44, range, VMCALL_PUNCH_HOLE, 16, ZEROS, FILES
-    OPERATION name_45, range, VMCALL_PUNCH_HOLE, 16, SAME, PRIVATE
-    OPERATION name_46, range, VMCALL_REMOVE, 16, ZEROS, FILES
-    OPERATION name_47, ask_truncate, 0, 1, ZEROS, FILES | PRIVATE
-    OPERATION name_48, ask_huge_punch, 0, 1, ZEROS, HUGE
-    OPERATION name_49, reads, VMCALL_HUGETLB_PEER_READ, 1, SAME, HUGE
-    OPERATION name_50, stores, VMCALL_HUGETLB_PEER_WRITE, 1, ANYTHING, HUGE
-    OPERATION name_51, one_argument, VMCALL_HUGETLB_SHARERS, 1, SAME, HUGE
-    OPERATION name_52, one_argument, VMCALL_HUGETLB_UNSHARE, 1, SAME, HUGE
-    OPERATION name_53, ask_nr_hugepages, 0, 1, SAME, EVERY
-    OPERATION name_54, switch, VMCALL_LRU_GEN_ENABLE, 1, SAME, EVERY
-    OPERATION name_55, plain, VMCALL_LRU_GEN_AGE, 1, SAME, EVERY
-    OPERATION name_56, count, VMCALL_LRU_GEN_EVICT, 32, SAME, EVERY
-    OPERATION name_57, ask_memcg_limit, 0, 1, SAME, EVERY
-    OPERATION name_58, ask_memcg_reclaim, 0, 32, SAME, EVERY
-    OPERATION name_59, switch, VMCALL_ZSWAP_ENABLE, 1, SAME, EVERY
-    OPERATION name_60, count, VMCALL_ZSWAP_WRITEBACK, 32, SAME, EVERY
-    OPERATION name_61, count, VMCALL_OOM_KILL, 64, SAME, EVERY
+    OPERATION name_2, ask_mbind, 0, 16, SAME, SMALL
+    OPERATION name_3, plain, VMCALL_COMPACT, 1, SAME, EVERY
+    OPERATION name_4, ask_contig, 0, 1, SAME, ANON
+    OPERATION name_5, ask_offline, 0, 1, SAME, ANON
+    OPERATION name_6, ask_pin, 0, 16, SAME, SMALL
+    OPERATION name_7, range, VMCALL_SOFT_OFFLINE, 1, SAME, SMALL
+    OPERATION name_8, ask_failure, 0, 1, ZEROS, ANON
+    OPERATION name_9, range, VMCALL_DONTNEED, 16, ZEROS, ANON | PRIVATE
+    OPERATION name_10, range, VMCALL_DONTNEED, 16, SAME, FILES
+    OPERATION name_11, range, VMCALL_FREE, 16, ANYTHING, ANON
+    OPERATION name_12, range, VMCALL_COLD, 16, SAME, SMALL
+    OPERATION name_13, range, VMCALL_AGE, 16, SAME, EVERY
+    OPERATION name_14, ask_idle, 0, 16, SAME, SMALL
+    OPERATION name_15, ask_damon, 0, 64, SAME, SMALL
+    OPERATION name_16, count, VMCALL_RECLAIM, 32, SAME, EVERY
+    OPERATION name_17, ask_protect, 0, 16, SAME, SMALL
+    OPERATION name_18, range, VMCALL_MREMAP, 16, SAME, SMALL
+    OPERATION name_19, ask_lock, 0, 16, SAME, SMALL
+    OPERATION name_20, ask_clear_refs, 0, 1, SAME, EVERY
+    OPERATION name_21, ask_scan, 0, 32, SAME, SMALL
+    OPERATION name_22, ask_numa, 0, 32, SAME, SMALL
+    OPERATION name_23, ask_fork, 0, 8, SAME, EVERY
+    OPERATION name_24, reads, VMCALL_HOST_READ, 1, SAME, EVERY
+    OPERATION name_25, stores, VMCALL_HOST_WRITE, 1, ANYTHING, EVERY
+    OPERATION name_26, reads, VMCALL_MIRROR_READ, 1, SAME, ANON
+    OPERATION name_27, ask_dma, 0, 1, ANYTHING, SMALL
+    OPERATION name_28, ask_map, 0, 1, ANYTHING, ANON
+    OPERATION name_29, reads, VMCALL_DUNE_READ, 1, SAME, SMALL
+    OPERATION name_30, stores, VMCALL_DUNE_WRITE, 1, ANYTHING, SMALL
+    OPERATION name_31, reads, VMCALL_SVA_READ, 1, SAME, SMALL
+    OPERATION name_32, stores, VMCALL_SVA_WRITE, 1, ANYTHING, SMALL
+    OPERATION name_33, ask_rdma, 0, 16, ANYTHING, SMALL
+    OPERATION name_34, ask_device, 0, 16, ANYTHING, ANON
+    OPERATION name_35, ask_bar, 0, 1, SAME, ANON
+    OPERATION name_36, ask_log, 0, 4, SAME, SMALL
+    OPERATION name_37, ask_slot, 0, 2, SAME, ANON
+    OPERATION name_38, ask_slot_range, VMCALL_MIGRATE, 2, SAME, ANON
+    OPERATION name_39, ask_ksm_merge, 0, 32, SAME, SMALL
+    OPERATION name_40, ask_ksm_equal, 0, 8, SAME, SMALL
+    OPERATION name_41, range, VMCALL_KSM_UNMERGE, 64, SAME, SMALL
+    OPERATION name_42, range, VMCALL_UFFD_MISSING, 16, SAME, ANON
+    OPERATION name_43, range, VMCALL_UFFD_MOVE, 16, SAME, ANON
+    OPERATION name_44, ask_uffd_wp, 0, 16, ANYTHING, ANON
+    OPERATION name_45, range, VMCALL_UFFD_MINOR, 16, SAME, SHMEM
+    OPERATION name_46, ask_uffd_end, 0, 1, SAME, ANON
+    OPERATION name_47, stores, VMCALL_FILE_WRITE, 1, ANYTHING, FILES
+    OPERATION name_48, stores, VMCALL_PEER_WRITE, 1, ANYTHING, FILES
+    OPERATION name_49, one_argument, VMCALL_FSYNC, 1, SAME, FILES | PRIVATE
+    OPERATION name_50, range, VMCALL_FADVISE_DONTNEED, 16, SAME, FILES | PRIVATE
+    OPERATION name_51, range, VMCALL_PUNCH_HOLE, 16, ZEROS, FILES
+    OPERATION name_52, range, VMCALL_PUNCH_HOLE, 16, SAME, PRIVATE
+    OPERATION name_53, range, VMCALL_REMOVE, 16, ZEROS, FILES
+    OPERATION name_54, ask_truncate, 0, 1, ZEROS, FILES | PRIVATE
+    OPERATION name_55, ask_huge_punch, 0, 1, ZEROS, HUGE
+    OPERATION name_56, reads, VMCALL_HUGETLB_PEER_READ, 1, SAME, HUGE
+    OPERATION name_57, stores, VMCALL_HUGETLB_PEER_WRITE, 1, ANYTHING, HUGE
+    OPERATION name_58, one_argument, VMCALL_HUGETLB_SHARERS, 1, SAME, HUGE
+    OPERATION name_59, one_argument, VMCALL_HUGETLB_UNSHARE, 1, SAME, HUGE
+    OPERATION name_60, ask_nr_hugepages, 0, 1, SAME, EVERY
+    OPERATION name_61, switch, VMCALL_LRU_GEN_ENABLE, 1, SAME, EVERY
+    OPERATION name_62, plain, VMCALL_LRU_GEN_AGE, 1, SAME, EVERY
+    OPERATION name_63, count, VMCALL_LRU_GEN_EVICT, 32, SAME, EVERY
+    OPERATION name_64, ask_memcg_limit, 0, 1, SAME, EVERY
+    OPERATION name_65, ask_memcg_reclaim, 0, 32, SAME, EVERY
+    OPERATION name_66, switch, VMCALL_ZSWAP_ENABLE, 1, SAME, EVERY
+    OPERATION name_67, count, VMCALL_ZSWAP_WRITEBACK, 32, SAME, EVERY
+    OPERATION name_68, count, VMCALL_OOM_KILL, 64, SAME, EVERY
 operations_end:
 .equ NR_OPERATIONS, (operations_end - operations) / OP_SIZE
 
 name_0:         .asciz "swap_out"
 name_1:         .asciz "migrate"
-name_2:         .asciz "dontneed"
-name_3:         .asciz "dontneed of a shared file"
-name_4:         .asciz "free"
-name_5:         .asciz "cold"
-name_6:         .asciz "age"
-name_7:         .asciz "page_idle_set"
-name_8:         .asciz "page_idle_get"
-name_9:         .asciz "damon"
-name_10:        .asciz "reclaim"
-name_11:        .asciz "protect"
-name_12:        .asciz "mremap"
-name_13:        .asciz "mlock, munlock"
-name_14:        .asciz "clear_refs"
-name_15:        .asciz "pagemap_scan"
-name_16:        .asciz "numa_balance, vcpu_node, pages_on_node"
-name_17:        .asciz "fork, child_exit"
-name_18:        .asciz "host_read"
-name_19:        .asciz "host_write"
-name_20:        .asciz "mirror_read"
-name_21:        .asciz "dma_write"
-name_22:        .asciz "kvm_map_write"
-name_23:        .asciz "dune_read"
-name_24:        .asciz "dune_write"
-name_25:        .asciz "sva_read"
-name_26:        .asciz "sva_write"
-name_27:        .asciz "rdma_register, rdma_peer_*, rdma_deregister"
-name_28:        .asciz "device_migrate, device_read, device_write, device_add"
-name_29:        .asciz "pfnmap_revoke"
-name_30:        .asciz "dirty_log, get_dirty"
-name_31:        .asciz "slot_delete, slot_restore, slot_move"
-name_32:        .asciz "migrate of a slot"
-name_33:        .asciz "ksm_merge"
-name_34:        .asciz "ksm_merge of equal pages"
-name_35:        .asciz "ksm_unmerge"
-name_36:        .asciz "uffd_missing"
-name_37:        .asciz "uffd_move"
-name_38:        .asciz "uffd_wp, uffd_read"
-name_39:        .asciz "uffd_end"
-name_40:        .asciz "file_write"
-name_41:        .asciz "peer_write"
-name_42:        .asciz "fsync"
-name_43:        .asciz "fadvise_dontneed"
-name_44:        .asciz "punch_hole"
-name_45:        .asciz "punch_hole under private pages"
-name_46:        .asciz "remove"
-name_47:        .asciz "truncate"
-name_48:        .asciz "punch_hole of huge pages"
-name_49:        .asciz "hugetlb_peer_read"
-name_50:        .asciz "hugetlb_peer_write"
-name_51:        .asciz "hugetlb_sharers"
-name_52:        .asciz "hugetlb_unshare"
-name_53:        .asciz "nr_hugepages"
-name_54:        .asciz "lru_gen_enable"
-name_55:        .asciz "lru_gen_age"
-name_56:        .asciz "lru_gen_evict"
-name_57:        .asciz "memcg_limit"
-name_58:        .asciz "memcg_reclaim"
-name_59:        .asciz "zswap_enable"
-name_60:        .asciz "zswap_writeback"
-name_61:        .asciz "oom_kill"
+name_2:         .asciz "mbind"
+name_3:         .asciz "compact"
+name_4:         .asciz "contig_alloc, contig_free"
+name_5:         .asciz "offline, online"
+name_6:         .asciz "pin, unpin"
+name_7:         .asciz "soft_offline"
+name_8:         .asciz "memory_failure"
+name_9:         .asciz "dontneed"
+name_10:        .asciz "dontneed of a shared file"
+name_11:        .asciz "free"
+name_12:        .asciz "cold"
+name_13:        .asciz "age"
+name_14:        .asciz "page_idle_set, page_idle_get"
+name_15:        .asciz "damon"
+name_16:        .asciz "reclaim"
+name_17:        .asciz "protect"
+name_18:        .asciz "mremap"
+name_19:        .asciz "mlock, munlock"
+name_20:        .asciz "clear_refs"
+name_21:        .asciz "pagemap_scan"
+name_22:        .asciz "numa_balance, vcpu_node, pages_on_node"
+name_23:        .asciz "fork, child_exit"
+name_24:        .asciz "host_read"
+name_25:        .asciz "host_write"
+name_26:        .asciz "mirror_read"
+name_27:        .asciz "dma_write"
+name_28:        .asciz "kvm_map_write"
+name_29:        .asciz "dune_read"
+name_30:        .asciz "dune_write"
+name_31:        .asciz "sva_read"
+name_32:        .asciz "sva_write"
+name_33:        .asciz "rdma_register, rdma_peer_*, rdma_deregister"
+name_34:        .asciz "device_migrate, device_read, device_write, device_add"
+name_35:        .asciz "pfnmap_revoke"
+name_36:        .asciz "dirty_log, get_dirty"
+name_37:        .asciz "slot_delete, slot_restore, slot_move"
+name_38:        .asciz "migrate of a slot"
+name_39:        .asciz "ksm_merge"
+name_40:        .asciz "ksm_merge of equal pages"
+name_41:        .asciz "ksm_unmerge"
+name_42:        .asciz "uffd_missing"
+name_43:        .asciz "uffd_move"
+name_44:        .asciz "uffd_wp, uffd_read"
+name_45:        .asciz "uffd_minor"
+name_46:        .asciz "uffd_end"
+name_47:        .asciz "file_write"
+name_48:        .asciz "peer_write"
+name_49:        .asciz "fsync"
+name_50:        .asciz "fadvise_dontneed"
+name_51:        .asciz "punch_hole"
+name_52:        .asciz "punch_hole under private pages"
+name_53:        .asciz "remove"
+name_54:        .asciz "truncate"
+name_55:        .asciz "punch_hole of huge pages"
+name_56:        .asciz "hugetlb_peer_read"
+name_57:        .asciz "hugetlb_peer_write"
+name_58:        .asciz "hugetlb_sharers"
+name_59:        .asciz "hugetlb_unshare"
+name_60:        .asciz "nr_hugepages"
+name_61:        .asciz "lru_gen_enable"
+name_62:        .asciz "lru_gen_age"
+name_63:        .asciz "lru_gen_evict"
+name_64:        .asciz "memcg_limit"
+name_65:        .asciz "memcg_reclaim"
+name_66:        .asciz "zswap_enable"
+name_67:        .asciz "zswap_writeback"
+name_68:        .asciz "oom_kill"
 
 .section bss
 .align 8

@@ -78,6 +78,8 @@ def test_the_payload_asks_for_every_operation() -> None:
 def test_no_byte_is_wrong_after_any_operation(machine: str) -> None:
     params, ram, weather, share = MACHINES[machine]
     ops = int(OPS * share)
+    # So that memory can be taken and sent offline.
+    params = {"mm.page_group_by_mobility": "Y", **params}
     with refault.VM("16M", host_ram=ram, swap="64M", seed=SEED, check=True, params=params) as vm:
         hits = Hits(vm.board).count
         vm.load("everything", f"ops={ops}", f"seed={SEED}", f"weather={weather}")
