@@ -267,6 +267,7 @@ VMCALL_UFFD_MOVE = 0x5246_0172
 VMCALL_UFFD_END = 0x5246_0173
 VMCALL_UFFD_READ = 0x5246_0174
 VMCALL_PAGEMAP_SCAN = 0x5246_0175
+VMCALL_UFFD_MINOR = 0x5246_0176
 VMCALL_NUMA_BALANCE = 0x5246_0178
 VMCALL_VCPU_NODE = 0x5246_0179
 VMCALL_PAGES_ON_NODE = 0x5246_017A
@@ -490,6 +491,10 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_UFFD_MOVE, "uffd_move", ("gpa", "pages"), "pages that went", (),
            "UFFDIO_MOVE of the range's pages to another place of the VMM, and of each back when somebody "
            "touches it. Pages that are pinned or shared stay. Ends what an earlier one began."),
+    Vmcall(VMCALL_UFFD_MINOR, "uffd_minor", ("gpa", "pages"), "0", (),
+           "The range, which is a memfd_slot's, is unmapped; its pages stay in the memfd, and each is mapped "
+           "by UFFDIO_CONTINUE when somebody touches it. Ends what an earlier one began. -EINVAL for other "
+           "memory."),
     Vmcall(VMCALL_UFFD_END, "uffd_end", (), "pages written after uffd_wp, else faults served", ("ENOENT",),
            "Ends what uffd_missing, uffd_wp or uffd_move began: what is elsewhere comes back first. -ENOENT "
            "when nothing was begun."),
