@@ -51,7 +51,7 @@ Reading order:
     ksm.py ksm_merge.py          equal pages become one; ksm_break.py: and are parted again
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped
     host.py                      all of it, wired
-    truths.py truths_hugetlb.py breaks.py   what must hold, and how to break it
+    truths.py truths_files.py truths_hugetlb.py breaks.py   what must hold, and how to break it
     profile.py                   what differs between kernels
 
 `kernel/` holds tasks, locks, costs and the clock; `arch/x86/` what depends on the CPU.
