@@ -255,7 +255,10 @@ class PageAllocator:
         host = self.host
         pages = host.pages
         flags = pages.flags[pfn]
-        mapped = pages.mapcount[pfn] or pages.entire_mapcount[pfn] or pages.large_mapcount[pfn]
+        mapped = (
+            pages.mapcount[pfn] or pages.entire_mapcount[pfn] or pages.large_mapcount[pfn]
+            or pages.nr_pages_mapped[pfn]
+        )
         if flags & _BAD_AT_FREE or pages.refcount[pfn] or mapped:
             raise BrokenTruth(
                 "bad-page-state",

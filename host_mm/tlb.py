@@ -29,6 +29,7 @@ __all__ = [
     "HostTlb",
     "TlbUbc",
     "dec_tlb_flush_pending",
+    "flush_pmd_tlb_range",
     "flush_tlb_batched_pending",
     "flush_tlb_mm",
     "flush_tlb_page",
@@ -127,8 +128,13 @@ def _flush(mm: MmStruct, start: int, end: int) -> None:
         if end == TLB_FLUSH_ALL:
             tlb.clear()
         elif tlb.entries:
-            for vpn in range(start >> 12, (end + 0xFFF) >> 12):
-                tlb.drop(vpn)
+            first, last = start >> 12, (end + 0xFFF) >> 12
+            if last - first > len(tlb.entries):
+                for vpn in [vpn for vpn in tlb.entries if first <= vpn < last]:
+                    tlb.drop(vpn)
+            else:
+                for vpn in range(first, last):
+                    tlb.drop(vpn)
 
 
 def flush_tlb_range(mm: MmStruct, start: int, end: int) -> None:
@@ -147,6 +153,15 @@ def flush_tlb_page(mm: MmStruct, address: int) -> None:
     """Flush one page."""
     page = address & ~0xFFF
     flush_tlb_range(mm, page, page + 4096)
+
+
+def flush_pmd_tlb_range(mm: MmStruct, start: int, end: int) -> None:
+    """Flush entries of 2 MiB each: it is their number that may be too many to flush one by one."""
+    if (end - start) >> 21 > TLB_SINGLE_PAGE_FLUSH_CEILING:
+        flush_tlb_range(mm, start, end)
+        return
+    _flush(mm, start, end)
+    mmu_notifier.mmu_notifier_arch_invalidate_secondary_tlbs(mm, start, end)
 
 
 def flush_tlb_mm(mm: MmStruct) -> None:
