@@ -133,6 +133,9 @@ VMCALL_DMA_WRITE = 0x5246_0081
 VMCALL_KVM_MAP_WRITE = 0x5246_0082
 VMCALL_KSM_MERGE = 0x5246_0090
 VMCALL_KSM_UNMERGE = 0x5246_0091
+VMCALL_PAGE_IDLE_SET = 0x5246_0150
+VMCALL_PAGE_IDLE_GET = 0x5246_0151
+VMCALL_DAMON = 0x5246_0152
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -280,6 +283,15 @@ VMCALLS: tuple[Vmcall, ...] = (
            "the zero page; -EINVAL for other values. Other CPUs go on meanwhile."),
     Vmcall(VMCALL_KSM_UNMERGE, "ksm_unmerge", ("gpa", "pages"), "0", ("ENOMEM",),
            "madvise(MADV_UNMERGEABLE): every merged page of the range is copied to a frame of its own."),
+    Vmcall(VMCALL_PAGE_IDLE_SET, "page_idle_set", ("gpa", "pages"), "frames made idle", (),
+           "Sets the idle bits of the range's frames; accessed bits of host and guest are cleared. Frames "
+           "on no LRU list, and pages without a frame, do not count."),
+    Vmcall(VMCALL_PAGE_IDLE_GET, "page_idle_get", ("gpa", "pages"), "frames still idle", (),
+           "How many of the range's frames nobody used since page_idle_set. Asking clears accessed bits."),
+    Vmcall(VMCALL_DAMON, "damon", ("gpa", "pages", "ns", "sample_ns"), "pages of regions in use", (),
+           "kdamond watches the VMM's mapping of the range for `ns` of logical time, one sample of each "
+           "region every `sample_ns`; other CPUs go on meanwhile. The result is the size of the regions "
+           "that the last aggregation found in use. -EINVAL unless 0 < sample_ns <= ns <= 10 s."),
 )
 
 

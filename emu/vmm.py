@@ -187,3 +187,25 @@ class Vmm:
         device, sched = self.mm.swap_device, self.mm.sched
         while device.inflight:
             sched.sleep(WRITEBACK_POLL)
+
+    def damon(self, ranges: list[tuple[int, int]], ns: int, sample_ns: int) -> int:
+        """kdamond watches [start, end) ranges for `ns`; the pages of the regions in use at the end."""
+        from host_mm.damon.core import DamonCtx, DamonRegion, damon_start, damon_stop
+        from host_mm.damon.vaddr import VaddrOperations
+
+        used = 0
+
+        def snapshot(regions: list[DamonRegion]) -> None:
+            nonlocal used
+            used = sum(region.size >> 12 for region in regions if region.nr_accesses)
+
+        aggregation = min(20 * sample_ns, ns)
+        ctx = DamonCtx(
+            self.mm, VaddrOperations(self.process.mm), ranges, sample_interval=min(sample_ns, aggregation),
+            aggr_interval=aggregation,
+        )
+        ctx.on_aggregation = snapshot
+        damon_start(ctx)
+        self.mm.sched.sleep(ns)
+        damon_stop(ctx)
+        return used

@@ -17,6 +17,7 @@ Reading order:
     interval_notifier.py hmm.py  the other scheme, by sequence counts, and a device that uses it
     lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
     shrink_folio_list.py         and how
+    page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
     migrate.py oom_kill.py       to another frame; to nowhere

@@ -5,6 +5,7 @@
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
 | `ksm.py` | samepage merging |
+| `tracking.py` | who uses which page: idle tracking, DAMON |
 | `process.py` | fork and exit |
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
@@ -12,6 +13,6 @@
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
 """
 
-from emu.operations import device, instrument, ksm, mapping, memory, process, slots, weather
+from emu.operations import device, instrument, ksm, mapping, memory, process, slots, tracking, weather
 
-__all__ = ["device", "instrument", "ksm", "mapping", "memory", "process", "slots", "weather"]
+__all__ = ["device", "instrument", "ksm", "mapping", "memory", "process", "slots", "tracking", "weather"]

@@ -3,10 +3,11 @@
 | file | subject |
 |---|---|
 | `api.py` | what a scenario can do: guest accesses, host operations, steps |
-| `emulator.py` | the back end that runs it here |
+| `emulator.py` | the back end that runs it here; `emulator_reclaim.py`: its steps for reclaim |
 | `recordings.py` | what the real kernel did |
 | `normal.py` | the form in which the two are compared |
 | `linux_mm.py` | the scenarios of host memory management |
+| `linux_mm_reclaim.py` | those of reclaim and access tracking |
 | `recorded/linux-6.18/` | the real kernel's traces |
 
 Not modelled: a live `/dev/kvm` as a back end.

@@ -106,6 +106,22 @@ class Backend(Protocol):
         """What was before is no part of the event sequence."""
         ...
 
+    def slow_load(self, offset: int, ns: int) -> Any:
+        """A guest load after which the VMM's thread loses the CPU for `ns`."""
+        ...
+
+    def idle(self, ns: int) -> Any:
+        """The VMM sleeps."""
+        ...
+
+    def damon_on(self, offset: int) -> Any:
+        """kdamond watches the frame behind D + offset, by physical address, a sample every 5 ms."""
+        ...
+
+    def damon_off(self) -> Any:
+        """kdamond ends."""
+        ...
+
 
 class Scenario:
     """The steps, told to a back end. Titles follow the recordings'."""
@@ -119,9 +135,10 @@ class Scenario:
         self.backend.mark(f"<< {title}: {result}")
         return result
 
-    def ld(self, offset: int, note: str = "") -> Any:
-        """A guest load."""
-        return self._step(f"guest ld D+{offset:#x} {note}", "load", offset)
+    def ld(self, offset: int, note: str = "", *, takes: int = 0) -> Any:
+        """A guest load; `takes`: for how many ns its thread loses the CPU before the step ends."""
+        title = f"guest ld D+{offset:#x} {note}"
+        return self._step(title, "slow_load", offset, takes) if takes else self._step(title, "load", offset)
 
     def st(self, offset: int, value: int, note: str = "") -> Any:
         """A guest store."""
@@ -204,3 +221,18 @@ class Scenario:
     def ksmd(self, title: str, *, use_zero_pages: bool = False) -> Any:
         """ksmd runs."""
         return self._step(title, "ksmd", use_zero_pages)
+
+    def idle(self, ns: int, title: str = "") -> None:
+        """The VMM sleeps; a step only with a title."""
+        if title:
+            self._step(title, "idle", ns)
+        else:
+            self.backend.idle(ns)
+
+    def damon_on(self, offset: int) -> Any:
+        """DAMON starts."""
+        return self._step("damon on", "damon_on", offset)
+
+    def damon_off(self) -> Any:
+        """DAMON stops."""
+        return self._step("damon off", "damon_off")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from emu.loaders.image import BOOT_CR3, BOOT_GDT, Image
 from host_mm.kernel.errors import KernelError
 from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
+from refault.scenarios.emulator_reclaim import ReclaimSteps
 from refault.scenarios.normal import HOST_EVENTS, SLOT0_OFFSET, SLOT0_SIZE, format_range
 from refault.vm import VM
 from trace_events.stream import Listener
@@ -70,7 +71,7 @@ def _image() -> Image:
     )
 
 
-class EmulatorBackend:
+class EmulatorBackend(ReclaimSteps):
     """One machine for one scenario. `lines` is the normalised sequence, `events` the trace."""
 
     def __init__(self, **options: Any) -> None:
@@ -103,7 +104,7 @@ class EmulatorBackend:
         self.events.append(event)
         if event.system != "kvm" or event.name not in HOST_EVENTS:
             return
-        start = event.args["start"]
+        start = event.args["hva"] if "hva" in event.args else event.args["start"]
         end = event.args.get("end", start)
         first, last = start - self.data_hva, end - self.data_hva
         if (start, end) != (0, (1 << 64) - 1) and not (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import refault.scenarios.linux_mm_reclaim  # noqa: F401  (fills the registry)
 from refault.scenarios import scenario
 from refault.scenarios.api import DATA_SIZE, PAGE, PROT_NONE, PROT_READ, PROT_RW, Scenario
 

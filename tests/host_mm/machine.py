@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from host_mm import mmu_notifier as mn
+from host_mm.arch.x86.pgtable import pte_pfn, pte_present, walk_lockless
 from host_mm.gup import FOLL_WRITE, get_user_page_fast_only, get_user_pages_unlocked
 from host_mm.host import HostMm
 from host_mm.kernel.sched import Scheduler
@@ -110,6 +111,11 @@ class Vmm:
     def host_read(self, offset: int) -> int:
         """The VMM's own load."""
         return int.from_bytes(copy_from_user(self.process, self.base + offset, 8), "little")
+
+    def pfn(self, offset: int) -> int:
+        """The frame that is mapped there, or -1."""
+        entry, level = walk_lockless(self.host.ram, self.mm.pgd, self.base + offset)
+        return pte_pfn(entry) if level == 1 and pte_present(entry) else -1
 
     def brackets(self) -> list[tuple[Any, ...]]:
         """The brackets since the last call; none may be open."""

@@ -1,0 +1,88 @@
+"""Making one mapping old and asking whether it is young, for both kinds of regions.
+
+Source of truth: mm/damon/ops-common.c (damon_get_folio, damon_ptep_mkold, damon_folio_mkold,
+damon_folio_young); Linux 6.18.
+
+Not modelled: huge entries, entries of device memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from host_mm import mmu_notifier
+from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, pte_pfn
+from host_mm.filemap import folio_trylock, folio_unlock
+from host_mm.page import PG_idle, PG_young, put_page
+from host_mm.page_idle import needs_folio_lock, page_idle_get_folio
+from host_mm.pgtable_generic import pte_lockptr, ptep_get, ptep_test_and_clear_young
+from host_mm.rmap import page_vma_mapped_walk, rmap_walk
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+    from host_mm.mm_types import MmStruct, VmArea
+
+__all__ = ["damon_folio_mkold", "damon_folio_young", "damon_pte_young", "damon_ptep_mkold"]
+
+
+def damon_ptep_mkold(mm: MmStruct, address: int, pte: int) -> None:
+    """Clear the accessed bit of a present entry, whose table is locked, here and in secondary MMUs."""
+    host = mm.host
+    folio = page_idle_get_folio(host, pte_pfn(ptep_get(mm, pte)))
+    if folio < 0:
+        return
+    young = int(ptep_test_and_clear_young(mm, address, pte))
+    young |= mmu_notifier.mmu_notifier_clear_young(mm, address, address + 4096)
+    host.pages.flags[folio] |= PG_idle | (PG_young if young else 0)
+    put_page(host, folio)
+
+
+def damon_pte_young(mm: MmStruct, address: int, pte: int, folio: int) -> bool:
+    """Whether a present entry was used since it was made old, by the CPU, by others, by a secondary MMU."""
+    if ptep_get(mm, pte) & _PAGE_ACCESSED or not mm.host.pages.flags[folio] & PG_idle:
+        return True
+    return bool(mmu_notifier.mmu_notifier_test_young(mm, address))
+
+
+def damon_folio_mkold(host: HostMm, folio: int) -> None:
+    """Make every mapping of a folio old; the caller holds a reference."""
+
+    def one(vma: VmArea, address: int) -> bool:
+        pte = page_vma_mapped_walk(host, folio, vma, address)
+        if pte:
+            damon_ptep_mkold(vma.mm, address, pte)
+            pte_lockptr(vma.mm, pte).unlock()
+        return True
+
+    if not host.pages.mapcount[folio] or folio not in host.pages.mapping:
+        host.pages.flags[folio] |= PG_idle
+        return
+    lock = needs_folio_lock(host, folio)
+    if lock and not folio_trylock(host, folio):
+        return
+    rmap_walk(host, folio, one)
+    if lock:
+        folio_unlock(host, folio)
+
+
+def damon_folio_young(host: HostMm, folio: int) -> bool:
+    """Whether any mapping of a folio is young; the caller holds a reference."""
+    accessed = False
+
+    def one(vma: VmArea, address: int) -> bool:
+        nonlocal accessed
+        pte = page_vma_mapped_walk(host, folio, vma, address)
+        if pte:
+            accessed = damon_pte_young(vma.mm, address, pte, folio)
+            pte_lockptr(vma.mm, pte).unlock()
+        return not accessed
+
+    if not host.pages.mapcount[folio] or folio not in host.pages.mapping:
+        return not host.pages.flags[folio] & PG_idle
+    lock = needs_folio_lock(host, folio)
+    if lock and not folio_trylock(host, folio):
+        return False
+    rmap_walk(host, folio, one)
+    if lock:
+        folio_unlock(host, folio)
+    return accessed

@@ -1,0 +1,66 @@
+"""What the emulator does for the scenarios of reclaim and of access tracking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emu.board import Board
+    from host_mm.damon.core import DamonCtx
+
+__all__ = ["ReclaimSteps"]
+
+
+class ReclaimSteps:
+    """The steps, for a back end that has `board`, `data_hva` and can enter the host."""
+
+    board: Board
+    data_hva: int
+    damon: DamonCtx | None = None
+
+    def _host(self, call: Callable[[], Any]) -> Any:
+        raise NotImplementedError
+
+    def load(self, offset: int) -> Any:
+        """A guest load."""
+        raise NotImplementedError
+
+    def slow_load(self, offset: int, ns: int) -> Any:
+        """A guest load after which the VMM's thread loses the CPU for `ns`."""
+        value = self.load(offset)
+        self.idle(ns)
+        return value
+
+    def idle(self, ns: int) -> Any:
+        """The VMM sleeps."""
+        self._host(lambda: self.board.host.sched.sleep(ns))
+        return None
+
+    def damon_on(self, offset: int) -> Any:
+        """kdamond watches the frame of one page, a sample every 5 ms; the bytes that the write took."""
+        from host_mm.damon.core import DamonCtx, damon_start
+        from host_mm.damon.paddr import PaddrOperations
+
+        host = self.board.host.mm
+        frame = self.board.vmm.present_pfn(self.data_hva + offset) << 12
+
+        def start() -> None:
+            self.damon = DamonCtx(
+                host, PaddrOperations(host), [(frame, frame + 4096)], sample_interval=5_000_000,
+                aggr_interval=20_000_000, min_nr_regions=3,
+            )
+            damon_start(self.damon)
+            host.sched.sleep(1000)
+
+        self._host(start)
+        return 2
+
+    def damon_off(self) -> Any:
+        """kdamond ends; the bytes that the write took."""
+        from host_mm.damon.core import damon_stop
+
+        ctx, self.damon = self.damon, None
+        assert ctx is not None
+        self._host(lambda: damon_stop(ctx))
+        return 3

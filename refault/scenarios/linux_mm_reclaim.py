@@ -1,0 +1,31 @@
+"""Scenarios of reclaim and access tracking, as they were run on a real Linux 6.18."""
+
+from __future__ import annotations
+
+from refault.scenarios import scenario
+from refault.scenarios.api import PAGE, Scenario
+
+__all__: list[str] = []
+
+MS = 1_000_000
+
+
+@scenario()
+def damon(s: Scenario) -> None:
+    """DAMON makes a page old through the notifier every 5 ms, and asks about its only page just once."""
+    for i in range(256):
+        s.backend.store(i * PAGE, i)
+    s.begin()
+    s.damon_on(0x3000)
+    s.idle(6 * MS)
+    s.ld(0x3000)
+    s.idle(6 * MS)
+    s.ld(0x3000)
+    s.idle(7 * MS)
+    # The recording's thread slept longer here, and the fifth sample fell into the step.
+    s.ld(0x3000, takes=2 * MS)
+    s.idle(6 * MS)
+    s.ld(0x3000)
+    s.idle(32 * MS, "idle (guest does not touch)")
+    s.damon_off()
+    s.ld(0x3000)
