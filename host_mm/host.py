@@ -44,10 +44,11 @@ from host_mm import (
     vmscan,
     vmscan_trace,
 )
+from host_mm.huge_mm import Thp
 from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.ksm_types import Ksm
-from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved
+from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_head, PG_reserved, page_folio
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
@@ -115,6 +116,8 @@ class HostMm:
         self.held: Counter[int] = Counter()
         self.frame_holders: list[Callable[[], Mapping[int, int]]] = [self._tables_of_the_dead, self._pins]
         self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
+        self.thp = Thp(self)
+        self.frame_holders.append(self.thp.holders)
         self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
         self.folio_waitqueues: dict[int, WaitQueue] = {}
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
@@ -137,7 +140,11 @@ class HostMm:
         return {mm.pgd >> 12: 1 for mm in self.mms if not mm.process.alive}
 
     def _pins(self) -> dict[int, int]:
-        pins = Counter({pfn: nr * GUP_PIN_COUNTING_BIAS for pfn, nr in self.pins.items() if nr})
+        pages = self.pages
+        pins = Counter({
+            pfn: nr if pages.flags[page_folio(pages, pfn)] & PG_head else nr * GUP_PIN_COUNTING_BIAS
+            for pfn, nr in self.pins.items() if nr
+        })
         return pins + self.held
 
     @property

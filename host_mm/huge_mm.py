@@ -46,10 +46,24 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
-    "GFP_TRANSHUGE", "GFP_TRANSHUGE_LIGHT", "TVA_FORCED_COLLAPSE", "TVA_KHUGEPAGED", "TVA_PAGEFAULT", "Thp",
-    "deferred_split_folio", "folio_unqueue_deferred_split", "is_huge_zero_pmd", "is_huge_zero_pfn",
-    "mm_get_huge_zero_folio", "mm_put_huge_zero_folio", "shrink_huge_zero_folio", "thp_enabled",
-    "thp_vma_allowable_order", "thp_vma_suitable_order", "vma_is_anonymous", "vma_thp_gfp_mask",
+    "GFP_TRANSHUGE",
+    "GFP_TRANSHUGE_LIGHT",
+    "TVA_FORCED_COLLAPSE",
+    "TVA_KHUGEPAGED",
+    "TVA_PAGEFAULT",
+    "Thp",
+    "deferred_split_folio",
+    "folio_unqueue_deferred_split",
+    "is_huge_zero_pfn",
+    "is_huge_zero_pmd",
+    "mm_get_huge_zero_folio",
+    "mm_put_huge_zero_folio",
+    "shrink_huge_zero_folio",
+    "thp_enabled",
+    "thp_vma_allowable_order",
+    "thp_vma_suitable_order",
+    "vma_is_anonymous",
+    "vma_thp_gfp_mask",
 ]
 
 # enum tva_type: who asks.

@@ -104,7 +104,7 @@ class PageVmaMappedWalk:
                     return True
                 self.address = (self.address & ~(PMD_SIZE - 1)) + PMD_SIZE
                 continue
-            stop = min(self.end, (self.address & ~(PMD_SIZE - 1)) + PMD_SIZE) if self.nr_pages > 1 else self.end
+            stop = min(self.end, (self.address & ~(PMD_SIZE - 1)) + PMD_SIZE)
             u64 = self.host.ram.u64
             while self.address < stop:
                 entry = u64[self.pte >> 3]

@@ -2,14 +2,15 @@
 
 Source of truth: mm/rmap.c (anon_vma_prepare, anon_vma_clone, anon_vma_fork, unlink_anon_vmas,
 rmap_walk_anon, folio_referenced_one, folio_add_new_anon_rmap, folio_remove_rmap_pte),
-mm/page_vma_mapped.c, include/linux/rmap.h (folio_try_dup_anon_rmap_pte, folio_try_share_anon_rmap_pte);
-Linux 6.18. Unmapping and migration entries are in rmap_unmap.py, the walk of a KSM page in ksm_types.py.
+include/linux/rmap.h (folio_try_dup_anon_rmap_pte, folio_try_share_anon_rmap_pte); Linux 6.18. Unmapping
+and migration entries are in rmap_unmap.py, the walk of a KSM page in ksm_types.py, the walk of one VMA in
+page_vma_mapped.py, the counts of large folios in rmap_large.py.
 
 A page belongs to the anon_vma of the VMA that faulted it; a fork gives the child VMA an anon_vma of its
 own and links it to all of its parent's, so that an old page is found in both and a new one only where
 it was made. All anon_vmas of one fork tree share their root's rwsem.
 
-Not modelled: file mappings (i_mmap), huge entries, the interval tree's O(log n) descent
+Not modelled: file mappings (i_mmap), the interval tree's O(log n) descent
 (an anon_vma's chains are scanned).
 """
 
@@ -19,15 +20,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
-from host_mm.arch.x86.pgtable import (
-    SWP_PFN_MASK,
-    is_migration_entry,
-    is_swap_pte,
-    pte_pfn,
-    pte_present,
-    pte_to_swp_entry,
-    swp_offset,
-)
+from host_mm.arch.x86.pgtable import PMD_SIZE
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.ksm_types import rmap_walk_ksm
@@ -41,21 +34,26 @@ from host_mm.mm_types import (
     AnonVmaChain,
 )
 from host_mm.page import (
-    GUP_PIN_COUNTING_BIAS,
     PG_anon,
     PG_anon_exclusive,
+    PG_head,
     PG_idle,
     PG_ksm,
     PG_swapbacked,
     PG_young,
+    folio_mapcount,
+    folio_maybe_dma_pinned,
+    folio_maybe_mapped_shared,
+    folio_nr_pages,
 )
-from host_mm.pgtable_generic import (
-    mm_find_pmd,
-    pte_lockptr,
-    pte_offset_map,
-    pte_offset_map_lock,
-    ptep_get,
-    ptep_test_and_clear_young,
+from host_mm.page_vma_mapped import PageVmaMappedWalk, vma_address
+from host_mm.pgtable_generic import ptep_test_and_clear_young
+from host_mm.pgtable_huge import pmdp_test_and_clear_young
+from host_mm.rmap_large import (
+    folio_add_anon_rmap_ptes,
+    folio_add_large_rmap_ptes,
+    folio_remove_large_rmap_pte,
+    set_new_large_rmap,
 )
 
 if TYPE_CHECKING:
@@ -176,7 +174,7 @@ def unlink_anon_vmas(vma: VmArea) -> None:
 def folio_add_new_anon_rmap(
     host: HostMm, pfn: int, vma: VmArea, address: int, *, exclusive: bool = True
 ) -> None:
-    """First mapping of a page nobody else knows."""
+    """First mapping of a folio nobody else knows; a large one is mapped as a whole."""
     pages = host.pages
     anon_vma = vma.anon_vma
     if anon_vma is None:
@@ -187,6 +185,9 @@ def folio_add_new_anon_rmap(
     pages.mapping[pfn] = anon_vma if exclusive else anon_vma.root
     pages.index[pfn] = vma.page_index(address)
     pages.flags[pfn] |= PG_anon | PG_swapbacked | (PG_anon_exclusive if exclusive else 0)
+    if pages.flags[pfn] & PG_head:
+        set_new_large_rmap(host, pfn, vma)
+        return
     pages.mapcount[pfn] = 1
     host.vmstat["nr_anon_pages"] += 1
 
@@ -194,6 +195,10 @@ def folio_add_new_anon_rmap(
 def folio_add_anon_rmap_pte(host: HostMm, pfn: int, vma: VmArea, address: int, *, exclusive: bool) -> None:
     """One more entry maps a known anonymous page (swap-in, migration restore)."""
     pages = host.pages
+    if pages.tail[pfn] or pages.flags[pfn] & PG_head:
+        # Whether the VMA maps all of a large folio is for reclaim to find out: it is not mlocked here.
+        folio_add_anon_rmap_ptes(host, pfn - pages.tail[pfn], pfn, 1, vma, exclusive=exclusive)
+        return
     if not pages.mapcount[pfn]:
         host.vmstat["nr_anon_pages"] += 1
     pages.mapcount[pfn] += 1
@@ -205,6 +210,9 @@ def folio_add_anon_rmap_pte(host: HostMm, pfn: int, vma: VmArea, address: int, *
 def folio_remove_rmap_pte(host: HostMm, pfn: int, vma: VmArea) -> None:
     """One entry less maps the page; it was `vma`'s."""
     pages = host.pages
+    if pages.tail[pfn] or pages.flags[pfn] & PG_head:
+        folio_remove_large_rmap_pte(host, pfn - pages.tail[pfn], pfn, vma)
+        return
     count = pages.mapcount[pfn] - 1
     if count < 0:
         raise BrokenTruth(
@@ -222,19 +230,17 @@ def folio_move_anon_rmap(host: HostMm, pfn: int, vma: VmArea) -> None:
     host.pages.mapping[pfn] = vma.anon_vma
 
 
-def _needs_cow_for_dma(vma: VmArea, host: HostMm, pfn: int) -> bool:
-    from_pinning = vma.mm.flags & MMF_HAS_PINNED
-    return bool(from_pinning) and host.pages.refcount[pfn] >= GUP_PIN_COUNTING_BIAS
-
-
-def folio_try_dup_anon_rmap_pte(host: HostMm, pfn: int, src_vma: VmArea) -> bool:
+def folio_try_dup_anon_rmap_pte(host: HostMm, pfn: int, dst_vma: VmArea, src_vma: VmArea) -> bool:
     """Fork shares the page with the child; false if it may be pinned and must be copied."""
     pages = host.pages
     if pages.flags[pfn] & PG_anon_exclusive:
-        if _needs_cow_for_dma(src_vma, host, pfn):
+        if src_vma.mm.flags & MMF_HAS_PINNED and folio_maybe_dma_pinned(pages, pfn):
             return False
         pages.flags[pfn] &= ~PG_anon_exclusive
-    pages.mapcount[pfn] += 1
+    if pages.tail[pfn] or pages.flags[pfn] & PG_head:
+        folio_add_large_rmap_ptes(host, pfn - pages.tail[pfn], pfn, 1, dst_vma.mm)
+    else:
+        pages.mapcount[pfn] += 1
     return True
 
 
@@ -244,7 +250,7 @@ def folio_try_share_anon_rmap_pte(host: HostMm, pfn: int) -> bool:
     The entry was cleared before: fast GUP re-reads it after it took its reference.
     """
     pages = host.pages
-    if pages.refcount[pfn] >= GUP_PIN_COUNTING_BIAS:
+    if folio_maybe_dma_pinned(pages, pfn):
         return False
     pages.flags[pfn] &= ~PG_anon_exclusive
     return True
@@ -254,38 +260,15 @@ def folio_try_share_anon_rmap_pte(host: HostMm, pfn: int) -> bool:
 def folio_get_anon_vma(host: HostMm, pfn: int) -> AnonVma | None:
     """The anon_vma of a mapped anonymous page; a KSM page has none."""
     pages = host.pages
-    if pages.flags[pfn] & (PG_anon | PG_ksm) != PG_anon or pages.mapcount[pfn] <= 0:
+    if pages.flags[pfn] & (PG_anon | PG_ksm) != PG_anon or folio_mapcount(pages, pfn) <= 0:
         return None
     return pages.mapping.get(pfn)
 
 
-def page_vma_mapped_walk(
-    host: HostMm, pfn: int, vma: VmArea, address: int, *, migration: bool = False
-) -> int:
-    """The entry of `vma` at `address` that maps `pfn`, its table locked; 0 and no lock if none does.
-
-    With `migration` it looks for a migration entry of the page instead.
-    """
-    mm = vma.mm
-    pmd = mm_find_pmd(mm, address) if mm.pgd else 0
-    if not pmd:
-        return 0
-    pte = pte_offset_map(mm, pmd, address)
-    if not pte or not ptep_get(mm, pte):
-        return 0
-    pte = pte_offset_map_lock(mm, pmd, address)
-    if not pte:
-        return 0
-    entry = ptep_get(mm, pte)
-    if migration:
-        if is_swap_pte(entry):
-            swp = pte_to_swp_entry(entry)
-            if is_migration_entry(swp) and swp_offset(swp) & SWP_PFN_MASK == pfn:
-                return pte
-    elif pte_present(entry) and pte_pfn(entry) == pfn:
-        return pte
-    pte_lockptr(mm, pte).unlock()
-    return 0
+def page_vma_mapped_walk(host: HostMm, pfn: int, vma: VmArea, address: int) -> int:
+    """The entry of `vma` at `address` that maps small folio `pfn`, its table locked; 0: none, not locked."""
+    walk = PageVmaMappedWalk(host, pfn, vma, address)
+    return walk.pte if walk.next() else 0
 
 
 def rmap_walk(
@@ -311,9 +294,10 @@ def rmap_walk(
         else:
             rwsem.read_lock()
     index = host.pages.index[pfn]
+    nr_pages = folio_nr_pages(host.pages, pfn)
     hits: list[tuple[int, VmArea, int]] = []
     for avc in anon_vma.chains.values():
-        address = avc.vma.address_of_index(index)
+        address = vma_address(avc.vma, index, nr_pages)
         if address >= 0:
             hits.append((avc.vma.pgoff, avc.vma, address))
     hits.sort(key=lambda hit: hit[0])
@@ -334,7 +318,7 @@ class _Referenced:
     def __init__(self, host: HostMm, pfn: int) -> None:
         self.host = host
         self.pfn = pfn
-        self.mapcount = host.pages.mapcount[pfn]
+        self.mapcount = folio_mapcount(host.pages, pfn)
         self.referenced = 0
         self.vm_flags = 0
 
@@ -342,24 +326,32 @@ class _Referenced:
         """folio_referenced_one."""
         host, pfn, mm = self.host, self.pfn, vma.mm
         pages = host.pages
-        pte = page_vma_mapped_walk(host, pfn, vma, address)
-        referenced = 0
-        if pte:
-            ptl = pte_lockptr(mm, pte)
+        walk = PageVmaMappedWalk(host, pfn, vma, address)
+        referenced = entries = 0
+        while walk.next():
             if vma.flags & VM_LOCKED:
+                entries += 1
+                self.mapcount -= 1
+                # Only a folio that the VMA maps as a whole, seen under one lock, is locked.
+                if walk.pte and (entries != walk.nr_pages or walk.crossed):
+                    continue
                 # Restore the mlock that got missed.
                 host.lru.mlock_vma_folio(pfn, vma)
-                ptl.unlock()
+                walk.done()
                 self.vm_flags |= VM_LOCKED
                 return False
             exiting = mm.mm_users == 0 or mm.flags & MMF_UNSTABLE
-            if exiting and pages.flags[pfn] & PG_swapbacked and pages.mapcount[pfn] == 1:
-                ptl.unlock()
+            swapbacked = pages.flags[pfn] & (PG_anon | PG_swapbacked) == PG_anon | PG_swapbacked
+            if exiting and swapbacked and not folio_maybe_mapped_shared(pages, pfn):
+                walk.done()
                 self.referenced = -1
                 return False
-            referenced = _ptep_clear_flush_young_notify(mm, address, pte)
+            if walk.pte:
+                young = _ptep_clear_flush_young_notify(mm, walk.address, walk.pte)
+            else:
+                young = _pmdp_clear_flush_young_notify(mm, walk.address, walk.pmd)
+            referenced += bool(young)
             self.mapcount -= 1
-            ptl.unlock()
         if referenced:
             pages.flags[pfn] &= ~PG_idle
         if pages.flags[pfn] & PG_young:
@@ -374,6 +366,11 @@ class _Referenced:
 def _ptep_clear_flush_young_notify(mm: MmStruct, address: int, pte: int) -> int:
     young = int(ptep_test_and_clear_young(mm, address, pte))
     return young | mmu_notifier.mmu_notifier_clear_flush_young(mm, address, address + 4096)
+
+
+def _pmdp_clear_flush_young_notify(mm: MmStruct, address: int, pmd: int) -> int:
+    young = int(pmdp_test_and_clear_young(mm, address, pmd))
+    return young | mmu_notifier.mmu_notifier_clear_flush_young(mm, address, address + PMD_SIZE)
 
 
 def folio_referenced(host: HostMm, pfn: int, *, is_locked: bool = False) -> tuple[int, int]:

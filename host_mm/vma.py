@@ -1,8 +1,7 @@
 """VMAs: merge, split, insertion, and the bracket a split fires.
 
 Source of truth: mm/vma.c (vma_merge_existing_range, vma_merge_new_range, commit_merge, __split_vma,
-vma_modify), mm/huge_memory.c (vma_adjust_trans_huge, split_huge_pmd_address), mm/mmap.c:
-vm_get_page_prot; Linux 6.18.
+vma_modify), mm/mmap.c: vm_get_page_prot; Linux 6.18.
 
 A split at an address that is not 2 MiB aligned fires a bracket over the aligned 2 MiB around it,
 whether or not anything huge is mapped there, if that 2 MiB lies wholly inside the VMA and a level-2
@@ -16,7 +15,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING
 
-from host_mm import mmu_notifier
 from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_NX,
@@ -24,17 +22,16 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_PROTNONE,
     _PAGE_RW,
     _PAGE_USER,
-    PMD_SIZE,
 )
+from host_mm.huge_memory_pmd import vma_adjust_trans_huge
 from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_SHARED, VM_SOFTDIRTY, VM_SPECIAL, VM_WRITE, VmArea
-from host_mm.pgtable_generic import mm_find_pmd
 from host_mm.rmap import anon_vma_clone, unlink_anon_vmas
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct
 
 __all__ = [
-    "insert_vma", "remove_vma", "split_huge_pmd_address", "split_vma", "vm_area_dup", "vm_get_page_prot",
+    "insert_vma", "remove_vma", "split_vma", "vm_area_dup", "vm_get_page_prot",
     "vma_merge_new_range", "vma_modify_flags",
 ]
 
@@ -92,33 +89,6 @@ def _set_range(vma: VmArea, start: int, end: int) -> None:
     mm.starts[index] = start
 
 
-# -- huge-page adjustment -----------------------------------------------------------------------
-def split_huge_pmd_address(vma: VmArea, address: int) -> None:
-    """The bracket of __split_huge_pmd over the aligned 2 MiB, if a level-2 table is there."""
-    mm = vma.mm
-    if not mm_find_pmd(mm, address):
-        return
-    base = address & ~(PMD_SIZE - 1)
-    range_ = mmu_notifier.mmu_notifier_range_init(
-        mmu_notifier.MMU_NOTIFY_CLEAR, mm, base, base + PMD_SIZE, order=mmu_notifier.ORDER_UNDER_PTL
-    )
-    mmu_notifier.mmu_notifier_invalidate_range_start(range_)
-    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
-
-
-def _split_if_needed(vma: VmArea, address: int) -> None:
-    base = address & ~(PMD_SIZE - 1)
-    if base != address and vma.start <= base and base + PMD_SIZE <= vma.end:
-        split_huge_pmd_address(vma, address)
-
-
-def _adjust_trans_huge(vma: VmArea, start: int, end: int, following: VmArea | None) -> None:
-    _split_if_needed(vma, start)
-    _split_if_needed(vma, end)
-    if following is not None:
-        _split_if_needed(following, end)
-
-
 # -- splitting ----------------------------------------------------------------------------------
 def split_vma(vma: VmArea, address: int, *, new_below: bool) -> VmArea:
     """Cut the VMA at `address`; the new one is the lower or the upper part. Returns the new one."""
@@ -132,7 +102,7 @@ def split_vma(vma: VmArea, address: int, *, new_below: bool) -> VmArea:
     rwsem = vma.anon_vma.root.rwsem if vma.anon_vma is not None else None
     if rwsem is not None:
         rwsem.lock()
-    _adjust_trans_huge(vma, vma.start, address, None)
+    vma_adjust_trans_huge(vma, vma.start, address, None)
     if new_below:
         _set_range(vma, address, vma.end)
     else:
@@ -271,7 +241,7 @@ def _merge_left(previous: VmArea, vma: VmArea, end: int, following: VmArea | Non
     rwsem = previous.anon_vma.root.rwsem if previous.anon_vma is not None else None
     if rwsem is not None:
         rwsem.lock()
-    _adjust_trans_huge(previous, previous.start, limit, None if whole else vma)
+    vma_adjust_trans_huge(previous, previous.start, limit, None if whole else vma)
     if whole:
         remove_vma(vma)
         if following is not None:
@@ -294,10 +264,10 @@ def _merge_right(vma: VmArea, following: VmArea, start: int, whole: bool) -> VmA
     if rwsem is not None:
         rwsem.lock()
     if whole:
-        _adjust_trans_huge(following, start, following.end, None)
+        vma_adjust_trans_huge(following, start, following.end, None)
         remove_vma(vma)
     else:
-        _adjust_trans_huge(vma, vma.start, start, None)
+        vma_adjust_trans_huge(vma, vma.start, start, None)
         _set_range(vma, vma.start, start)
     _set_range(following, start, following.end)
     if rwsem is not None:
