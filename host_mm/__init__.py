@@ -10,6 +10,8 @@ Reading order:
     memory.py                    faults; memory_zap.py, memory_copy.py: entries out, entries into a child
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
+    userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill
+                                 (userfaultfd_mfill.py) and register and protect (userfaultfd_wp.py)
     gup.py uaccess.py            memory for others than the CPU, and for the process itself
     rmap.py rmap_unmap.py        from a page to its entries
     tlb.py mmu_gather.py         when the host's own translations go

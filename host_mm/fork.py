@@ -25,6 +25,7 @@ from host_mm.mmu_gather import MmuGather
 from host_mm.pgtable_generic import pgd_alloc, pgd_free
 from host_mm.process import Process
 from host_mm.rmap import anon_vma_fork
+from host_mm.userfaultfd_k import dup_userfaultfd
 from host_mm.vma import insert_vma, vm_area_dup
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def _dup_mmap(mm: MmStruct, oldmm: MmStruct) -> int:
         if old.flags & VM_DONTCOPY:
             continue
         new = vm_area_dup(old, mm)
+        dup_userfaultfd(new)
         if old.flags & VM_WIPEONFORK:
             new.anon_vma = None
         else:

@@ -200,7 +200,8 @@ def _gup_slow(mm: MmStruct, addr: int, flags: int) -> int:
         if locked:
             mm.mmap_lock.read_unlock()
             return answer
-        # The fault dropped mmap_lock to wait; from now on it may not do so again.
+        # The fault dropped mmap_lock to wait. From now on it waits for folios with the lock held; for a
+        # userfaultfd it drops it every time.
         flags |= FOLL_TRIED
         mm.mmap_lock.read_lock()
 

@@ -41,6 +41,7 @@ from host_mm import (
     swapin,
     tlb,
     truths,
+    userfaultfd_k,
     vmscan,
     vmscan_trace,
 )
@@ -69,7 +70,8 @@ QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
     fork, gup, hmm, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate, mmu_notifier,
-    oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, vmscan, vmscan_trace,
+    oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
+    vmscan_trace,
 )
 
 
@@ -156,6 +158,11 @@ class HostMm:
     def zones(self) -> list[page_alloc.Zone]:
         """The zones, one a node."""
         return [node.zone for node in self.allocator.nodes]
+
+    def numa_node_id(self, process: Process) -> int:
+        """The node of the CPU that the current task, a thread of `process` or KVM's for it, runs on."""
+        node = self.sched.current.node
+        return node if node >= 0 else process.home_node
 
     # -- processes ----------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ stays so until fork shares it. A write to a shared page copies it: the copy is m
 opens, and under the page-table lock the old entry is cleared and flushed before the new one is set.
 
 Not modelled: file and shmem faults (a VMA with `ops` brings its own `fault(vmf)`), huge pages,
-userfaultfd, memcg charges, NUMA balancing's migration (a hinting fault only restores the rights).
+memcg charges, NUMA balancing's migration (a hinting fault only restores the rights).
 """
 
 from __future__ import annotations
@@ -21,8 +21,15 @@ from host_mm import tlb as _tlb
 from host_mm.arch.x86.pgtable import (
     _PAGE_SOFT_DIRTY,
     _PAGE_SPECIAL,
+    _PAGE_UFFD_WP,
+    PTE_MARKER_GUARD,
+    PTE_MARKER_POISONED,
+    PTE_MARKER_UFFD_WP,
+    is_pte_marker,
     mk_pte,
+    pte_marker_get,
     pte_mkdirty,
+    pte_mkuffd_wp,
     pte_mkwrite,
     pte_mkyoung,
     pte_modify,
@@ -40,6 +47,7 @@ from host_mm.mm_types import (
     MM_ANONPAGES,
     MMF_UNSTABLE,
     VM_ACCESS_FLAGS,
+    VM_FAULT_HWPOISON,
     VM_FAULT_MAJOR,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
@@ -47,6 +55,8 @@ from host_mm.mm_types import (
     VM_FAULT_SIGSEGV,
     VM_MAYSHARE,
     VM_SHARED,
+    VM_UFFD_MISSING,
+    VM_UFFD_WP,
     VM_WRITE,
     VmFault,
 )
@@ -64,6 +74,7 @@ from host_mm.page_alloc import GFP_COMP, GFP_HIGHUSER_MOVABLE, GFP_ZERO
 from host_mm.pgtable_generic import (
     pmd_alloc,
     pte_alloc,
+    pte_clear,
     pte_lockptr,
     pte_offset_map,
     pte_offset_map_lock,
@@ -79,6 +90,7 @@ from host_mm.rmap import (
     folio_remove_rmap_pte,
 )
 from host_mm.swap_state import folio_free_swap, free_swap_cache
+from host_mm.userfaultfd_k import handle_userfault, userfaultfd_pte_wp, userfaultfd_wp_async
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -87,7 +99,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TRACEPOINTS", "do_wp_page", "folio_prealloc", "handle_mm_fault", "is_zero_pfn", "maybe_mkwrite",
-    "vm_normal_page",
+    "vm_normal_page", "vmf_orig_pte_uffd_wp",
 ]
 
 _RET = (
@@ -108,7 +120,7 @@ HOST_FAULT = Tracepoint(
 HOST_FAULT_DONE = Tracepoint(
     "refault", "host_fault_done", ("pid", "address", "kind", "result"),
     lambda pid, address, kind, result: f"pid {pid} address {address:#x} {kind} {result}",
-    doc="What that fault did: zero-page, anon, cow, reuse, swap-in, numa, spurious.",
+    doc="What that fault did: zero-page, anon, cow, reuse, swap-in, numa, userfault, marker, spurious.",
 )
 TRACEPOINTS = (HOST_FAULT, HOST_FAULT_DONE)
 
@@ -133,7 +145,7 @@ def maybe_mkwrite(pte: int, vma: VmArea) -> int:
 
 def folio_prealloc(host: HostMm, vma: VmArea, *, zero: bool) -> int:
     """A page for this VMA by its memory policy, or -1."""
-    nid = vma.policy.preferred_node() if vma.policy is not None else vma.mm.process.home_node
+    nid = vma.policy.preferred_node() if vma.policy is not None else host.numa_node_id(vma.mm.process)
     pfn = host.allocator.alloc_pages(GFP_HIGHUSER_MOVABLE | GFP_COMP | (GFP_ZERO if zero else 0), 0, nid)
     if pfn >= 0:
         host.pages.flags[pfn] |= PG_uptodate
@@ -178,15 +190,43 @@ def _handle_pte_fault(vmf: VmFault) -> tuple[str, int]:
         vmf.orig_pte = ptep_get(mm, vmf.pte)
     if not vmf.pte or not vmf.orig_pte:
         vmf.orig_pte = 0
-        if vmf.vma.ops is not None:
-            return "file", vmf.vma.ops.fault(vmf)
-        return _do_anonymous_page(vmf)
+        return _do_pte_missing(vmf)
     entry = vmf.orig_pte
+    if is_pte_marker(entry):
+        return _handle_pte_marker(vmf)
     if not pte_present(entry):
         return "swap-in", mm.host.do_swap_page(vmf)
     if pte_protnone(entry) and vmf.vma.flags & VM_ACCESS_FLAGS:
         return _do_numa_page(vmf)
     return _handle_present(vmf, entry)
+
+
+def _do_pte_missing(vmf: VmFault) -> tuple[str, int]:
+    if vmf.vma.ops is not None:
+        return "file", vmf.vma.ops.fault(vmf)
+    return _do_anonymous_page(vmf)
+
+
+def _handle_pte_marker(vmf: VmFault) -> tuple[str, int]:
+    """A page that is not there, with something to say about it."""
+    marker = pte_marker_get(vmf.orig_pte)
+    if marker & PTE_MARKER_POISONED:
+        return "marker", VM_FAULT_HWPOISON
+    if marker & PTE_MARKER_GUARD:
+        return "marker", VM_FAULT_SIGSEGV
+    if vmf.vma.flags & VM_UFFD_WP:
+        return _do_pte_missing(vmf)
+    # A range that is not registered any more.
+    if _map_locked(vmf):
+        pte_clear(vmf.mm, vmf.address, vmf.pte)
+        assert vmf.ptl is not None
+        vmf.ptl.unlock()
+    return "marker", 0
+
+
+def vmf_orig_pte_uffd_wp(vmf: VmFault) -> bool:
+    """Whether the page that comes now was write-protected before it was there."""
+    return bool(vmf.vma.flags & VM_UFFD_WP) and bool(pte_marker_get(vmf.orig_pte) & PTE_MARKER_UFFD_WP)
 
 
 def _handle_present(vmf: VmFault, entry: int) -> tuple[str, int]:
@@ -234,10 +274,14 @@ def _do_anonymous_page(vmf: VmFault) -> tuple[str, int]:
     if not vmf.flags & FAULT_FLAG_WRITE:
         if not _map_locked(vmf):
             return "spurious", 0
-        ret = VM_FAULT_SIGBUS if mm.flags & MMF_UNSTABLE else 0
-        if not ret:
-            set_pte(mm, vmf.address, vmf.pte, mk_pte(host.zero_pfn, vma.page_prot) | _PAGE_SPECIAL)
         assert vmf.ptl is not None
+        ret = VM_FAULT_SIGBUS if mm.flags & MMF_UNSTABLE else 0
+        if not ret and vma.flags & VM_UFFD_MISSING:
+            vmf.ptl.unlock()
+            return "userfault", handle_userfault(vmf, VM_UFFD_MISSING)
+        if not ret:
+            entry = mk_pte(host.zero_pfn, vma.page_prot) | _PAGE_SPECIAL
+            set_pte(mm, vmf.address, vmf.pte, pte_mkuffd_wp(entry) if vmf_orig_pte_uffd_wp(vmf) else entry)
         vmf.ptl.unlock()
         return "zero-page", ret
     anon_vma_prepare(vma)
@@ -255,6 +299,12 @@ def _do_anonymous_page(vmf: VmFault) -> tuple[str, int]:
         vmf.ptl.unlock()
         put_page(host, pfn)
         return "anon", VM_FAULT_SIGBUS
+    if vma.flags & VM_UFFD_MISSING:
+        vmf.ptl.unlock()
+        put_page(host, pfn)
+        return "userfault", handle_userfault(vmf, VM_UFFD_MISSING)
+    if vmf_orig_pte_uffd_wp(vmf):
+        entry = pte_mkuffd_wp(entry)
     mm.rss[MM_ANONPAGES] += 1
     folio_add_new_anon_rmap(host, pfn, vma, vmf.address)
     host.lru.folio_add_lru_vma(pfn, vma)
@@ -285,9 +335,12 @@ def _do_numa_page(vmf: VmFault) -> tuple[str, int]:
 def do_wp_page(vmf: VmFault) -> tuple[str, int]:
     """A write (or unshare) on a read-only entry, its table locked; the lock is dropped on return."""
     vma, host = vmf.vma, vmf.mm.host
+    assert vmf.ptl is not None
+    if vma.flags & VM_UFFD_WP and not vmf.flags & FAULT_FLAG_UNSHARE and _userfaultfd_wp(vmf):
+        vmf.ptl.unlock()
+        return "userfault", handle_userfault(vmf, VM_UFFD_WP)
     pfn = vm_normal_page(host, vmf.orig_pte)
     vmf.page = pfn
-    assert vmf.ptl is not None
     if vma.flags & (VM_SHARED | VM_MAYSHARE):
         return _wp_shared(vmf)
     if pfn >= 0 and host.pages.flags[pfn] & PG_anon and _may_reuse(host, vma, pfn):
@@ -302,6 +355,21 @@ def do_wp_page(vmf: VmFault) -> tuple[str, int]:
             host.vmstat["cow_ksm"] += 1
     vmf.ptl.unlock()
     return "cow", _wp_page_copy(vmf)
+
+
+def _userfaultfd_wp(vmf: VmFault) -> bool:
+    """Whether the write is userfaultfd's business. In asynchronous mode it just lifts the protection."""
+    mm = vmf.mm
+    entry = ptep_get(mm, vmf.pte)
+    if userfaultfd_pte_wp(vmf.vma, entry):
+        if not userfaultfd_wp_async(vmf.vma):
+            return True
+        vmf.orig_pte = entry & ~_PAGE_UFFD_WP
+        set_pte(mm, vmf.address, vmf.pte, vmf.orig_pte)
+    if _tlb.mm_tlb_flush_pending(mm):
+        # The protection's flush may still be to come, and the copy would miss what is written till then.
+        _tlb.flush_tlb_page(mm, vmf.address)
+    return False
 
 
 def _wp_shared(vmf: VmFault) -> tuple[str, int]:
@@ -403,7 +471,7 @@ def _install_copy(vmf: VmFault, new: int) -> bool:
         mm.rss[MM_ANONPAGES] += 1
     entry = pte_mkyoung(mk_pte(new, vma.page_prot))
     if vmf.flags & FAULT_FLAG_UNSHARE:
-        entry |= vmf.orig_pte & _PAGE_SOFT_DIRTY
+        entry |= vmf.orig_pte & (_PAGE_SOFT_DIRTY | _PAGE_UFFD_WP)
     else:
         entry = maybe_mkwrite(pte_mkdirty(entry), vma)
     late_flush = "cow-flush-after-unlock" in host.breaks

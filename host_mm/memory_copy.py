@@ -8,7 +8,7 @@ that may be pinned is copied for the child instead, so that the pin and the pare
 The bracket is over the source mm's whole VMA; the flush comes at the end of dup_mmap, after it.
 
 Not modelled: file mappings that need no copy at fork are skipped as in Linux, huge entries, device
-entries, userfaultfd.
+entries.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ from host_mm import mmu_notifier
 from host_mm.arch.x86.pgtable import (
     _PAGE_SWP_EXCLUSIVE,
     _PAGE_SWP_SOFT_DIRTY,
+    _PAGE_SWP_UFFD_WP,
+    _PAGE_UFFD_WP,
+    PTE_MARKER_UFFD_WP,
     SWP_MIGRATION_READ,
     SWP_PTE_MARKER,
     is_migration_entry,
+    make_pte_marker,
     mk_pte,
     non_swap_entry,
+    pte_marker_get,
     pte_mkclean,
     pte_mkdirty,
     pte_mkold,
@@ -39,7 +44,15 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_WALK
 from host_mm.memory import folio_prealloc, maybe_mkwrite, vm_normal_page
-from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES, MM_SWAPENTS, VM_MAYWRITE, VM_PFNMAP, VM_SHARED
+from host_mm.mm_types import (
+    MM_ANONPAGES,
+    MM_FILEPAGES,
+    MM_SWAPENTS,
+    VM_MAYWRITE,
+    VM_PFNMAP,
+    VM_SHARED,
+    VM_UFFD_WP,
+)
 from host_mm.page import PG_anon, get_page, put_page
 from host_mm.pgtable_generic import (
     pmd_alloc,
@@ -70,7 +83,7 @@ def is_cow_mapping(flags: int) -> bool:
 
 def copy_page_range(dst_vma: VmArea, src_vma: VmArea) -> int:
     """Give the child's VMA the parent's entries; 0 or -ENOMEM."""
-    if src_vma.anon_vma is None and not src_vma.flags & VM_PFNMAP:
+    if src_vma.anon_vma is None and not src_vma.flags & VM_PFNMAP and not dst_vma.flags & VM_UFFD_WP:
         return 0
     src_mm = src_vma.mm
     cow = is_cow_mapping(src_vma.flags)
@@ -160,7 +173,7 @@ def _copy_present(
             get_page(host, pfn)
             host.pages.mapcount[pfn] += 1
             dst_mm.rss[MM_FILEPAGES] += 1
-        elif folio_try_dup_anon_rmap_pte(host, pfn, src_vma):
+        elif folio_try_dup_anon_rmap_pte(host, pfn, dst_vma, src_vma):
             get_page(host, pfn)
             dst_mm.rss[MM_ANONPAGES] += 1
         elif spare < 0:
@@ -173,6 +186,8 @@ def _copy_present(
         entry = pte_wrprotect(entry)
     if src_vma.flags & VM_SHARED:
         entry = pte_mkclean(entry)
+    if not dst_vma.flags & VM_UFFD_WP:
+        entry &= ~_PAGE_UFFD_WP
     set_pte(dst_mm, address, dst_pte, pte_mkold(entry))
     return True, spare
 
@@ -205,10 +220,17 @@ def _copy_nonpresent(
     elif is_migration_entry(swp):
         dst_mm.rss[MM_ANONPAGES] += 1
         if swp_type(swp) != SWP_MIGRATION_READ and is_cow_mapping(dst_vma.flags):
-            soft = entry & _PAGE_SWP_SOFT_DIRTY
-            entry = swp_entry_to_pte(swp_entry(SWP_MIGRATION_READ, swp_offset(swp))) | soft
+            kept = entry & (_PAGE_SWP_SOFT_DIRTY | _PAGE_SWP_UFFD_WP)
+            entry = swp_entry_to_pte(swp_entry(SWP_MIGRATION_READ, swp_offset(swp))) | kept
             set_pte(src_mm, address, src_pte, entry)
     elif swp_type(swp) == SWP_PTE_MARKER:
+        marker = pte_marker_get(entry)
+        if not dst_vma.flags & VM_UFFD_WP:
+            marker &= ~PTE_MARKER_UFFD_WP
+        if marker:
+            set_pte(dst_mm, address, dst_pte, make_pte_marker(marker))
         return True
+    if not dst_vma.flags & VM_UFFD_WP:
+        entry &= ~_PAGE_SWP_UFFD_WP
     set_pte(dst_mm, address, dst_pte, entry)
     return True

@@ -73,6 +73,10 @@ __all__ = [
     "VM_SHARED",
     "VM_SOFTDIRTY",
     "VM_SPECIAL",
+    "VM_UFFD_FLAGS",
+    "VM_UFFD_MINOR",
+    "VM_UFFD_MISSING",
+    "VM_UFFD_WP",
     "VM_WIPEONFORK",
     "VM_WRITE",
     "AnonVma",
@@ -90,7 +94,9 @@ VM_MAYREAD = 0x10
 VM_MAYWRITE = 0x20
 VM_MAYEXEC = 0x40
 VM_MAYSHARE = 0x80
+VM_UFFD_MISSING = 0x200
 VM_PFNMAP = 0x400
+VM_UFFD_WP = 0x1000
 VM_LOCKED = 0x2000
 VM_IO = 0x4000
 VM_SEQ_READ = 0x8000
@@ -109,7 +115,9 @@ VM_MIXEDMAP = 0x10000000
 VM_HUGEPAGE = 0x20000000
 VM_NOHUGEPAGE = 0x40000000
 VM_MERGEABLE = 0x80000000
+VM_UFFD_MINOR = 1 << 41
 VM_LOCKED_MASK = VM_LOCKED | VM_LOCKONFAULT
+VM_UFFD_FLAGS = VM_UFFD_MISSING | VM_UFFD_WP | VM_UFFD_MINOR
 
 VM_FAULT_OOM = 0x1
 VM_FAULT_SIGBUS = 0x2
@@ -183,12 +191,13 @@ class VmArea:
     """struct vm_area_struct: [start, end) with one set of flags.
 
     `pgoff` is the page index of `start` in its anon_vma or file. `file` is an address space object
-    for file and shmem mappings, else None. `policy` is the VMA's mempolicy or None.
+    for file and shmem mappings, else None. `policy` is the VMA's mempolicy or None, `userfaultfd_ctx` the
+    userfaultfd that it is registered with, whose modes are VM_UFFD_* flags.
     """
 
     __slots__ = (
         "anon_vma", "anon_vma_chain", "end", "file", "flags", "mm", "ops", "page_prot", "pgoff",
-        "policy", "private_data", "start",
+        "policy", "private_data", "start", "userfaultfd_ctx",
     )
 
     def __init__(self, mm: MmStruct, start: int, end: int, flags: int, pgoff: int) -> None:
@@ -204,6 +213,7 @@ class VmArea:
         self.ops: Any = None
         self.policy: Any = None
         self.private_data: Any = None
+        self.userfaultfd_ctx: Any = None
 
     def page_index(self, address: int) -> int:
         """linear_page_index."""
@@ -303,13 +313,14 @@ class VmFault:
     """struct vm_fault: one fault on its way. `pmd` and `pte` are physical addresses of entries (0: none)."""
 
     __slots__ = (
-        "address", "flags", "mm", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl", "vma",
+        "address", "flags", "mm", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl", "real_address", "vma",
     )
 
     def __init__(self, vma: VmArea, address: int, flags: int) -> None:
         self.vma = vma
         self.mm = vma.mm
         self.address = address & ~0xFFF
+        self.real_address = address
         self.flags = flags
         self.pgoff = vma.page_index(address)
         self.pmd = 0

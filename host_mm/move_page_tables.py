@@ -8,9 +8,10 @@ old translations are flushed before these are dropped: from then on somebody who
 place may unmap, flush there and free it. Whole tables of 2 MiB and 1 GiB are hung to their new place under
 the rmap locks where both addresses allow; for that the range, and the bracket with it, is extended down
 to the 2 MiB boundary if nothing else is mapped there. Entries that move one by one become soft-dirty,
-those that move with their table do not.
+those that move with their table do not. A userfaultfd's range moves entry by entry and loses its write
+protections.
 
-Not modelled: huge entries, hugetlb, uffd-wp bits, exec's move of the stack; 5.10, which does not extend
+Not modelled: huge entries, hugetlb, exec's move of the stack; 5.10, which does not extend
 the range and moves no tables of 1 GiB.
 """
 
@@ -22,8 +23,12 @@ from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.arch.x86.pgtable import (
     _PAGE_SWP_SOFT_DIRTY,
+    _PAGE_SWP_UFFD_WP,
+    _PAGE_UFFD_WP,
     PMD_SIZE,
+    PTE_MARKER_UFFD_WP,
     PUD_SIZE,
+    pte_marker_get,
     pte_mksoft_dirty,
     pte_present,
 )
@@ -41,6 +46,7 @@ from host_mm.pgtable_generic import (
     pud_offset,
     set_pte,
 )
+from host_mm.userfaultfd_k import vma_has_uffd_without_event_remap
 
 if TYPE_CHECKING:
     from host_mm.kernel.locks import Spinlock
@@ -62,7 +68,8 @@ class _Move:
     """struct pagetable_move_control."""
 
     __slots__ = (
-        "length", "need_rmap_locks", "new_addr", "new_vma", "old_addr", "old_end", "old_vma", "unflushed",
+        "by_entry", "clear_uffd_wp", "length", "need_rmap_locks", "new_addr", "new_vma", "old_addr",
+        "old_end", "old_vma", "unflushed",
     )
 
     def __init__(
@@ -77,6 +84,9 @@ class _Move:
         self.length = length
         self.need_rmap_locks = need_rmap_locks
         self.unflushed: list[tuple[int, int]] = []
+        # The new VMA is not registered, so that its entries may not say they were.
+        self.clear_uffd_wp = vma_has_uffd_without_event_remap(old_vma)
+        self.by_entry = self.clear_uffd_wp or vma_has_uffd_without_event_remap(new_vma)
 
     def run(self) -> int:
         """The walk, inside its bracket."""
@@ -163,6 +173,8 @@ class _Move:
     def _move_table(self, old_entry: int, new_entry: int, size: int) -> bool:
         """move_normal_pmd, move_normal_pud: false if something hangs at the new place."""
         mm = self.old_vma.mm
+        if self.by_entry:
+            return False
         self._take_rmap_locks()
         moved = not mm.host.ram.u64[new_entry >> 3]
         if moved:
@@ -206,7 +218,10 @@ class _Move:
                 entry = pte_mksoft_dirty(entry)
             else:
                 entry |= _PAGE_SWP_SOFT_DIRTY
-            set_pte(mm, self.new_addr + offset, new_pte + at, entry)
+            if self.clear_uffd_wp:
+                entry = _clear_uffd_wp(entry)
+            if entry:
+                set_pte(mm, self.new_addr + offset, new_pte + at, entry)
         if force_flush:
             self._flush(self.old_addr, self.old_addr + extent)
         if new_ptl is not old_ptl:
@@ -214,6 +229,12 @@ class _Move:
         old_ptl.unlock()
         if self.need_rmap_locks:
             self._drop_rmap_locks()
+
+
+def _clear_uffd_wp(entry: int) -> int:
+    if pte_marker_get(entry) & PTE_MARKER_UFFD_WP:
+        return 0
+    return entry & ~(_PAGE_UFFD_WP if pte_present(entry) else _PAGE_SWP_UFFD_WP)
 
 
 def _can_align_down(vma: VmArea, address: int) -> bool:

@@ -1,19 +1,21 @@
 """mprotect and NUMA hinting: changing the rights of mapped entries.
 
 Source of truth: mm/mprotect.c (do_mprotect_pkey, mprotect_fixup, change_protection_range,
-change_pud_range, change_pte_range, can_change_private_pte_writable), arch/x86/include/asm/tlbflush.h:
+change_pud_range, change_pte_range, prot_numa_skip, can_change_pte_writable), arch/x86/include/asm/tlbflush.h:
 pte_needs_flush; Linux 6.18.
 
 The bracket is opened at the first populated level-3 entry and reaches to the end of the enclosing
 512 GiB or of the call: a call over nothing populated fires none, one over pages never touched whose
 neighbourhood is populated fires one. Linux 5.10 opens it in the level-2 walker, to the end of the 1 GiB.
-The flush follows the bracket's end.
+The flush follows the bracket's end. Userfaultfd's write-protection takes the same way; where it must hold
+for pages that are not there, the walk makes the tables and puts markers in.
 
-Not modelled: protection keys, userfaultfd write-protection, huge entries, prot_none_walk.
+Not modelled: protection keys, huge entries, prot_none_walk, memory tiers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from errno import EACCES, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
@@ -27,12 +29,23 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_RW,
     _PAGE_SOFT_DIRTY,
     _PAGE_SWP_SOFT_DIRTY,
+    _PAGE_SWP_UFFD_WP,
+    _PAGE_UFFD_WP,
     _PAGE_USER,
     PFN_MASK,
     PGDIR_SIZE,
+    PMD_SIZE,
+    PTE_MARKER_UFFD_WP,
     PUD_SIZE,
+    SWP_MIGRATION_READ,
     SWP_MIGRATION_READ_EXCLUSIVE,
+    SWP_PFN_MASK,
+    is_pte_marker,
     is_writable_migration_entry,
+    make_pte_marker,
+    pte_dirty,
+    pte_marker_get,
+    pte_mkuffd_wp,
     pte_mkwrite,
     pte_modify,
     pte_present,
@@ -46,26 +59,43 @@ from host_mm.arch.x86.pgtable import (
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory import vm_normal_page
+from host_mm.memory_copy import is_cow_mapping
 from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE
 from host_mm.mmu_gather import MmuGather
-from host_mm.page import PG_anon, PG_anon_exclusive, PG_ksm
+from host_mm.page import (
+    PG_anon,
+    PG_anon_exclusive,
+    PG_dirty,
+    PG_ksm,
+    PG_swapbacked,
+    folio_maybe_dma_pinned,
+)
 from host_mm.pgtable_generic import (
+    pmd_alloc,
     pmd_entries,
+    pte_alloc,
+    pte_clear,
     pte_lockptr,
     pte_offset_map_lock,
     ptep_get_and_clear,
     pud_entries,
     set_pte,
 )
+from host_mm.userfaultfd_k import userfaultfd_pte_wp, userfaultfd_wp_use_markers
 from host_mm.vma import vm_get_page_prot, vma_modify_flags
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
 
-__all__ = ["MM_CP_PROT_NUMA", "MM_CP_TRY_CHANGE_WRITABLE", "change_protection", "do_mprotect"]
+__all__ = [
+    "MM_CP_PROT_NUMA", "MM_CP_TRY_CHANGE_WRITABLE", "MM_CP_UFFD_WP", "MM_CP_UFFD_WP_RESOLVE",
+    "can_change_pte_writable", "change_protection", "do_mprotect",
+]
 
 MM_CP_TRY_CHANGE_WRITABLE = 1 << 0
 MM_CP_PROT_NUMA = 1 << 1
+MM_CP_UFFD_WP = 1 << 2
+MM_CP_UFFD_WP_RESOLVE = 1 << 3
 _PAGE_NONE = vm_get_page_prot(0)
 _FLUSH_ON_CLEAR = _PAGE_DIRTY | _PAGE_PRESENT | _PAGE_ACCESSED
 _FLUSH_ON_CHANGE = _PAGE_RW | _PAGE_USER | _PAGE_NX
@@ -119,99 +149,193 @@ def _mprotect_fixup(tlb: MmuGather, vma: VmArea, start: int, end: int, flags: in
 
 
 def change_protection(tlb: MmuGather, vma: VmArea, start: int, end: int, cp_flags: int) -> int:
-    """Apply the VMA's rights (or, for NUMA hinting, none) to its entries; returns how many changed."""
-    newprot = _PAGE_NONE if cp_flags & MM_CP_PROT_NUMA else vma.page_prot
-    span = PGDIR_SIZE if vma.mm.host.profile.mprotect_bracket_level == 3 else PUD_SIZE
+    """Apply the VMA's rights (for NUMA hinting: none) to its entries, or set or lift uffd-wp.
+
+    How many changed, or -ENOMEM where markers need tables.
+    """
+    change = _Change(tlb, vma, cp_flags)
+    span = PGDIR_SIZE if change.mm.host.profile.mprotect_bracket_level == 3 else PUD_SIZE
     pages = 0
-    address = start
-    while address < end:
-        following = min(end, (address & ~(span - 1)) + span)
-        pages += _change_span(tlb, vma, address, following, newprot, cp_flags, by_pud=span == PGDIR_SIZE)
-        address = following
+    for address, following in _chunks(start, end, span):
+        done = change.span(address, following, by_pud=span == PGDIR_SIZE)
+        if done < 0:
+            return done
+        pages += done
     return pages
 
 
-def _change_span(
-    tlb: MmuGather, vma: VmArea, start: int, end: int, newprot: int, cp_flags: int, *, by_pud: bool
-) -> int:
-    mm = vma.mm
-    if by_pud:
-        populated = pud_entries(mm, start, end)
-        first = populated[0][1] if populated else end
-    else:
-        entries = pmd_entries(mm, start, end)
-        first = entries[0][1] if entries else end
-    if first >= end:
-        return 0
-    range_ = mmu_notifier.mmu_notifier_range_init(
-        mmu_notifier.MMU_NOTIFY_PROTECTION_VMA, mm, first, end, order=mmu_notifier.ORDER_AFTER_END
-    )
-    mmu_notifier.mmu_notifier_invalidate_range_start(range_)
-    pages = 0
-    for pmd, address, following in pmd_entries(mm, first, end):
-        pages += _change_pte_range(tlb, vma, pmd, address, following, newprot, cp_flags)
-        if mm.host.sched.preempt:
-            mm.host.sched.point("cond_resched")
-    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
-    return pages
+def _chunks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """pXd_addr_end: [start, end) cut at multiples of `size`."""
+    while start < end:
+        following = min(end, (start & ~(size - 1)) + size)
+        yield start, following
+        start = following
 
 
-def _change_pte_range(
-    tlb: MmuGather, vma: VmArea, pmd: int, address: int, end: int, newprot: int, cp_flags: int
-) -> int:
-    mm = vma.mm
-    pte = pte_offset_map_lock(mm, pmd, address)
-    if not pte:
-        return 0
-    ptl = pte_lockptr(mm, pte)
-    _tlb.flush_tlb_batched_pending(mm)
-    u64 = mm.host.ram.u64
-    pages = 0
-    while address < end:
-        entry = u64[pte >> 3]
-        if entry:
-            if pte_present(entry):
-                pages += _change_present(tlb, vma, address, pte, entry, newprot, cp_flags)
+class _Change:
+    """One call of change_protection."""
+
+    __slots__ = ("cp_flags", "mm", "newprot", "populate", "target_node", "tlb", "vma")
+
+    def __init__(self, tlb: MmuGather, vma: VmArea, cp_flags: int) -> None:
+        self.tlb = tlb
+        self.vma = vma
+        self.mm = vma.mm
+        self.cp_flags = cp_flags
+        self.newprot = _PAGE_NONE if cp_flags & MM_CP_PROT_NUMA else vma.page_prot
+        # Markers for pages that are not there need tables to be in.
+        self.populate = bool(cp_flags & MM_CP_UFFD_WP) and userfaultfd_wp_use_markers(vma)
+        self.target_node = -1
+
+    # -- tables -------------------------------------------------------------------------------
+
+    def span(self, start: int, end: int, *, by_pud: bool) -> int:
+        """change_pud_range (5.10: change_pmd_range): a bracket from the first populated entry on."""
+        mm = self.mm
+        if by_pud and self.populate:
+            puds = list(_chunks(start, end, PUD_SIZE))
+        elif by_pud:
+            puds = [(address, following) for _, address, following in pud_entries(mm, start, end)]
+        else:
+            pmds = pmd_entries(mm, start, end)
+            puds = [(pmds[0][1], end)] if pmds else []
+        range_ = None
+        pages = 0
+        for address, following in puds:
+            if self.populate and not pmd_alloc(mm, address):
+                pages = -ENOMEM
+                break
+            if range_ is None:
+                range_ = mmu_notifier.mmu_notifier_range_init(
+                    mmu_notifier.MMU_NOTIFY_PROTECTION_VMA, mm, address, end,
+                    order=mmu_notifier.ORDER_AFTER_END,
+                )
+                mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+            done = self._pmd_range(address, following)
+            if done < 0:
+                pages = done
+                break
+            pages += done
+        if range_ is not None:
+            mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+        return pages
+
+    def _pmd_range(self, start: int, end: int) -> int:
+        mm = self.mm
+        if self.populate:
+            pmds = [(0, address, following) for address, following in _chunks(start, end, PMD_SIZE)]
+        else:
+            pmds = pmd_entries(mm, start, end)
+        pages = 0
+        for pmd, address, following in pmds:
+            if self.populate:
+                pmd = pmd_alloc(mm, address)
+                if not pmd or not pte_alloc(mm, pmd):
+                    return -ENOMEM
+            pages += self._pte_range(pmd, address, following)
+            if mm.host.sched.preempt:
+                mm.host.sched.point("cond_resched")
+        return pages
+
+    def _pte_range(self, pmd: int, address: int, end: int) -> int:
+        mm = self.mm
+        pte = pte_offset_map_lock(mm, pmd, address)
+        if not pte:
+            return 0
+        ptl = pte_lockptr(mm, pte)
+        alone = mm.mm_users == 1 and mm.process.threads == 1
+        if self.cp_flags & MM_CP_PROT_NUMA and alone and not self.vma.flags & VM_SHARED:
+            # A page is where it should be on the node that the process's one thread runs on.
+            self.target_node = mm.host.numa_node_id(mm.process)
+        _tlb.flush_tlb_batched_pending(mm)
+        u64 = mm.host.ram.u64
+        pages = 0
+        while address < end:
+            entry = u64[pte >> 3]
+            if not entry:
+                pages += self._none(address, pte)
+            elif pte_present(entry):
+                pages += self._present(address, pte, entry)
             else:
-                pages += _change_nonpresent(mm, address, pte, entry)
-        pte += 8
-        address += 4096
-    ptl.unlock()
-    return pages
+                pages += self._nonpresent(address, pte, entry)
+            pte += 8
+            address += 4096
+        ptl.unlock()
+        return pages
+
+    # -- entries ------------------------------------------------------------------------------
+
+    def _none(self, address: int, pte: int) -> int:
+        if not self.populate:
+            return 0
+        set_pte(self.mm, address, pte, make_pte_marker(PTE_MARKER_UFFD_WP))
+        return 1
+
+    def _present(self, address: int, pte: int, entry: int) -> int:
+        mm, vma, cp_flags = self.mm, self.vma, self.cp_flags
+        if cp_flags & MM_CP_PROT_NUMA and self._prot_numa_skip(entry):
+            return 0
+        old = ptep_get_and_clear(mm, address, pte)
+        new = pte_modify(old, self.newprot)
+        if cp_flags & MM_CP_UFFD_WP:
+            new = pte_mkuffd_wp(new)
+        elif cp_flags & MM_CP_UFFD_WP_RESOLVE:
+            new &= ~_PAGE_UFFD_WP
+        if cp_flags & MM_CP_TRY_CHANGE_WRITABLE and not pte_write(new) and can_change_pte_writable(vma, new):
+            new = pte_mkwrite(new)
+        set_pte(mm, address, pte, new)
+        if _pte_needs_flush(old, new):
+            self.tlb.remove_tlb_entry(address)
+        return 1
+
+    def _prot_numa_skip(self, entry: int) -> bool:
+        """Pages whose hinting faults would tell nothing, or that could not be moved."""
+        host = self.mm.host
+        pages = host.pages
+        pfn = vm_normal_page(host, entry)
+        if pte_protnone(entry) or pfn < 0 or pages.flags[pfn] & PG_ksm:
+            return True
+        shared = pages.mapcount[pfn] > 1 or folio_maybe_dma_pinned(pages, pfn)
+        if is_cow_mapping(self.vma.flags) and shared:
+            return True
+        if not pages.flags[pfn] & PG_swapbacked and pages.flags[pfn] & PG_dirty:
+            return True
+        return host.allocator.nid_of(pfn) == self.target_node
+
+    def _nonpresent(self, address: int, pte: int, entry: int) -> int:
+        swp = pte_to_swp_entry(entry)
+        new = entry
+        if is_writable_migration_entry(swp):
+            anon = self.mm.host.pages.flags[swp_offset(swp) & SWP_PFN_MASK] & PG_anon
+            kind = SWP_MIGRATION_READ_EXCLUSIVE if anon else SWP_MIGRATION_READ
+            new = swp_entry_to_pte(swp_entry(kind, swp_offset(swp))) | (entry & _PAGE_SWP_SOFT_DIRTY)
+        elif is_pte_marker(entry):
+            if self.cp_flags & MM_CP_UFFD_WP_RESOLVE and pte_marker_get(entry) == PTE_MARKER_UFFD_WP:
+                pte_clear(self.mm, address, pte)
+                return 1
+            return 0
+        if self.cp_flags & MM_CP_UFFD_WP:
+            new |= _PAGE_SWP_UFFD_WP
+        elif self.cp_flags & MM_CP_UFFD_WP_RESOLVE:
+            new &= ~_PAGE_SWP_UFFD_WP
+        if new == entry:
+            return 0
+        set_pte(self.mm, address, pte, new)
+        return 1
 
 
-def _change_present(
-    tlb: MmuGather, vma: VmArea, address: int, pte: int, entry: int, newprot: int, cp_flags: int
-) -> int:
-    mm = vma.mm
-    host = mm.host
-    pfn = vm_normal_page(host, entry)
-    if cp_flags & MM_CP_PROT_NUMA and (pfn < 0 or pte_protnone(entry) or host.pages.flags[pfn] & PG_ksm):
-        return 0
-    old = ptep_get_and_clear(mm, address, pte)
-    new = pte_modify(old, newprot)
-    if cp_flags & MM_CP_TRY_CHANGE_WRITABLE and not pte_write(new) and _can_be_writable(vma, pfn, new):
-        new = pte_mkwrite(new)
-    set_pte(mm, address, pte, new)
-    if _pte_needs_flush(old, new):
-        tlb.remove_tlb_entry(address)
-    return 1
+def can_change_pte_writable(vma: VmArea, entry: int) -> bool:
+    """Whether an entry without the right to write may get it without a fault.
 
-
-def _can_be_writable(vma: VmArea, pfn: int, entry: int) -> bool:
-    """can_change_private_pte_writable: an exclusive page needs no COW, so no fault either."""
-    if pte_protnone(entry) or pfn < 0:
+    Private: an exclusive page needs no COW. Shared: a dirty entry was told to the file system before.
+    """
+    if not vma.flags & VM_WRITE or pte_protnone(entry) or userfaultfd_pte_wp(vma, entry):
         return False
     if not vma.flags & VM_SOFTDIRTY and not entry & _PAGE_SOFT_DIRTY:
         return False
-    flags = vma.mm.host.pages.flags[pfn]
-    return flags & (PG_anon | PG_anon_exclusive) == PG_anon | PG_anon_exclusive
-
-
-def _change_nonpresent(mm: MmStruct, address: int, pte: int, entry: int) -> int:
-    swp = pte_to_swp_entry(entry)
-    if not is_writable_migration_entry(swp):
-        return 0
-    new = swp_entry_to_pte(swp_entry(SWP_MIGRATION_READ_EXCLUSIVE, swp_offset(swp)))
-    set_pte(mm, address, pte, new | (entry & _PAGE_SWP_SOFT_DIRTY))
-    return 1
+    if vma.flags & VM_SHARED:
+        return pte_dirty(entry)
+    host = vma.mm.host
+    pfn = vm_normal_page(host, entry)
+    wanted = PG_anon | PG_anon_exclusive
+    return pfn >= 0 and host.pages.flags[pfn] & wanted == wanted

@@ -29,6 +29,7 @@ from host_mm.mm_types import VM_DONTEXPAND, VM_LOCKED, VM_LOCKED_MASK, VM_PFNMAP
 from host_mm.mmap import MAP_FIXED, do_vmi_munmap, get_unmapped_area
 from host_mm.move_page_tables import move_page_tables
 from host_mm.rmap import anon_vma_clone, unlink_anon_vmas
+from host_mm.userfaultfd_k import mremap_userfaultfd_prep
 from host_mm.vma import insert_vma, vm_area_dup, vma_merge_new_range
 
 if TYPE_CHECKING:
@@ -246,6 +247,7 @@ class _Remap:
             do_vmi_munmap(mm, self.new_addr, self.new_addr + self.new_len, downgrade=False)
             self.populate_expand = False
             raise KernelError(ENOMEM, "no memory for page tables")
+        mremap_userfaultfd_prep(new)
         if self.flags & MREMAP_DONTUNMAP:
             vma.flags &= ~VM_LOCKED_MASK
             if new is not vma and self.addr == vma.start and self.addr + old_len == vma.end:

@@ -39,11 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "free_pgd_range", "free_tables", "mm_find_pmd", "move_table", "pgd_alloc", "pgd_free", "pmd_alloc",
-    "pmd_entries", "pmd_lock", "pmd_lockptr", "pmd_offset", "pmd_slots", "pte_alloc", "pte_alloc_one", "pte_clear", "pte_free",
-    "pte_lockptr", "pte_offset_map", "pte_offset_map_lock", "ptep_clear_flush", "ptep_get",
-    "ptep_get_and_clear",
-    "ptep_set_access_flags", "ptep_set_wrprotect", "ptep_test_and_clear_young", "pud_alloc",
-    "pud_entries", "pud_offset", "set_pmd", "set_pte",
+    "pmd_entries", "pmd_lock", "pmd_lockptr", "pmd_offset", "pmd_slots", "pte_alloc", "pte_alloc_one",
+    "pte_clear", "pte_free", "pte_lockptr", "pte_offset_map", "pte_offset_map_lock", "ptep_clear_flush",
+    "ptep_get", "ptep_get_and_clear", "ptep_set_access_flags", "ptep_set_wrprotect",
+    "ptep_test_and_clear_young", "pud_alloc", "pud_entries", "pud_offset", "set_pmd", "set_pte",
 ]
 
 

@@ -19,9 +19,12 @@ __all__ = ["Process"]
 
 
 class Process:
-    """A process. `alive` ends with exit_process; `home_node` is where its threads run."""
+    """A process. `alive` ends with exit_process; `home_node` is where its `threads` threads run, unless the
+    scheduler's task has a node of its own."""
 
-    __slots__ = ("alive", "children", "home_node", "host", "mm", "name", "oom_score_adj", "parent", "pid")
+    __slots__ = (
+        "alive", "children", "home_node", "host", "mm", "name", "oom_score_adj", "parent", "pid", "threads",
+    )
 
     def __init__(self, host: HostMm, pid: int, name: str, parent: Process | None = None) -> None:
         self.host = host
@@ -31,6 +34,7 @@ class Process:
         self.children: list[Process] = []
         self.home_node: int = parent.home_node if parent is not None else 0
         self.oom_score_adj = 0
+        self.threads = 1
         self.alive = True
         self.mm: MmStruct
 

@@ -4,15 +4,15 @@ Source of truth: mm/rmap.c (try_to_unmap_one, try_to_migrate_one, try_to_unmap, 
 should_defer_flush), mm/migrate.c (remove_migration_pte); Linux 6.18.
 
 One bracket per VMA per folio, over all of the folio that lies in the VMA. A huge entry becomes a huge
-migration entry, or is split first (TTU_SPLIT_HUGE_PMD). With TTU_BATCH_FLUSH the entry is cleared and the flush only noted, so
-that the bracket ends before the primary flush: the caller flushes (try_to_unmap_flush) before it
-frees the page or starts I/O.
+migration entry, or is split first (TTU_SPLIT_HUGE_PMD). With TTU_BATCH_FLUSH the entry is cleared and
+the flush only noted, so that the bracket ends before the primary flush: the caller flushes
+(try_to_unmap_flush) before it frees the page or starts I/O.
 
 After the split the walk goes on with the small entries and the other VMAs, as in 6.18 stable; 6.18.2 stops
 there, so that it cannot split what two processes share.
 
-Not modelled: file pages, batches of entries of one large folio, hugetlb, device-private entries, should_defer_flush's look at the CPU
-mask (a flush is always deferred when asked).
+Not modelled: file pages, batches of entries of one large folio, hugetlb, device-private entries,
+should_defer_flush's look at the CPU mask (a flush is always deferred when asked).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_SPECIAL,
     _PAGE_SWP_EXCLUSIVE,
     _PAGE_SWP_SOFT_DIRTY,
+    _PAGE_SWP_UFFD_WP,
+    _PAGE_UFFD_WP,
     SWP_HWPOISON,
     SWP_MIG_DIRTY,
     SWP_MIG_YOUNG,
@@ -40,6 +42,7 @@ from host_mm.arch.x86.pgtable import (
     pte_dirty,
     pte_mkdirty,
     pte_mkold,
+    pte_mkuffd_wp,
     pte_mkwrite,
     pte_pfn,
     pte_to_swp_entry,
@@ -139,7 +142,8 @@ class _Unmap:
         return self._in_bracket(vma, address, self._unmap_locked, self._unmap_huge)
 
     def try_to_migrate_one(self, vma: VmArea, address: int) -> bool:
-        """Replace the entries of one VMA by migration entries; false ends the walk."""
+        """Replace the entries of one VMA, locked or not, by migration entries; false ends the walk."""
+        self.flags |= TTU_IGNORE_MLOCK
         return self._in_bracket(vma, address, self._set_migration_entry, self._migrate_huge)
 
     def _in_bracket(
@@ -154,7 +158,7 @@ class _Unmap:
         )
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
         ret = True
-        keep_locked = change == self._unmap_locked and vma.flags & VM_LOCKED and not self.flags & TTU_IGNORE_MLOCK
+        keep_locked = vma.flags & VM_LOCKED and not self.flags & TTU_IGNORE_MLOCK
         while walk.next():
             if keep_locked:
                 ret = False
@@ -249,6 +253,8 @@ class _Unmap:
             value |= _PAGE_SWP_EXCLUSIVE
         if old & _PAGE_SOFT_DIRTY:
             value |= _PAGE_SWP_SOFT_DIRTY
+        if old & _PAGE_UFFD_WP:
+            value |= _PAGE_SWP_UFFD_WP
         set_pte(mm, address, pte, value)
         return True
 
@@ -270,6 +276,8 @@ class _Unmap:
         value = swp_entry_to_pte(entry)
         if old & _PAGE_SOFT_DIRTY:
             value |= _PAGE_SWP_SOFT_DIRTY
+        if old & _PAGE_UFFD_WP:
+            value |= _PAGE_SWP_UFFD_WP
         set_pte(mm, address, pte, value)
         if (t := host.trace.set_migration_pte) is not None:
             t(address, value, 0)
@@ -347,6 +355,8 @@ def _restore_pte(vma: VmArea, walk: PageVmaMappedWalk, src: int, dst: int) -> No
         value &= ~_PAGE_SOFT_DIRTY
     if kind == SWP_MIGRATION_WRITE:
         value = pte_mkwrite(value)
+    elif old & _PAGE_SWP_UFFD_WP:
+        value = pte_mkuffd_wp(value)
     folio_add_anon_rmap_pte(host, page, vma, walk.address, exclusive=kind != SWP_MIGRATION_READ)
     set_pte(mm, walk.address, walk.pte, value)
     if (t := host.trace.remove_migration_pte) is not None:
@@ -365,6 +375,8 @@ def _map_unused_to_zeropage(vma: VmArea, walk: PageVmaMappedWalk, pfn: int) -> b
     value = mk_pte(host.zero_pfn, vma.page_prot) | _PAGE_SPECIAL
     if ptep_get(mm, walk.pte) & _PAGE_SWP_SOFT_DIRTY:
         value |= _PAGE_SOFT_DIRTY
+    if ptep_get(mm, walk.pte) & _PAGE_SWP_UFFD_WP:
+        value = pte_mkuffd_wp(value)
     set_pte(mm, walk.address, walk.pte, value)
     mm.rss[MM_ANONPAGES] -= 1
     return True

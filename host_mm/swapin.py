@@ -21,7 +21,6 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_SWP_EXCLUSIVE,
     _PAGE_SWP_SOFT_DIRTY,
     _PAGE_SWP_UFFD_WP,
-    _PAGE_UFFD_WP,
     SWP_HWPOISON,
     SWP_PFN_MASK,
     is_migration_entry,
@@ -30,6 +29,7 @@ from host_mm.arch.x86.pgtable import (
     non_swap_entry,
     pte_mkdirty,
     pte_mksoft_dirty,
+    pte_mkuffd_wp,
     pte_mkwrite,
     pte_to_swp_entry,
     swp_offset,
@@ -66,6 +66,7 @@ from host_mm.page_io import swap_read_folio
 from host_mm.pgtable_generic import pte_lockptr, pte_offset_map_lock, ptep_get, set_pte
 from host_mm.rmap import folio_add_anon_rmap_pte, folio_add_new_anon_rmap
 from host_mm.swap_state import folio_free_swap, read_swap_cache, swap_cache_del_folio, swap_cache_get_folio
+from host_mm.userfaultfd_k import userfaultfd_pte_wp
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -217,10 +218,11 @@ def _new_entry(vmf: VmFault, pfn: int, entry: int, *, copied: bool) -> tuple[boo
     if old & _PAGE_SWP_SOFT_DIRTY:
         pte = pte_mksoft_dirty(pte)
     if old & _PAGE_SWP_UFFD_WP:
-        pte |= _PAGE_UFFD_WP
+        pte = pte_mkuffd_wp(pte)
     if host.profile.anon_exclusive:
         reuse = not ksm and (exclusive or host.pages.refcount[pfn] == 1)
-    if reuse and vma.flags & VM_WRITE and not pte & _PAGE_UFFD_WP and not _needs_soft_dirty_wp(vma, pte):
+    tracked = userfaultfd_pte_wp(vma, pte) or _needs_soft_dirty_wp(vma, pte)
+    if reuse and vma.flags & VM_WRITE and not tracked:
         pte = pte_mkwrite(pte)
         if vmf.flags & FAULT_FLAG_WRITE:
             pte = pte_mkdirty(pte)

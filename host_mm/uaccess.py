@@ -11,7 +11,7 @@ from __future__ import annotations
 from errno import EFAULT
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.fault import translate
+from host_mm.arch.x86.fault import translate, translate_nofault
 from host_mm.arch.x86.pgtable import TASK_SIZE
 from host_mm.kernel.errors import KernelError
 from host_mm.mm_types import VM_FAULT_BADMAP, VM_FAULT_HWPOISON, VM_FAULT_OOM, VM_FAULT_SIGBUS
@@ -19,7 +19,7 @@ from host_mm.mm_types import VM_FAULT_BADMAP, VM_FAULT_HWPOISON, VM_FAULT_OOM, V
 if TYPE_CHECKING:
     from host_mm.process import Process
 
-__all__ = ["copy_from_user", "copy_to_user"]
+__all__ = ["copy_from_user", "copy_from_user_nofault", "copy_to_user"]
 
 _WHY = (
     (VM_FAULT_BADMAP, "no mapping allows it"), (VM_FAULT_OOM, "out of memory"),
@@ -42,6 +42,21 @@ def copy_from_user(process: Process, hva: int, length: int) -> bytes:
     while length > 0:
         size = min(length, 4096 - (hva & 4095))
         pfn = _frame(process, hva, False)
+        parts.append(ram.read((pfn << 12) + (hva & 4095), size))
+        hva += size
+        length -= size
+    return b"".join(parts)
+
+
+def copy_from_user_nofault(process: Process, hva: int, length: int) -> bytes | None:
+    """The same with page faults disabled: None where one would be needed."""
+    mm, ram = process.mm, process.host.ram
+    parts: list[bytes] = []
+    while length > 0:
+        size = min(length, 4096 - (hva & 4095))
+        pfn = translate_nofault(mm, hva, write=False) if 0 <= hva < TASK_SIZE else -1
+        if pfn < 0:
+            return None
         parts.append(ram.read((pfn << 12) + (hva & 4095), size))
         hva += size
         length -= size

@@ -29,10 +29,11 @@ from host_mm.rmap import anon_vma_clone, unlink_anon_vmas
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct
+    from host_mm.userfaultfd_k import UserfaultfdCtx
 
 __all__ = [
-    "insert_vma", "remove_vma", "split_vma", "vm_area_dup", "vm_get_page_prot",
-    "vma_merge_new_range", "vma_modify_flags",
+    "insert_vma", "remove_vma", "split_vma", "vm_area_dup", "vm_get_page_prot", "vma_merge_new_range",
+    "vma_modify_flags", "vma_modify_flags_uffd",
 ]
 
 
@@ -57,6 +58,7 @@ def vm_area_dup(vma: VmArea, mm: MmStruct) -> VmArea:
     new.ops = vma.ops
     new.policy = vma.policy
     new.private_data = vma.private_data
+    new.userfaultfd_ctx = vma.userfaultfd_ctx
     return new
 
 
@@ -114,8 +116,8 @@ def split_vma(vma: VmArea, address: int, *, new_below: bool) -> VmArea:
 
 
 # -- merging ------------------------------------------------------------------------------------
-def _same_kind(vma: VmArea, flags: int, template: VmArea | None) -> bool:
-    if (vma.flags ^ flags) & ~VM_SOFTDIRTY:
+def _same_kind(vma: VmArea, flags: int, template: VmArea | None, uffd_ctx: UserfaultfdCtx | None) -> bool:
+    if (vma.flags ^ flags) & ~VM_SOFTDIRTY or vma.userfaultfd_ctx is not uffd_ctx:
         return False
     if template is None:
         return vma.file is None and vma.ops is None and vma.policy is None
@@ -150,15 +152,16 @@ def vma_merge_new_range(
     """
     if flags & VM_SPECIAL:
         return None
+    uffd_ctx = template.userfaultfd_ctx
     previous = mm.vma_lookup(start - 1) if start else None
     following = mm.vma_lookup(end)
     left = (
-        previous is not None and _same_kind(previous, flags, template)
+        previous is not None and _same_kind(previous, flags, template, uffd_ctx)
         and _anon_vmas_merge(previous, copied_from)
         and previous.pgoff + ((start - previous.start) >> 12) == template.pgoff
     )
     right = (
-        following is not None and _same_kind(following, flags, template)
+        following is not None and _same_kind(following, flags, template, uffd_ctx)
         and _anon_vmas_merge(following, copied_from)
         and following.pgoff == template.pgoff + ((end - start) >> 12)
     )
@@ -206,7 +209,9 @@ def _swallow(vma: VmArea) -> None:
     unlink_anon_vmas(vma)
 
 
-def _merge_existing(vma: VmArea, start: int, end: int, flags: int) -> VmArea | None:
+def _merge_existing(
+    vma: VmArea, start: int, end: int, flags: int, uffd_ctx: UserfaultfdCtx | None
+) -> VmArea | None:
     """[start, end) of `vma` gets `flags`: give it to a neighbour that has them already."""
     mm = vma.mm
     left_side, right_side = start == vma.start, end == vma.end
@@ -214,8 +219,8 @@ def _merge_existing(vma: VmArea, start: int, end: int, flags: int) -> VmArea | N
         return None
     previous = mm.vma_lookup(start - 1) if left_side and start else None
     following = mm.vma_lookup(end) if right_side else None
-    left = previous is not None and _fits(previous, vma, flags)
-    right = following is not None and _fits(following, vma, flags)
+    left = previous is not None and _fits(previous, vma, flags, uffd_ctx)
+    right = following is not None and _fits(following, vma, flags, uffd_ctx)
     if left and right and not _sides_share(previous, following):
         right = False
     if left:
@@ -227,9 +232,9 @@ def _merge_existing(vma: VmArea, start: int, end: int, flags: int) -> VmArea | N
     return None
 
 
-def _fits(neighbour: VmArea, vma: VmArea, flags: int) -> bool:
+def _fits(neighbour: VmArea, vma: VmArea, flags: int, uffd_ctx: UserfaultfdCtx | None) -> bool:
     return (
-        _same_kind(neighbour, flags, vma) and _anon_vmas_merge(neighbour, vma)
+        _same_kind(neighbour, flags, vma, uffd_ctx) and _anon_vmas_merge(neighbour, vma)
         and neighbour.pgoff - (neighbour.start >> 12) == vma.pgoff - (vma.start >> 12)
     )
 
@@ -282,7 +287,14 @@ def vma_modify_flags(vma: VmArea, start: int, end: int, flags: int) -> VmArea:
 
     The caller sets the flags of a VMA that is returned unmerged.
     """
-    merged = _merge_existing(vma, start, end, flags)
+    return vma_modify_flags_uffd(vma, start, end, flags, vma.userfaultfd_ctx)
+
+
+def vma_modify_flags_uffd(
+    vma: VmArea, start: int, end: int, flags: int, uffd_ctx: UserfaultfdCtx | None
+) -> VmArea:
+    """As vma_modify_flags, for a range that is about to be registered with `uffd_ctx`."""
+    merged = _merge_existing(vma, start, end, flags, uffd_ctx)
     if merged is not None:
         return merged
     if vma.start < start:

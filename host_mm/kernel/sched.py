@@ -32,9 +32,10 @@ __all__ = ["RandomStrategy", "Scheduler", "Task", "WaitQueue"]
 
 
 class Task:
-    """One thread of the host: a vCPU, the VMM, kswapd, a host operation."""
+    """One thread of the host: a vCPU, the VMM, kswapd, a host operation. `node` is the NUMA node of the
+    CPU it runs on, -1 where its process is at home."""
 
-    __slots__ = ("blocked_on", "ctx", "done", "error", "glet", "held", "name", "no_preempt", "result")
+    __slots__ = ("blocked_on", "ctx", "done", "error", "glet", "held", "name", "no_preempt", "node", "result")
 
     def __init__(self, name: str, glet: greenlet.greenlet, vcpu: int = -1) -> None:
         self.name = name
@@ -42,6 +43,7 @@ class Task:
         self.ctx = TaskContext(name, vcpu)
         self.held: list[Any] = []
         self.no_preempt = 0
+        self.node = -1
         self.blocked_on = ""
         self.done = False
         self.result: Any = None

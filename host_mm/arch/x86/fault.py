@@ -38,7 +38,7 @@ from host_mm.pgtable_generic import pmd_offset, pte_offset_map
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct
 
-__all__ = ["do_user_addr_fault", "translate"]
+__all__ = ["do_user_addr_fault", "translate", "translate_nofault"]
 
 
 def do_user_addr_fault(mm: MmStruct, address: int, *, write: bool) -> int:
@@ -76,6 +76,15 @@ def _walk(mm: MmStruct, address: int, write: bool) -> int:
         u64[pte >> 3] = update
     mm.tlb.fill(address, (entry & PFN_MASK) >> 12, bool(update & _PAGE_RW and update & _PAGE_DIRTY))
     return (entry & PFN_MASK) >> 12
+
+
+def translate_nofault(mm: MmStruct, address: int, *, write: bool) -> int:
+    """The frame a user access reaches without a fault, or -1."""
+    pfn: int = mm.tlb.lookup(address, write)
+    if pfn >= 0:
+        return pfn
+    mm.host.sched.advance(COST_WALK)
+    return _walk(mm, address, write)
 
 
 def translate(mm: MmStruct, address: int, *, write: bool) -> int:

@@ -41,7 +41,9 @@ __all__ = [
     "PGDIR_SIZE",
     "PMD_SHIFT",
     "PMD_SIZE",
+    "PTE_MARKER_GUARD",
     "PTE_MARKER_POISONED",
+    "PTE_MARKER_UFFD_WP",
     "PTRS_PER_PTE",
     "PUD_SHIFT",
     "PUD_SIZE",
@@ -79,11 +81,13 @@ __all__ = [
     "_PAGE_USER",
     "decode_pte",
     "is_migration_entry",
+    "is_pte_marker",
     "is_swap_pmd",
     "is_swap_pte",
     "is_writable_migration_entry",
     "lookup_address_in_mm",
     "make_migration_entry",
+    "make_pte_marker",
     "mk_pmd",
     "mk_pte",
     "non_swap_entry",
@@ -92,16 +96,20 @@ __all__ = [
     "pmd_table",
     "pmd_trans_huge",
     "pte_dirty",
+    "pte_marker_get",
     "pte_mkclean",
     "pte_mkdirty",
     "pte_mkold",
     "pte_mksoft_dirty",
+    "pte_mkuffd_wp",
     "pte_mkwrite",
     "pte_mkyoung",
     "pte_modify",
+    "pte_none_mostly",
     "pte_pfn",
     "pte_present",
     "pte_protnone",
+    "pte_swp_uffd_wp_any",
     "pte_to_swp_entry",
     "pte_write",
     "pte_wrprotect",
@@ -162,7 +170,9 @@ SWP_MIGRATION_READ = 25
 SWP_MIGRATION_READ_EXCLUSIVE = 26
 SWP_MIGRATION_WRITE = 27
 SWP_PTE_MARKER = 31
+PTE_MARKER_UFFD_WP = 1
 PTE_MARKER_POISONED = 2
+PTE_MARKER_GUARD = 4
 _SWP_PFN_BITS = 46 - 12
 SWP_PFN_MASK = (1 << _SWP_PFN_BITS) - 1
 SWP_MIG_YOUNG = 1 << _SWP_PFN_BITS
@@ -249,6 +259,11 @@ def pte_mkold(pte: int) -> int:
 def pte_mksoft_dirty(pte: int) -> int:
     """Soft-dirty."""
     return pte | _PAGE_SOFT_DIRTY
+
+
+def pte_mkuffd_wp(pte: int) -> int:
+    """Write-protected by userfaultfd."""
+    return pte_wrprotect(pte | _PAGE_UFFD_WP)
 
 
 def pte_modify(pte: int, newprot: int) -> int:
@@ -339,6 +354,33 @@ def is_migration_entry(entry: int) -> bool:
 def is_writable_migration_entry(entry: int) -> bool:
     """Whether the page under migration was mapped writable."""
     return (entry >> SWP_TYPE_SHIFT) == SWP_MIGRATION_WRITE
+
+
+def make_pte_marker(marker: int) -> int:
+    """The entry that says PTE_MARKER_* of a page that is not there."""
+    return swp_entry_to_pte(swp_entry(SWP_PTE_MARKER, marker))
+
+
+def is_pte_marker(pte: int) -> bool:
+    """Whether the entry is a marker."""
+    return is_swap_pte(pte) and pte >> 59 == SWP_PTE_MARKER
+
+
+def pte_marker_get(pte: int) -> int:
+    """The PTE_MARKER_* bits of an entry, 0 if it is no marker."""
+    return swp_offset(pte_to_swp_entry(pte)) if is_pte_marker(pte) else 0
+
+
+def pte_none_mostly(pte: int) -> bool:
+    """Whether no page and no swap slot is behind the entry: it is empty or a marker."""
+    return not pte or is_pte_marker(pte)
+
+
+def pte_swp_uffd_wp_any(pte: int) -> bool:
+    """Whether a swap or migration entry or a marker is write-protected by userfaultfd."""
+    if not is_swap_pte(pte):
+        return False
+    return bool(pte & _PAGE_SWP_UFFD_WP) or bool(pte_marker_get(pte) & PTE_MARKER_UFFD_WP)
 
 
 def make_migration_entry(migration_type: int, pfn: int, *, young: bool, dirty: bool) -> int:
