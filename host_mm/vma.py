@@ -175,8 +175,7 @@ def vma_merge_new_range(
         _dup_anon_vma(previous, following)
         if copied_from is not None:
             _dup_anon_vma(previous, copied_from)
-        _swallow(following)
-        _expand(previous, previous.start, following.end)
+        _expand(previous, previous.start, following.end, following)
         return previous
     target = previous if left else following
     assert target is not None
@@ -186,14 +185,21 @@ def vma_merge_new_range(
     return target
 
 
-def _expand(vma: VmArea, start: int, end: int) -> None:
-    """vma_expand: rmap walks that are under way have looked at its old range only, so wait for them."""
+def _expand(vma: VmArea, start: int, end: int, swallowed: VmArea | None = None) -> None:
+    """vma_expand: rmap walks that are under way have looked at its old range only, so wait for them.
+
+    `swallowed` is the VMA whose range it takes over; it is hidden from walks only when that is done.
+    """
     rwsem = vma.anon_vma.root.rwsem if vma.anon_vma is not None else None
     if rwsem is not None:
         rwsem.lock()
+    if swallowed is not None:
+        remove_vma(swallowed)
     _set_range(vma, start, end)
     if rwsem is not None:
         rwsem.unlock()
+    if swallowed is not None:
+        unlink_anon_vmas(swallowed)
 
 
 def _sides_share(a: VmArea | None, b: VmArea | None) -> bool:
@@ -201,12 +207,6 @@ def _sides_share(a: VmArea | None, b: VmArea | None) -> bool:
     assert a is not None
     assert b is not None
     return a.anon_vma is None or b.anon_vma is None or a.anon_vma is b.anon_vma
-
-
-def _swallow(vma: VmArea) -> None:
-    """A VMA whose range another one takes over: out of the mm, its anon_vma links undone."""
-    remove_vma(vma)
-    unlink_anon_vmas(vma)
 
 
 def _merge_existing(
