@@ -1,8 +1,8 @@
 """The contract between a guest payload and the machine: ports, memory map, CPUID leaf, vmcalls.
 
-Every integer constant here is also a symbol of the payload assembler (guest_payloads/builder.py), so
-payload sources name them and never repeat a number. Nothing else of the machine is visible to a
-payload, and this module imports nothing of it.
+Every integer constant here, VMCALL_* too, is also a symbol of the payload assembler
+(guest_payloads/builder.py), so payload sources name them and never repeat a number. Nothing else of
+the machine is visible to a payload, and this module imports nothing of it.
 
 Sources of truth: kvm-unit-tests (serial 0x3f8 and isa-debug-exit 0xf4 dialect), the Multiboot 0.6.96
 specification, Intel SDM vol. 2A (CPUID leaves 40000000H-4FFFFFFFH are left to hypervisors).
@@ -25,6 +25,7 @@ The guest's memory (gpa):
     0xe100_0000  +---------------------------------------+
     0xfeb0_0000  | MMIO test device, 1 page              |  MMIO_TEST_GPA
     0xfeb1_0000  | never backed: open bus                |  OPEN_BUS_GPA
+    0xfeb2_0000  | RDMA engine, 1 page                   |  RDMA_GPA
 
 A vmcall: RAX = number, RBX, RCX, RDX, RSI = arguments; RAX on return is the result, >= 0 for success
 or a negative errno; no other register changes and RIP is behind the instruction. Where CPUID lacks the
@@ -44,20 +45,109 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
-    "CPUID_SIGNATURE", "CPUID_SIGNATURE_EBX", "CPUID_SIGNATURE_ECX", "CPUID_SIGNATURE_EDX",
-    "CPUID_SIGNATURE_LEAF", "EBUSY", "ECHILD", "EEXIST", "EFAULT", "EINVAL", "ENODATA", "ENOENT", "ENOMEM",
-    "ENOSYS", "EXIT_FAIL", "EXIT_OK", "EXIT_PORT", "EXIT_SKIPPED", "HEAP_BASE", "IMAGE_BASE",
-    "LAST_EXIT_CAUGHT", "LAST_EXIT_GPA", "LAST_EXIT_GVA", "LAST_EXIT_QUALIFICATION", "LAST_EXIT_REASON",
-    "LOW_MEMORY", "MMIO_COUNT", "MMIO_LAST_ACCESS", "MMIO_LAST_VALUE", "MMIO_STORE_SIZE", "MMIO_TEST_GPA",
-    "MMIO_TEST_SIZE", "OPEN_BUS_GPA", "PIC1_COMMAND", "PIC1_DATA", "PIC2_COMMAND", "PIC2_DATA",
-    "PIT_CHANNEL0", "PIT_COMMAND", "PIT_HZ", "PROT_EXEC", "PROT_READ", "PROT_WRITE", "SERIAL_PORT",
-    "SLOT_TEST_GPA", "VMCALLS", "VMCALL_AGE", "VMCALL_CHILD_EXIT", "VMCALL_CHILD_READ", "VMCALL_CPU_COUNT",
-    "VMCALL_DIRTY_LOG", "VMCALL_DMA_WRITE", "VMCALL_DONTNEED", "VMCALL_EPT_AD", "VMCALL_EPT_RESTORE",
-    "VMCALL_EPT_SET", "VMCALL_FORK", "VMCALL_GET_DIRTY", "VMCALL_HOST_READ", "VMCALL_HOST_WRITE",
-    "VMCALL_KVM_MAP_WRITE", "VMCALL_LAST_EXIT", "VMCALL_MAP_LEVEL", "VMCALL_MIGRATE", "VMCALL_MIRROR_READ",
-    "VMCALL_MMIO_DEVICE", "VMCALL_PROTECT", "VMCALL_PROTECT_FAULTS", "VMCALL_RECLAIM", "VMCALL_SLOT_CREATE",
-    "VMCALL_SLOT_DELETE", "VMCALL_SLOT_MOVE", "VMCALL_SLOT_RESTORE", "VMCALL_START_CPU", "VMCALL_SWAP_OUT",
-    "VMCALL_WEATHER", "Vmcall", "cpuid_signature_leaf", "vmcall_by_name", "vmcall_by_number",
+    "CPUID_SIGNATURE",
+    "CPUID_SIGNATURE_EBX",
+    "CPUID_SIGNATURE_ECX",
+    "CPUID_SIGNATURE_EDX",
+    "CPUID_SIGNATURE_LEAF",
+    "EBUSY",
+    "ECHILD",
+    "EEXIST",
+    "EFAULT",
+    "EINVAL",
+    "ENODATA",
+    "ENOENT",
+    "ENOMEM",
+    "ENOSYS",
+    "EXIT_FAIL",
+    "EXIT_OK",
+    "EXIT_PORT",
+    "EXIT_SKIPPED",
+    "HEAP_BASE",
+    "IMAGE_BASE",
+    "LAST_EXIT_CAUGHT",
+    "LAST_EXIT_GPA",
+    "LAST_EXIT_GVA",
+    "LAST_EXIT_QUALIFICATION",
+    "LAST_EXIT_REASON",
+    "LOW_MEMORY",
+    "MMIO_COUNT",
+    "MMIO_LAST_ACCESS",
+    "MMIO_LAST_VALUE",
+    "MMIO_STORE_SIZE",
+    "MMIO_TEST_GPA",
+    "MMIO_TEST_SIZE",
+    "OPEN_BUS_GPA",
+    "PIC1_COMMAND",
+    "PIC1_DATA",
+    "PIC2_COMMAND",
+    "PIC2_DATA",
+    "PIT_CHANNEL0",
+    "PIT_COMMAND",
+    "PIT_HZ",
+    "PROT_EXEC",
+    "PROT_READ",
+    "PROT_WRITE",
+    "RDMA_COMPLETED",
+    "RDMA_CQ",
+    "RDMA_CQE_SIZE",
+    "RDMA_DOORBELL",
+    "RDMA_ERROR",
+    "RDMA_FETCH_ADD",
+    "RDMA_GPA",
+    "RDMA_MAX_BYTES",
+    "RDMA_READ",
+    "RDMA_READY",
+    "RDMA_RESET",
+    "RDMA_RING_ENTRIES",
+    "RDMA_RING_KEY",
+    "RDMA_SIZE",
+    "RDMA_SQ",
+    "RDMA_STATE",
+    "RDMA_WQE_SIZE",
+    "RDMA_WRITE",
+    "SERIAL_PORT",
+    "SLOT_TEST_GPA",
+    "VMCALLS",
+    "VMCALL_AGE",
+    "VMCALL_CHILD_EXIT",
+    "VMCALL_CHILD_READ",
+    "VMCALL_CPU_COUNT",
+    "VMCALL_DIRTY_LOG",
+    "VMCALL_DMA_WRITE",
+    "VMCALL_DONTNEED",
+    "VMCALL_EPT_AD",
+    "VMCALL_EPT_RESTORE",
+    "VMCALL_EPT_SET",
+    "VMCALL_FORK",
+    "VMCALL_GET_DIRTY",
+    "VMCALL_HOST_READ",
+    "VMCALL_HOST_WRITE",
+    "VMCALL_KVM_MAP_WRITE",
+    "VMCALL_LAST_EXIT",
+    "VMCALL_MAP_LEVEL",
+    "VMCALL_MIGRATE",
+    "VMCALL_MIRROR_READ",
+    "VMCALL_MMIO_DEVICE",
+    "VMCALL_PROTECT",
+    "VMCALL_PROTECT_FAULTS",
+    "VMCALL_RECLAIM",
+    "VMCALL_SLOT_CREATE",
+    "VMCALL_SLOT_DELETE",
+    "VMCALL_SLOT_MOVE",
+    "VMCALL_SLOT_RESTORE",
+    "VMCALL_START_CPU",
+    "VMCALL_SWAP_OUT",
+    "VMCALL_WEATHER",
+    "WC_LOC_PROT_ERR",
+    "WC_LOC_QP_OP_ERR",
+    "WC_REM_ACCESS_ERR",
+    "WC_SUCCESS",
+    "WC_WR_FLUSH_ERR",
+    "Vmcall",
+    "cpuid_signature_leaf",
+    "vmcall_by_name",
+    "vmcall_by_number",
 ]
 
 CPUID_SIGNATURE_LEAF = 0x4000_0000
@@ -98,6 +188,32 @@ MMIO_LAST_VALUE = 0x808
 MMIO_COUNT = 0x810
 """u32: accesses to the plain bytes so far; a store of any value sets it to 0. Other offsets read all ones."""
 
+RDMA_GPA = 0xFEB2_0000
+RDMA_SIZE = 0x1000
+RDMA_SQ = 0x00
+"""u64: gpa of the send ring. A store resets the queue: nothing produced, nothing completed, ready."""
+RDMA_CQ = 0x08
+"""u64: gpa of the completion ring; its entry n belongs to request n of the send ring."""
+RDMA_RING_KEY = 0x10
+"""u32: key of the memory region that both rings lie in."""
+RDMA_STATE = 0x14
+"""u32, read only: RDMA_RESET, RDMA_READY, or RDMA_ERROR after a request failed."""
+RDMA_DOORBELL = 0x18
+"""u32: how many requests were produced since the reset; a store makes the engine look."""
+RDMA_COMPLETED = 0x1C
+"""u32, read only: how many of them have their completion. Other offsets read all ones."""
+RDMA_RESET, RDMA_READY, RDMA_ERROR = 0, 1, 2
+RDMA_RING_ENTRIES = 64
+RDMA_WQE_SIZE = 64
+"""u32 opcode, wr_id, lkey, rkey; u64 laddr, raddr; u32 length, 0; u64 operand of the fetch-add; zeros."""
+RDMA_CQE_SIZE = 16
+"""u32 wr_id, status (WC_*); u64 the request's number, from 1: written last, so it says that the rest is."""
+RDMA_MAX_BYTES = 0x1_0000
+RDMA_WRITE, RDMA_READ, RDMA_FETCH_ADD = 1, 2, 3
+"""Opcodes: local to remote; remote to local; add the operand to 8 remote bytes, what was there to local."""
+WC_SUCCESS, WC_LOC_QP_OP_ERR, WC_LOC_PROT_ERR, WC_WR_FLUSH_ERR, WC_REM_ACCESS_ERR = 0, 2, 4, 5, 10
+"""Statuses (enum ib_wc_status): bad request; local key or address; behind a failed one; the remote's."""
+
 ENOENT, ECHILD, ENOMEM, EFAULT, EBUSY, EEXIST, EINVAL, ENOSYS, ENODATA = 2, 10, 12, 14, 16, 17, 22, 38, 61
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 
@@ -133,6 +249,11 @@ VMCALL_DMA_WRITE = 0x5246_0081
 VMCALL_KVM_MAP_WRITE = 0x5246_0082
 VMCALL_KSM_MERGE = 0x5246_0090
 VMCALL_KSM_UNMERGE = 0x5246_0091
+VMCALL_RDMA_REGISTER = 0x5246_01B0
+VMCALL_RDMA_DEREGISTER = 0x5246_01B1
+VMCALL_RDMA_PEER_READ = 0x5246_01B2
+VMCALL_RDMA_PEER_WRITE = 0x5246_01B3
+VMCALL_RDMA_PEER_ADD = 0x5246_01B4
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
@@ -283,6 +404,18 @@ VMCALLS: tuple[Vmcall, ...] = (
            "the zero page; -EINVAL for other values. Other CPUs go on meanwhile."),
     Vmcall(VMCALL_KSM_UNMERGE, "ksm_unmerge", ("gpa", "pages"), "0", ("ENOMEM",),
            "madvise(MADV_UNMERGEABLE): every merged page of the range is copied to a frame of its own."),
+    Vmcall(VMCALL_RDMA_REGISTER, "rdma_register", ("gpa", "pages", "pinned"), "a key >= 1", ("ENOMEM",),
+           "The VMM registers the range with the RDMA engine (RDMA_GPA), whose addresses are then the gpas: "
+           "on demand (pinned = 0: the engine faults pages in and loses them to the host like the guest "
+           "does) or pinned for good (1). The range must lie in one slot. -EINVAL for another `pinned`."),
+    Vmcall(VMCALL_RDMA_DEREGISTER, "rdma_deregister", ("key",), "0", ("ENOENT",),
+           "The key opens nothing any more; waits for the request that works on its region."),
+    Vmcall(VMCALL_RDMA_PEER_READ, "rdma_peer_read", ("key", "gpa", "size"), "the value, zero-extended",
+           ("ENOENT",), "The engine's peer reads `size` bytes (1, 2, 4 or 8) of the region."),
+    Vmcall(VMCALL_RDMA_PEER_WRITE, "rdma_peer_write", ("key", "gpa", "value", "size"), "0", ("ENOENT",),
+           "The engine's peer stores the low `size` bytes of `value` into the region."),
+    Vmcall(VMCALL_RDMA_PEER_ADD, "rdma_peer_add", ("key", "gpa", "value"), "what was there", ("ENOENT",),
+           "The engine's peer adds `value` to the 8 bytes at `gpa`, aligned to 8, at once."),
     Vmcall(VMCALL_PAGE_IDLE_SET, "page_idle_set", ("gpa", "pages"), "frames made idle", (),
            "Sets the idle bits of the range's frames; accessed bits of host and guest are cleared. Frames "
            "on no LRU list, and pages without a frame, do not count."),

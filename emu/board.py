@@ -26,6 +26,7 @@ from emu.devices.exitport import ExitPort
 from emu.devices.mmio_test import MmioTestDevice
 from emu.devices.pic import PicPair
 from emu.devices.pit import Pit
+from emu.devices.rdma import RdmaDevice
 from emu.devices.serial import Serial
 from emu.hostops import OPERATIONS, TRACEPOINTS, perform
 from emu.memory import PROT_RW, GuestMemory
@@ -33,6 +34,7 @@ from emu.vmm import Vmm
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.sched import Task, WaitQueue
 from kvm_model.kvm_main import Kvm
+from kvm_model.profile import PROFILES
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
 from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from emu.host import Host
     from emu.loaders.image import Image
     from emu.operations.instrument import ArmedEntry
-    from host_mm.hmm import HmmMirror
+    from host_mm.hmm_mirror import HmmMirror
     from kvm_model.vcpu import Vcpu
 
 __all__ = ["Board", "Stop"]
@@ -103,12 +105,13 @@ class Board:
         self.moved_back = WaitQueue(host.sched, "guest memory moved back")
         self.process = host.mm.create_process("vmm")
         self.vmm = Vmm(host.mm, self.process)
+        self.rdma = RdmaDevice(host.mm, self.process)
         self._make_devices()
         self.cpu = UnicornCpu(host.mm, host.sched, interpreted=interpreted, params=config.params)
         self.cpu.exit_filter = self._exit_filter
         self.kvm = Kvm(
-            host.mm, self.process, self.cpu, params=config.params, breaks=frozenset(config.breaks),
-            checks=config.checks,
+            host.mm, self.process, self.cpu, profile=PROFILES[config.profile], params=config.params,
+            breaks=frozenset(config.breaks), checks=config.checks,
         )
         self.vcpus = [self.kvm.create_vcpu(n) for n in range(config.vcpus)]
         self.vcpus[0].irq_source = self.pic
@@ -218,7 +221,7 @@ class Board:
             vcpu.complete_io(self.bus.read(out.port, out.size))
 
     def _serve_mmio(self, vcpu: Vcpu, out: UserExit) -> None:
-        device = self.mmio_test
+        device: MmioTestDevice | RdmaDevice = self.rdma if self.rdma.covers(out.gpa) else self.mmio_test
         if out.write:
             if device.covers(out.gpa):
                 device.write(out.gpa, out.size, out.data)
@@ -290,9 +293,10 @@ class Board:
         threads = [t for t in self.threads if t.task is not None and not t.parked()]
         for thread in threads:
             self.kvm.request_exit(thread.vcpu)
-        if threads or self.operations_inside:
+        self.rdma.closing = True
+        if threads or self.operations_inside or self.rdma.running:
             self.host.sched.run_until(
-                lambda: not self.operations_inside and all(t.parked() for t in threads)
+                lambda: not (self.operations_inside or self.rdma.running) and all(t.parked() for t in threads)
             )
 
     def close(self) -> None:
@@ -308,6 +312,8 @@ class Board:
             for mirror in self.mirrors.values():
                 mirror.close()
             self.vmm.exit()
+            # As the VMM's file of the device, closed after its address space is gone.
+            self.rdma.close()
             self.kvm.destroy()
 
         self.host.sched.run_task("vmm-exit", teardown)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth
-from host_mm.truths import audit
+from host_mm.truths import audit, nothing_left
 
 if TYPE_CHECKING:
     from emu.host import Host
@@ -81,6 +81,11 @@ class Checker:
         """References and counts, once no daemon works and no I/O is under way."""
         self.rest()
         audit(self.host.mm)
+
+    def leaks(self) -> None:
+        """Every VM is gone: nothing may be left of them, nor of what they asked of the host."""
+        self.host.sched.run_task("shutdown", self.host.mm.shutdown)
+        nothing_left(self.host.mm)
 
     def rest(self) -> None:
         """Bring the host's mm to rest."""

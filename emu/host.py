@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.host import HostMm
 from host_mm.kernel.sched import RandomStrategy, Scheduler
+from host_mm.profile import PROFILES
 from trace_events.stream import TraceStream
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ class Host:
 
     `params` are module parameters under the kernel's names plus `sched.strategy=random` and
     `sched.period=N`, which make the scheduler switch at one point in N, decided by `seed`.
-    `breaks` are the protocol steps left out. With `checks` every truth is checked while running.
+    `profile` names the kernel. `breaks` are the protocol steps left out. With `checks` every truth is
+    checked while running.
     """
 
     def __init__(
@@ -30,12 +32,14 @@ class Host:
         swap: int | None,
         seed: int = 0,
         nodes: int = 2,
+        profile: str = "linux-6.18",
         params: dict[str, str] | None = None,
         breaks: frozenset[str] = frozenset(),
         checks: bool = False,
         swap_path: str | None = None,
     ) -> None:
         self.seed = seed
+        self.profile = profile
         self.params = dict(params or {})
         self.breaks = breaks
         self.stream = TraceStream()
@@ -50,6 +54,7 @@ class Host:
             swap_path=swap_path,
             nodes=nodes,
             seed=seed,
+            profile=PROFILES[profile],
             params=self.params,
             breaks=breaks,
             checks=checks,
@@ -79,6 +84,7 @@ class Host:
             board.close()
         if checker is not None:
             checker.audit()
+            checker.leaks()
         self.abandon()
 
     def abandon(self) -> None:

@@ -26,7 +26,10 @@ from trace_events.tracepoint import Tracepoint
 if TYPE_CHECKING:
     from emu.board import Board
 
-__all__ = ["HOST_OP", "OPERATIONS", "TRACEPOINTS", "HostOperation", "bind_arguments", "perform"]
+__all__ = [
+    "HOST_OP", "LEAVES_EITHER", "LEAVES_GIVEN", "LEAVES_SAME", "LEAVES_ZEROS", "OPERATIONS", "TRACEPOINTS",
+    "HostOperation", "bind_arguments", "operation", "perform",
+]
 
 HOST_OP = Tracepoint(
     "refault", "host_op", ("op", "args"),
@@ -44,7 +47,7 @@ TRACEPOINTS = (HOST_OP, HOST_OP_DONE)
 class HostOperation(msgspec.Struct, frozen=True):
     """One operation. `example` is a call that works on a running guest, as text for `vm.host.`;
     `events` are the mmu notifier events that it fires until it returns, in order, the same event in
-    a row named once."""
+    a row named once. `leaves` says what the pages of its range hold afterwards: LEAVES_*."""
 
     name: str
     summary: str
@@ -52,12 +55,30 @@ class HostOperation(msgspec.Struct, frozen=True):
     events: tuple[str, ...]
     example: str
     run: Callable[..., int]
+    leaves: str
+
+    @property
+    def takes_a_range(self) -> bool:
+        """Whether it can be called with a guest range, `gpa` and `pages`, and nothing else."""
+        parameters = list(inspect.signature(self.run).parameters.values())[1:]
+        names, rest = [p.name for p in parameters[:2]], parameters[2:]
+        return names == ["gpa", "pages"] and all(p.default is not p.empty for p in rest)
 
 
 OPERATIONS: dict[str, HostOperation] = {}
 
+LEAVES_SAME = "same"
+"""What the guest stored: the operation is transparent."""
+LEAVES_ZEROS = "zeros"
+LEAVES_EITHER = "either"
+"""Each page holds what the guest stored or zeros, until it is written again."""
+LEAVES_GIVEN = "given"
+"""What the arguments say."""
 
-def operation(*events: str, example: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+
+def operation(
+    *events: str, example: str, leaves: str = LEAVES_SAME
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Register a function of (board, arguments...) under its own name; its docstring's first
     line is the summary."""
 
@@ -65,7 +86,7 @@ def operation(*events: str, example: str) -> Callable[[Callable[..., int]], Call
         name = fn.__name__.removesuffix("_")
         args = tuple(str(p) for p in list(inspect.signature(fn).parameters.values())[1:])
         summary = (fn.__doc__ or "").strip().splitlines()[0]
-        OPERATIONS[name] = HostOperation(name, summary, args, events, example, fn)
+        OPERATIONS[name] = HostOperation(name, summary, args, events, example, fn, leaves)
         return fn
 
     return register

@@ -120,7 +120,7 @@ def assemble(name_or_path: str | Path) -> Program:
     from guest_payloads.assemble import Assembler  # keystone: 30 ms that names and docs do not need
 
     path = _find(name_or_path)
-    constants = {name: value for name in abi.__all__ if type(value := getattr(abi, name)) is int}
+    constants = {name: value for name, value in vars(abi).items() if type(value) is int}
     source = Preprocessor(LIBRARY, constants)
     statements = source.run(path)
     program = Assembler(constants, source.equates, abi.IMAGE_BASE).assemble(statements, ENTRY, path.name)

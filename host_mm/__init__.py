@@ -16,12 +16,16 @@ Reading order:
     rmap.py rmap_unmap.py        from a page to its entries
     tlb.py mmu_gather.py         when the host's own translations go
     mmu_notifier.py              how secondary MMUs are told; mmu_notifier_types.py: what a bracket is
-    interval_notifier.py hmm.py  the other scheme, by sequence counts, and a device that uses it
+    interval_notifier.py         the other scheme, by sequence counts
+    hmm.py hmm_mirror.py         what a device learns of the tables, and a device that mirrors them
+    secondary_tables.py          where the truths find what devices translate by
+    memremap.py                  frames that are devices', not RAM
     lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
     shrink_folio_list.py         and how
     page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
+    swap_readahead.py zram.py zsmalloc.py            more than was asked for; swap that is RAM
     migrate.py oom_kill.py       to another frame; to nowhere
     ksm.py ksm_merge.py          equal pages become one; ksm_break.py: and are parted again
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped

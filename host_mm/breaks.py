@@ -3,10 +3,12 @@
 A switch is tested where the step stands: `if "no-primary-flush" not in host.breaks`. With a switch on,
 one of the checked truths is expected to fail.
 
-Each is shown at work by a command in refault/switch_runs.toml. Two more steps can be left out of a
-HostMm by its `breaks` alone, for tests of this room, as no payload asks for their operations yet:
-`ksm-ignore-refs` (KSM merges a page although somebody else holds a reference to it) and
-`mremap-flush-after-unlock` (mremap flushes the old range after the page-table locks are dropped).
+Each is shown at work by a command in refault/switch_runs.toml. Four more steps can be left out of a
+HostMm by its `breaks` alone, for tests of this room and of the RDMA engine, as no payload asks for their
+operations yet: `odp-no-dirty` and `odp-no-drain` (an invalidation does not mark dirty what the engine could
+write, or does not wait for its DMA), `ksm-ignore-refs` (KSM merges a page although somebody else holds a
+reference to it) and `mremap-flush-after-unlock` (mremap flushes the old range after the page-table locks
+are dropped).
 
 Not modelled: switches of the KVM side (kvm_model/breaks.py), and that reclaim drops a folio although it
 is dirty again: all who write through a reference lock the folio to say so, but KVM when it unmaps a

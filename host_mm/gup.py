@@ -10,7 +10,8 @@ it in between is given back. It never takes the zero page. Slow GUP faults under
 of anything else first makes one (unshare).
 
 Not modelled: huge pages, more than one page in a call, FOLL_LONGTERM's migration out of movable zones
-(there are none), pages of devices, signals (FOLL_INTERRUPTIBLE never interrupts).
+(there are none), pages of devices, signals (FOLL_INTERRUPTIBLE never interrupts), 5.10's FOLL_COW (a
+forced write there follows any dirty entry).
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def _ungrab(host: HostMm, pfn: int, flags: int) -> None:
 
 def _must_unshare(host: HostMm, vma: VmArea | None, flags: int, pfn: int) -> bool:
     """gup_must_unshare: a read-only pin of a page that a later write would COW away from it."""
-    if flags & (FOLL_WRITE | FOLL_PIN) != FOLL_PIN:
+    if flags & (FOLL_WRITE | FOLL_PIN) != FOLL_PIN or not host.profile.anon_exclusive:
         return False
     page_flags = host.pages.flags[pfn]
     if not page_flags & PG_anon:
@@ -276,7 +277,9 @@ def _can_follow_write_pte(vma: VmArea, entry: int, pfn: int, flags: int) -> bool
     """A forced write may use a read-only entry once the COW for it was done."""
     if not flags & FOLL_FORCE or vma.flags & VM_WRITE or not vma.flags & VM_MAYWRITE or pfn < 0:
         return False
-    return bool(vma.mm.host.pages.flags[pfn] & PG_anon_exclusive) and pte_dirty(entry)
+    host = vma.mm.host
+    owned = host.pages.flags[pfn] & PG_anon_exclusive or not host.profile.anon_exclusive
+    return bool(owned) and pte_dirty(entry)
 
 
 def _faultin_page(vma: VmArea, addr: int, flags: int, *, unshare: bool) -> int:

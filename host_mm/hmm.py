@@ -1,149 +1,284 @@
-"""A device that mirrors part of an address space: what interval notifiers are for.
+"""hmm_range_fault: what the CPU's tables say of a range, faulted in as asked, for a device's tables.
 
-Source of truth: mm/hmm.c: hmm_range_fault, hmm_vma_walk_pmd; Documentation/mm/hmm.rst (the driver's
-loop); drivers/infiniband/core/umem_odp.c as a user of it (Linux 6.18).
+Source of truth: mm/hmm.c, include/linux/hmm.h; Linux 6.18.
 
-The device holds no page references. It may keep a translation only while no bracket covers it: it
-reads the tables without their locks, takes its own lock, and publishes unless read_retry says that a
-bracket came in between.
+A word a page, in and out:
 
-    break no-interval-retry     the device publishes without asking
+     63     62     61     60          52..48  47        0
+    +------+------+------+----------+-+------+-----------+
+    | VALID| WRITE| ERROR| in = out | | order|   frame   |
+    +------+------+------+----------+-+------+-----------+
+      in: REQ_FAULT and REQ_WRITE are VALID and WRITE; order: log2 of the pages that one CPU entry maps
 
-Not modelled: device memory and migration to it, huge leaves, prefetch of ranges, device-private
-entries; a translation carries no accessed or dirty state back.
+The tables are read without their locks, so that what is found may be old already: the caller publishes
+it under a lock of its own, and only if mmu_interval_read_retry says no.
+
+Not modelled: huge swap and migration entries (faulted like empty ones), hugetlb's own walk, peer-to-peer
+DMA addresses.
 """
 
 from __future__ import annotations
 
-from errno import EBUSY, EFAULT
-from typing import TYPE_CHECKING
+from errno import EBUSY, EFAULT, EPERM
+from typing import TYPE_CHECKING, Any
 
-from host_mm.arch.x86.pgtable import pte_pfn, pte_present, pte_write, walk_lockless
-from host_mm.interval_notifier import (
-    MmuIntervalNotifier,
-    mmu_interval_check_retry,
-    mmu_interval_notifier_insert,
-    mmu_interval_notifier_remove,
-    mmu_interval_read_begin,
-    mmu_interval_read_retry,
-    mmu_interval_set_seq,
+from host_mm.arch.x86.pgtable import (
+    _PAGE_PSE,
+    PMD_SIZE,
+    SWP_PFN_MASK,
+    is_device_exclusive_entry,
+    is_device_private_entry,
+    is_migration_entry,
+    is_swap_pte,
+    is_writable_device_private_entry,
+    non_swap_entry,
+    pte_none_mostly,
+    pte_pfn,
+    pte_present,
+    pte_protnone,
+    pte_to_swp_entry,
+    pte_write,
+    swp_offset,
+    walk_lockless,
 )
-from host_mm.kernel.errors import KernelError
-from host_mm.kernel.locks import Mutex
-from host_mm.memory import handle_mm_fault
-from host_mm.mm_types import FAULT_FLAG_REMOTE, FAULT_FLAG_WRITE, VM_FAULT_ERROR, VM_READ, VM_WRITE
-from host_mm.mmu_notifier import mmu_notifier_range_blockable
-from trace_events.tracepoint import Tracepoint
+from host_mm.interval_notifier import MmuIntervalNotifier, mmu_interval_check_retry
+from host_mm.memory import handle_mm_fault, vm_normal_page
+from host_mm.memremap import page_pgmap
+from host_mm.mm_types import (
+    FAULT_FLAG_REMOTE,
+    FAULT_FLAG_WRITE,
+    VM_FAULT_ERROR,
+    VM_IO,
+    VM_PFNMAP,
+    VM_READ,
+    VM_WRITE,
+)
+from host_mm.pgtable_generic import pmd_offset
+from host_mm.swapin import migration_entry_wait
 
 if TYPE_CHECKING:
-    from host_mm.mm_types import MmStruct
-    from host_mm.mmu_notifier import MmuNotifierRange
-    from host_mm.process import Process
+    from host_mm.mm_types import VmArea
 
-__all__ = ["TRACEPOINTS", "HmmMirror", "hmm_range_fault"]
+__all__ = [
+    "HMM_PFN_DMA_MAPPED", "HMM_PFN_ERROR", "HMM_PFN_FLAGS", "HMM_PFN_REQ_FAULT", "HMM_PFN_REQ_WRITE",
+    "HMM_PFN_VALID", "HMM_PFN_WRITE", "HMM_RANGE_DEFAULT_TIMEOUT", "HmmRange", "hmm_pfn_to_map_order",
+    "hmm_range_fault",
+]
 
-MIRROR_MAP = Tracepoint(
-    "refault", "mirror_map", ("address", "pfn", "writable", "seq"),
-    lambda address, pfn, writable, seq: (
-        f"{address:#x} pfn {pfn:#x} {'rw' if writable else 'r-'} seq {seq}"
-    ),
-    doc="A mirroring device publishes a translation.",
-)
-MIRROR_UNMAP = Tracepoint(
-    "refault", "mirror_unmap", ("start", "end", "count"),
-    lambda start, end, count: f"{start:#x} -- {end:#x} {count} translations",
-    doc="A mirroring device drops what a bracket covers.",
-)
-TRACEPOINTS = (MIRROR_MAP, MIRROR_UNMAP)
+HMM_PFN_VALID = 1 << 63
+HMM_PFN_WRITE = 1 << 62
+HMM_PFN_ERROR = 1 << 61
+HMM_PFN_DMA_MAPPED = 1 << 60
+HMM_PFN_ORDER_SHIFT = 53
+HMM_PFN_FLAGS = ((1 << 64) - 1) & ~((1 << HMM_PFN_ORDER_SHIFT) - 1)
+HMM_PFN_REQ_FAULT = HMM_PFN_VALID
+HMM_PFN_REQ_WRITE = HMM_PFN_WRITE
+_INOUT = HMM_PFN_DMA_MAPPED
+HMM_RANGE_DEFAULT_TIMEOUT = 1_000_000_000
+"""ns after which a driver gives up on a range that is invalidated again and again."""
+
+_NEED_FAULT = 1
+_NEED_WRITE_FAULT = 2
 
 
-def hmm_range_fault(
-    sub: MmuIntervalNotifier, seq: int, address: int, *, write: bool
-) -> tuple[int, bool] | int:
-    """One page for the device: (frame, writable), faulted in as needed; or a negative errno.
+class HmmRange:
+    """struct hmm_range: [start, end) of the notifier's mm; `hmm_pfns` has a word for each page.
 
-    -EBUSY: a bracket came in between, begin again. mmap_lock is held for reading.
+    `notifier_seq` is mmu_interval_read_begin's answer. `dev_private_owner`: whose device-private pages are
+    reported as they are instead of being faulted back.
     """
-    mm = sub.mm
-    assert mm is not None
-    vma = mm.vma_lookup(address)
-    if vma is None or not vma.flags & (VM_WRITE if write else VM_READ):
-        return -EFAULT
+
+    __slots__ = (
+        "default_flags", "dev_private_owner", "end", "hmm_pfns", "notifier", "notifier_seq", "pfn_flags_mask",
+        "start",
+    )
+
+    def __init__(
+        self, notifier: MmuIntervalNotifier, start: int, end: int, *, default_flags: int = 0,
+        dev_private_owner: Any = None,
+    ) -> None:
+        self.notifier = notifier
+        self.notifier_seq = 0
+        self.start = start
+        self.end = end
+        self.hmm_pfns = [0] * ((end - start) >> 12)
+        self.default_flags = default_flags
+        self.pfn_flags_mask = 0
+        self.dev_private_owner = dev_private_owner
+
+
+def hmm_pfn_to_map_order(hmm_pfn: int) -> int:
+    """log2 of the pages that the CPU's entry behind this word maps."""
+    return hmm_pfn >> HMM_PFN_ORDER_SHIFT & 0x1F
+
+
+def hmm_range_fault(range_: HmmRange) -> int:
+    """Fill `range_.hmm_pfns`, faulting in what the flags ask for; 0 or a negative errno.
+
+    -EBUSY: a bracket came in between, begin again. -EFAULT: no mapping, or one for which there are no
+    pages. -EPERM: writing asked where the mapping is read-only. mmap_lock is held for reading.
+    """
+    walk = _HmmWalk(range_)
     while True:
-        if mmu_interval_check_retry(sub, seq):
+        if mmu_interval_check_retry(range_.notifier, range_.notifier_seq):
             return -EBUSY
-        entry, level = walk_lockless(mm.host.ram, mm.pgd, address)
-        if level == 1 and pte_present(entry) and (pte_write(entry) or not write):
-            return pte_pfn(entry), pte_write(entry)
-        ret = handle_mm_fault(vma, address, FAULT_FLAG_REMOTE | (FAULT_FLAG_WRITE if write else 0))
-        if ret & VM_FAULT_ERROR:
+        ret = walk.run()
+        if ret != -EBUSY:
+            return ret
+
+
+class _HmmWalk:
+    """struct hmm_vma_walk: words below `last` have their output, the others still their input."""
+
+    def __init__(self, range_: HmmRange) -> None:
+        mm = range_.notifier.mm
+        assert mm is not None
+        self.range = range_
+        self.mm = mm
+        self.host = mm.host
+        self.last = range_.start
+
+    def run(self) -> int:
+        """walk_page_range from `last` on; -EBUSY after a fault."""
+        address, end = self.last, self.range.end
+        while address < end:
+            vma = self.mm.find_vma(address)
+            if vma is None or vma.start >= end:
+                return self._no_pages(address, end)
+            if vma.start > address:
+                ret, following = self._no_pages(address, vma.start), vma.start
+            else:
+                following = min(end, vma.end)
+                usable = not vma.flags & (VM_IO | VM_PFNMAP) and vma.flags & VM_READ
+                ret = self._vma(vma, address, following) if usable else self._no_pages(address, following)
+            if ret:
+                return ret
+            address = following
+        return 0
+
+    def _no_pages(self, address: int, end: int) -> int:
+        """No VMA, or one that cannot be mirrored."""
+        if self._range_need_fault(address, end, 0):
             return -EFAULT
+        self._fill(address, end, HMM_PFN_ERROR)
+        return 0
+
+    def _vma(self, vma: VmArea, address: int, end: int) -> int:
+        while address < end:
+            entry, level = walk_lockless(self.host.ram, self.mm.pgd, address)
+            if level == 1:
+                ret, following = self._pte(vma, address, min(end, _boundary(address, PMD_SIZE)), entry)
+            else:
+                following = min(end, _boundary(address, 4096 << 9 * (level - 1)))
+                ret = self._upper(vma, address, following, entry, level)
+            if ret:
+                return ret
+            address = following
+        return 0
+
+    def _upper(self, vma: VmArea, address: int, end: int, entry: int, level: int) -> int:
+        """A huge leaf, or nothing at this level."""
+        flags = _cpu_flags(entry) if entry & _PAGE_PSE else 0
+        if flags:
+            flags |= 9 * (level - 1) << HMM_PFN_ORDER_SHIFT
+        required = self._range_need_fault(address, end, flags)
+        if required:
+            return self._fault(vma, address, end, required)
+        if not flags:
+            self._fill(address, end, 0)
+            return 0
+        mask = (1 << 9 * (level - 1)) - 1
+        pfn = (pte_pfn(entry) & ~mask) + (address >> 12 & mask)
+        for at in range(address, end, 4096):
+            self._store(at, flags | pfn)
+            pfn += 1
+        return 0
+
+    def _pte(self, vma: VmArea, address: int, end: int, entry: int) -> tuple[int, int]:
+        """hmm_vma_handle_pte: (0 or errno, next address). A fault takes in all of [address, end)."""
+        asked = self.range.hmm_pfns[(address - self.range.start) >> 12]
+        if is_swap_pte(entry) and not pte_none_mostly(entry):
+            return self._nonpresent(vma, address, end, entry, asked), address + 4096
+        flags = _cpu_flags(entry)
+        required = self._need_fault(asked, flags)
+        if required:
+            return self._fault(vma, address, end, required), address + 4096
+        mapped = not pte_none_mostly(entry)
+        word = flags | pte_pfn(entry) if mapped else 0
+        if mapped and vm_normal_page(self.host, entry) < 0 and pte_pfn(entry) != self.host.zero_pfn:
+            if self._need_fault(asked, 0):
+                return -EFAULT, address
+            word = HMM_PFN_ERROR
+        self._store(address, word)
+        return 0, address + 4096
+
+    def _nonpresent(self, vma: VmArea, address: int, end: int, entry: int, asked: int) -> int:
+        swp = pte_to_swp_entry(entry)
+        if is_device_private_entry(swp):
+            pfn = swp_offset(swp) & SWP_PFN_MASK
+            if page_pgmap(self.host, pfn).owner is self.range.dev_private_owner:
+                write = HMM_PFN_WRITE if is_writable_device_private_entry(swp) else 0
+                self._store(address, pfn | HMM_PFN_VALID | write)
+                return 0
+        required = self._need_fault(asked, 0)
+        if not required:
+            self._store(address, 0)
+            return 0
+        if is_migration_entry(swp):
+            self.last = address
+            migration_entry_wait(self.mm, pmd_offset(self.mm, address), address)
+            return -EBUSY
+        device = is_device_private_entry(swp) or is_device_exclusive_entry(swp)
+        faultable = device or not non_swap_entry(swp)
+        return self._fault(vma, address, end, required) if faultable else -EFAULT
+
+    def _fault(self, vma: VmArea, address: int, end: int, required: int) -> int:
+        """hmm_vma_fault: every page from here on, then the walk begins again."""
+        self.last = address
+        flags = FAULT_FLAG_REMOTE
+        if required & _NEED_WRITE_FAULT:
+            if not vma.flags & VM_WRITE:
+                return -EPERM
+            flags |= FAULT_FLAG_WRITE
+        for at in range(address, end, 4096):
+            if handle_mm_fault(vma, at, flags) & VM_FAULT_ERROR:
+                return -EFAULT
+        return -EBUSY
+
+    def _need_fault(self, asked: int, cpu_flags: int) -> int:
+        range_ = self.range
+        asked = asked & range_.pfn_flags_mask | range_.default_flags
+        if not asked & HMM_PFN_REQ_FAULT:
+            return 0
+        if asked & HMM_PFN_REQ_WRITE and not cpu_flags & HMM_PFN_WRITE:
+            return _NEED_FAULT | _NEED_WRITE_FAULT
+        return 0 if cpu_flags & HMM_PFN_VALID else _NEED_FAULT
+
+    def _range_need_fault(self, address: int, end: int, cpu_flags: int) -> int:
+        range_ = self.range
+        if not (range_.default_flags | range_.pfn_flags_mask) & HMM_PFN_REQ_FAULT:
+            return 0
+        first, last = (address - range_.start) >> 12, (end - range_.start) >> 12
+        required = 0
+        for asked in range_.hmm_pfns[first:last]:
+            required |= self._need_fault(asked, cpu_flags)
+        return required
+
+    def _store(self, address: int, word: int) -> None:
+        pfns = self.range.hmm_pfns
+        index = (address - self.range.start) >> 12
+        pfns[index] = pfns[index] & _INOUT | word
+
+    def _fill(self, address: int, end: int, word: int) -> None:
+        for at in range(address, end, 4096):
+            self._store(at, word)
 
 
-class HmmMirror(MmuIntervalNotifier):
-    """A device's translations of [start, start + length) of a process: vpn -> pfn << 1 | writable."""
+def _cpu_flags(entry: int) -> int:
+    if not pte_present(entry) or pte_protnone(entry):
+        return 0
+    return HMM_PFN_VALID | HMM_PFN_WRITE if pte_write(entry) else HMM_PFN_VALID
 
-    def __init__(self, process: Process) -> None:
-        super().__init__()
-        self.process = process
-        self.host = process.host
-        self.lock = Mutex(process.host.sched, "hmm_mirror")
-        self.sptes: dict[int, int] = {}
 
-    def open(self, start: int, length: int) -> None:
-        """Begin to watch. KernelError for a bad range."""
-        ret = mmu_interval_notifier_insert(self, self.process.mm, start, length)
-        if ret:
-            raise KernelError(-ret, f"cannot watch {start:#x}+{length:#x}")
-
-    def close(self) -> None:
-        """Drop everything and stop watching."""
-        with self.lock:
-            self.sptes.clear()
-        mmu_interval_notifier_remove(self)
-
-    def invalidate(self, range_: MmuNotifierRange, cur_seq: int) -> bool:
-        """Drop what the bracket covers, whatever its event."""
-        if mmu_notifier_range_blockable(range_):
-            self.lock.lock()
-        elif not self.lock.trylock():
-            return False
-        mmu_interval_set_seq(self, cur_seq)
-        first, last = range_.start >> 12, (range_.end - 1) >> 12
-        gone = [vpn for vpn in self.sptes if first <= vpn <= last]
-        for vpn in gone:
-            del self.sptes[vpn]
-        if gone and (t := self.host.trace.mirror_unmap) is not None:
-            t(range_.start, range_.end, len(gone))
-        self.lock.unlock()
-        return True
-
-    def access(self, address: int, *, write: bool) -> int:
-        """The device's translation of `address`, made if missing. KernelError(EFAULT)."""
-        spte = self.sptes.get(address >> 12)
-        while spte is None or (write and not spte & 1):
-            spte = self._fault(self.process.mm, address, write)
-        return spte >> 1
-
-    def _fault(self, mm: MmStruct, address: int, write: bool) -> int | None:
-        """The driver's loop, once: the published translation, or None to begin again."""
-        host = self.host
-        seq = mmu_interval_read_begin(self)
-        mm.mmap_lock.read_lock()
-        found = hmm_range_fault(self, seq, address, write=write)
-        mm.mmap_lock.read_unlock()
-        if isinstance(found, int):
-            if found == -EBUSY:
-                return None
-            raise KernelError(-found, f"the device cannot reach {address:#x}")
-        with self.lock:
-            if "no-interval-retry" not in host.breaks and mmu_interval_read_retry(self, seq):
-                return None
-            if host.checks is not None:
-                host.checks.interval_published(self, seq)
-            pfn, writable = found
-            spte = pfn << 1 | writable
-            self.sptes[address >> 12] = spte
-            if (t := host.trace.mirror_map) is not None:
-                t(address & ~0xFFF, pfn, writable, seq)
-            return spte
+def _boundary(address: int, size: int) -> int:
+    return (address & -size) + size

@@ -9,6 +9,7 @@ HostMm, which this file, at the top of the room, passes on:
     page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory
     memory      ->  do_swap_page             swapin  ->  do_wp_page
     madvise     ->  reclaim_pages
+    page        ->  free_zone_device_folio
     mm_types    ->  free_mm
 
 Not modelled: memory hotplug, more than one zone in a node, cgroups.
@@ -24,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 from host_mm import (
     fork,
     gup,
-    hmm,
+    hmm_mirror,
     interval_notifier,
     ksm,
     ksm_merge,
     ksm_tree,
     lru,
     memory,
+    memremap,
     migrate,
     mmu_notifier,
     oom_kill,
@@ -44,16 +46,19 @@ from host_mm import (
     userfaultfd_k,
     vmscan,
     vmscan_trace,
+    zram,
 )
 from host_mm.huge_mm import Thp
 from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
-from host_mm.ksm_types import Ksm
+from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
 from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_head, PG_reserved, page_folio
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
 from host_mm.ram import PAGE_SHIFT, Ram
+from host_mm.secondary_tables import SecondaryTables
+from host_mm.swap_readahead import SwapReadahead
 from host_mm.swapfile import SwapInfo
 
 if TYPE_CHECKING:
@@ -69,7 +74,7 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
-    fork, gup, hmm, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate, mmu_notifier,
+    fork, gup, hmm_mirror, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate, mmu_notifier,
     oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
     vmscan_trace,
 )
@@ -99,12 +104,13 @@ class HostMm:
         self.breaks = breaks
         self.seed = seed
         self.vmstat: defaultdict[str, int] = defaultdict(int)
-        self.trace: Any = stream.bind(_tracepoints())
+        self.trace: Any = stream.bind(_tracepoints(), profile.absent_events)
         nr_frames = ram_bytes >> PAGE_SHIFT
         if nr_frames < 64:
             raise ValueError("a host needs 256 KiB of RAM at least")
-        self.ram = Ram(nr_frames)
-        self.pages = Pages(nr_frames)
+        self.ram = Ram(nr_frames + memremap.DEVICE_FRAMES)
+        self.pages = Pages(nr_frames + memremap.DEVICE_FRAMES)
+        self.device_frames = memremap.DeviceFrames(nr_frames)
         self.zero_pfn = ZERO_PFN
         for pfn in range(_RESERVED):
             self.pages.flags[pfn] = PG_reserved
@@ -121,11 +127,16 @@ class HostMm:
         self.thp = Thp(self)
         self.frame_holders.append(self.thp.holders)
         self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
+        self.secondary_tables = SecondaryTables()
         self.folio_waitqueues: dict[int, WaitQueue] = {}
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
         self.lru = lru.Lru(self)
-        self.swap: SwapInfo | None = SwapInfo(sched, swap_bytes, swap_path) if swap_bytes else None
+        self.swap: SwapInfo | None = None
+        if swap_bytes:
+            device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
+            self.swap = SwapInfo(sched, swap_bytes, swap_path, device)
+        self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
         self.ksm = Ksm(self)
         self.processes: list[Process] = []
@@ -204,6 +215,14 @@ class HostMm:
     def _at_work(self) -> bool:
         return self.ksm.scanning or any(not vmscan.kswapd_asleep(self, node.nid) for node in self.nodes)
 
+    def shutdown(self) -> None:
+        """Every process has ended: stop ksmd, turn swap off. What is in use after that is lost."""
+        if self.ksm.mm_slots:
+            ksm.run_store(self, KSM_RUN_UNMERGE)
+        if self.swap is not None:
+            swap_state.try_to_unuse(self)
+        self.quiesce()
+
     def close(self) -> None:
         """Give up what the machine underneath holds for us: the swap file."""
         if self.swap is not None:
@@ -234,6 +253,15 @@ class HostMm:
     def do_wp_page(self, vmf: VmFault) -> tuple[str, int]:
         """swapin -> memory."""
         return memory.do_wp_page(vmf)
+
+    def free_zone_device_folio(self, pfn: int) -> None:
+        """page -> memremap."""
+        memremap.free_zone_device_folio(self, pfn)
+
+    def device_frame_gone(self, pfn: int) -> None:
+        """A device's frame has no user any more: whoever still translates to it is wrong."""
+        for hook in self.free_hooks:
+            hook(pfn, 0)
 
     def mark_page_accessed(self, pfn: int) -> None:
         """folio_mark_accessed, for holders of a reference outside mm."""

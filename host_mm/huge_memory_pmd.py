@@ -114,7 +114,7 @@ def split_huge_pmd(vma: VmArea, pmd: int, address: int) -> None:
     ptl = pmd_lock(mm, pmd)
     split_huge_pmd_locked(vma, base, pmd, freeze=False)
     ptl.unlock()
-    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+    mmu_notifier.mmu_notifier_invalidate_range_only_end(range_)
 
 
 def split_huge_pmd_address(vma: VmArea, address: int) -> None:

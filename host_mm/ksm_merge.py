@@ -99,8 +99,7 @@ def _bracket(mm: MmStruct, address: int) -> mmu_notifier.MmuNotifierRange:
 
 def _set_pte(mm: MmStruct, address: int, pte: int, entry: int) -> None:
     """set_pte_at; set_pte_at_notify where secondary MMUs are told of it."""
-    if mm.host.profile.change_pte:
-        mmu_notifier.mmu_notifier_change_pte(mm, address, entry)
+    mmu_notifier.mmu_notifier_change_pte(mm, address, entry)
     set_pte(mm, address, pte, entry)
 
 

@@ -109,7 +109,7 @@ class Ksm:
         self.sleep_millisecs = 20
         self.use_zero_pages = False
         self.max_page_sharing = 256
-        self.smart_scan = True
+        self.smart_scan = host.profile.ksm_smart_scan
         self.stable_node_chains_prune_millisecs = 2000
 
         self.ksm_pages_scanned = 0

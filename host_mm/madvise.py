@@ -3,7 +3,8 @@
 Source of truth: mm/madvise.c (madvise_walk_vmas, madvise_dontneed_free, madvise_free_pte_range,
 madvise_cold_or_pageout_pte_range, madvise_vma_behavior, madvise_populate); Linux 6.18.
 
-DONTNEED and FREE bracket each VMA's part (CLEAR) and share one gather, which is flushed at the end.
+DONTNEED and FREE bracket each VMA's part (CLEAR) and share one gather, which is flushed at the end; in 5.10
+each VMA has its own.
 COLD and PAGEOUT open no bracket of their own; PAGEOUT's reclaim brackets page by page.
 
 MERGEABLE and UNMERGEABLE are in ksm.py.
@@ -113,7 +114,7 @@ def do_madvise(mm: MmStruct, start: int, length: int, advice: int) -> None:
     end = start + ((length + 4095) & ~4095)
     if start & 4095 or end < start:
         raise KernelError(EINVAL, f"{start:#x}+{length:#x} is not a page range")
-    if advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE):
+    if advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE) and mm.host.profile.madv_populate:
         _populate(mm, start, end, advice == MADV_POPULATE_WRITE)
         return
     if advice not in _READERS | _KSM and advice not in _VMA_FLAGS:
@@ -125,7 +126,8 @@ def do_madvise(mm: MmStruct, start: int, length: int, advice: int) -> None:
         mm.mmap_lock.read_lock()
     else:
         mm.mmap_lock.lock()
-    tlb = MmuGather(mm) if advice in (MADV_DONTNEED, MADV_FREE) else None
+    gathers = advice in (MADV_DONTNEED, MADV_FREE)
+    tlb = MmuGather(mm) if gathers and mm.host.profile.madvise_gathers_once else None
     try:
         _walk_vmas(mm, start, end, advice, tlb)
     finally:
@@ -158,12 +160,14 @@ def _walk_vmas(mm: MmStruct, start: int, end: int, advice: int, tlb: MmuGather |
 def _vma_behavior(vma: VmArea, start: int, end: int, advice: int, tlb: MmuGather | None) -> None:
     if advice in _PAGES_ONLY and vma.flags & (VM_LOCKED | VM_PFNMAP):
         raise KernelError(EINVAL, f"{vma!r} is locked or not made of pages")
-    if advice == MADV_DONTNEED:
-        assert tlb is not None
-        zap_page_range_single_batched(tlb, vma, start, end - start)
-    elif advice == MADV_FREE:
-        assert tlb is not None
-        _free(tlb, vma, start, end)
+    if advice in (MADV_DONTNEED, MADV_FREE):
+        gather = tlb if tlb is not None else MmuGather(vma.mm)
+        if advice == MADV_DONTNEED:
+            zap_page_range_single_batched(gather, vma, start, end - start)
+        else:
+            _free(gather, vma, start, end)
+        if gather is not tlb:
+            gather.finish()
     elif advice in (MADV_COLD, MADV_PAGEOUT):
         _cold_or_pageout(vma, start, end, pageout=advice == MADV_PAGEOUT)
     elif advice == MADV_WILLNEED:

@@ -382,12 +382,24 @@ def _wp_shared(vmf: VmFault) -> tuple[str, int]:
 
 def _may_reuse(host: HostMm, vma: VmArea, pfn: int) -> bool:
     flags = host.pages.flags
-    if host.profile.anon_exclusive and flags[pfn] & PG_anon_exclusive:
+    if not host.profile.anon_exclusive:
+        return _nobody_else_refers(host, pfn)
+    if flags[pfn] & PG_anon_exclusive:
         return True
     if _wp_can_reuse_anon_folio(host, vma, pfn):
         flags[pfn] |= PG_anon_exclusive
         return True
     return False
+
+
+def _nobody_else_refers(host: HostMm, pfn: int) -> bool:
+    """Linux 5.10's do_wp_page: any reference beside the entry's, even the swap cache's, means a copy."""
+    pages = host.pages
+    if pages.flags[pfn] & PG_ksm or pages.refcount[pfn] != 1 or not folio_trylock(host, pfn):
+        return False
+    alone = not pages.flags[pfn] & PG_ksm and pages.mapcount[pfn] == 1 and pages.refcount[pfn] == 1
+    folio_unlock(host, pfn)
+    return alone
 
 
 def _wp_can_reuse_anon_folio(host: HostMm, vma: VmArea, pfn: int) -> bool:
@@ -439,17 +451,14 @@ def _wp_page_copy(vmf: VmFault) -> int:
     if host.sched.preempt:
         host.sched.point("pte")
     copied = _install_copy(vmf, new)
-    if host.profile.invalidate_range and copied:
-        mmu_notifier.mmu_notifier_invalidate_range_only_end(range_)
-    else:
-        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+    mmu_notifier.mmu_notifier_invalidate_range_only_end(range_)
     if not copied:
         put_page(host, new)
     elif old >= 0:
         # The reference that the old entry held, given up with it.
         put_page(host, old)
     if old >= 0:
-        if copied:
+        if copied and host.profile.cow_frees_swap_cache:
             free_swap_cache(host, old)
         put_page(host, old)
     return 0
@@ -477,12 +486,10 @@ def _install_copy(vmf: VmFault, new: int) -> bool:
     late_flush = "cow-flush-after-unlock" in host.breaks
     if not late_flush:
         ptep_clear_flush(mm, vmf.address, vmf.pte)
-    if host.profile.invalidate_range:
-        mmu_notifier.mmu_notifier_invalidate_range(mm, vmf.address, vmf.address + 4096)
+    mmu_notifier.mmu_notifier_invalidate_range(mm, vmf.address, vmf.address + 4096)
     folio_add_new_anon_rmap(host, new, vma, vmf.address)
     host.lru.folio_add_lru_vma(new, vma)
-    if host.profile.change_pte:
-        mmu_notifier.mmu_notifier_change_pte(mm, vmf.address, entry)
+    mmu_notifier.mmu_notifier_change_pte(mm, vmf.address, entry)
     set_pte(mm, vmf.address, vmf.pte, entry)
     if old >= 0:
         # Only now: whoever saw one mapping less could reuse a page that this entry still reached.

@@ -7,7 +7,8 @@ order 0.
 A batch first replaces every mapping by migration entries (asynchronously, one flush for all), then
 moves what could be unmapped. A folio with more references than its mappings, the swap cache and the
 caller explain is in use by somebody who would not notice the move: it is tried again, then left.
-Who faults on a migration entry waits for the source folio's lock.
+Who faults on a migration entry waits for the source folio's lock. Linux 5.10 unmaps and moves one page after
+the other, the flush of each inside its bracket.
 
     break migrate-ignore-refs     move folios although somebody holds a reference
 
@@ -92,6 +93,8 @@ _NR_MAX_BATCHED = 512
 _NR_RETRY = 10
 _NR_ASYNC_RETRY = 3
 _NR_SYNC_RETRY = _NR_RETRY - _NR_ASYNC_RETRY
+_NR_UNFORCED = 3
+"""Linux 5.10: passes that wait for nobody."""
 
 _COPIED_FLAGS = (
     PG_referenced | PG_uptodate | PG_active | PG_unevictable | PG_workingset | PG_swapbacked
@@ -153,32 +156,36 @@ class _Batch:
 
     # -- one folio ----------------------------------------------------------------------------
 
-    def _lock_source(self, src: int, mode: int) -> bool:
+    def _lock_source(self, src: int, mode: int, force: bool) -> bool:
         host = self.host
         if folio_trylock(host, src):
             return True
-        if mode == MIGRATE_ASYNC or host.sched.current in host.allocator.memalloc:
+        if not force or mode == MIGRATE_ASYNC or host.sched.current in host.allocator.memalloc:
             return False
-        if mode == MIGRATE_SYNC_LIGHT and not host.pages.flags[src] & PG_uptodate:
+        reading = not host.pages.flags[src] & PG_uptodate
+        if reading and mode == MIGRATE_SYNC_LIGHT and host.profile.migrate_batches:
             return False
         folio_lock(host, src)
         return True
 
-    def unmap(self, src: int, mode: int) -> _Unmapped | int:
-        """migrate_folio_unmap: lock both, install migration entries; or a negative errno."""
+    def unmap(self, src: int, mode: int, *, force: bool = True) -> _Unmapped | int:
+        """migrate_folio_unmap: lock both, install migration entries; or a negative errno.
+
+        Without `force` it waits neither for the source's lock nor for its writeback.
+        """
         host = self.host
         pages = host.pages
         dst = self.get_new_folio(src)
         if dst < 0:
             return -ENOMEM
-        if not self._lock_source(src, mode):
+        if not self._lock_source(src, mode, force):
             put_page(host, dst)
             return -EAGAIN
         if pages.flags[src] & PG_writeback:
-            if mode != MIGRATE_SYNC:
+            if mode != MIGRATE_SYNC or not force:
                 folio_unlock(host, src)
                 put_page(host, dst)
-                return -EBUSY
+                return -EAGAIN if mode == MIGRATE_SYNC else -EBUSY
             folio_wait_writeback(host, src)
         if not folio_trylock(host, dst):
             raise BrokenTruth(
@@ -189,7 +196,8 @@ class _Batch:
         anon_vma = pages.mapping.get(src) if pinned else None
         item = _Unmapped(src, dst, anon_vma, bool(pages.flags[src] & PG_mlocked))
         if pages.mapcount[src]:
-            try_to_migrate(host, src, TTU_BATCH_FLUSH if mode == MIGRATE_ASYNC else 0)
+            batched = mode == MIGRATE_ASYNC and host.profile.migrate_batches
+            try_to_migrate(host, src, TTU_BATCH_FLUSH if batched else 0)
             item.was_mapped = True
         if not pages.mapcount[src]:
             return item
@@ -341,6 +349,48 @@ class _Batch:
         return failed
 
 
+    def one_by_one(self, folios: list[int], mode: int) -> int:
+        """Linux 5.10's migrate_pages: how many stayed, or -ENOMEM."""
+        host = self.host
+        left = folios
+        for nr in range(_NR_RETRY):
+            again: list[int] = []
+            for index, src in enumerate(left):
+                if host.sched.preempt:
+                    host.sched.point("cond_resched")
+                rc = self._unmap_and_move(src, mode, force=nr >= _NR_UNFORCED)
+                if rc == -ENOMEM:
+                    self.nr_failed_pages += 1
+                    self.ret_folios += again + left[index:]
+                    return rc
+                if rc == -EAGAIN:
+                    again.append(src)
+                elif rc:
+                    self.nr_failed_pages += 1
+                    self.ret_folios.append(src)
+            left = again
+            if not left:
+                break
+        self.nr_failed_pages += len(left)
+        self.ret_folios += left
+        return self.nr_failed_pages
+
+    def _unmap_and_move(self, src: int, mode: int, *, force: bool) -> int:
+        host = self.host
+        if host.pages.refcount[src] == 1:
+            host.pages.flags[src] &= ~(PG_active | PG_unevictable)
+            put_page(host, src)
+            self.nr_succeeded += 1
+            return 0
+        item = self.unmap(src, mode, force=force)
+        if not isinstance(item, _Unmapped):
+            return item
+        rc = self.move(item)
+        if rc:
+            self.undo(item)
+        return rc
+
+
 def alloc_migration_target(host: HostMm, nid: int) -> int:
     """A frame on exactly this node, or -1; no process dies for it."""
     return alloc_pages(host, GFP_HIGHUSER_MOVABLE | GFP_THISNODE | GFP_COMP, 0, nid)
@@ -365,6 +415,9 @@ def migrate_pages(host: HostMm, pfns: list[int], target_nid: int, reason: int, m
     batch = _Batch(host, lambda src: alloc_migration_target(host, target_nid), reason)
     rc_gather = 0
     todo, pfns[:] = list(pfns), []
+    if not host.profile.migrate_batches:
+        rc_gather = batch.one_by_one(todo, mode)
+        todo = []
     while todo:
         folios, todo = todo[:_NR_MAX_BATCHED], todo[_NR_MAX_BATCHED:]
         if mode == MIGRATE_ASYNC:

@@ -192,12 +192,13 @@ class VmArea:
 
     `pgoff` is the page index of `start` in its anon_vma or file. `file` is an address space object
     for file and shmem mappings, else None. `policy` is the VMA's mempolicy or None, `userfaultfd_ctx` the
-    userfaultfd that it is registered with, whose modes are VM_UFFD_* flags.
+    userfaultfd that it is registered with, whose modes are VM_UFFD_* flags. `swap_readahead_info` is the
+    address of its last swap fault, the window then, the hits since.
     """
 
     __slots__ = (
         "anon_vma", "anon_vma_chain", "end", "file", "flags", "mm", "ops", "page_prot", "pgoff",
-        "policy", "private_data", "start", "userfaultfd_ctx",
+        "policy", "private_data", "start", "swap_readahead_info", "userfaultfd_ctx",
     )
 
     def __init__(self, mm: MmStruct, start: int, end: int, flags: int, pgoff: int) -> None:
@@ -213,6 +214,7 @@ class VmArea:
         self.ops: Any = None
         self.policy: Any = None
         self.private_data: Any = None
+        self.swap_readahead_info = (0, 0, 4)
         self.userfaultfd_ctx: Any = None
 
     def page_index(self, address: int) -> int:

@@ -1,7 +1,8 @@
 """mmu notifiers: how mm tells secondary MMUs that host translations go away.
 
-Source of truth: mm/mmu_notifier.c and include/linux/mmu_notifier.h (Linux 6.18); `change_pte`,
-`invalidate_range` and the end that skips it are Linux 5.10's and called by that profile only.
+Source of truth: mm/mmu_notifier.c and include/linux/mmu_notifier.h (Linux 6.18). `change_pte`,
+`invalidate_range` and the end that skips it are Linux 5.10's: under a profile without them the first two
+do nothing, and the third is the ordinary end.
 
 A bracket is
 
@@ -16,8 +17,8 @@ of all that happens until its end. One SRCU domain serves all mms of a host: the
 mmu_notifier_types.py.
 
 Dispatch: start and end go to the interval tree first, then to the list. When a list start says
--EAGAIN the others are called all the same, then the end of each notifier that has one, and the
-caller must not call end. When that happens after the interval tree was told, nobody tells the tree
+-EAGAIN the others are called all the same, then (not in 5.10) the end of each notifier that has one,
+and the caller must not call end. When that happens after the interval tree was told, nobody tells the tree
 of the end: Linux has this hole too.
 
 Not modelled: lockdep's map of the start section, module unloading.
@@ -140,16 +141,19 @@ def mmu_notifier_invalidate_range_end(range_: MmuNotifierRange) -> None:
 
 
 def mmu_notifier_invalidate_range_only_end(range_: MmuNotifierRange) -> None:
-    """Linux 5.10: close a bracket inside which invalidate_range was called already."""
+    """Close a bracket inside which invalidate_range, if there is such a thing, was called already."""
     mm = range_.mm
     subs = mm.notifier_subscriptions
     if subs is not None:
         _range_end(subs, range_, only_end=True)
 
 
+def _pid(mm: MmStruct) -> int:
+    return mm.process.pid if mm.process is not None else 0
+
+
 def _trace_args(range_: MmuNotifierRange) -> tuple[int, str, int, int]:
-    process = range_.mm.process
-    return process.pid if process is not None else 0, EVENT_NAMES[range_.event], range_.start, range_.end
+    return _pid(range_.mm), EVENT_NAMES[range_.event], range_.start, range_.end
 
 
 def _range_start(subs: MmuNotifierSubscriptions, range_: MmuNotifierRange) -> int:
@@ -204,14 +208,15 @@ def _hlist_invalidate_range_start(subs: MmuNotifierSubscriptions, range_: MmuNot
         if not blockable:
             task.no_preempt -= 1
         if one:
-            if blockable or one != -EAGAIN or sub.invalidate_range_end is not None:
+            ends_too = host.profile.refused_start_ends_others and sub.invalidate_range_end is not None
+            if blockable or one != -EAGAIN or ends_too:
                 raise BrokenTruth(
                     "notifier-start-refused",
                     f"{type(sub).__name__} answered {one} to {range_!r}; only a notifier without "
                     "invalidate_range_end may refuse, with -EAGAIN, what is not blockable",
                 )
             ret = one
-    if ret:
+    if ret and host.profile.refused_start_ends_others:
         for sub in walk:
             if sub.invalidate_range_end is not None:
                 sub.invalidate_range_end(range_)
@@ -224,9 +229,12 @@ def _hlist_invalidate_end(subs: MmuNotifierSubscriptions, range_: MmuNotifierRan
     srcu = host.mmu_notifier_srcu
     task = host.sched.current
     atomic = 0 if range_.flags & MMU_NOTIFIER_RANGE_BLOCKABLE else 1
+    once_more = not only_end and host.profile.invalidate_range
+    if once_more and (t := host.trace.mmu_notifier_invalidate_range) is not None:
+        t(_pid(range_.mm), range_.start, range_.end)
     idx = srcu.read_lock()
     for sub in subs.list:
-        if not only_end and sub.invalidate_range is not None:
+        if once_more and sub.invalidate_range is not None:
             sub.invalidate_range(range_.mm, range_.start, range_.end)
         if sub.invalidate_range_end is not None:
             task.no_preempt += atomic
@@ -299,10 +307,12 @@ def mmu_notifier_arch_invalidate_secondary_tlbs(mm: MmStruct, start: int, end: i
 
 
 def mmu_notifier_invalidate_range(mm: MmStruct, start: int, end: int) -> None:
-    """Linux 5.10: inside a bracket, under the page-table lock, after the primary flush."""
+    """Inside a bracket, under the page-table lock, where an entry was cleared and perhaps flushed."""
     subs = mm.notifier_subscriptions
-    if subs is None or not subs.list:
+    if subs is None or not subs.list or not mm.host.profile.invalidate_range:
         return
+    if (t := mm.host.trace.mmu_notifier_invalidate_range) is not None:
+        t(_pid(mm), start, end)
     srcu = mm.host.mmu_notifier_srcu
     idx = srcu.read_lock()
     for sub in subs.list:
@@ -312,10 +322,12 @@ def mmu_notifier_invalidate_range(mm: MmStruct, start: int, end: int) -> None:
 
 
 def mmu_notifier_change_pte(mm: MmStruct, address: int, pte: int) -> None:
-    """Linux 5.10: set_pte_at_notify tells the new entry before it sets it."""
+    """set_pte_at_notify tells the new entry before it sets it."""
     subs = mm.notifier_subscriptions
-    if subs is None or not subs.list:
+    if subs is None or not subs.list or not mm.host.profile.change_pte:
         return
+    if (t := mm.host.trace.mmu_notifier_change_pte) is not None:
+        t(_pid(mm), address, pte)
     srcu = mm.host.mmu_notifier_srcu
     idx = srcu.read_lock()
     for sub in subs.list:

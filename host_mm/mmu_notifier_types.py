@@ -71,8 +71,21 @@ MMU_NOTIFIER_AGAIN = Tracepoint(
     lambda pid, event, start, end: f"pid {pid} {event} {start:#x} -- {end:#x}",
     doc="A non-blockable start was refused; there will be no end.",
 )
+MMU_NOTIFIER_CHANGE_PTE = Tracepoint(
+    "refault", "mmu_notifier_change_pte", ("pid", "address", "pte"),
+    lambda pid, address, pte: f"pid {pid} {address:#x} pte {pte:#x}",
+    doc="Linux 5.10: notifiers are told the entry that is about to be set.",
+)
+MMU_NOTIFIER_INVALIDATE_RANGE = Tracepoint(
+    "refault", "mmu_notifier_invalidate_range", ("pid", "start", "end"),
+    lambda pid, start, end: f"pid {pid} {start:#x} -- {end:#x}",
+    doc="Linux 5.10: who shares the CPU's page tables drops a range; a bracket's end does it again.",
+)
 
-TRACEPOINTS = (MMU_NOTIFIER_START, MMU_NOTIFIER_END, MMU_NOTIFIER_AGAIN)
+TRACEPOINTS = (
+    MMU_NOTIFIER_START, MMU_NOTIFIER_END, MMU_NOTIFIER_AGAIN, MMU_NOTIFIER_CHANGE_PTE,
+    MMU_NOTIFIER_INVALIDATE_RANGE,
+)
 
 
 class MmuNotifierRange:

@@ -11,8 +11,8 @@ to the 2 MiB boundary if nothing else is mapped there. Entries that move one by 
 those that move with their table do not. A userfaultfd's range moves entry by entry and loses its write
 protections.
 
-Not modelled: huge entries, hugetlb, exec's move of the stack; 5.10, which does not extend
-the range and moves no tables of 1 GiB.
+Not modelled: huge entries, hugetlb, exec's move of the stack; that 5.10 takes the rmap locks for a table
+only where it does for entries.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class _Move:
         new_pud = pud_alloc(mm, self.new_addr)
         if not new_pud:
             return 0
-        if extent == PUD_SIZE and self._move_table(old_pud, new_pud, PUD_SIZE):
+        by_puds = mm.host.profile.mremap_moves_level == 3
+        if extent == PUD_SIZE and by_puds and self._move_table(old_pud, new_pud, PUD_SIZE):
             return extent
         extent = self._extent(PMD_SIZE)
         old_pmd = pmd_offset(mm, self.old_addr)
@@ -147,6 +148,8 @@ class _Move:
 
     def _try_realign(self) -> None:
         offset = self.old_addr & (PMD_SIZE - 1)
+        if not self.old_vma.mm.host.profile.mremap_realigns:
+            return
         if not offset or offset != self.new_addr & (PMD_SIZE - 1) or self.length < PMD_SIZE - offset:
             return
         if _can_align_down(self.old_vma, self.old_addr) and _can_align_down(self.new_vma, self.new_addr):

@@ -7,8 +7,9 @@ pte_needs_flush; Linux 6.18.
 The bracket is opened at the first populated level-3 entry and reaches to the end of the enclosing
 512 GiB or of the call: a call over nothing populated fires none, one over pages never touched whose
 neighbourhood is populated fires one. Linux 5.10 opens it in the level-2 walker, to the end of the 1 GiB.
-The flush follows the bracket's end. Userfaultfd's write-protection takes the same way; where it must hold
-for pages that are not there, the walk makes the tables and puts markers in.
+The flush follows the bracket's end: what a gather found to need one, in 5.10 the VMA's whole range.
+Userfaultfd's write-protection takes the same way; where it must hold for pages that are not there, the walk
+makes the tables and puts markers in.
 
 Not modelled: protection keys, huge entries, prot_none_walk, memory tiers.
 """
@@ -153,7 +154,18 @@ def change_protection(tlb: MmuGather, vma: VmArea, start: int, end: int, cp_flag
 
     How many changed, or -ENOMEM where markers need tables.
     """
-    change = _Change(tlb, vma, cp_flags)
+    profile = vma.mm.host.profile
+    if profile.mprotect_gathers:
+        return _change_chunks(_Change(tlb, vma, cp_flags), start, end)
+    _tlb.inc_tlb_flush_pending(vma.mm)
+    pages = _change_chunks(_Change(None, vma, cp_flags), start, end)
+    if pages:
+        _tlb.flush_tlb_range(vma.mm, start, end)
+    _tlb.dec_tlb_flush_pending(vma.mm)
+    return pages
+
+
+def _change_chunks(change: _Change, start: int, end: int) -> int:
     span = PGDIR_SIZE if change.mm.host.profile.mprotect_bracket_level == 3 else PUD_SIZE
     pages = 0
     for address, following in _chunks(start, end, span):
@@ -177,7 +189,7 @@ class _Change:
 
     __slots__ = ("cp_flags", "mm", "newprot", "populate", "target_node", "tlb", "vma")
 
-    def __init__(self, tlb: MmuGather, vma: VmArea, cp_flags: int) -> None:
+    def __init__(self, tlb: MmuGather | None, vma: VmArea, cp_flags: int) -> None:
         self.tlb = tlb
         self.vma = vma
         self.mm = vma.mm
@@ -284,7 +296,7 @@ class _Change:
         if cp_flags & MM_CP_TRY_CHANGE_WRITABLE and not pte_write(new) and can_change_pte_writable(vma, new):
             new = pte_mkwrite(new)
         set_pte(mm, address, pte, new)
-        if _pte_needs_flush(old, new):
+        if self.tlb is not None and _pte_needs_flush(old, new):
             self.tlb.remove_tlb_entry(address)
         return 1
 
@@ -307,7 +319,8 @@ class _Change:
         new = entry
         if is_writable_migration_entry(swp):
             anon = self.mm.host.pages.flags[swp_offset(swp) & SWP_PFN_MASK] & PG_anon
-            kind = SWP_MIGRATION_READ_EXCLUSIVE if anon else SWP_MIGRATION_READ
+            owned = anon and self.mm.host.profile.anon_exclusive
+            kind = SWP_MIGRATION_READ_EXCLUSIVE if owned else SWP_MIGRATION_READ
             new = swp_entry_to_pte(swp_entry(kind, swp_offset(swp))) | (entry & _PAGE_SWP_SOFT_DIRTY)
         elif is_pte_marker(entry):
             if self.cp_flags & MM_CP_UFFD_WP_RESOLVE and pte_marker_get(entry) == PTE_MARKER_UFFD_WP:

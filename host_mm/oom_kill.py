@@ -66,7 +66,7 @@ def oom_badness(process: Process, totalpages: int) -> int | None:
 
 
 def _select_bad_process(host: HostMm) -> tuple[Process, int] | None:
-    totalpages = host.pages.nr_frames + (host.swap.pages if host.swap is not None else 0)
+    totalpages = host.device_frames.start + (host.swap.pages if host.swap is not None else 0)
     chosen: tuple[Process, int] | None = None
     for process in host.processes:
         points = oom_badness(process, totalpages)

@@ -35,7 +35,7 @@ __all__ = [
     "PG_anon_exclusive", "PG_buddy", "PG_dirty", "PG_head", "PG_hwpoison", "PG_idle", "PG_ksm", "PG_locked",
     "PG_lru", "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced", "PG_reserved", "PG_swapbacked",
     "PG_swapcache", "PG_table", "PG_unevictable", "PG_uptodate", "PG_workingset", "PG_writeback",
-    "PG_young", "Pages", "decode_page_flags", "folio_mapcount", "folio_maybe_dma_pinned",
+    "PG_young", "PG_zone_device", "Pages", "decode_page_flags", "folio_mapcount", "folio_maybe_dma_pinned",
     "folio_maybe_mapped_shared", "folio_nr_pages", "folio_ref_freeze", "folio_ref_unfreeze",
     "folio_test_large", "get_page", "page_folio", "put_page", "set_page_dirty", "try_get_page",
 ]
@@ -68,6 +68,8 @@ PG_buddy = 1 << 32
 PG_table = 1 << 33
 PG_anon = 1 << 34
 PG_ksm = 1 << 35
+# What the kernel keeps in the zone number: ZONE_DEVICE.
+PG_zone_device = 1 << 40
 
 PAGE_FLAGS_CHECK_AT_FREE = PG_locked | PG_writeback | PG_lru | PG_active | PG_swapcache | PG_unevictable
 """A page that still bears one of these when its last reference goes is a bug (mm/page_alloc.c)."""
@@ -86,6 +88,7 @@ _NAMES = {
     PG_reserved: "reserved", PG_private: "private", PG_reclaim: "reclaim", PG_swapbacked: "swapbacked",
     PG_unevictable: "unevictable", PG_mlocked: "mlocked", PG_hwpoison: "hwpoison", PG_young: "young",
     PG_idle: "idle", PG_buddy: "buddy", PG_table: "table", PG_anon: "anon", PG_ksm: "ksm",
+    PG_zone_device: "zone_device",
 }
 
 
@@ -186,6 +189,9 @@ def put_page(host: HostMm, pfn: int, nr: int = 1) -> None:
 
 def __folio_put(host: HostMm, pfn: int) -> None:
     pages = host.pages
+    if pages.flags[pfn] & PG_zone_device:
+        host.free_zone_device_folio(pfn)
+        return
     if pages.flags[pfn] & PG_lru:
         host.lru.lru_del(pfn)
     host.allocator.free_frozen_pages(pfn, pages.order[pfn])

@@ -11,8 +11,10 @@ completion. Requests overlap: one completes at most every COST / QUEUE_DEPTH.
 
 Pages of zeros are not written: a bit in the zero map stands for them.
 
-Not modelled: I/O errors, merging of neighbouring requests, congestion, zswap, swap over a
-filesystem, synchronous (RAM) devices.
+A synchronous device (zram) has done all that when the call returns, or has failed for want of memory:
+then the folio is dirty again.
+
+Not modelled: I/O errors of the file, merging of neighbouring requests, congestion, swap over a filesystem.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import swp_offset
 from host_mm.filemap import folio_end_writeback, folio_start_writeback, folio_unlock
-from host_mm.kernel.costs import COST_SWAP_READ, COST_SWAP_WRITE
+from host_mm.kernel.costs import COST_DECOMPRESS_PAGE, COST_SWAP_READ, COST_SWAP_WRITE
 from host_mm.kernel.errors import BrokenTruth
-from host_mm.page import PG_locked, PG_reclaim, PG_swapcache, PG_uptodate
+from host_mm.page import PG_locked, PG_reclaim, PG_swapcache, PG_uptodate, set_page_dirty
 from host_mm.ram import PAGE_SIZE
 from host_mm.swap_state import folio_free_swap
 from trace_events.stream import TaskContext
@@ -33,6 +35,7 @@ from trace_events.tracepoint import Tracepoint
 if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.swapfile import SwapInfo
+    from host_mm.zram import Zram
 
 __all__ = ["QUEUE_DEPTH", "SWAP_CLUSTER_MAX", "TRACEPOINTS", "SwapDevice", "swap_read_folio", "swap_writeout"]
 
@@ -158,6 +161,9 @@ def swap_writeout(host: HostMm, pfn: int) -> None:
     if (t := host.trace.swap_write_start) is not None:
         t(pfn, slot)
     pa = pfn << 12
+    if swap.zram is not None:
+        _write_sync(host, pfn, slot, swap.zram)
+        return
     swap.pwrite_part(slot, 0, host.ram.b[pa : pa + _HALF])
     folio_unlock(host, pfn)
 
@@ -170,11 +176,28 @@ def swap_writeout(host: HostMm, pfn: int) -> None:
     host.swap_device.submit_write(pfn, slot, done)
 
 
+def _write_sync(host: HostMm, pfn: int, slot: int, zram: Zram) -> None:
+    """swap_writepage_bdev_sync."""
+    folio_unlock(host, pfn)
+    stored = zram.write_page(slot, host.ram.read(pfn << 12, PAGE_SIZE))
+    if not stored:
+        # The bytes are nowhere else: the folio must not be dropped.
+        set_page_dirty(host, pfn)
+        host.pages.flags[pfn] &= ~PG_reclaim
+    if (t := host.trace.swap_write_end) is not None:
+        t(pfn, slot)
+    folio_end_writeback(host, pfn)
+
+
 def swap_read_folio(host: HostMm, pfn: int) -> None:
-    """Fill a locked swap cache folio from its slot; it is unlocked, up to date, when that is done."""
+    """Fill a locked folio from its slot, `private`; it is unlocked, up to date, when that is done.
+
+    It is in the swap cache, unless the device is synchronous and the slot was claimed for this read.
+    """
     swap = _swap(host)
     pages = host.pages
-    if not pages.flags[pfn] & PG_locked or not pages.flags[pfn] & PG_swapcache:
+    flags = pages.flags[pfn]
+    if not flags & PG_locked or not (flags & PG_swapcache or swap.zram is not None):
         raise BrokenTruth(
             "swap-file", f"pfn {pfn:#x} is read without being locked in the swap cache", host.stream.here()
         )
@@ -193,9 +216,13 @@ def swap_read_folio(host: HostMm, pfn: int) -> None:
 
     def done() -> None:
         host.ram.write(pfn << 12, swap.pread(slot))
-        pages.flags[pfn] = (pages.flags[pfn] | PG_uptodate) & ~PG_reclaim
+        pages.flags[pfn] |= PG_uptodate
         if (t := host.trace.swap_read_end) is not None:
             t(pfn, slot)
         folio_unlock(host, pfn)
 
+    if swap.zram is not None:
+        host.sched.advance(COST_DECOMPRESS_PAGE)
+        done()
+        return
     host.swap_device.submit_read(pfn, slot, done)

@@ -1,32 +1,95 @@
 """What differs between kernel generations in mm, as data named by behaviour.
 
-Source of truth: mm/mprotect.c, mm/memory.c and mm/mmu_notifier.c of Linux 6.18 and 5.10.
+Source of truth: mm/*.c, fs/proc/task_mmu.c and include/trace/events/*.h of Linux 6.18 and 5.10.
 
-Not modelled: generations other than these two.
+Not modelled: generations other than these two. Of 5.10: that clear_refs flushes nothing if it was alone;
+mlock without counts, and munlock by a walk of the reverse map; that a COW drops the old page under the
+page-table lock; KSM's zero pages without a mark and its merged pages that an mremap parts; limits of
+MREMAP_DONTUNMAP; a fork that gives its locks up every 32 entries; clear_refs under mmap_lock for reading
+only; the print formats where a tracepoint's text differs.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-__all__ = ["LINUX_5_10", "LINUX_6_18", "MmProfile"]
+__all__ = ["LINUX_5_10", "LINUX_6_18", "PROFILES", "MmProfile"]
 
 
-class MmProfile(msgspec.Struct, frozen=True):
-    """One kernel's mm.
+class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """One kernel's mm. The defaults are those of 6.18.
 
-    `mprotect_bracket_level`: the table level whose walker opens change_protection's bracket, 3 (PUD) or
-    2 (PMD). `change_pte`: set_pte_at_notify tells notifiers the new entry. `invalidate_range`: the
-    *_clear_flush_notify calls invalidate_range under the page-table lock and the bracket ends with the
-    end that skips it. `anon_exclusive`: COW reuse goes by PG_anon_exclusive, else by the map count.
+    Notifiers. `change_pte`: set_pte_at_notify tells them the new entry, before it is set.
+    `invalidate_range`: *_clear_flush_notify and the unmapping of a page call invalidate_range under the
+    page-table lock, brackets call it once more as they end, but those that end by
+    mmu_notifier_invalidate_range_only_end. `refused_start_ends_others`: when one notifier refuses a start,
+    the others are told the end. `absent_events`: tracepoints this kernel has not.
+
+    Orders. `mprotect_bracket_level`: the table level whose walker opens change_protection's bracket, 3 (PUD)
+    or 2 (PMD). `mprotect_gathers`: its flush is a gather's, else one over the whole range of the VMA.
+    `madvise_gathers_once`: DONTNEED and FREE flush once for all VMAs, else VMA by VMA. `migrate_batches`:
+    migration unmaps many folios, their flush deferred, before it moves the first; else one at a time.
+
+    Copies. `anon_exclusive`: who owns an anonymous page goes by PG_anon_exclusive, which COW reuse, pins,
+    migration, swap entries and mprotect look at; without it COW reuses a page that nobody else refers to.
+    `cow_frees_swap_cache`: a COW gives the old page's slot back if it was the last that used it.
+    `pinned_stay_out_of_swap`: reclaim leaves alone what may be pinned. `soft_dirty_spares_pinned`: clear_refs
+    does not write-protect what may be pinned. `lazyfree_checks_references`: reclaim drops a MADV_FREE page
+    only if nobody but its mappings refers to it. `migration_keeps_ad`: migration entries carry the accessed
+    and dirty bits over.
+
+    Features. `mremap_moves_level`: the highest level whose whole tables mremap moves. `mremap_realigns`: it
+    extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `ksm_smart_scan`:
+    ksmd skips pages that it tried to merge in vain.
     """
 
     name: str
-    mprotect_bracket_level: int
-    change_pte: bool
-    invalidate_range: bool
-    anon_exclusive: bool
+    change_pte: bool = False
+    invalidate_range: bool = False
+    refused_start_ends_others: bool = True
+    absent_events: frozenset[str] = frozenset()
+    mprotect_bracket_level: int = 3
+    mprotect_gathers: bool = True
+    madvise_gathers_once: bool = True
+    migrate_batches: bool = True
+    anon_exclusive: bool = True
+    cow_frees_swap_cache: bool = True
+    pinned_stay_out_of_swap: bool = True
+    soft_dirty_spares_pinned: bool = True
+    lazyfree_checks_references: bool = True
+    migration_keeps_ad: bool = True
+    mremap_moves_level: int = 3
+    mremap_realigns: bool = True
+    madv_populate: bool = True
+    ksm_smart_scan: bool = True
 
 
-LINUX_6_18 = MmProfile("linux-6.18", 3, False, False, True)
-LINUX_5_10 = MmProfile("linux-5.10", 2, True, True, False)
+LINUX_6_18 = MmProfile(name="linux-6.18")
+LINUX_5_10 = MmProfile(
+    name="linux-5.10",
+    change_pte=True,
+    invalidate_range=True,
+    refused_start_ends_others=False,
+    absent_events=frozenset({
+        "migrate:mm_migrate_pages_start", "migrate:remove_migration_pte", "migrate:set_migration_pte",
+        "ksm:ksm_merge_one_page", "ksm:ksm_merge_with_ksm_page", "ksm:ksm_remove_ksm_page",
+        "ksm:ksm_remove_rmap_item", "ksm:ksm_start_scan", "ksm:ksm_stop_scan", "ksm:ksm_enter",
+        "ksm:ksm_exit", "vmscan:mm_vmscan_reclaim_pages", "vmscan:mm_vmscan_throttled",
+        "vmscan:mm_vmscan_write_folio",
+    }),
+    mprotect_bracket_level=2,
+    mprotect_gathers=False,
+    madvise_gathers_once=False,
+    migrate_batches=False,
+    anon_exclusive=False,
+    cow_frees_swap_cache=False,
+    pinned_stay_out_of_swap=False,
+    soft_dirty_spares_pinned=False,
+    lazyfree_checks_references=False,
+    migration_keeps_ad=False,
+    mremap_moves_level=2,
+    mremap_realigns=False,
+    madv_populate=False,
+    ksm_smart_scan=False,
+)
+PROFILES = {profile.name: profile for profile in (LINUX_6_18, LINUX_5_10)}

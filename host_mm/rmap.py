@@ -184,7 +184,8 @@ def folio_add_new_anon_rmap(
     # A page that is not exclusive may be found through any VMA of the tree: it hangs on the root.
     pages.mapping[pfn] = anon_vma if exclusive else anon_vma.root
     pages.index[pfn] = vma.page_index(address)
-    pages.flags[pfn] |= PG_anon | PG_swapbacked | (PG_anon_exclusive if exclusive else 0)
+    owned = exclusive and host.profile.anon_exclusive
+    pages.flags[pfn] |= PG_anon | PG_swapbacked | (PG_anon_exclusive if owned else 0)
     if pages.flags[pfn] & PG_head:
         set_new_large_rmap(host, pfn, vma)
         return
@@ -202,7 +203,7 @@ def folio_add_anon_rmap_pte(host: HostMm, pfn: int, vma: VmArea, address: int, *
     if not pages.mapcount[pfn]:
         host.vmstat["nr_anon_pages"] += 1
     pages.mapcount[pfn] += 1
-    if exclusive:
+    if exclusive and host.profile.anon_exclusive:
         pages.flags[pfn] |= PG_anon_exclusive
     host.lru.mlock_vma_folio(pfn, vma)
 
@@ -233,7 +234,7 @@ def folio_move_anon_rmap(host: HostMm, pfn: int, vma: VmArea) -> None:
 def folio_try_dup_anon_rmap_pte(host: HostMm, pfn: int, dst_vma: VmArea, src_vma: VmArea) -> bool:
     """Fork shares the page with the child; false if it may be pinned and must be copied."""
     pages = host.pages
-    if pages.flags[pfn] & PG_anon_exclusive:
+    if pages.flags[pfn] & PG_anon_exclusive or not host.profile.anon_exclusive:
         if src_vma.mm.flags & MMF_HAS_PINNED and folio_maybe_dma_pinned(pages, pfn):
             return False
         pages.flags[pfn] &= ~PG_anon_exclusive

@@ -97,7 +97,7 @@ def folio_add_anon_rmap_ptes(
 ) -> None:
     """folio_add_large_rmap_ptes for anonymous pages, which become `exclusive`."""
     folio_add_large_rmap_ptes(host, folio, page, nr, vma.mm)
-    if exclusive:
+    if exclusive and host.profile.anon_exclusive:
         flags = host.pages.flags
         for at in range(page, page + nr):
             flags[at] |= PG_anon_exclusive
@@ -106,7 +106,7 @@ def folio_add_anon_rmap_ptes(
 def folio_add_anon_rmap_pmd(host: HostMm, folio: int, vma: VmArea, *, exclusive: bool) -> None:
     """folio_add_large_rmap_pmd for an anonymous folio, which becomes `exclusive`."""
     folio_add_large_rmap_pmd(host, folio, vma.mm)
-    if exclusive:
+    if exclusive and host.profile.anon_exclusive:
         host.pages.flags[folio] |= PG_anon_exclusive
 
 
@@ -159,7 +159,7 @@ def _removed(
 def folio_try_dup_anon_rmap_pmd(host: HostMm, folio: int, dst_vma: VmArea, src_vma: VmArea) -> bool:
     """Fork shares the folio as a whole with the child; false if it may be pinned and must be copied."""
     pages = host.pages
-    if pages.flags[folio] & PG_anon_exclusive:
+    if pages.flags[folio] & PG_anon_exclusive or not host.profile.anon_exclusive:
         if src_vma.mm.flags & MMF_HAS_PINNED and folio_maybe_dma_pinned(pages, folio):
             return False
         pages.flags[folio] &= ~PG_anon_exclusive

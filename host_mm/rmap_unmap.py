@@ -1,7 +1,7 @@
 """Taking a page out of every page table: swap entries, migration entries, and back.
 
 Source of truth: mm/rmap.c (try_to_unmap_one, try_to_migrate_one, try_to_unmap, try_to_migrate,
-should_defer_flush), mm/migrate.c (remove_migration_pte); Linux 6.18.
+should_defer_flush), mm/migrate.c (remove_migration_pte); Linux 6.18. Linux 5.10 has one function for both.
 
 One bracket per VMA per folio, over all of the folio that lies in the VMA. A huge entry becomes a huge
 migration entry, or is split first (TTU_SPLIT_HUGE_PMD). With TTU_BATCH_FLUSH the entry is cleared and
@@ -211,11 +211,14 @@ class _Unmap:
         elif bool(flags & PG_swapbacked) != bool(flags & PG_swapcache):
             set_pte(mm, address, pte, old)
             return False
-        elif not flags & PG_swapbacked:
-            if not self._discard_lazyfree(mm, address, pte, old):
+        else:
+            if not flags & PG_swapbacked:
+                gone = self._discard_lazyfree(mm, address, pte, old)
+            else:
+                gone = self._set_swap_entry(mm, address, pte, old, bool(exclusive))
+            if not gone:
                 return False
-        elif not self._set_swap_entry(mm, address, pte, old, bool(exclusive)):
-            return False
+            mmu_notifier.mmu_notifier_invalidate_range(mm, address, address + 4096)
         folio_remove_rmap_pte(host, page, vma)
         put_page(host, pfn)
         return True
@@ -228,7 +231,8 @@ class _Unmap:
             set_pte(mm, address, pte, old)
             pages.flags[pfn] |= PG_swapbacked
             return False
-        if pages.refcount[pfn] != 1 + folio_mapcount(pages, pfn):
+        held = pages.refcount[pfn] != 1 + folio_mapcount(pages, pfn)
+        if held and self.host.profile.lazyfree_checks_references:
             set_pte(mm, address, pte, old)
             return False
         mm.rss[MM_ANONPAGES] -= 1
@@ -272,7 +276,8 @@ class _Unmap:
             kind = SWP_MIGRATION_WRITE
         else:
             kind = SWP_MIGRATION_READ_EXCLUSIVE if exclusive else SWP_MIGRATION_READ
-        entry = make_migration_entry(kind, page, young=bool(old & _PAGE_ACCESSED), dirty=pte_dirty(old))
+        keep = old if host.profile.migration_keeps_ad else 0
+        entry = make_migration_entry(kind, page, young=bool(keep & _PAGE_ACCESSED), dirty=pte_dirty(keep))
         value = swp_entry_to_pte(entry)
         if old & _PAGE_SOFT_DIRTY:
             value |= _PAGE_SWP_SOFT_DIRTY

@@ -89,12 +89,13 @@ class ScanControl:
 class _Shrink:
     """One call of shrink_folio_list."""
 
-    __slots__ = ("free", "host", "ignore_references", "sc", "stat")
+    __slots__ = ("free", "host", "ignore_references", "sc", "spares_pinned", "stat")
 
     def __init__(self, host: HostMm, sc: ScanControl, ignore_references: bool) -> None:
         self.host = host
         self.sc = sc
         self.ignore_references = ignore_references
+        self.spares_pinned = host.profile.pinned_stay_out_of_swap
         self.stat = ReclaimStat()
         self.free: list[int] = []
 
@@ -135,14 +136,14 @@ class _Shrink:
             self.stat.nr_ref_keep += 1
             return _KEPT_LOCKED
         if flags[pfn] & PG_swapbacked and not flags[pfn] & PG_swapcache:
-            if folio_maybe_dma_pinned(host.pages, pfn):
+            if self.spares_pinned and folio_maybe_dma_pinned(host.pages, pfn):
                 return _KEPT_LOCKED
             if folio_alloc_swap(host, pfn):
                 return _ACTIVATED
             set_page_dirty(host, pfn)
         if host.pages.mapcount[pfn] and not self._unmap(pfn):
             return _ACTIVATED
-        if folio_maybe_dma_pinned(host.pages, pfn):
+        if self.spares_pinned and folio_maybe_dma_pinned(host.pages, pfn):
             return _ACTIVATED
         if flags[pfn] & PG_dirty and flags[pfn] & PG_swapbacked:
             kept = self._pageout(pfn, references)

@@ -7,8 +7,7 @@ free_swap_and_cache_nr, __try_to_reclaim_swap); Linux 6.18.
 The cache holds one reference to each of its folios and SWAP_HAS_CACHE on the slot. A folio enters
 and leaves it locked. `private` of the folio is its swap entry.
 
-Not modelled: shadow entries (workingset refaults), large folios, readahead (it behaves as with
-vm.page-cluster=0).
+Not modelled: shadow entries (workingset refaults), large folios. Readahead is in swap_readahead.py.
 """
 
 from __future__ import annotations
@@ -49,6 +48,7 @@ __all__ = [
     "swap_cache_del_folio",
     "swap_cache_get_folio",
     "swap_cache_replace_folio",
+    "try_to_unuse",
 ]
 
 SWAP_CACHE_ADD = Tracepoint(
@@ -221,6 +221,15 @@ def _reclaim_cached_slot(host: HostMm, swap: SwapInfo) -> int:
             if found:
                 return found
     return 0
+
+
+def try_to_unuse(host: HostMm) -> None:
+    """swapoff's second half: slots that only the swap cache holds are given back, and their folios."""
+    swap = _swap(host)
+    offset = swap.find_only_cached(1)
+    while offset:
+        _try_to_reclaim_swap(host, swap, offset, anyway=True)
+        offset = swap.find_only_cached(offset + 1)
 
 
 def free_swap_and_cache(host: HostMm, entry: int) -> None:

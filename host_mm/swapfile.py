@@ -12,7 +12,7 @@ allocated, so that no swap entry is 0.
 Counts above SWAP_MAP_MAX go on in `continued`.
 
 Not modelled: several swap devices and priorities, discard, clusters per order and per CPU (there
-is one current cluster), rotation of clusters between lists, continuation pages, swapoff, zswap.
+is one current cluster), rotation of clusters between lists, continuation pages, swapoff.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from host_mm.kernel.locks import Spinlock
 from host_mm.ram import PAGE_SHIFT, PAGE_SIZE, column
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from host_mm.kernel.sched import Scheduler
+    from host_mm.zram import Zram
 
 __all__ = [
     "COUNT_CONTINUED",
@@ -64,13 +67,19 @@ class SwapInfo:
 
     `cache[offset]` is the swap cache's table: pfn + 1 of the folio that holds the slot's page, or
     0 (mm/swap_table.h). `zeromap[offset]` says that the page is all zeros and was not written.
+    `zram` is the device if it is not the file: requests to it are synchronous (SWP_SYNCHRONOUS_IO).
+    `free_notify` are called with each slot that becomes free.
     """
 
-    def __init__(self, sched: Scheduler, size: int, path: str | None = None) -> None:
+    def __init__(
+        self, sched: Scheduler, size: int, path: str | None = None, zram: Zram | None = None
+    ) -> None:
         self.max = size >> PAGE_SHIFT
         if self.max < 2:
             raise ValueError("a swap file needs room for its header and one page: 8 KiB at least")
         self.fd = _open_swap(path, self.max << PAGE_SHIFT)
+        self.zram = zram
+        self.free_notify: list[Callable[[int], None]] = [] if zram is None else [zram.slot_free_notify]
         self.type = 0
         self.pages = self.max - 1
         self.inuse_pages = 0
@@ -99,7 +108,9 @@ class SwapInfo:
     # -- the file -----------------------------------------------------------------------------
 
     def pread(self, offset: int) -> bytes:
-        """The page in this slot of the file."""
+        """The page in this slot of the device."""
+        if self.zram is not None:
+            return self.zram.read_page(offset)
         data = os.pread(self.fd, PAGE_SIZE, offset << PAGE_SHIFT)
         if len(data) != PAGE_SIZE:
             raise BrokenTruth("swap-file", f"slot {offset}: {len(data)} bytes came back")
@@ -226,3 +237,5 @@ class SwapInfo:
         if self.cache[offset]:
             raise BrokenTruth("swap-map", f"slot {offset} is freed while the swap cache has its page")
         self.inuse_pages -= 1
+        for notify in self.free_notify:
+            notify(offset)

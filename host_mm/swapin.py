@@ -8,8 +8,10 @@ The entry's exclusive marker, or being the only holder of the page, makes the ne
 even on a read fault. A folio that is still under writeback is mapped like any other: what is
 written then makes the entry dirty, and the folio is written out again.
 
-Not modelled: devices without a swap cache (SWP_SYNCHRONOUS_IO), stable writes, device
-and hardware-poison entries beyond an error, per-VMA locks, large folios.
+From a synchronous device a page that only this entry holds is read past the swap cache: the slot is
+claimed as for the cache, so that nobody else reads it, and given back once the page is mapped.
+
+Not modelled: device and hardware-poison entries beyond an error, per-VMA locks, large folios.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.filemap import folio_lock_or_retry, folio_unlock, folio_wait_unlock
 from host_mm.ksm_break import ksm_might_need_to_copy
+from host_mm.memory import folio_prealloc
 from host_mm.mm_types import (
     FAULT_FLAG_WRITE,
     MM_ANONPAGES,
@@ -54,8 +57,10 @@ from host_mm.mm_types import (
 from host_mm.page import (
     PG_anon,
     PG_ksm,
+    PG_locked,
     PG_lru,
     PG_mlocked,
+    PG_swapbacked,
     PG_swapcache,
     PG_uptodate,
     PG_writeback,
@@ -65,6 +70,7 @@ from host_mm.page import (
 from host_mm.page_io import swap_read_folio
 from host_mm.pgtable_generic import pte_lockptr, pte_offset_map_lock, ptep_get, set_pte
 from host_mm.rmap import folio_add_anon_rmap_pte, folio_add_new_anon_rmap
+from host_mm.swap_readahead import swap_update_readahead, swapin_readahead
 from host_mm.swap_state import folio_free_swap, read_swap_cache, swap_cache_del_folio, swap_cache_get_folio
 from host_mm.userfaultfd_k import userfaultfd_pte_wp
 from trace_events.tracepoint import Tracepoint
@@ -72,8 +78,11 @@ from trace_events.tracepoint import Tracepoint
 if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.mm_types import MmStruct, VmArea, VmFault
+    from host_mm.swapfile import SwapInfo
 
 __all__ = ["TRACEPOINTS", "do_swap_page", "migration_entry_wait", "read_swap_cache_async"]
+
+_JIFFY = 1_000_000
 
 SWAP_IN = Tracepoint(
     "refault", "swap_in", ("pid", "address", "pfn", "slot", "major", "exclusive", "writable"),
@@ -103,11 +112,16 @@ def do_swap_page(vmf: VmFault) -> int:
     entry = pte_to_swp_entry(vmf.orig_pte)
     if non_swap_entry(entry):
         return _non_swap_entry(vmf, entry)
+    swap = host.swap
+    assert swap is not None
     ret = 0
     pfn = swap_cache_get_folio(host, entry)
-    if pfn < 0:
-        nid = mm.process.home_node if mm.process is not None else 0
-        pfn = read_swap_cache(host, entry, nid, swap_read_folio)
+    if pfn >= 0:
+        swap_update_readahead(host, pfn, vmf.vma, vmf.address)
+    else:
+        if swap.zram is not None and swap.swap_count(swp_offset(entry)) == 1:
+            return _skip_swapcache(vmf, swap, entry)
+        pfn = swapin_readahead(vmf, entry, mm.process.home_node)
         if pfn < 0:
             return _nothing_read(vmf)
         ret = VM_FAULT_MAJOR
@@ -117,6 +131,32 @@ def do_swap_page(vmf: VmFault) -> int:
         put_page(host, pfn)
         return ret
     return _map_locked(vmf, pfn, entry, ret)
+
+
+def _skip_swapcache(vmf: VmFault, swap: SwapInfo, entry: int) -> int:
+    """The page comes straight from a synchronous device; SWAP_HAS_CACHE keeps everybody else out."""
+    host = vmf.mm.host
+    pfn = folio_prealloc(host, vmf.vma, zero=False)
+    if pfn < 0:
+        return _nothing_read(vmf)
+    host.pages.flags[pfn] = host.pages.flags[pfn] & ~PG_uptodate | PG_locked | PG_swapbacked
+    if swap.swapcache_prepare(entry):
+        folio_unlock(host, pfn)
+        put_page(host, pfn)
+        host.sched.sleep(_JIFFY)
+        return 0
+    host.lru.folio_add_lru(pfn)
+    host.pages.private[pfn] = entry
+    swap_read_folio(host, pfn)
+    host.pages.private[pfn] = 0
+    host.vmstat["pgmajfault"] += 1
+    ret = VM_FAULT_MAJOR | folio_lock_or_retry(host, pfn, vmf)
+    if ret & VM_FAULT_RETRY:
+        put_page(host, pfn)
+    else:
+        ret = _map_locked(vmf, pfn, entry, ret, direct=True)
+    swap.put_cache(swp_offset(entry))
+    return ret
 
 
 def read_swap_cache_async(host: HostMm, entry: int) -> None:
@@ -146,16 +186,19 @@ def _give_up(vmf: VmFault, swapcache: int, ret: int, pfn: int = -1) -> int:
     return ret
 
 
-def _map_locked(vmf: VmFault, swapcache: int, entry: int, ret: int) -> int:
-    """From the locked folio to the present entry; the reference becomes the entry's."""
+def _map_locked(vmf: VmFault, swapcache: int, entry: int, ret: int, *, direct: bool = False) -> int:
+    """From the locked folio to the present entry; the reference becomes the entry's.
+
+    `direct`: the folio is a fresh one that never was in the swap cache.
+    """
     mm = vmf.mm
     host = mm.host
     pages = host.pages
     flags = pages.flags
     # The folio may have left the swap cache, and its slot another owner, while it was not locked.
-    if not flags[swapcache] & PG_swapcache or pages.private[swapcache] != entry:
+    if not direct and (not flags[swapcache] & PG_swapcache or pages.private[swapcache] != entry):
         return _give_up(vmf, swapcache, ret)
-    pfn = ksm_might_need_to_copy(host, swapcache, vmf.vma, vmf.address)
+    pfn = swapcache if direct else ksm_might_need_to_copy(host, swapcache, vmf.vma, vmf.address)
     if pfn < 0:
         return _give_up(vmf, swapcache, VM_FAULT_OOM)
     copied = pfn != swapcache
@@ -170,7 +213,7 @@ def _map_locked(vmf: VmFault, swapcache: int, entry: int, ret: int) -> int:
         same = ptep_get(mm, pte) == vmf.orig_pte
         ptl.unlock()
         return _give_up(vmf, swapcache, VM_FAULT_SIGBUS if same else ret, pfn)
-    exclusive, new = _new_entry(vmf, pfn, entry, copied=copied)
+    exclusive, new = _new_entry(vmf, pfn, entry, fresh=copied or direct)
     if copied:
         folio_add_new_anon_rmap(host, pfn, vmf.vma, vmf.address)
         host.lru.folio_add_lru_vma(pfn, vmf.vma)
@@ -194,10 +237,11 @@ def _map_locked(vmf: VmFault, swapcache: int, entry: int, ret: int) -> int:
     return ret
 
 
-def _new_entry(vmf: VmFault, pfn: int, entry: int, *, copied: bool) -> tuple[bool, int]:
+def _new_entry(vmf: VmFault, pfn: int, entry: int, *, fresh: bool) -> tuple[bool, int]:
     """Give the swap entry up and decide what the present one may: (exclusive, pte).
 
-    A copy that nobody else can know is exclusive, a KSM page never is.
+    A fresh page that nobody else can know is exclusive, a KSM page never is, nor is one that a device
+    is reading which must not change meanwhile (SWP_STABLE_WRITES).
     """
     mm = vmf.mm
     host = mm.host
@@ -205,10 +249,12 @@ def _new_entry(vmf: VmFault, pfn: int, entry: int, *, copied: bool) -> tuple[boo
     old = vmf.orig_pte
     assert host.swap is not None
     ksm = bool(host.pages.flags[pfn] & PG_ksm)
-    exclusive = copied or bool(old & _PAGE_SWP_EXCLUSIVE)
+    exclusive = fresh or bool(old & _PAGE_SWP_EXCLUSIVE)
+    if not fresh and host.swap.zram is not None and host.pages.flags[pfn] & PG_writeback:
+        exclusive = False
     reuse = False
     if not host.profile.anon_exclusive and vmf.flags & FAULT_FLAG_WRITE:
-        reuse = copied or _reuse_swap_page(host, pfn, entry)
+        reuse = fresh or _reuse_swap_page(host, pfn, entry)
     host.swap.swap_free(entry)
     if _should_try_to_free_swap(host, pfn, vma, vmf.flags):
         folio_free_swap(host, pfn)

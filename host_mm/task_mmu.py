@@ -117,8 +117,10 @@ def _clear_soft_dirty(vma: VmArea, address: int, pte: int, entry: int) -> None:
 
 def _is_pinned(vma: VmArea, entry: int) -> bool:
     """A pinned private page must stay writable, or the next write would COW it away from the pin."""
+    host = vma.mm.host
     if not entry & 2 or not is_cow_mapping(vma.flags) or not vma.mm.flags & MMF_HAS_PINNED:
         return False
-    host = vma.mm.host
+    if not host.profile.soft_dirty_spares_pinned:
+        return False
     pfn = vm_normal_page(host, entry)
     return pfn >= 0 and folio_maybe_dma_pinned(host.pages, pfn)

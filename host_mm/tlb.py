@@ -89,6 +89,20 @@ class HostTlb:
             else:
                 del self._frames[pfn]
 
+    def known_in(self, start: int, end: int) -> list[int]:
+        """The vpns of [start, end) that are known."""
+        first, last = start >> 12, (end - 1) >> 12
+        if last - first < len(self.entries):
+            return [vpn for vpn in range(first, last + 1) if vpn in self.entries]
+        return [vpn for vpn in self.entries if first <= vpn <= last]
+
+    def drop_range(self, start: int, end: int) -> int:
+        """Forget what lies in [start, end); how many pages that were."""
+        gone = self.known_in(start, end)
+        for vpn in gone:
+            self.drop(vpn)
+        return len(gone)
+
     def clear(self) -> None:
         """Forget everything."""
         self.entries.clear()

@@ -3,8 +3,8 @@
 Source of truth: the rules themselves; in Linux they are spread over mm/page_alloc.c: bad_page,
 mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifier.rst.
 
-    freed-frame-translated   no host TLB entry reaches a frame that is being freed
-    io-while-writable        no writable host TLB entry reaches a folio whose write-out begins
+    freed-frame-translated   no host TLB entry and no device's translation reaches a frame that is being freed
+    io-while-writable        no writable one reaches a folio whose write-out begins
     dirty-dropped            a folio dropped as clean has the bytes that its swap slot has
     held-frame-moved         no frame is migrated that somebody writes to by a reference of his own
     flush-before-set         no entry gets another frame while a host TLB entry still reaches the old one,
@@ -16,7 +16,8 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     ksm-writable             ... and no entry grants writing to a KSM page
     uffd-wp                  ... and only where userfaultfd write-protects do entries say so, and not writable
     lru                      ... and PG_lru says where the folio is
-    tlb-stale                ... and every host TLB entry is what the tables say
+    tlb-stale                ... and every host TLB entry and device's translation is what the tables say
+    leak                     when the host goes down, every frame and swap slot is free
 
 The first six raise from the place where they break; `audit` checks the others when nobody is
 inside mm. References that are neither mappings, page tables, swap cache nor LRU batches come from
@@ -58,8 +59,9 @@ if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.interval_notifier import MmuIntervalNotifier
     from host_mm.mm_types import MmStruct, VmArea
+    from host_mm.tlb import HostTlb
 
-__all__ = ["HostTruths", "audit"]
+__all__ = ["HostTruths", "audit", "nothing_left"]
 
 
 class HostTruths:
@@ -83,6 +85,13 @@ class HostTruths:
                         f"pfn {frame:#x} is freed, but pid {_pid(mm)} translates {vpn << 12:#x} to it",
                         self.host.stream.here(),
                     )
+        for frame in range(pfn, pfn + (1 << order)):
+            for who, address, _ in self.host.secondary_tables.reaching(frame):
+                raise BrokenTruth(
+                    "freed-frame-translated",
+                    f"pfn {frame:#x} is freed, but {who} translates {address:#x} to it",
+                    self.host.stream.here(),
+                )
 
     def writeback_starts(self, pfn: int) -> None:
         """Bytes written through a stale translation from now on would be lost."""
@@ -94,6 +103,14 @@ class HostTruths:
                         f"pfn {pfn:#x} is written out, but pid {_pid(mm)} can write it at {vpn << 12:#x}",
                         self.host.stream.here(),
                     )
+
+        for who, address, writable in self.host.secondary_tables.reaching(pfn):
+            if writable:
+                raise BrokenTruth(
+                    "io-while-writable",
+                    f"pfn {pfn:#x} is written out, but {who} can write it at {address:#x}",
+                    self.host.stream.here(),
+                )
 
     def folio_moves(self, pfn: int) -> None:
         """Migration gives the folio's identity to another frame: nobody may write to the old one."""
@@ -211,13 +228,19 @@ class _Audit:
         return 1 if self.host.pages.flags[pfn] & PG_anon else 0
 
     def tlb(self, mm: MmStruct) -> None:
-        """At rest no flush is pending, so that the TLB has no right that the tables have not."""
-        for vpn, cached in mm.tlb.entries.items():
+        """At rest no flush is pending, so that nobody's TLB has a right that the tables have not."""
+        tables = [("TLB", mm.tlb)]
+        tables += [(who, table) for who, of, table in self.host.secondary_tables.tables if of is mm]
+        for who, table in tables:
+            self._translations(mm, who, table)
+
+    def _translations(self, mm: MmStruct, who: str, table: HostTlb) -> None:
+        for vpn, cached in table.entries.items():
             entry, level = walk_lockless(self.host.ram, mm.pgd, vpn << 12)
             writable = not cached & 1 or entry & _PAGE_RW
             if level != 1 or not entry & 1 or pte_pfn(entry) != cached >> 1 or not writable:
                 raise BrokenTruth(
-                    "tlb-stale", f"pid {_pid(mm)} {vpn << 12:#x}: TLB {cached:#x}, entry {entry:#x}"
+                    "tlb-stale", f"pid {_pid(mm)} {vpn << 12:#x}: {who} {cached:#x}, entry {entry:#x}"
                 )
 
     def frames(self) -> None:
@@ -280,6 +303,21 @@ class _Audit:
                 raise BrokenTruth("swap-cache", f"slot {offset:#x} holds pfn {pfn:#x}, which says otherwise")
         if used != swap.inuse_pages:
             raise BrokenTruth("swap-count", f"{swap.inuse_pages} slots are counted as in use, {used} are")
+
+
+def nothing_left(host: HostMm) -> None:
+    """After HostMm.shutdown: no frame and no swap slot is anybody's. Raises BrokenTruth."""
+    pages = host.pages
+    for zone in host.zones:
+        if zone.nr_free == zone.managed:
+            continue
+        pfn = zone.start
+        while pages.flags[pfn] & (PG_buddy | PG_reserved):
+            pfn += 1 << pages.order[pfn] if pages.flags[pfn] & PG_buddy else 1
+        who = f"pfn {pfn:#x} ({decode_page_flags(pages.flags[pfn])})"
+        raise BrokenTruth("leak", f"{zone.managed - zone.nr_free} frames were not given back, {who} first")
+    if host.swap is not None and host.swap.inuse_pages:
+        raise BrokenTruth("leak", f"{host.swap.inuse_pages} swap slots were not given back")
 
 
 def audit(host: HostMm) -> None:

@@ -58,6 +58,7 @@ def vm_area_dup(vma: VmArea, mm: MmStruct) -> VmArea:
     new.ops = vma.ops
     new.policy = vma.policy
     new.private_data = vma.private_data
+    new.swap_readahead_info = vma.swap_readahead_info
     new.userfaultfd_ctx = vma.userfaultfd_ctx
     return new
 

@@ -77,6 +77,18 @@ def _flag(params: Mapping[str, str], name: str, default: bool) -> bool:
     raise KernelError(EINVAL, f"parameter {name}={value!r} is not a bool")
 
 
+class _MmuSpinlock(RwLock):
+    """mmu_lock as it was up to 5.11: who asks for it shared has it for himself."""
+
+    __slots__ = ()
+
+    def read_lock(self) -> None:
+        self.lock()
+
+    def read_unlock(self) -> None:
+        self.unlock()
+
+
 class Kvm:
     """struct kvm with its arch part. `memslots[as_id]` is the active set of `memslot_sets[as_id]`.
 
@@ -99,7 +111,7 @@ class Kvm:
         self.sched = host.sched
         self.stream = host.stream
         self.ram = host.ram
-        self.trace = host.stream.bind(TRACEPOINTS)
+        self.trace = host.stream.bind(TRACEPOINTS, profile.absent_events)
         self.stat: dict[str, int] = dict.fromkeys(_VM_STATS, 0)
         self._init_params(params)
         self._init_slots()
@@ -140,7 +152,8 @@ class Kvm:
         self.gpc_lock = Spinlock(sched, "gpc_list_lock")
 
     def _init_mmu(self) -> None:
-        self.mmu_lock = RwLock(self.sched, "mmu_lock")
+        lock = RwLock if self.profile.mmu_lock_is_rwlock else _MmuSpinlock
+        self.mmu_lock: RwLock = lock(self.sched, "mmu_lock")
         self.mmu_invalidate_seq = 0
         self.mmu_invalidate_in_progress = 0
         self.mmu_invalidate_range_start = invalidate.INVALID_GPA

@@ -206,7 +206,8 @@ def _kvm_swap_active_memslots(kvm: Kvm, as_id: int) -> None:
     slots.generation = gen | KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
     lock = kvm.mn_invalidate_lock
     lock.lock()
-    while kvm.mn_active_invalidate_count and "no-memslot-wait" not in kvm.breaks:
+    waits = kvm.profile.memslot_update_waits and "no-memslot-wait" not in kvm.breaks
+    while kvm.mn_active_invalidate_count and waits:
         lock.unlock()
         # Nothing can run between the test and going to sleep but at unlock's scheduling point.
         if kvm.mn_active_invalidate_count:

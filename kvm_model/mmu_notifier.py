@@ -1,14 +1,17 @@
 """KVM's mmu notifier: what the host's brackets and aging do to a VM.
 
 Source of truth: virt/kvm/kvm_main.c (Linux 6.18): kvm_handle_hva_range, kvm_mmu_notifier_*,
-kvm_age_hva_range; arch/x86/kvm/mmu/mmu.c: kvm_unmap_gfn_range, kvm_age_gfn.
+kvm_age_hva_range; arch/x86/kvm/mmu/mmu.c: kvm_unmap_gfn_range, kvm_age_gfn; of Linux 5.10
+kvm_mmu_notifier_change_pte, mmu/mmu.c: kvm_age_rmapp.
 
 range_start: count the bracket, drop pfn caches, find the memslots that overlap, and at the first one
 take mmu_lock; note the range, zap, flush, unlock. range_end: the same walk, only to move the sequence and
 the count. Both find the same slots because a memslot update waits for open brackets. KVM ignores the
-event and its owner, never refuses, and takes no mmu_lock if no slot is hit.
+event and its owner, never refuses, and takes no mmu_lock if no slot is hit. In 5.10 it does in any case, any
+open bracket makes any fault retry, and a memslot update waits for none.
 
-Not modelled: SEV's cache flush on reclaim, the APIC access page, guest_memfd invalidation, roots by
+Not modelled: SEV's cache flush on reclaim, the APIC access page (the one thing 5.10's invalidate_range
+callback is for), guest_memfd invalidation, roots by
 address space (a slot of the SMM space zaps and ages in the only space's roots).
 """
 
@@ -25,7 +28,9 @@ from kvm_model.mmu.invalidate import (
     kvm_mmu_invalidate_range_add,
 )
 from kvm_model.mmu.mmu_roots import kvm_mmu_zap_all
+from kvm_model.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, kvm_pages_per_hpage
 from kvm_model.mmu.tdp_age import kvm_tdp_mmu_age_gfn_range, kvm_tdp_mmu_test_age_gfn
+from kvm_model.mmu.tdp_set_pte import kvm_tdp_mmu_set_spte_gfn
 from kvm_model.mmu.tdp_zap import kvm_tdp_mmu_unmap_gfn_range
 from kvm_model.pfncache import gfn_to_pfn_cache_invalidate_start
 from kvm_model.requests import kvm_flush_remote_tlbs
@@ -51,7 +56,12 @@ KVM_AGE_HVA = Tracepoint(
 KVM_TEST_AGE_HVA = Tracepoint(
     "kvm", "kvm_test_age_hva", ("hva",), lambda hva: f"mmu notifier test age hva: {hva:#016x}"
 )
-TRACEPOINTS = (KVM_UNMAP_HVA_RANGE, KVM_AGE_HVA, KVM_TEST_AGE_HVA)
+KVM_AGE_PAGE = Tracepoint(
+    "kvm", "kvm_age_page", ("hva", "gfn", "level", "referenced"),
+    lambda hva, gfn, level, referenced:
+        f"hva {hva:x} gfn {gfn:x} level {level} {'YOUNG' if referenced else 'OLD'}",
+)
+TRACEPOINTS = (KVM_UNMAP_HVA_RANGE, KVM_AGE_HVA, KVM_TEST_AGE_HVA, KVM_AGE_PAGE)
 
 
 def kvm_handle_hva_range(
@@ -60,11 +70,17 @@ def kvm_handle_hva_range(
 ) -> tuple[bool, bool]:
     """Run `handler` on the gfns behind [start, end) of each memslot; (answers or'ed, slot found).
 
-    mmu_lock is taken for write at the first slot, then `on_lock` runs; without a handler that is all.
+    mmu_lock is taken for write at the first slot (in 5.10 in any case, and that counts as a slot found), then
+    `on_lock` runs; without a handler that is all.
     """
-    ret = found = False
+    ret = False
     late_flush = False
     idx = kvm.srcu.read_lock()
+    found = kvm.profile.lock_on_every_start
+    if found and not lockless:
+        kvm.mmu_lock.lock()
+        if on_lock is not None:
+            on_lock(kvm)
     for slots in kvm.memslots:
         for slot in slots.in_hva_range(start, end - 1):
             hva_start = max(start, slot.userspace_addr)
@@ -102,11 +118,25 @@ def _kvm_mmu_unmap_gfn_range(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int
 
 
 def _kvm_age_gfn(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, may_block: bool) -> bool:
+    if (t := kvm.trace.kvm_age_page) is not None:
+        _trace_age_pages(t, slot, start, end)
     return kvm_tdp_mmu_age_gfn_range(kvm, start, end)
 
 
 def _kvm_test_age_gfn(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, may_block: bool) -> bool:
     return kvm_tdp_mmu_test_age_gfn(kvm, start, end)
+
+
+def _trace_age_pages(
+    t: Callable[[int, int, int, bool], int], slot: KvmMemorySlot, start: int, end: int
+) -> None:
+    """kvm_age_rmapp of each rmap of the range, level by level; the TDP MMU's leaves are in none."""
+    for level in (PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G):
+        pages = kvm_pages_per_hpage(level)
+        gfn = start
+        for _ in range(start // pages, (end - 1) // pages + 1):
+            t(slot.gfn_to_hva(gfn), gfn, level, False)
+            gfn += pages
 
 
 class KvmMmuNotifier(MmuNotifier):
@@ -132,9 +162,6 @@ class KvmMmuNotifier(MmuNotifier):
             kvm, range_.start, range_.end, handler=_kvm_mmu_unmap_gfn_range, on_lock=kvm_mmu_invalidate_begin,
             flush_on_ret=True, may_block=mmu_notifier_range_blockable(range_), lockless=False,
         )
-        if kvm.profile.lock_on_every_start and not found:
-            with kvm.mmu_lock:
-                kvm_mmu_invalidate_begin(kvm)
         if kvm.truths is not None:
             kvm.truths.note_start_returned(range_, found)
         return 0
@@ -152,9 +179,6 @@ class KvmMmuNotifier(MmuNotifier):
             kvm, range_.start, range_.end, handler=None, on_lock=kvm_mmu_invalidate_end, flush_on_ret=False,
             may_block=mmu_notifier_range_blockable(range_), lockless=False,
         )
-        if kvm.profile.lock_on_every_start and not found:
-            with kvm.mmu_lock:
-                kvm_mmu_invalidate_end(kvm)
         with kvm.mn_invalidate_lock:
             kvm.mn_active_invalidate_count -= 1
             wake = kvm.mn_active_invalidate_count == 0
@@ -187,6 +211,20 @@ class KvmMmuNotifier(MmuNotifier):
         if (t := self.kvm.trace.kvm_test_age_hva) is not None:
             t(address)
         return self._age(address, address + 1, _kvm_test_age_gfn, flush=False)
+
+    def change_pte(self, mm: MmStruct, address: int, pte: int) -> None:
+        """kvm_mmu_notifier_change_pte, of 5.10: nothing is left to change where a bracket is open."""
+
+        def sequence(kvm: Kvm) -> None:
+            kvm.mmu_invalidate_seq += 1
+
+        def set_spte(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, may_block: bool) -> bool:
+            return kvm_tdp_mmu_set_spte_gfn(kvm, start, pte)
+
+        kvm_handle_hva_range(
+            self.kvm, address, address + 1, handler=set_spte, on_lock=sequence, flush_on_ret=True,
+            may_block=False, lockless=False,
+        )
 
     def release(self, mm: MmStruct) -> None:
         """kvm_mmu_notifier_release: the address space goes away; drop everything."""

@@ -1,12 +1,12 @@
 """What must hold of KVM's MMU, checked while it runs, and once more by a sweep.
 
     no-spte-in-bracket    from the return of range_start to the call of range_end no leaf lies in the range,
-                          and from invalidate_begin on none is made there
+                          and from invalidate_begin on none is made there (in 5.10 none anywhere)
     spte-matches-host     elsewhere each 4K of a leaf is the host's frame, no leaf is larger than the host's
                           mapping, and what KVM holds for writable the host maps writable
     flush-before-unlock   range_start asks for the flush of what it zapped before it drops mmu_lock
     bracket-balance       counts go up and down with brackets, the sequence moves before the count
-    spte-writable-state   a leaf is in one of the four (host, mmu, W) states
+    spte-writable-state   a leaf is in one of the four (host, mmu, W) states (five where there is change_pte)
     spte-pfn-in-place     a present leaf never changes its frame
     spte-of-freed-frame   no leaf of any root, invalid ones included, maps a frame that is freed
     write-logged          a writable leaf of a logged slot has its bit in the dirty log
@@ -181,7 +181,8 @@ class KvmTruths:
             self._broken("spte-pfn-in-place", f"gfn {gfn:#x} level {level}: {old:#x} became {new:#x}")
         pages = kvm_pages_per_hpage(level)
         start, end = kvm.mmu_invalidate_range_start, kvm.mmu_invalidate_range_end
-        making = not was_leaf and kvm.mmu_invalidate_in_progress and start <= gfn and gfn + pages <= end
+        inside = (start <= gfn and gfn + pages <= end) or kvm.profile.retry_scope == "any"
+        making = not was_leaf and kvm.mmu_invalidate_in_progress and inside
         if making or self._in_open_bracket(gfn, pages):
             self._broken("no-spte-in-bracket", f"gfn {gfn:#x} level {level}: {new:#x} stored in a bracket")
         self._noted[sptep] = kvm.stream.ctx.cause
@@ -205,7 +206,9 @@ class KvmTruths:
             del self._mapped[frame]
 
     def _check_state(self, gfn: int, spte: int) -> None:
-        if not self.kvm.spte.writable_state_is_legal(spte):
+        kvm = self.kvm
+        followed = kvm.host.profile.change_pte and not spte & (PT_WRITABLE_MASK | kvm.spte.host_writable)
+        if not followed and not kvm.spte.writable_state_is_legal(spte):
             self._broken("spte-writable-state", f"gfn {gfn:#x}: {spte:#x} is in none of the four states")
 
     def _host_pte_changed(self, mm: MmStruct, address: int, old: int, new: int) -> None:

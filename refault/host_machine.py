@@ -8,7 +8,7 @@ from emu.host import Host
 from refault.errors import UsageError
 from refault.numbers import size
 from refault.params import check_params
-from refault.registry import switches
+from refault.registry import profiles, switches
 
 __all__ = ["HostMachine", "as_bytes"]
 
@@ -30,8 +30,9 @@ def as_bytes(value: int | str | None) -> int | None:
 class HostMachine:
     """A host with `ram` and `swap` (bytes, or text such as "24M"; swap None: none).
 
-    `seed` decides all chance; `params` are module parameters under the kernel's names; `breaks`
-    names protocol steps to leave out; `check` turns the truths on.
+    `seed` decides all chance; `profile` names the kernel, see `refault list profiles`; `params` are
+    module parameters under the kernel's names; `breaks` names protocol steps to leave out; `check` turns
+    the truths on.
     """
 
     def __init__(
@@ -40,11 +41,14 @@ class HostMachine:
         swap: int | str | None = "256M",
         *,
         seed: int = 1,
+        profile: str = "linux-6.18",
         params: dict[str, str] | None = None,
         breaks: frozenset[str] | set[str] = frozenset(),
         check: bool = False,
     ) -> None:
         check_params(params or {})
+        if profile not in profiles():
+            raise UsageError(f"no kernel {profile!r}; there is {', '.join(profiles())}")
         unknown = sorted(set(breaks) - set(switches()))
         if unknown:
             raise UsageError(f"no protocol switch {unknown[0]!r}; see refault list switches")
@@ -59,8 +63,8 @@ class HostMachine:
             raise UsageError(f"a swap file needs {MIN_SWAP >> 10}K at least, not {self.swap >> 10}K")
         try:
             self.machine = Host(
-                ram=ram_bytes, swap=self.swap, seed=seed, params=params, breaks=frozenset(breaks),
-                checks=check,
+                ram=ram_bytes, swap=self.swap, seed=seed, profile=profile, params=params,
+                breaks=frozenset(breaks), checks=check,
             )
         except (OSError, OverflowError) as exc:
             why = exc.strerror if isinstance(exc, OSError) else "too large"

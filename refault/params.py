@@ -31,6 +31,9 @@ PARAMS: dict[str, Param] = {
     "kvm.tdp_mmu": Param("bool", "Y", "the TDP MMU; N is refused, as there is no other yet"),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
     "mm.max_gather_pages": Param("count", "9698", "pages that an unmap frees in one go"),
+    "swap.device": Param("file|zram", "file", "swap to a file, or to compressed RAM"),
+    "swap.vma_ra_enabled": Param("bool", "Y", "swap readahead goes by address, not by slot"),
+    "vm.page_cluster": Param("0|1|2|3|4|5", "0", "swap readahead of up to 2**N pages"),
     "sched.period": Param(
         "count", "8", "switch tasks at one scheduling point in so many, with sched.strategy=random"
     ),

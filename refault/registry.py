@@ -142,10 +142,8 @@ def switches() -> dict[str, str]:
 
 
 def profiles() -> list[str]:
-    """The kernel generations that both models know, newest first."""
+    """The kernel generations that both models know, the default first."""
     import host_mm.profile
     import kvm_model.profile
 
-    kvm = {p.name for p in vars(kvm_model.profile).values() if isinstance(p, kvm_model.profile.KvmProfile)}
-    mm = {p.name for p in vars(host_mm.profile).values() if isinstance(p, host_mm.profile.MmProfile)}
-    return sorted(kvm & mm, reverse=True)
+    return [name for name in host_mm.profile.PROFILES if name in kvm_model.profile.PROFILES]

@@ -27,7 +27,6 @@ from emu.loaders.image import LoaderError
 from refault.errors import UsageError
 from refault.header import check_words, make_header, read_payload
 from refault.host_machine import HostMachine, as_bytes
-from refault.registry import profiles
 from trace_events.ndjson import Trace, write_trace
 from trace_events.stream import Listener
 
@@ -105,22 +104,21 @@ class HostCalls:
         return sorted(OPERATIONS)
 
 
-def _check(memory: int, vcpus: int, mmu: str, profile: str) -> None:
+def _check(memory: int, vcpus: int, mmu: str) -> None:
     if memory <= 0 or memory % 4096:
         raise UsageError(f"memory {memory}: not a positive multiple of 4 KiB")
     if not 1 <= vcpus <= MAX_VCPUS:
         raise UsageError(f"vcpus {vcpus}: not a number from 1 to {MAX_VCPUS}")
     if mmu != "ept":
         raise UsageError(f"mmu {mmu!r}: there is only 'ept'")
-    if profile not in profiles():
-        raise UsageError(f"no kernel {profile!r}; there is {', '.join(profiles())}")
 
 
 class VM:
     """A VM. Without `on` it gets a private host of `host_ram` and `swap`.
 
-    Sizes are bytes or text such as "64M". `mmu` is "ept". `interpreted` runs the page walk in
-    Python: slower, the same bytes of trace. `output` gets the guest's serial bytes.
+    Sizes are bytes or text such as "64M". `mmu` is "ept"; `profile` names the kernel, see
+    `refault list profiles` (default: the host's, linux-6.18 for a private one). `interpreted` runs the
+    page walk in Python: slower, the same bytes of trace. `output` gets the guest's serial bytes.
     """
 
     def __init__(
@@ -131,7 +129,7 @@ class VM:
         swap: int | str | None = "auto",
         vcpus: int = 1,
         mmu: str = "ept",
-        profile: str = "linux-6.18",
+        profile: str | None = None,
         params: dict[str, str] | None = None,
         seed: int = 1,
         breaks: frozenset[str] | set[str] = frozenset(),
@@ -142,18 +140,21 @@ class VM:
     ) -> None:
         memory_bytes = as_bytes(memory)
         assert memory_bytes is not None
-        _check(memory_bytes, vcpus, mmu, profile)
+        _check(memory_bytes, vcpus, mmu)
         if on is None:
             swap = memory_bytes if swap == "auto" else swap
             on = HostMachine(
-                host_ram or 2 * memory_bytes, swap, seed=seed, params=params, breaks=breaks, check=check
+                host_ram or 2 * memory_bytes, swap, seed=seed, profile=profile or "linux-6.18", params=params,
+                breaks=breaks, check=check,
             )
         machine = on.machine
+        if profile not in (None, machine.profile):
+            raise UsageError(f"the host is a {machine.profile}, its VMs cannot be of {profile!r}")
         self._host = on
         self.config = MachineConfig(
-            memory=memory_bytes, host_ram=on.ram, swap=on.swap, vcpus=vcpus, mmu=mmu, profile=profile,
-            params=dict(machine.params), seed=machine.seed, breaks=tuple(sorted(machine.breaks)),
-            checks=on.check,
+            memory=memory_bytes, host_ram=on.ram, swap=on.swap, vcpus=vcpus, mmu=mmu,
+            profile=machine.profile, params=dict(machine.params), seed=machine.seed,
+            breaks=tuple(sorted(machine.breaks)), checks=on.check,
         )
         self.board = Board(machine, self.config, interpreted=interpreted, output=output)
         self.host = HostCalls(self.board)

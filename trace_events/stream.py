@@ -49,10 +49,11 @@ class TaskContext:
 class Binding:
     """Tracepoints as attributes: None while nobody listens, else the emitter."""
 
-    def __init__(self, tracepoints: Iterable[Tracepoint]) -> None:
-        self._tracepoints = tuple(tracepoints)
-        for tp in self._tracepoints:
+    def __init__(self, tracepoints: Iterable[Tracepoint], absent: frozenset[str] = frozenset()) -> None:
+        every = tuple(tracepoints)
+        for tp in every:
             setattr(self, tp.name, None)
+        self._tracepoints = tuple(tp for tp in every if tp.full_name not in absent)
 
     def __getattr__(self, name: str) -> Any:
         # Reached only for a name that was never bound: a misspelt event must not pass as silence.
@@ -90,9 +91,9 @@ class TraceStream:
         self._last: Event | None = None
         self._wanted: dict[str, list[Listener]] = {}
 
-    def bind(self, tracepoints: Iterable[Tracepoint]) -> Binding:
-        """A new binding of these tracepoints, live at once if anybody listens."""
-        binding = Binding(tracepoints)
+    def bind(self, tracepoints: Iterable[Tracepoint], absent: frozenset[str] = frozenset()) -> Binding:
+        """A new binding of these tracepoints, live at once if anybody listens; `absent` ones never."""
+        binding = Binding(tracepoints, absent)
         self._bindings.append(binding)
         self._rebind(binding)
         return binding

@@ -9,10 +9,14 @@
 | `process.py` | fork and exit |
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
+| `rdma.py` | registrations with the RDMA engine, and its peer |
 | `weather.py` | random transparent operations beside the guest |
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
 """
 
-from emu.operations import device, instrument, ksm, mapping, memory, process, slots, tracking, weather
+from emu.operations import device, instrument, ksm, mapping, memory, process, rdma, slots, weather
+
+__all__ = ["device", "instrument", "ksm", "mapping", "memory", "process", "rdma", "slots", "weather"]
+from emu.operations import tracking
 
 __all__ = ["device", "instrument", "ksm", "mapping", "memory", "process", "slots", "tracking", "weather"]

@@ -16,9 +16,9 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from emu.hostops import operation
+from emu.hostops import LEAVES_GIVEN, operation
 from emu.operations.memory import _scalar_size
-from host_mm.hmm import HmmMirror
+from host_mm.hmm_mirror import HmmMirror
 from host_mm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def mirror_read(board: Board, gpa: int, size: int = 8) -> int:
     return int.from_bytes(board.host.mm.ram.read((pfn << 12) + (hva & 0xFFF), size), "little")
 
 
-@operation("CLEAR", example="host_read(gpa=0x700000); vm.host.dma_write(gpa=0x700000, value=7, ns=10000)")
+@operation(
+    "CLEAR", example="host_read(gpa=0x700000); vm.host.dma_write(gpa=0x700000, value=7, ns=10000)",
+    leaves=LEAVES_GIVEN,
+)
 def dma_write(board: Board, gpa: int, value: int, size: int = 8, ns: int = 10_000) -> int:
     """A device pins the page, stores `value` by DMA `ns` later, and unpins it dirty."""
     from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
@@ -76,7 +79,10 @@ def dma_write(board: Board, gpa: int, value: int, size: int = 8, ns: int = 10_00
     return 0
 
 
-@operation("CLEAR", example="host_read(gpa=0x700000); vm.host.kvm_map_write(gpa=0x700000, value=7, ns=10000)")
+@operation(
+    "CLEAR", example="host_read(gpa=0x700000); vm.host.kvm_map_write(gpa=0x700000, value=7, ns=10000)",
+    leaves=LEAVES_GIVEN,
+)
 def kvm_map_write(board: Board, gpa: int, value: int, size: int = 8, ns: int = 10_000) -> int:
     """KVM maps the page for itself, stores `value` `ns` later, and unmaps it dirty (kvm_vcpu_map)."""
     from host_mm.gup import FOLL_WRITE

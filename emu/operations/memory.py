@@ -10,7 +10,7 @@ import errno
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from emu.hostops import operation
+from emu.hostops import LEAVES_EITHER, LEAVES_GIVEN, LEAVES_ZEROS, operation
 from host_mm.kernel.errors import KernelError
 from host_mm.ram import PAGE_SHIFT, PAGE_SIZE
 
@@ -69,7 +69,7 @@ def swap_out(board: Board, gpa: int, pages: int = 1) -> int:
     return sum(1 for hva in page_hvas(board, gpa, pages) if board.vmm.present_pfn(hva) < 0)
 
 
-@operation("CLEAR", example="dontneed(gpa=0x300000, pages=4)")
+@operation("CLEAR", example="dontneed(gpa=0x300000, pages=4)", leaves=LEAVES_ZEROS)
 def dontneed(board: Board, gpa: int, pages: int = 1) -> int:
     """madvise(MADV_DONTNEED): the range reads as zeros afterwards."""
     from host_mm.madvise import MADV_DONTNEED
@@ -85,7 +85,7 @@ def cold(board: Board, gpa: int, pages: int = 1) -> int:
     return _madvise(board, gpa, pages, MADV_COLD)
 
 
-@operation("CLEAR", example="free(gpa=0x300000, pages=4)")
+@operation("CLEAR", example="free(gpa=0x300000, pages=4)", leaves=LEAVES_EITHER)
 def free(board: Board, gpa: int, pages: int = 1) -> int:
     """madvise(MADV_FREE): reclaim may drop the pages unless they are written again."""
     from host_mm.madvise import MADV_FREE
@@ -153,7 +153,10 @@ def host_read(board: Board, gpa: int, size: int = 8) -> int:
     return int.from_bytes(board.memory.read(gpa, size), "little")
 
 
-@operation("CLEAR", example="host_read(gpa=0x700000); vm.host.host_write(gpa=0x700000, value=7, size=8)")
+@operation(
+    "CLEAR", example="host_read(gpa=0x700000); vm.host.host_write(gpa=0x700000, value=7)",
+    leaves=LEAVES_GIVEN,
+)
 def host_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """The VMM stores the low `size` bytes of `value` through its own mapping."""
     _scalar_size(gpa, size)

@@ -2,6 +2,7 @@
 
     mmu.py              a fault from PFERR word to RET_PF_*       mmu_internal.py  what the parts share
     fast_page_fault.py  rights given back without mmu_lock        mmio.py          MMIO SPTEs
+    marks.py            what SPTEs know goes to struct page       tdp_set_pte.py   change_pte of 5.10
     invalidate.py       the retry protocol                        mmu_roots.py     a vCPU's root
     spte.py             the encoding                              killed_by.py     which zap took a gfn
     tdp_iter.py         the walk                                  rcu.py           when tables may be freed

@@ -197,16 +197,18 @@ def _stale_reason(vcpu: Vcpu, fault: KvmPageFault) -> str:
     kvm = vcpu.kvm
     if is_obsolete_sp(root_to_sp(kvm, vcpu.root_hpa)):
         return "stale-root"
-    if fault.slot is None or "no-retry" in kvm.breaks or "retry-before-gup-only" in kvm.breaks:
+    exempt = fault.slot is None and kvm.profile.retry_scope != "any"
+    if exempt or "no-retry" in kvm.breaks or "retry-before-gup-only" in kvm.breaks:
         return ""
     return "stale-under-lock" if mmu_invalidate_retry_gfn(kvm, fault.mmu_seq, fault.gfn) else ""
 
 
 def _kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
     kvm = vcpu.kvm
-    r = fast_page_fault(vcpu, fault)
-    if r != RET_PF_INVALID:
-        return r
+    if kvm.profile.fast_page_fault:
+        r = fast_page_fault(vcpu, fault)
+        if r != RET_PF_INVALID:
+            return r
     r = mmu_topup_memory_caches(vcpu)
     if r:
         return r
@@ -222,8 +224,13 @@ def _kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
         r = kvm_tdp_mmu_map(vcpu, fault)
         if r == RET_PF_RETRY:
             _retry(kvm, fault, "spte-changed")
-    kvm_release_faultin_page(kvm, fault.refcounted_page, unused=r == RET_PF_RETRY, dirty=fault.map_writable)
+    unmarked = kvm.profile.marks_page_at_drop
+    if not unmarked:
+        unused = r == RET_PF_RETRY
+        kvm_release_faultin_page(kvm, fault.refcounted_page, unused=unused, dirty=fault.map_writable)
     kvm.mmu_lock.read_unlock()
+    if unmarked:
+        kvm_release_faultin_page(kvm, fault.refcounted_page, unused=True, dirty=False)
     return r
 
 

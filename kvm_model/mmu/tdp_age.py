@@ -1,12 +1,12 @@
-"""Aging: has the guest touched these gfns? Without mmu_lock.
+"""Aging: has the guest touched these gfns? Without mmu_lock, in 5.10 with it.
 
 Source of truth: arch/x86/kvm/mmu/tdp_mmu.c (Linux 6.18): kvm_tdp_mmu_age_spte,
-__kvm_tdp_mmu_age_gfn_range.
+__kvm_tdp_mmu_age_gfn_range; 5.10: age_gfn_range.
 
 Linux flushes nothing here: a translation that a TLB keeps hides the next access. Real TLBs are small
 and lose translations soon; ours is large and would hide it for ever, so it is told to evict.
 
-Not modelled: aging under mmu_lock (before 6.15).
+Not modelled: roots of the SMM address space.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ __all__ = ["kvm_tdp_mmu_age_gfn_range", "kvm_tdp_mmu_test_age_gfn"]
 def _age_spte(kvm: Kvm, it: TdpIter) -> None:
     masks = kvm.spte
     old = it.old_spte
-    if spte_ad_enabled(old):
+    if not kvm.profile.lockless_aging:
+        new = masks.mark_spte_for_access_track(old)
+        if kvm.profile.age_clears_dirty and spte_ad_enabled(old):
+            new &= ~masks.dirty
+        kvm.ram.u64[it.sptep] = new
+    elif spte_ad_enabled(old):
         old = fetch_and64(kvm, it.sptep, old, masks.accessed)
         new = old & ~masks.accessed
     else:
@@ -34,7 +39,7 @@ def _age_spte(kvm: Kvm, it: TdpIter) -> None:
         # Somebody changed it just now: most likely it is young anyway.
         if not try_cmpxchg64(kvm, it.sptep, old, new):
             return
-    spte_changed(kvm, it.sptep, it.gfn, it.level, old, new)
+    spte_changed(kvm, it.sptep, it.gfn, it.level, old, new, aged=True)
     for vcpu in kvm.vcpus:
         kvm.cpu.evict_tlb(vcpu)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.page import put_page
 from kvm_model.memslots import kvm_slot_dirty_track_enabled, mark_page_dirty_in_slot
+from kvm_model.mmu.marks import transfer_marks
 from kvm_model.mmu.mmu_internal import (
     RET_PF_EMULATE,
     RET_PF_FIXED,
@@ -163,8 +164,12 @@ def kvm_tdp_mmu_write_spte(kvm: Kvm, sptep: int, old: int, new: int, level: int)
     return old
 
 
-def spte_changed(kvm: Kvm, sptep: int, gfn: int, level: int, old: int, new: int, as_id: int = 0) -> None:
-    """Trace and note a change of rights or of A/D bits that needs no bookkeeping."""
+def spte_changed(
+    kvm: Kvm, sptep: int, gfn: int, level: int, old: int, new: int, as_id: int = 0, *, aged: bool = False
+) -> None:
+    """Trace and note a change of rights or of A/D bits that needs no bookkeeping; `aged`: it is aging's."""
+    if kvm.profile.marks_page_at_drop:
+        transfer_marks(kvm, level, old, new, accessed=not aged)
     if (t := kvm.trace.kvm_tdp_mmu_spte_changed) is not None:
         t(gfn, old, new, level, as_id)
     if kvm.truths is not None:

@@ -1,5 +1,5 @@
 """What there is: guest payloads, host operations, trace events, scenarios, protocol switches, module
-parameters."""
+parameters, kernels."""
 
 from __future__ import annotations
 
@@ -80,6 +80,24 @@ def _scenarios() -> Iterable[Entry]:
         yield {"name": name, "what": claim, "recorded": name in recorded}
 
 
+def _profiles() -> Iterable[Entry]:
+    import msgspec
+
+    from host_mm.profile import PROFILES as MM
+    from kvm_model.profile import PROFILES as KVM
+    from refault.registry import profiles
+
+    default = profiles()[0]
+    for name in profiles():
+        models = {"mm": msgspec.to_builtins(MM[name]), "kvm": msgspec.to_builtins(KVM[name])}
+        usual = {"mm": msgspec.to_builtins(MM[default]), "kvm": msgspec.to_builtins(KVM[default])}
+        other = [
+            f"{model}.{field}={value}" for model, fields in models.items() for field, value in fields.items()
+            if field not in ("name", "absent_events") and value != usual[model][field]
+        ]
+        yield {"name": name, "what": f"differs in {', '.join(other)}" if other else "the default", **models}
+
+
 def _params() -> Iterable[Entry]:
     from refault.params import PARAMS
 
@@ -94,6 +112,7 @@ KINDS: dict[str, Callable[[], Iterable[Entry]]] = {
     "scenarios": _scenarios,
     "switches": _switches,
     "params": _params,
+    "profiles": _profiles,
 }
 
 
@@ -118,6 +137,8 @@ def main(args: argparse.Namespace) -> int:
             _print_operations(entries)
         elif args.kind == "switches":
             _print_switches(entries)
+        elif args.kind == "profiles":
+            _print_profiles(entries)
         else:
             _print_entries(entries, "  " if not args.kind else "")
         if not entries and args.kind:
@@ -141,6 +162,12 @@ def _print_switches(entries: list[Entry]) -> None:
         print(wrapped(str(entry["what"]), indent=4))
         print(f"    breaks {entry['truth']}, for example in:")
         print(f"    {entry['command']}")
+
+
+def _print_profiles(entries: list[Entry]) -> None:
+    for entry in entries:
+        print(entry["name"])
+        print(wrapped(str(entry["what"]), indent=4))
 
 
 def _print_entries(entries: list[Entry], indent: str) -> None:

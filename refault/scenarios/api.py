@@ -102,6 +102,10 @@ class Backend(Protocol):
         """ksmd runs until there is nothing left to merge, then stops."""
         ...
 
+    def operation(self, name: str, *args: int) -> Any:
+        """A host operation of the registry; a `gpa` is given as an offset from D. Emulator only."""
+        ...
+
     def begin(self) -> None:
         """What was before is no part of the event sequence."""
         ...
@@ -202,6 +206,11 @@ class Scenario:
     def unpin(self, title: str) -> Any:
         """Pins back."""
         return self._step(title, "unpin")
+
+    def op(self, name: str, *args: int) -> Any:
+        """A host operation by its name in the registry (`refault list operations`); emulator only."""
+        shown = ",".join(f"{arg:#x}" for arg in args)
+        return self._step(f"host {name}({shown})", "operation", name, *args)
 
     def fill(self, offset: int, byte: int) -> None:
         """The VMM fills a page with one byte; no step."""

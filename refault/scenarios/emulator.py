@@ -14,6 +14,7 @@ import functools
 import struct
 from typing import TYPE_CHECKING, Any
 
+from emu.hostops import OPERATIONS, perform
 from emu.loaders.image import BOOT_CR3, BOOT_GDT, Image
 from host_mm.kernel.errors import KernelError
 from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
@@ -239,6 +240,13 @@ class EmulatorBackend(ReclaimSteps):
         """ksmd runs."""
         self._host(lambda: self.board.vmm.ksm_scan(use_zero_pages=use_zero_pages))
         return "done" if use_zero_pages else "pages_sharing"
+
+    def operation(self, name: str, *args: int) -> Any:
+        """A host operation of the registry."""
+        op = OPERATIONS.get(name)
+        if op is not None and args and op.args[:1] and op.args[0].startswith("gpa"):
+            args = (DATA_GPA + args[0], *args[1:])
+        return self._host(lambda: perform(self.board, name, *args))
 
     def begin(self) -> None:
         """Forget the lines so far."""

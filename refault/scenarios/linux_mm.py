@@ -87,22 +87,6 @@ def vma_split(s: Scenario) -> None:
 
 
 @scenario()
-def pageout_swapfile(s: Scenario) -> None:
-    """MADV_PAGEOUT fires one bracket a page and skips the zero page; a page comes back writable."""
-    s.st(0x3000, 0x11)
-    s.st(0x4000, 0x22)
-    s.st(0x5000, 0x33)
-    s.ld(0x6000)
-    s.madv(0x3000, PAGE, "PAGEOUT")
-    s.ld(0x3000, "swap in by read")
-    s.st(0x3000, 0x12)
-    s.madv(0x4000, 3 * PAGE, "PAGEOUT")
-    s.st(0x4000, 0x23, "swap in by write")
-    s.hr(0x5000)
-    s.ld(0x5000)
-
-
-@scenario()
 def free_cold(s: Scenario) -> None:
     """MADV_COLD takes no mapping away; MADV_FREE does, and keeps the bytes until reclaim."""
     s.st(0x3000, 1)

@@ -29,3 +29,29 @@ def damon(s: Scenario) -> None:
     s.idle(32 * MS, "idle (guest does not touch)")
     s.damon_off()
     s.ld(0x3000)
+
+
+def _pageout(s: Scenario) -> None:
+    s.st(0x3000, 0x11)
+    s.st(0x4000, 0x22)
+    s.st(0x5000, 0x33)
+    s.ld(0x6000)
+    s.madv(0x3000, PAGE, "PAGEOUT")
+    s.ld(0x3000, "swap in by read")
+    s.st(0x3000, 0x12)
+    s.madv(0x4000, 3 * PAGE, "PAGEOUT")
+    s.st(0x4000, 0x23, "swap in by write")
+    s.hr(0x5000)
+    s.ld(0x5000)
+
+
+@scenario()
+def pageout_swapfile(s: Scenario) -> None:
+    """MADV_PAGEOUT fires one bracket a page and skips the zero page; a page comes back writable."""
+    _pageout(s)
+
+
+@scenario(params={"swap.device": "zram"})
+def pageout_zram(s: Scenario) -> None:
+    """The same through compressed RAM, whose requests are done at once and pass the swap cache by."""
+    _pageout(s)

@@ -10,6 +10,7 @@ import pytest
 
 import refault
 from host_mm.kernel.errors import BrokenTruth, KernelError
+from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT
 from host_mm.page import get_page
 from host_mm.page_alloc import GFP_KERNEL, alloc_pages
 from kvm_model.requests import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, kvm_check_request, kvm_make_request
@@ -54,6 +55,30 @@ def test_a_leaked_page_reference_is_reported(vm: refault.VM) -> None:
     get_page(vm.board.host.mm, pfn)
     with pytest.raises(BrokenTruth, match=rf"pfn {pfn:#x} .* has refcount 1, 0 references exist"):
         vm.close()
+
+
+def test_a_frame_that_somebody_still_holds_when_the_host_goes_down_is_reported(vm: refault.VM) -> None:
+    mm = vm.board.host.mm
+    pfn = alloc_pages(mm, GFP_KERNEL, 0, 0)
+    mm.frame_holders.append(lambda: {pfn: 1})
+    with pytest.raises(BrokenTruth, match=rf"leak: 1 frames were not given back, pfn {pfn:#x} .* first"):
+        vm.close()
+
+
+def test_a_folio_discarded_under_writeback_is_given_back_when_the_host_goes_down(vm: refault.VM) -> None:
+    board, mm = vm.board, vm.board.host.mm
+
+    def discard() -> None:
+        hva = board.memory.hva(GPA)
+        board.vmm.madvise(hva, 4096, MADV_PAGEOUT)
+        assert mm.swap_device.inflight
+        board.vmm.madvise(hva, 4096, MADV_DONTNEED)
+
+    mm.sched.run_task("vmm", discard)
+    assert mm.swap is not None
+    assert mm.swap.inuse_pages == 1
+    vm.close()
+    assert frames_in_use(vm) == mm.swap.inuse_pages == 0
 
 
 def test_a_leaked_frame_is_reported(vm: refault.VM) -> None:

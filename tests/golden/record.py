@@ -31,6 +31,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dirty-log": (("pages=8",), EVENTS),
     # Without its 3,000 calls of the instrument.
     "ept-access": ((), tuple(glob for glob in EVENTS if "host_op" not in glob)),
+    "everything": (("ops=15", "pages=16"), FEW),
     "first-touch": (("mib=1",), FEW),
     "fork-cow": (("pages=4", "rounds=1"), EVENTS),
     "guest-paging": (("pages=4",), EVENTS),

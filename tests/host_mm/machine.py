@@ -6,13 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 from host_mm import mmu_notifier as mn
-from host_mm.arch.x86.pgtable import pte_pfn, pte_present, walk_lockless
+from host_mm.arch.x86.pgtable import (
+    is_swap_pte,
+    pte_pfn,
+    pte_present,
+    pte_to_swp_entry,
+    swp_offset,
+    walk_lockless,
+)
 from host_mm.gup import FOLL_WRITE, get_user_page_fast_only, get_user_pages_unlocked
 from host_mm.host import HostMm
 from host_mm.kernel.sched import Scheduler
 from host_mm.mm_types import MmStruct
 from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_mmap
-from host_mm.page import put_page, set_page_dirty
+from host_mm.page import PG_swapcache, put_page, set_page_dirty
+from host_mm.pgtable_generic import pmd_offset, pte_offset_map
 from host_mm.process import Process
 from host_mm.uaccess import copy_from_user, copy_to_user
 from trace_events.stream import TraceStream
@@ -116,6 +124,22 @@ class Vmm:
         """The frame that is mapped there, or -1."""
         entry, level = walk_lockless(self.host.ram, self.mm.pgd, self.base + offset)
         return pte_pfn(entry) if level == 1 and pte_present(entry) else -1
+
+    def pte(self, offset: int) -> int:
+        """The physical address of the entry there; its table exists."""
+        return pte_offset_map(self.mm, pmd_offset(self.mm, self.base + offset), self.base + offset)
+
+    def slot(self, offset: int) -> int:
+        """The swap slot that the entry there holds, or -1."""
+        value = self.host.ram.u64[self.pte(offset) >> 3]
+        return swp_offset(pte_to_swp_entry(value)) if is_swap_pte(value) else -1
+
+    def in_swap_cache(self, offset: int) -> bool:
+        """Whether the page there is in the swap cache, mapped or not."""
+        pfn = self.pfn(offset)
+        if pfn >= 0:
+            return bool(self.host.pages.flags[pfn] & PG_swapcache)
+        return bool(self.host.swap.cache[self.slot(offset)])
 
     def brackets(self) -> list[tuple[Any, ...]]:
         """The brackets since the last call; none may be open."""

@@ -13,6 +13,7 @@ from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Srcu
 from host_mm.kernel.sched import Scheduler
 from host_mm.mm_types import MmStruct
+from host_mm.profile import LINUX_6_18
 from trace_events.stream import Listener, TraceStream
 
 
@@ -20,7 +21,8 @@ def make_mm() -> MmStruct:
     stream = TraceStream()
     sched = Scheduler(stream)
     host = SimpleNamespace(
-        sched=sched, stream=stream, breaks=frozenset(), mmu_notifier_srcu=Srcu(sched, "srcu"),
+        sched=sched, stream=stream, profile=LINUX_6_18, breaks=frozenset(),
+        mmu_notifier_srcu=Srcu(sched, "srcu"),
         trace=stream.bind((*mn.TRACEPOINTS, *itn.TRACEPOINTS)), free_mm=lambda mm: None,
     )
     return MmStruct(host, SimpleNamespace(pid=7))  # type: ignore[arg-type]

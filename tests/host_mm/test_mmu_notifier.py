@@ -14,14 +14,15 @@ from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Srcu
 from host_mm.kernel.sched import Scheduler
 from host_mm.mm_types import MmStruct, VmArea
+from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
 from trace_events.stream import Listener, TraceStream
 
 
-def make_mm(breaks: frozenset[str] = frozenset()) -> MmStruct:
+def make_mm(breaks: frozenset[str] = frozenset(), profile: MmProfile = LINUX_6_18) -> MmStruct:
     stream = TraceStream()
     sched = Scheduler(stream)
     host = SimpleNamespace(
-        sched=sched, stream=stream, breaks=breaks, mmu_notifier_srcu=Srcu(sched, "srcu"),
+        sched=sched, stream=stream, breaks=breaks, profile=profile, mmu_notifier_srcu=Srcu(sched, "srcu"),
         trace=stream.bind((*mn.TRACEPOINTS, *interval_notifier.TRACEPOINTS)), freed=[],
     )
     host.free_mm = host.freed.append
@@ -116,6 +117,19 @@ def test_a_refused_start_still_calls_the_others_and_ends_those_that_have_an_end(
     assert mn.mmu_notifier_invalidate_range_start_nonblock(bracket(mm)) == -EAGAIN
     assert log == ["bstart", "astart", "bend", "aend"]
     mn.mmu_notifier_invalidate_range_start(bracket(mm))
+
+
+def test_in_5_10_a_refused_start_calls_the_others_and_ends_nobody() -> None:
+    class Both(Refuser):
+        def invalidate_range_end(self, range_: mn.MmuNotifierRange) -> None:
+            raise AssertionError("told an end")
+
+    mm, log = make_mm(profile=LINUX_5_10), []
+    mn.mmu_notifier_register(Recorder(log, "a"), mm)
+    mn.mmu_notifier_register(Both(), mm)
+    mn.mmu_notifier_register(Recorder(log, "b"), mm)
+    assert mn.mmu_notifier_invalidate_range_start_nonblock(bracket(mm)) == -EAGAIN
+    assert log == ["bstart", "astart"]
 
 
 def test_a_notifier_that_refuses_may_not_have_an_end() -> None:
@@ -254,10 +268,12 @@ def test_the_5_10_end_calls_invalidate_range_unless_it_was_called_before() -> No
         def change_pte(self, mm: MmStruct, address: int, pte: int) -> None:
             self.log.append(f"change {pte:#x}")
 
-    mm, log = make_mm(), []
-    mn.mmu_notifier_register(Old(log), mm)
-    mn.mmu_notifier_invalidate_range_end(bracket(mm))
-    mn.mmu_notifier_invalidate_range(mm, 0x1000, 0x2000)
-    mn.mmu_notifier_change_pte(mm, 0x1000, 0x25)
-    mn.mmu_notifier_invalidate_range_only_end(bracket(mm))
-    assert log == ["range 0x1000", "end", "range 0x1000", "change 0x25", "end"]
+    calls = ["range 0x1000", "end", "range 0x1000", "change 0x25", "end"]
+    for profile, expected in ((LINUX_5_10, calls), (LINUX_6_18, ["end", "end"])):
+        mm, log = make_mm(profile=profile), []
+        mn.mmu_notifier_register(Old(log), mm)
+        mn.mmu_notifier_invalidate_range_end(bracket(mm))
+        mn.mmu_notifier_invalidate_range(mm, 0x1000, 0x2000)
+        mn.mmu_notifier_change_pte(mm, 0x1000, 0x25)
+        mn.mmu_notifier_invalidate_range_only_end(bracket(mm))
+        assert log == expected

@@ -18,6 +18,7 @@ from host_mm.mm_types import MmStruct
 from host_mm.mmap import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_mmap, do_munmap
 from host_mm.mprotect import do_mprotect
 from host_mm.process import Process
+from host_mm.profile import LINUX_6_18, MmProfile
 from host_mm.task_mmu import clear_refs_write
 from host_mm.uaccess import copy_from_user, copy_to_user
 from trace_events.stream import Listener, TraceStream
@@ -63,10 +64,13 @@ class Recorder(mn.MmuNotifier):
 
 
 def record(
-    operation: Callable[[Process], Any], pages: int = 1, prepare: Callable[[Process], Any] | None = None
+    operation: Callable[[Process], Any], pages: int = 1, prepare: Callable[[Process], Any] | None = None, *,
+    profile: MmProfile = LINUX_6_18, recorder_class: type[Recorder] = Recorder,
 ) -> Recorder:
     stream = TraceStream()
-    host = HostMm(Scheduler(stream), stream, ram_bytes=512 * PAGE, swap_bytes=64 * PAGE, checks=True)
+    host = HostMm(
+        Scheduler(stream), stream, ram_bytes=512 * PAGE, swap_bytes=64 * PAGE, profile=profile, checks=True
+    )
     process = host.create_process("p")
     do_mmap(process.mm, BASE, pages * PAGE, RW, ANON)
 
@@ -78,7 +82,7 @@ def record(
         host.lru.lru_add_drain_all()
 
     host.sched.run_task("ready", ready)
-    recorder = Recorder(host, process.mm)
+    recorder = recorder_class(host, process.mm)
     mn.mmu_notifier_register(recorder, process.mm)
     host.sched.run_task("operation", lambda: operation(process))
     return recorder

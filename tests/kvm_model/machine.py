@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from host_mm import profile as mm_profile
 from host_mm.host import HostMm
 from host_mm.kernel.sched import RandomStrategy, Scheduler
 from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_mmap
+from kvm_model import profile as kvm_profile
 from kvm_model.kvm_main import Kvm
 from kvm_model.kvm_x86_ops import MmioAccess
 from kvm_model.vcpu import UserExit, Vcpu
@@ -188,11 +190,14 @@ class Machine:
     def __init__(
         self, *, pages: int = 64, vcpus: int = 1, breaks: tuple[str, ...] = (),
         params: dict[str, str] | None = None, ram: int = 16 << 20,
-        swap: int | None = 16 << 20, seed: int | None = None, slot: bool = True,
+        swap: int | None = 16 << 20, seed: int | None = None, slot: bool = True, profile: str = "linux-6.18",
     ) -> None:
         self.stream = TraceStream()
         self.sched = Scheduler(self.stream)
-        self.host = HostMm(self.sched, self.stream, ram_bytes=ram, swap_bytes=swap, checks=True)
+        self.host = HostMm(
+            self.sched, self.stream, ram_bytes=ram, swap_bytes=swap, profile=mm_profile.PROFILES[profile],
+            checks=True,
+        )
         self.process = self.host.create_process("vmm")
         self.pages = pages
         self.do(lambda: do_mmap(
@@ -201,7 +206,8 @@ class Machine:
         ad = (params or {}).get("kvm_intel.eptad", "1") == "1"
         self.cpu = ScriptedCpu(self.host, ad=ad)
         self.kvm = Kvm(
-            self.host, self.process, self.cpu, params=params or {}, breaks=frozenset(breaks), checks=True
+            self.host, self.process, self.cpu, profile=kvm_profile.PROFILES[profile], params=params or {},
+            breaks=frozenset(breaks), checks=True,
         )
         self.vcpus = [self.kvm.create_vcpu(n) for n in range(vcpus)]
         if slot:

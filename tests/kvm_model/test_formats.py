@@ -17,6 +17,10 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
         "start end", (0, 0xFFFF_FFFF_FFFF_FFFF),
         "mmu notifier unmap range: 0x00000000000000 -- 0xffffffffffffffff",
     ),
+    "kvm:kvm_age_page": (
+        "hva gfn level referenced", (0x7F0000001000, 1, 2, False),
+        "hva 7f0000001000 gfn 1 level 2 OLD",
+    ),
     "kvm:kvm_test_age_hva": ("hva", (0x1000,), "mmu notifier test age hva: 0x00000000001000"),
     "kvm:kvm_entry": (
         "vcpu_id rip immediate_exit intr_info error_code", (1, 0x1000, True, 0x80000020, 0),

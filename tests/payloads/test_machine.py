@@ -13,14 +13,8 @@ from guest_payloads.builder import payload_names
 
 def run(name: str, *words: str, check: bool = True, **config: Any) -> str:
     with refault.VM(memory="64M", seed=1, check=check, **config) as vm:
-        mm = vm.board.host.mm
         vm.load(name, *words)
         vm.run(timeout=120)
-    if check:
-        left = sum(zone.managed - zone.nr_free for zone in mm.zones)
-        assert left == 0, f"{left} frames were not given back"
-        assert mm.swap is not None
-        assert mm.swap.inuse_pages == 0
     return vm.serial
 
 

@@ -1,6 +1,6 @@
 """Settings of the property tests.
 
-REFAULT_STEPS    steps of the guest memory machine over all its variants (2,000; `make soak` sets more)
+REFAULT_STEPS    steps of the guest memory machine over all its variants (5,000; `make soak` sets more)
 REFAULT_SEEDS    the seeds it is run with ("1")
 REFAULT_PROGRESS set by `make soak`: say on stderr how far it is
 """

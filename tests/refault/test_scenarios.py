@@ -15,3 +15,18 @@ def test_an_error_in_the_middle_ends_the_machine_and_not_in_a_wait_for_rest() ->
 
     with pytest.raises(ZeroDivisionError):
         run_on_emulator(broken, check=True)
+
+
+def test_a_scenario_can_ask_for_any_operation_of_the_registry() -> None:
+    def scenario(s: Scenario) -> None:
+        s.st(0x3000, 1)
+        assert s.op("migrate", 0x3000, 1) == 1
+        assert s.op("reclaim", 1) >= 0
+        assert s.op("host_read", 0x3000) == 1
+        assert s.op("host_red", 0x3000) == "errno ENOSYS"
+
+    lines = run_on_emulator(scenario, check=True).lines
+    at = lines.index(">> host migrate(0x3000,0x1)")
+    assert lines[at + 1 : at + 3] == [
+        "kvm_unmap_hva_range [D+0x3000..D+0x4000]", "<< host migrate(0x3000,0x1): 1",
+    ]

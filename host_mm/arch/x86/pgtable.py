@@ -47,6 +47,9 @@ __all__ = [
     "PTRS_PER_PTE",
     "PUD_SHIFT",
     "PUD_SIZE",
+    "SWP_DEVICE_EXCLUSIVE",
+    "SWP_DEVICE_READ",
+    "SWP_DEVICE_WRITE",
     "SWP_HWPOISON",
     "SWP_MIGRATION_READ",
     "SWP_MIGRATION_READ_EXCLUSIVE",
@@ -80,10 +83,13 @@ __all__ = [
     "_PAGE_UFFD_WP",
     "_PAGE_USER",
     "decode_pte",
+    "is_device_exclusive_entry",
+    "is_device_private_entry",
     "is_migration_entry",
     "is_pte_marker",
     "is_swap_pmd",
     "is_swap_pte",
+    "is_writable_device_private_entry",
     "is_writable_migration_entry",
     "lookup_address_in_mm",
     "make_migration_entry",
@@ -169,6 +175,9 @@ SWP_HWPOISON = 24
 SWP_MIGRATION_READ = 25
 SWP_MIGRATION_READ_EXCLUSIVE = 26
 SWP_MIGRATION_WRITE = 27
+SWP_DEVICE_WRITE = 28
+SWP_DEVICE_READ = 29
+SWP_DEVICE_EXCLUSIVE = 30
 SWP_PTE_MARKER = 31
 PTE_MARKER_UFFD_WP = 1
 PTE_MARKER_POISONED = 2
@@ -356,6 +365,21 @@ def is_writable_migration_entry(entry: int) -> bool:
     return (entry >> SWP_TYPE_SHIFT) == SWP_MIGRATION_WRITE
 
 
+def is_device_private_entry(entry: int) -> bool:
+    """Whether the page is in a device's memory, where the CPU cannot reach it."""
+    return (entry >> SWP_TYPE_SHIFT) in (SWP_DEVICE_WRITE, SWP_DEVICE_READ)
+
+
+def is_writable_device_private_entry(entry: int) -> bool:
+    """Whether a page in a device's memory was mapped writable."""
+    return (entry >> SWP_TYPE_SHIFT) == SWP_DEVICE_WRITE
+
+
+def is_device_exclusive_entry(entry: int) -> bool:
+    """Whether a page of RAM is a device's alone until the CPU asks for it."""
+    return (entry >> SWP_TYPE_SHIFT) == SWP_DEVICE_EXCLUSIVE
+
+
 def make_pte_marker(marker: int) -> int:
     """The entry that says PTE_MARKER_* of a page that is not there."""
     return swp_entry_to_pte(swp_entry(SWP_PTE_MARKER, marker))
@@ -397,6 +421,8 @@ _DECODE = (
 _SWP_NAMES = {
     SWP_HWPOISON: "hwpoison", SWP_MIGRATION_READ: "migration-read", SWP_PTE_MARKER: "marker",
     SWP_MIGRATION_READ_EXCLUSIVE: "migration-read-exclusive", SWP_MIGRATION_WRITE: "migration-write",
+    SWP_DEVICE_WRITE: "device-write", SWP_DEVICE_READ: "device-read",
+    SWP_DEVICE_EXCLUSIVE: "device-exclusive",
 }
 
 
@@ -407,7 +433,7 @@ def decode_pte(pte: int) -> str:
     if is_swap_pte(pte):
         entry = pte_to_swp_entry(pte)
         kind = _SWP_NAMES.get(swp_type(entry), f"swap type {swp_type(entry)}")
-        if is_migration_entry(entry):
+        if SWP_MIGRATION_READ <= swp_type(entry) <= SWP_DEVICE_EXCLUSIVE:
             return f"{kind} pfn {swp_offset(entry) & SWP_PFN_MASK:#x}"
         return f"{kind} offset {swp_offset(entry):#x}" + (" exclusive" if pte & _PAGE_SWP_EXCLUSIVE else "")
     bits = "|".join(name for bit, name in _DECODE if pte & bit)

@@ -1,0 +1,86 @@
+"""The payload `everything` survives every operation, and each meets pages that the guest has mapped.
+
+REFAULT_OPS   operations over all seeds (10,000; `make soak` sets more)
+REFAULT_SEEDS the first seed ("1")
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+
+import pytest
+
+import refault
+from emu.board import Board
+from emu.hostops import OPERATIONS
+from guest_payloads.builder import payload_info
+from trace_events.event import Event
+from trace_events.stream import Listener
+
+OPS = int(os.environ.get("REFAULT_OPS", "10000"))
+FIRST = int(os.environ.get("REFAULT_SEEDS", "1").split(",")[0])
+PARTS = 8
+HITS = 100
+"""How often, in 10,000 operations, each must meet a page that an SPTE maps."""
+
+NOT_ASKED = {
+    # Instruments, and questions about the machine.
+    "cpu_count", "ept_ad", "ept_restore", "ept_set", "last_exit", "map_level", "mmio_device",
+    "protect_faults", "start_cpu",
+    "child_read",  # changes nothing
+    "slot_create", "weather",  # asked for once
+}
+NOT_YET = {"clear_refs", "cold", "free", "mlock", "mremap", "munlock"}
+
+
+class Hits:
+    """Counts the operations that find a leaf SPTE in their range, or anywhere if they have none."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self.count: Counter[str] = Counter()
+        board.host.stream.listen(Listener(("refault:host_op",), self.note, ancestors=False))
+
+    def note(self, event: Event) -> None:
+        name = event.args["op"]
+        args = [int(text, 0) for text in re.findall(r"0x[0-9a-f]+|\d+", event.args["args"])]
+        gpa, pages = self.span(name, args)
+        leaf = self.board.kvm.leaf_spte
+        self.count[name] += any(leaf(gfn)[1] for gfn in range(gpa >> 12, (gpa >> 12) + pages))
+
+    def span(self, name: str, args: list[int]) -> tuple[int, int]:
+        names = [text.split(":")[0] for text in OPERATIONS[name].args]
+        given = dict(zip(names, args, strict=False))
+        if "gpa" not in given or "slot" in given:
+            # It takes mappings wherever they are; the guest's text is mapped whenever it asks.
+            return 0x10_0000, 64
+        return given["gpa"], given.get("pages", 1)
+
+
+def asked() -> set[str]:
+    return {*payload_info("everything").vmcalls} - NOT_ASKED
+
+
+def test_the_payload_asks_for_every_operation() -> None:
+    assert asked() == {*OPERATIONS} - NOT_ASKED - NOT_YET
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_no_byte_is_wrong_after_any_operation(part: int) -> None:
+    params = {"sched.strategy": "random", "sched.period": "40"} if part % 2 else {}
+    little = part % 4 == 3
+    words = (f"ops={OPS // PARTS}", f"seed={FIRST + part}", f"weather={2_000_000 if part & 2 else 0}")
+    with refault.VM(
+        "16M", host_ram="8M" if little else "64M", swap="64M", seed=FIRST + part, check=True, params=params
+    ) as vm:
+        hits = Hits(vm.board).count
+        vm.load("everything", *words)
+        stop = vm.run()
+        assert stop.kind == "exit", f"{stop}\n{vm.serial}"
+        assert stop.status == 0, vm.serial
+        few = {name: hits[name] for name in asked() if hits[name] < HITS * OPS // 10_000 // PARTS}
+        assert not few, f"met too few mapped pages: {few}"
