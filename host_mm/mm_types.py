@@ -315,7 +315,7 @@ class VmFault:
     """struct vm_fault: one fault on its way. `pmd` and `pte` are physical addresses of entries (0: none)."""
 
     __slots__ = (
-        "address", "flags", "mm", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl", "real_address", "vma",
+        "address", "flags", "mm", "orig_pmd", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl", "real_address", "vma",
     )
 
     def __init__(self, vma: VmArea, address: int, flags: int) -> None:
@@ -327,6 +327,7 @@ class VmFault:
         self.pgoff = vma.page_index(address)
         self.pmd = 0
         self.pte = 0
+        self.orig_pmd = 0
         self.orig_pte = 0
         self.ptl: Spinlock | None = None
         self.page = -1
