@@ -22,6 +22,7 @@ Reading order:
     memremap.py                  frames that are devices', not RAM
     lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
     shrink_folio_list.py         and how
+    memcontrol.py                whose pages they are, and how many a group may have
     page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back

@@ -3,12 +3,10 @@
 A switch is tested where the step stands: `if "no-primary-flush" not in host.breaks`. With a switch on,
 one of the checked truths is expected to fail.
 
-Each is shown at work by a command in refault/switch_runs.toml. Four more steps can be left out of a
-HostMm by its `breaks` alone, for tests of this room and of the RDMA engine, as no payload asks for their
-operations yet: `odp-no-dirty` and `odp-no-drain` (an invalidation does not mark dirty what the engine could
-write, or does not wait for its DMA), `ksm-ignore-refs` (KSM merges a page although somebody else holds a
-reference to it) and `mremap-flush-after-unlock` (mremap flushes the old range after the page-table locks
-are dropped).
+Each is shown at work by a command in refault/switch_runs.toml. Two more steps can be left out of a
+HostMm by its `breaks` alone, for tests of this room, as no payload asks for their operations yet:
+`ksm-ignore-refs` (KSM merges a page although somebody else holds a reference to it) and
+`mremap-flush-after-unlock` (mremap flushes the old range after the page-table locks are dropped).
 
 Not modelled: switches of the KVM side (kvm_model/breaks.py), and that reclaim drops a folio although it
 is dirty again: all who write through a reference lock the folio to say so, but KVM when it unmaps a
@@ -28,6 +26,8 @@ BREAKS: dict[str, str] = {
     "no-flush-before-io": "reclaim starts I/O on a folio that stale writable translations still reach",
     "no-interval-retry": "a mirroring device publishes what it read without asking whether a bracket came by",
     "no-primary-flush": "flush_tlb_* do nothing: the host's own stale translations survive",
+    "odp-no-dirty": "the RDMA engine gives up pages that it could write without marking them dirty",
+    "odp-no-drain": "a bracket does not wait for the RDMA engine's DMA that is under way in its range",
     "skip-batched-flush": "reclaim and migration never flush what their unmapping left pending",
     "start-after-clear": "a zap opens its bracket only after the PTEs are cleared",
 }

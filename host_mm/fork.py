@@ -96,6 +96,8 @@ def exit_process(process: Process) -> None:
     for child in process.children:
         child.parent = None
     process.host.processes.remove(process)
+    if process.memcg is not None:
+        process.host.memcg.attach(process, None)
     mmput(process.mm)
 
 

@@ -7,12 +7,13 @@ Linux's mm is mutually recursive; imports here may not be. The lower files call 
 HostMm, which this file, at the top of the room, passes on:
 
     page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory
+    memcontrol  ->  reclaim_memcg, out_of_memory
     memory      ->  do_swap_page             swapin  ->  do_wp_page
     madvise     ->  reclaim_pages
     page        ->  free_zone_device_folio
     mm_types    ->  free_mm
 
-Not modelled: memory hotplug, more than one zone in a node, cgroups.
+Not modelled: memory hotplug, more than one zone in a node.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from host_mm.huge_mm import Thp
 from host_mm.kernel.locks import Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
+from host_mm.memcontrol import MemCgroup, MemoryController
 from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_head, PG_reserved, page_folio
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
@@ -123,6 +125,7 @@ class HostMm:
         self.pins: Counter[int] = Counter()
         self.held: Counter[int] = Counter()
         self.frame_holders: list[Callable[[], Mapping[int, int]]] = [self._tables_of_the_dead, self._pins]
+        self.memcg = MemoryController(self)
         self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
         self.thp = Thp(self)
         self.frame_holders.append(self.thp.holders)
@@ -136,6 +139,7 @@ class HostMm:
         if swap_bytes:
             device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
             self.swap = SwapInfo(sched, swap_bytes, swap_path, device)
+            self.swap.free_notify.append(self.memcg.uncharge_swap)
         self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
         self.ksm = Ksm(self)
@@ -238,9 +242,13 @@ class HostMm:
         """page_alloc -> vmscan."""
         vmscan.wakeup_kswapd(self, nid, order, gfp)
 
-    def out_of_memory(self, order: int) -> bool:
-        """page_alloc -> oom_kill: whether anything was killed."""
-        return oom_kill.out_of_memory(self, order)
+    def out_of_memory(self, order: int, memcg: MemCgroup | None) -> bool:
+        """page_alloc, memcontrol -> oom_kill: whether anything was killed, in the group if one is given."""
+        return oom_kill.out_of_memory(self, order, memcg)
+
+    def reclaim_memcg(self, memcg: MemCgroup, nr_pages: int, gfp: int) -> int:
+        """memcontrol -> vmscan: reclaim from one group; frames freed."""
+        return vmscan.try_to_free_mem_cgroup_pages(self, memcg, nr_pages, gfp)
 
     def reclaim_pages(self, pfns: list[int]) -> int:
         """madvise -> vmscan: reclaim these isolated pages; frames freed."""

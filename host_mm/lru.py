@@ -12,7 +12,7 @@ Batches belong to CPUs: vCPU n's thread runs on CPU n, all other tasks on CPU 0.
 
 A list is an ordered dict: its last key is the head (newest), its first the tail.
 
-Not modelled: multi-generational LRU, memcg lruvecs, workingset shadow entries, large folios.
+Not modelled: multi-generational LRU, workingset shadow entries, large folios.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def folio_lru_list(flags: int) -> int:
 
 
 class Lruvec:
-    """struct lruvec of one node."""
+    """struct lruvec of one node and one memory cgroup."""
 
     __slots__ = ("lists", "lock", "nid")
 
@@ -138,8 +138,10 @@ class Lru:
         self._disabled = 0
 
     def lruvec(self, pfn: int) -> Lruvec:
-        """folio_lruvec."""
-        return self.vecs[self.host.allocator.nid_of(pfn)]
+        """folio_lruvec: its group's, on its node."""
+        memcg = self.host.memcg.folios.get(pfn)
+        vecs = self.vecs if memcg is None else memcg.lruvecs
+        return vecs[self.host.allocator.nid_of(pfn)]
 
     def _batches(self) -> _Batches:
         # vCPU n's thread runs on CPU n; everybody else takes turns with vCPU 0 on CPU 0.

@@ -9,7 +9,7 @@ stays so until fork shares it. A write to a shared page copies it: the copy is m
 opens, and under the page-table lock the old entry is cleared and flushed before the new one is set.
 
 Not modelled: file and shmem faults (a VMA with `ops` brings its own `fault(vmf)`), huge pages,
-memcg charges, NUMA balancing's migration (a hinting fault only restores the rights).
+NUMA balancing's migration (a hinting fault only restores the rights).
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ if TYPE_CHECKING:
     from host_mm.mm_types import VmArea
 
 __all__ = [
-    "TRACEPOINTS", "do_wp_page", "folio_prealloc", "handle_mm_fault", "is_zero_pfn", "maybe_mkwrite",
-    "vm_normal_page", "vmf_orig_pte_uffd_wp",
+    "TRACEPOINTS", "do_wp_page", "folio_alloc", "folio_prealloc", "handle_mm_fault", "is_zero_pfn",
+    "maybe_mkwrite", "vm_normal_page", "vmf_orig_pte_uffd_wp",
 ]
 
 _RET = (
@@ -144,7 +144,16 @@ def maybe_mkwrite(pte: int, vma: VmArea) -> int:
 
 
 def folio_prealloc(host: HostMm, vma: VmArea, *, zero: bool) -> int:
-    """A page for this VMA by its memory policy, or -1."""
+    """A page for this VMA by its memory policy, charged to its process's memory cgroup, or -1."""
+    pfn = folio_alloc(host, vma, zero=zero)
+    if pfn >= 0 and vma.mm.process.memcg is not None and host.memcg.charge(pfn, vma.mm):
+        put_page(host, pfn)
+        return -1
+    return pfn
+
+
+def folio_alloc(host: HostMm, vma: VmArea, *, zero: bool) -> int:
+    """A page for this VMA by its memory policy that is not charged yet, or -1."""
     nid = vma.policy.preferred_node() if vma.policy is not None else host.numa_node_id(vma.mm.process)
     pfn = host.allocator.alloc_pages(GFP_HIGHUSER_MOVABLE | GFP_COMP | (GFP_ZERO if zero else 0), 0, nid)
     if pfn >= 0:

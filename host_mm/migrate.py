@@ -237,6 +237,7 @@ class _Batch:
         folio_migrate_ksm(host, dst, src)
         flags[dst] |= flags[src] & (_COPIED_FLAGS | PG_dirty)
         flags[src] &= ~(PG_active | PG_unevictable | PG_dirty)
+        host.memcg.migrate(src, dst)
         return 0
 
     def _replace_in_swap_cache(self, src: int, dst: int, expected: int, ignore: bool) -> bool:

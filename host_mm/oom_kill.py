@@ -8,7 +8,7 @@ VM's, most often), so its death is the end of the run: OutOfMemory with the kern
 child is reaped on the spot: its private memory is unmapped in brackets that may not sleep, and
 whoever touches it later gets SIGBUS.
 
-Not modelled: memcg and cpuset constraints, the victim's own exit and its signal, the delayed reaper
+Not modelled: cpuset constraints, the victim's own exit and its signal, the delayed reaper
 thread (reaping is done by who ran out), process_mrelease, panic_on_oom.
 """
 
@@ -40,6 +40,7 @@ from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
+    from host_mm.memcontrol import MemCgroup
     from host_mm.process import Process
 
 __all__ = ["OOM_SCORE_ADJ_MIN", "TRACEPOINTS", "oom_badness", "out_of_memory"]
@@ -65,21 +66,24 @@ def oom_badness(process: Process, totalpages: int) -> int | None:
     return points + process.oom_score_adj * (totalpages // 1000)
 
 
-def _select_bad_process(host: HostMm) -> tuple[Process, int] | None:
+def _select_bad_process(host: HostMm, memcg: MemCgroup | None) -> tuple[Process, int] | None:
     totalpages = host.device_frames.start + (host.swap.pages if host.swap is not None else 0)
+    if memcg is not None:
+        totalpages = min(memcg.max, totalpages)
     chosen: tuple[Process, int] | None = None
-    for process in host.processes:
+    for process in host.processes if memcg is None else memcg.processes:
         points = oom_badness(process, totalpages)
         if points is not None and (chosen is None or points > chosen[1]):
             chosen = process, points
     return chosen
 
 
-def _kill_line(process: Process) -> str:
+def _kill_line(process: Process, memcg: MemCgroup | None) -> str:
     mm = process.mm
     kb = [count << 2 for count in mm.rss]
+    message = "Out of memory" if memcg is None else "Memory cgroup out of memory"
     return (
-        f"Out of memory: Killed process {process.pid} ({process.name}) total-vm:{mm.total_vm << 2}kB, "
+        f"{message}: Killed process {process.pid} ({process.name}) total-vm:{mm.total_vm << 2}kB, "
         f"anon-rss:{kb[MM_ANONPAGES]}kB, file-rss:{kb[MM_FILEPAGES]}kB, "
         f"shmem-rss:{kb[MM_SHMEMPAGES]}kB, pgtables:{mm.pgtables_bytes >> 10}kB "
         f"oom_score_adj:{process.oom_score_adj}"
@@ -109,23 +113,25 @@ def _oom_reap_task_mm(process: Process) -> bool:
     return reaped
 
 
-def out_of_memory(host: HostMm, order: int) -> bool:
-    """Kill something. True: memory came free. False: nobody is left to kill.
+def out_of_memory(host: HostMm, order: int, memcg: MemCgroup | None = None) -> bool:
+    """Kill something, in `memcg` if given. True: memory came free. False: nobody is left to kill.
 
     Raises OutOfMemory when the victim is not a forked child.
     """
     while True:
-        victim = _select_bad_process(host)
+        victim = _select_bad_process(host, memcg)
         if victim is None:
             return False
         process, points = victim
         host.vmstat["oom_kill"] += 1
+        if memcg is not None:
+            memcg.events["oom_kill"] += 1
         ctx = host.stream.ctx
         saved = ctx.cause
         if (t := host.trace.oom_kill) is not None:
             ctx.cause = t(process.pid, process.name, points, order)
         if process.parent is None or process.mm.notifier_subscriptions is not None:
-            raise OutOfMemory(_kill_line(process))
+            raise OutOfMemory(_kill_line(process, memcg))
         free = host.allocator.nr_free_pages()
         _oom_reap_task_mm(process)
         process.mm.flags |= MMF_OOM_SKIP

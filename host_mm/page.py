@@ -16,8 +16,8 @@ page holds its distance from the head in `tail`, and all reference counts live i
     index:    linear_page_index in its anon_vma or file
     mapping:  AnonVma or address space, absent for pages nobody maps
 
-Not modelled: memcg charges, page_ref tracing, per-page LRU links (lru.py keeps the lists), that a large
-folio remembers two address spaces only (more than two at a time are counted exactly here).
+Not modelled: page_ref tracing, per-page LRU links (lru.py keeps the lists), that a large folio remembers
+two address spaces only (more than two at a time are counted exactly here).
 """
 
 from __future__ import annotations

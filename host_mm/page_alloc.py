@@ -240,6 +240,8 @@ class PageAllocator:
     def free_frozen_pages(self, pfn: int, order: int) -> None:
         """Give back 2**order frames whose reference count is 0."""
         host = self.host
+        if host.memcg.folios:
+            host.memcg.uncharge(pfn, 1 << order)
         for frame in range(pfn, pfn + (1 << order)):
             self._free_page_prepare(frame)
         pages = host.pages
@@ -332,7 +334,7 @@ class PageAllocator:
                 if gfp & GFP_THISNODE:
                     # Whoever was killed might have nothing on that node.
                     return -1
-                if not host.out_of_memory(order):
+                if not host.out_of_memory(order, None):
                     raise OutOfMemory(f"no block of order {order}; {self.nr_free_pages()} frames are free")
                 no_progress = 0
                 pfn = self._get_page_from_freelist(order, zonelist, mark)

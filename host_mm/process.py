@@ -3,7 +3,7 @@
 Source of truth: include/linux/sched.h; Linux 6.18. A process here is a thread group; the scheduler's
 tasks (host_mm/kernel/sched.py) are the threads that act in its name.
 
-Not modelled: signals, credentials, namespaces, cgroups.
+Not modelled: signals, credentials, namespaces.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
+    from host_mm.memcontrol import MemCgroup
     from host_mm.mm_types import MmStruct
     from host_mm.tlb import HostTlb
 
@@ -20,10 +21,11 @@ __all__ = ["Process"]
 
 class Process:
     """A process. `alive` ends with exit_process; `home_node` is where its `threads` threads run, unless the
-    scheduler's task has a node of its own."""
+    scheduler's task has a node of its own. `memcg` is its memory cgroup, None for the root."""
 
     __slots__ = (
-        "alive", "children", "home_node", "host", "mm", "name", "oom_score_adj", "parent", "pid", "threads",
+        "alive", "children", "home_node", "host", "memcg", "mm", "name", "oom_score_adj", "parent", "pid",
+        "threads",
     )
 
     def __init__(self, host: HostMm, pid: int, name: str, parent: Process | None = None) -> None:
@@ -36,6 +38,9 @@ class Process:
         self.oom_score_adj = 0
         self.threads = 1
         self.alive = True
+        self.memcg: MemCgroup | None = None
+        if parent is not None and parent.memcg is not None:
+            host.memcg.attach(self, parent.memcg)
         self.mm: MmStruct
 
     @property

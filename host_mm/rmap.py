@@ -29,6 +29,8 @@ from host_mm.mm_types import (
     MMF_UNSTABLE,
     VM_ACCESS_FLAGS,
     VM_LOCKED,
+    VM_RAND_READ,
+    VM_SEQ_READ,
     VM_SOFTDIRTY,
     AnonVma,
     AnonVmaChain,
@@ -58,6 +60,7 @@ from host_mm.rmap_large import (
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
+    from host_mm.memcontrol import MemCgroup
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
@@ -314,18 +317,24 @@ def rmap_walk(
 
 
 class _Referenced:
-    __slots__ = ("host", "mapcount", "pfn", "referenced", "vm_flags")
+    __slots__ = ("host", "mapcount", "memcg", "pfn", "referenced", "vm_flags")
 
-    def __init__(self, host: HostMm, pfn: int) -> None:
+    def __init__(self, host: HostMm, pfn: int, memcg: MemCgroup | None) -> None:
         self.host = host
+        self.memcg = memcg
         self.pfn = pfn
         self.mapcount = folio_mapcount(host.pages, pfn)
         self.referenced = 0
         self.vm_flags = 0
 
     def one(self, vma: VmArea, address: int) -> bool:
-        """folio_referenced_one."""
+        """folio_referenced_one, where invalid_folio_referenced_vma does not forbid it."""
         host, pfn, mm = self.host, self.pfn, vma.mm
+        if vma.flags & (VM_SEQ_READ | VM_RAND_READ):
+            return True
+        if self.memcg is not None and mm.process.memcg is not self.memcg:
+            # Reclaim for one group does not ask other groups.
+            return True
         pages = host.pages
         walk = PageVmaMappedWalk(host, pfn, vma, address)
         referenced = entries = 0
@@ -374,13 +383,16 @@ def _pmdp_clear_flush_young_notify(mm: MmStruct, address: int, pmd: int) -> int:
     return young | mmu_notifier.mmu_notifier_clear_flush_young(mm, address, address + PMD_SIZE)
 
 
-def folio_referenced(host: HostMm, pfn: int, *, is_locked: bool = False) -> tuple[int, int]:
-    """How many mappings used the page since last asked, and their VM flags; clears what it counts.
+def folio_referenced(
+    host: HostMm, pfn: int, *, is_locked: bool = False, memcg: MemCgroup | None = None
+) -> tuple[int, int]:
+    """How many mappings, of `memcg` if given, used the page since last asked, and their VM flags.
 
-    -1: the lock was contended, or only an exiting process maps the page. A KSM page is walked under its
-    folio lock, which is the caller's (`is_locked`) or tried; who has it now is using the page.
+    What is counted is cleared. -1: the lock was contended, or only an exiting process maps the page. A
+    KSM page is walked under its folio lock, which is the caller's (`is_locked`) or tried; who has it now
+    is using the page.
     """
-    walk = _Referenced(host, pfn)
+    walk = _Referenced(host, pfn, memcg)
     if not walk.mapcount or pfn not in host.pages.mapping:
         return 0, 0
     we_lock = not is_locked and bool(host.pages.flags[pfn] & PG_ksm)

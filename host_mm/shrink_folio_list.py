@@ -13,7 +13,7 @@ before any frame is given back try_to_unmap_flush has run.
     break free-before-batched-flush    frames are freed before the last flush
     break skip-dirty-check             a folio that is dirty again is dropped
 
-Not modelled: large folios and their splits, the page cache, demotion to slower nodes, memcg,
+Not modelled: large folios and their splits, the page cache, demotion to slower nodes,
 PGDAT_WRITEBACK (kswapd does not stall on folios marked for immediate reclaim: nr_immediate stays 0).
 """
 
@@ -50,6 +50,7 @@ from host_mm.vmscan_trace import ReclaimStat, trace_reclaim_flags
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
+    from host_mm.memcontrol import MemCgroup
 
 __all__ = ["FREE_BATCH", "ScanControl", "shrink_folio_list"]
 
@@ -68,6 +69,7 @@ class ScanControl:
         "force_deactivate", "gfp_mask", "is_kswapd", "may_deactivate", "may_swap",
         "may_writepage", "nr_congested", "nr_immediate", "nr_reclaimed", "nr_scanned", "nr_taken",
         "nr_to_reclaim", "nr_writeback", "order", "priority", "reclaim_idx", "skipped_deactivate",
+        "target_mem_cgroup",
     )
 
     def __init__(self, gfp_mask: int, *, order: int = 0, nr_to_reclaim: int = 0) -> None:
@@ -82,6 +84,7 @@ class ScanControl:
         self.may_deactivate = 0
         self.force_deactivate = False
         self.skipped_deactivate = False
+        self.target_mem_cgroup: MemCgroup | None = None
         self.nr_scanned = self.nr_reclaimed = self.nr_taken = 0
         self.nr_writeback = self.nr_congested = self.nr_immediate = 0
 
@@ -102,7 +105,9 @@ class _Shrink:
     def check_references(self, pfn: int) -> int:
         """folio_check_references: a mapped folio gets a second trip, one used twice is activated."""
         host = self.host
-        referenced_ptes, vm_flags = folio_referenced(host, pfn, is_locked=True)
+        referenced_ptes, vm_flags = folio_referenced(
+            host, pfn, is_locked=True, memcg=self.sc.target_mem_cgroup
+        )
         if vm_flags & VM_LOCKED:
             return _ACTIVATE
         if referenced_ptes == -1:

@@ -32,7 +32,7 @@ from host_mm.swap_state import read_swap_cache
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
-    from host_mm.mm_types import VmArea, VmFault
+    from host_mm.mm_types import MmStruct, VmArea, VmFault
 
 __all__ = ["SwapReadahead", "swap_update_readahead", "swapin_nr_pages", "swapin_readahead"]
 
@@ -76,22 +76,22 @@ def swapin_readahead(vmf: VmFault, entry: int, nid: int) -> int:
     if ra.page_cluster:
         around = _vma_window(vmf) if ra.by_vma else _slot_window(host, entry)
         for other in around:
-            _read_ahead(host, other, nid, target=other == entry)
+            _read_ahead(vmf.mm, other, nid, target=other == entry)
         if around:
             host.lru.lru_add_drain()
-    return read_swap_cache(host, entry, nid, swap_read_folio)
+    return read_swap_cache(host, entry, nid, swap_read_folio, mm=vmf.mm)
 
 
-def _read_ahead(host: HostMm, entry: int, nid: int, *, target: bool) -> None:
+def _read_ahead(mm: MmStruct, entry: int, nid: int, *, target: bool) -> None:
     def read(where: HostMm, pfn: int) -> None:
         swap_read_folio(where, pfn)
         if not target:
             where.pages.flags[pfn] |= PG_readahead
             where.vmstat["swap_ra"] += 1
 
-    pfn = read_swap_cache(host, entry, nid, read)
+    pfn = read_swap_cache(mm.host, entry, nid, read, mm=mm)
     if pfn >= 0:
-        put_page(host, pfn)
+        put_page(mm.host, pfn)
 
 
 def _slot_window(host: HostMm, entry: int) -> list[int]:

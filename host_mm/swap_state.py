@@ -35,6 +35,7 @@ from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
+    from host_mm.mm_types import MmStruct
     from host_mm.swapfile import SwapInfo
 
 __all__ = [
@@ -168,6 +169,9 @@ def folio_alloc_swap(host: HostMm, pfn: int) -> int:
         offset = _reclaim_cached_slot(host, swap)
     if not offset:
         return -ENOMEM
+    if host.memcg.folios and host.memcg.try_charge_swap(pfn, offset):
+        swap.put_cache(offset)
+        return -ENOMEM
     swap_cache_add_folio(host, pfn, swp_entry(swap.type, offset))
     return 0
 
@@ -248,11 +252,13 @@ def free_swap_cache(host: HostMm, pfn: int) -> None:
 
 
 def read_swap_cache(
-    host: HostMm, entry: int, nid: int, read: Callable[[HostMm, int], None], gfp: int = GFP_HIGHUSER_MOVABLE
+    host: HostMm, entry: int, nid: int, read: Callable[[HostMm, int], None], gfp: int = GFP_HIGHUSER_MOVABLE,
+    mm: MmStruct | None = None,
 ) -> int:
     """read_swap_cache_async: the entry's folio with a reference, being read if it was not cached.
 
-    -1: no memory, or the entry is no longer in use. `read` is swap_read_folio.
+    -1: no memory, or the entry is no longer in use. `read` is swap_read_folio. The memory cgroup that
+    swapped the page out is charged, or, if it is gone, that of `mm`.
     """
     swap = _swap(host)
     sched = host.sched
@@ -272,6 +278,10 @@ def read_swap_cache(
             continue
         if err:
             break
+        if host.memcg.groups and host.memcg.swapin_charge(new, swp_offset(entry), mm, gfp):
+            swap.put_cache(swp_offset(entry))
+            put_page(host, new)
+            return -1
         host.pages.flags[new] |= PG_locked | PG_swapbacked
         swap_cache_add_folio(host, new, entry)
         host.lru.folio_add_lru(new)

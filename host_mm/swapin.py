@@ -39,7 +39,7 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.filemap import folio_lock_or_retry, folio_unlock, folio_wait_unlock
 from host_mm.ksm_break import ksm_might_need_to_copy
-from host_mm.memory import folio_prealloc
+from host_mm.memory import folio_alloc
 from host_mm.mm_types import (
     FAULT_FLAG_WRITE,
     MM_ANONPAGES,
@@ -136,8 +136,11 @@ def do_swap_page(vmf: VmFault) -> int:
 def _skip_swapcache(vmf: VmFault, swap: SwapInfo, entry: int) -> int:
     """The page comes straight from a synchronous device; SWAP_HAS_CACHE keeps everybody else out."""
     host = vmf.mm.host
-    pfn = folio_prealloc(host, vmf.vma, zero=False)
+    pfn = folio_alloc(host, vmf.vma, zero=False)
     if pfn < 0:
+        return _nothing_read(vmf)
+    if host.memcg.groups and host.memcg.swapin_charge(pfn, swp_offset(entry), vmf.mm):
+        put_page(host, pfn)
         return _nothing_read(vmf)
     host.pages.flags[pfn] = host.pages.flags[pfn] & ~PG_uptodate | PG_locked | PG_swapbacked
     if swap.swapcache_prepare(entry):

@@ -12,6 +12,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     interval-publish         nothing is published under a sequence number that has moved on
     frame-refcount           at rest, a frame is free or has exactly the references that exist
     frame-mapcount, rss      ... and the mappings, per frame and per process
+    memcg-charge             ... and a memory cgroup counts the folios and slots that are its own
     swap-count, swap-cache   ... and a swap slot the entries and the cache that hold it
     ksm-writable             ... and no entry grants writing to a KSM page
     uffd-wp                  ... and only where userfaultfd write-protects do entries say so, and not writable
@@ -279,6 +280,20 @@ class _Audit:
         if len(listed) != (1 if flags & PG_lru else 0):
             raise BrokenTruth("lru", f"{who} is on {listed}")
 
+    def memcg(self) -> None:
+        """Compare every group's counts with what is charged to it."""
+        host = self.host
+        pages: Counter[object] = Counter()
+        for pfn, group in host.memcg.folios.items():
+            if host.pages.flags[pfn] & PG_buddy:
+                raise BrokenTruth("memcg-charge", f"pfn {pfn:#x} is free and charged to {group!r}")
+            pages[group] += 1 << host.pages.order[pfn]
+        slots = Counter(host.memcg.slots.values())
+        for group in host.memcg.groups:
+            found = pages[group] + host.memcg.stocked(group)
+            if (group.usage, group.swap) != (found, slots[group]):
+                raise BrokenTruth("memcg-charge", f"{group!r} has {found} pages, {slots[group]} slots")
+
     def swap(self) -> None:
         """Compare every slot's count and cache with the entries that were found."""
         swap = self.host.swap
@@ -328,4 +343,5 @@ def audit(host: HostMm) -> None:
         check.entries(mm)
         check.tlb(mm)
     check.frames()
+    check.memcg()
     check.swap()

@@ -12,7 +12,7 @@ A reclaimer that made no progress while I/O is in flight waits for some of it to
 kernel's VMSCAN_THROTTLE_WRITEBACK), so that out of memory means that nothing is left.
 
 Not modelled: kswapd's short first sleep, MGLRU, swappiness and the anon/file cost balance (the file
-lists hold only MADV_FREE pages and go first), workingset refaults, memcg, compaction, watermark boost,
+lists hold only MADV_FREE pages and go first), workingset refaults, compaction, watermark boost,
 slab shrinkers, too_many_isolated, pfmemalloc throttling, node reclaim.
 """
 
@@ -47,6 +47,7 @@ from host_mm.page_alloc import (
     GFP_KERNEL,
     GFP_THISNODE,
     MAX_RECLAIM_RETRIES,
+    ZONE_MOVABLE,
     ZONE_NAMES,
     ZONE_NORMAL,
     gfp_zone,
@@ -58,6 +59,7 @@ from host_mm.vmscan_trace import TRACEPOINTS, VMSCAN_THROTTLE_WRITEBACK, trace_r
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
+    from host_mm.memcontrol import MemCgroup
 
 __all__ = [
     "DEF_PRIORITY",
@@ -66,6 +68,7 @@ __all__ = [
     "kswapd",
     "kswapd_asleep",
     "reclaim_pages",
+    "try_to_free_mem_cgroup_pages",
     "try_to_free_pages",
     "wakeup_kswapd",
 ]
@@ -169,7 +172,7 @@ def _shrink_active_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc
         if flags[pfn] & PG_mlocked:
             host.lru.folio_putback_lru(pfn)
             continue
-        referenced, vm_flags = folio_referenced(host, pfn)
+        referenced, vm_flags = folio_referenced(host, pfn, memcg=sc.target_mem_cgroup)
         if referenced and vm_flags & VM_EXEC and not flags[pfn] & PG_swapbacked:
             active.append(pfn)
             continue
@@ -186,9 +189,10 @@ def _shrink_active_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc
         )
 
 
-def _inactive_is_low(vec: Lruvec, inactive_lru: int) -> bool:
-    """The inactive list should hold 1 / sqrt(10 * GiB) of both, half of them below 1 GiB."""
-    inactive, active = len(vec.lists[inactive_lru]), len(vec.lists[inactive_lru + 1])
+def _inactive_is_low(vecs: list[Lruvec], inactive_lru: int) -> bool:
+    """The inactive lists should hold 1 / sqrt(10 * GiB) of both, half of them below 1 GiB."""
+    inactive = sum(len(vec.lists[inactive_lru]) for vec in vecs)
+    active = sum(len(vec.lists[inactive_lru + 1]) for vec in vecs)
     gb = (inactive + active) >> (30 - 12)
     ratio = isqrt(10 * gb) if gb else 1
     return inactive * ratio < active
@@ -211,7 +215,7 @@ def _shrink_lruvec(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
     nr = _scan_counts(host, vec, sc)
     sched = host.sched
     # Who reclaims directly does all of the first, light pass: kswapd does not keep up.
-    whole = not sc.is_kswapd and sc.priority == DEF_PRIORITY
+    whole = not sc.is_kswapd and sc.priority == DEF_PRIORITY and sc.target_mem_cgroup is None
     reclaimed = 0
     while nr[LRU_INACTIVE_ANON] or nr[LRU_ACTIVE_FILE] or nr[LRU_INACTIVE_FILE]:
         for lru in (LRU_INACTIVE_FILE, LRU_ACTIVE_FILE, LRU_INACTIVE_ANON, LRU_ACTIVE_ANON):
@@ -235,20 +239,25 @@ def _shrink_lruvec(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
 
 def _age_anon(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
     """Rebalance the anonymous lists whether or not any of them is reclaimed."""
-    if host.swap is not None and _inactive_is_low(vec, LRU_INACTIVE_ANON):
+    if host.swap is not None and _inactive_is_low([vec], LRU_INACTIVE_ANON):
         _shrink_active_list(host, vec, LRU_ACTIVE_ANON, SWAP_CLUSTER_MAX, sc)
 
 
 def _shrink_node(host: HostMm, nid: int, sc: ScanControl) -> None:
-    vec = host.lru.vecs[nid]
+    vecs = host.memcg.iter(nid, sc.target_mem_cgroup)
     sc.may_deactivate = _ANON | _FILE
     if not sc.force_deactivate:
-        if not _inactive_is_low(vec, LRU_INACTIVE_ANON):
+        if not _inactive_is_low(vecs, LRU_INACTIVE_ANON):
             sc.may_deactivate &= ~_ANON
-        if not _inactive_is_low(vec, LRU_INACTIVE_FILE):
+        if not _inactive_is_low(vecs, LRU_INACTIVE_FILE):
             sc.may_deactivate &= ~_FILE
     before = sc.nr_reclaimed
-    _shrink_lruvec(host, vec, sc)
+    for number, vec in enumerate(vecs):
+        _shrink_lruvec(host, vec, sc)
+        # kswapd always goes through all groups; another one leaves the rest to the next.
+        if len(vecs) > 1 and not sc.is_kswapd and sc.nr_reclaimed >= sc.nr_to_reclaim:
+            host.memcg.iter_break(nid, number + 1)
+            break
     state = host.allocator.nodes[nid].vmscan
     if sc.nr_reclaimed > before and isinstance(state, Kswapd):
         state.failures = 0
@@ -289,7 +298,8 @@ def _zonelist(host: HostMm, nid: int, gfp: int) -> list[int]:
 def _do_try_to_free_pages(host: HostMm, nid: int, sc: ScanControl) -> int:
     retried = False
     while True:
-        host.vmstat[f"allocstall_{ZONE_NAMES[sc.reclaim_idx]}"] += 1
+        if sc.target_mem_cgroup is None:
+            host.vmstat[f"allocstall_{ZONE_NAMES[sc.reclaim_idx]}"] += 1
         sc.priority = DEF_PRIORITY
         while sc.priority >= 0:
             sc.nr_scanned = 0
@@ -327,6 +337,29 @@ def try_to_free_pages(host: HostMm, order: int, nid: int, gfp: int = GFP_HIGHUSE
         return reclaimed
     finally:
         host.allocator.memalloc.discard(task)
+        ctx.cause = saved
+
+
+def try_to_free_mem_cgroup_pages(host: HostMm, memcg: MemCgroup, nr_pages: int, gfp: int) -> int:
+    """Reclaim from one group, at least a cluster; how many frames came free. May sleep."""
+    sc = ScanControl(gfp, nr_to_reclaim=max(nr_pages, SWAP_CLUSTER_MAX))
+    sc.reclaim_idx = ZONE_MOVABLE
+    sc.target_mem_cgroup = memcg
+    task = host.sched.current
+    nested = task in host.allocator.memalloc
+    ctx = host.stream.ctx
+    saved = ctx.cause
+    if (t := host.trace.mm_vmscan_memcg_reclaim_begin) is not None:
+        ctx.cause = t(0, gfp)
+    host.allocator.memalloc.add(task)
+    try:
+        reclaimed = _do_try_to_free_pages(host, 0, sc)
+        if (t := host.trace.mm_vmscan_memcg_reclaim_end) is not None:
+            t(reclaimed)
+        return reclaimed
+    finally:
+        if not nested:
+            host.allocator.memalloc.discard(task)
         ctx.cause = saved
 
 
@@ -406,7 +439,8 @@ def _balance_pgdat(host: HostMm, nid: int, state: Kswapd, order: int, zoneidx: i
     while sc.priority >= 1:
         if _balanced(host, nid, order):
             return
-        _age_anon(host, host.lru.vecs[nid], sc)
+        for vec in host.memcg.iter(nid, None):
+            _age_anon(host, vec, sc)
         before = sc.nr_reclaimed
         sc.nr_scanned = 0
         sc.nr_to_reclaim = max(zone.wmark_high, SWAP_CLUSTER_MAX)

@@ -5,7 +5,7 @@ Source of truth: include/trace/events/vmscan.h, include/trace/events/mmflags.h (
 A `page=%p` is printed as the
 address in vmemmap that the pfn has without KASLR; the kernel prints a hash of it.
 
-Not modelled: memcg, slab shrinker, node reclaim and LRU insertion tracepoints.
+Not modelled: slab shrinker, node reclaim and LRU insertion tracepoints.
 """
 
 from __future__ import annotations
@@ -155,6 +155,11 @@ DIRECT_RECLAIM_BEGIN = _tp(
     lambda order, gfp: f"order={order} gfp_flags={show_gfp_flags(gfp)}", scope=True,
 )
 DIRECT_RECLAIM_END = _tp("direct_reclaim_end", ("nr_reclaimed",), lambda nr: f"nr_reclaimed={nr}")
+MEMCG_RECLAIM_BEGIN = _tp(
+    "memcg_reclaim_begin", ("order", "gfp_flags"),
+    lambda order, gfp: f"order={order} gfp_flags={show_gfp_flags(gfp)}", scope=True,
+)
+MEMCG_RECLAIM_END = _tp("memcg_reclaim_end", ("nr_reclaimed",), lambda nr: f"nr_reclaimed={nr}")
 LRU_ISOLATE = _tp(
     "lru_isolate",
     ("highest_zoneidx", "order", "nr_requested", "nr_scanned", "nr_skipped", "nr_taken", "lru"),
@@ -182,6 +187,7 @@ THROTTLED = _tp(
 )
 
 TRACEPOINTS = (
-    KSWAPD_SLEEP, KSWAPD_WAKE, WAKEUP_KSWAPD, DIRECT_RECLAIM_BEGIN, DIRECT_RECLAIM_END, LRU_ISOLATE,
+    KSWAPD_SLEEP, KSWAPD_WAKE, WAKEUP_KSWAPD, DIRECT_RECLAIM_BEGIN, DIRECT_RECLAIM_END,
+    MEMCG_RECLAIM_BEGIN, MEMCG_RECLAIM_END, LRU_ISOLATE,
     WRITE_FOLIO, RECLAIM_PAGES, LRU_SHRINK_INACTIVE, LRU_SHRINK_ACTIVE, THROTTLED,
 )

@@ -39,6 +39,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "migrate": (("pages=4", "rounds=1"), EVENTS),
     "mmio": ((), (*EVENTS, "kvm:kvm_mmio", "kvmmmu:mark_mmio_spte", "kvmmmu:handle_mmio_page_fault")),
     "protect": (("pages=4",), EVENTS),
+    "rdma": (("pages=1", "rounds=1", "weather=0"), (*EVENTS, "refault:odp_*", "refault:rdma_*")),
     "selfmod": (("rounds=2",), EVENTS),
     "slots": (("pages=4",), ("refault:host_op*", "refault:memslot_update", "refault:spte_zap")),
     "smp": (("count=100", "rounds=1"), EVENTS),
