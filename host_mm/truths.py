@@ -15,6 +15,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     memcg-charge             ... and a memory cgroup counts the folios and slots that are its own
     swap-count, swap-cache   ... and a swap slot the entries and the cache that hold it
     ksm-writable             ... and no entry grants writing to a KSM page
+    page-cache, i-mmap       ... and files find their pages and mappings, which have nobody else
     uffd-wp                  ... and only where userfaultfd write-protects do entries say so, and not writable
     lru                      ... and PG_lru says where the folio is
     tlb-stale                ... and every host TLB entry and device's translation is what the tables say
@@ -24,7 +25,7 @@ The first six raise from the place where they break; `audit` checks the others w
 inside mm. References that are neither mappings, page tables, swap cache nor LRU batches come from
 `host.frame_holders`: callables that give a dict of pfn to count (KVM's tables, pins).
 
-Not modelled: file pages, huge entries.
+Not modelled: huge entries.
 """
 
 from __future__ import annotations
@@ -50,8 +51,18 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.lru import LRU_NAMES
-from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_UFFD_WP
-from host_mm.page import PG_anon, PG_buddy, PG_ksm, PG_lru, PG_reserved, PG_swapcache, decode_page_flags
+from host_mm.mm_types import MM_SWAPENTS, VM_UFFD_WP
+from host_mm.page import (
+    PG_buddy,
+    PG_ksm,
+    PG_lru,
+    PG_reserved,
+    PG_swapcache,
+    decode_page_flags,
+    folio_nr_pages,
+    mm_counter,
+    page_folio,
+)
 from host_mm.pgtable_generic import pmd_entries
 from host_mm.ram import PAGE_SIZE
 from host_mm.swapfile import SWAP_MAP_BAD
@@ -63,6 +74,8 @@ if TYPE_CHECKING:
     from host_mm.tlb import HostTlb
 
 __all__ = ["HostTruths", "audit", "nothing_left"]
+
+_RSS = ("file", "anon", "swap", "shmem")
 
 
 class HostTruths:
@@ -178,6 +191,7 @@ class _Audit:
         self.maps: Counter[int] = Counter()
         self.refs: Counter[int] = Counter()
         self.slots: Counter[int] = Counter()
+        self.linked = 0
 
     def tables(self, mm: MmStruct) -> None:
         """Every page table holds one reference to itself."""
@@ -193,7 +207,7 @@ class _Audit:
         """Count present entries, swap entries and migration entries, and compare with rss."""
         host = self.host
         u64 = host.ram.u64
-        anon = swapents = 0
+        rss = [0] * len(mm.rss)
         for vma in mm.vmas:
             for pmd, address, following in pmd_entries(mm, vma.start, vma.end):
                 first = ((u64[pmd >> 3] & PFN_MASK) >> 3) + ((address >> 12) & 511)
@@ -202,15 +216,14 @@ class _Audit:
                         continue
                     self._uffd_wp(vma, entry)
                     if pte_present(entry):
-                        anon += self._present(entry)
+                        self._present(entry, rss)
                     elif not non_swap_entry(swp := pte_to_swp_entry(entry)):
                         self.slots[swp_offset(swp)] += 1
-                        swapents += 1
+                        rss[MM_SWAPENTS] += 1
                     elif is_migration_entry(swp):
                         raise BrokenTruth("frame-mapcount", f"a migration entry is left in pid {_pid(mm)}")
-        for name, index, found in (("anon", MM_ANONPAGES, anon), ("swap", MM_SWAPENTS, swapents)):
-            if mm.rss[index] != found:
-                raise BrokenTruth("rss", f"pid {_pid(mm)} counts {mm.rss[index]} {name} pages, has {found}")
+        if mm.rss != rss:
+            raise BrokenTruth("rss", f"pid {_pid(mm)} counts {mm.rss} pages, has {rss} ({', '.join(_RSS)})")
 
     def _uffd_wp(self, vma: VmArea, entry: int) -> None:
         present = pte_present(entry)
@@ -219,14 +232,14 @@ class _Audit:
         if not vma.flags & VM_UFFD_WP or (present and entry & _PAGE_RW):
             raise BrokenTruth("uffd-wp", f"pid {_pid(vma.mm)} {vma!r} has entry {entry:#x}")
 
-    def _present(self, entry: int) -> int:
+    def _present(self, entry: int, rss: list[int]) -> None:
         pfn = pte_pfn(entry)
         if entry & _PAGE_SPECIAL or self.host.pages.flags[pfn] & PG_reserved:
-            return 0
+            return
         self.maps[pfn] += 1
         if self.host.pages.flags[pfn] & PG_ksm and entry & _PAGE_RW:
             raise BrokenTruth("ksm-writable", f"KSM page {pfn:#x} is mapped by writable entry {entry:#x}")
-        return 1 if self.host.pages.flags[pfn] & PG_anon else 0
+        rss[mm_counter(self.host.pages, page_folio(self.host.pages, pfn))] += 1
 
     def tlb(self, mm: MmStruct) -> None:
         """At rest no flush is pending, so that nobody's TLB has a right that the tables have not."""
@@ -251,6 +264,7 @@ class _Audit:
         refs = self.refs
         refs.update(self.maps)
         refs.update(host.lru.batched())
+        self.page_cache()
         for holder in host.frame_holders:
             refs.update(holder())
         for node in host.allocator.nodes:
@@ -263,6 +277,32 @@ class _Audit:
                 if not flags & PG_reserved:
                     self._frame(pfn, flags)
                 pfn += 1
+
+    def page_cache(self) -> None:
+        """Every page of a file is its folio's, found at its index; the cache holds it once."""
+        pages = self.host.pages
+        for mapping in self.host.mappings:
+            cached = 0
+            for index, head in mapping.i_pages.items():
+                if head < 0:
+                    self.slots[swp_offset(~head)] += 1
+                    continue
+                cached += 1
+                self.refs[head] += 1
+                offset = index - pages.index[head]
+                if pages.mapping.get(head) is not mapping or not 0 <= offset < folio_nr_pages(pages, head):
+                    raise BrokenTruth("page-cache", f"{mapping!r} page {index:#x} is not in pfn {head:#x}")
+            if mapping.nrpages != cached:
+                raise BrokenTruth("page-cache", f"{mapping!r} counts {mapping.nrpages} pages, has {cached}")
+            if not mapping.f_count and not mapping.i_mmap:
+                raise BrokenTruth("page-cache", f"{mapping!r} has no user and was not evicted")
+
+    def mappings(self, mm: MmStruct) -> None:
+        """i_mmap has each VMA of a file once, and no others."""
+        for vma in mm.vmas:
+            if vma.file is not None and vma.file.i_mmap.count(vma) != 1:
+                raise BrokenTruth("i-mmap", f"{vma!r} is linked {vma.file.i_mmap.count(vma)} times")
+            self.linked += vma.file is not None
 
     def _frame(self, pfn: int, flags: int) -> None:
         pages = self.host.pages
@@ -342,6 +382,10 @@ def audit(host: HostMm) -> None:
         check.tables(mm)
         check.entries(mm)
         check.tlb(mm)
+        check.mappings(mm)
+    linked = sum(len(mapping.i_mmap) for mapping in host.mappings)
+    if linked != check.linked:
+        raise BrokenTruth("i-mmap", f"{linked} VMAs are linked to files, {check.linked} exist")
     check.frames()
     check.memcg()
     check.swap()
