@@ -7,8 +7,9 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     io-while-writable        no writable one reaches a folio whose write-out begins
     dirty-dropped            a folio dropped as clean has the bytes that its swap slot has
     held-frame-moved         no frame is migrated that somebody writes to by a reference of his own
-    flush-before-set         no entry gets another frame while a host TLB entry still reaches the old one,
-                             unless a flush is pending
+    flush-before-set         no entry gets another frame while a host TLB entry or a device's translation
+                             still reaches the old one, unless a flush is pending
+    secondary-stale          nothing is published to a device that the tables do not say
     interval-publish         nothing is published under a sequence number that has moved on
     frame-refcount           at rest, a frame is free or has exactly the references that exist
     frame-mapcount, rss      ... and the mappings, per frame and per process
@@ -21,7 +22,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     tlb-stale                ... and every host TLB entry and device's translation is what the tables say
     leak                     when the host goes down, every frame and swap slot is free
 
-The first six raise from the place where they break; `audit` checks the others when nobody is
+The first seven raise from the place where they break; `audit` checks the others when nobody is
 inside mm. References that are neither mappings, page tables, swap cache nor LRU batches come from
 `host.frame_holders`: callables that give a dict of pfn to count (KVM's tables, pins).
 
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import (
     _PAGE_PRESENT,
+    _PAGE_PSE,
     _PAGE_RW,
     _PAGE_SPECIAL,
     _PAGE_UFFD_WP,
@@ -136,17 +138,19 @@ class HostTruths:
             )
 
     def pte_set(self, mm: MmStruct, address: int, old: int, new: int) -> None:
-        """A pte hook: a CPU that still has the old translation would go on with the old frame."""
-        if not new & _PAGE_PRESENT:
+        """A pte hook: whoever still has the old translation would go on with the old frame."""
+        if not new & _PAGE_PRESENT or mm.tlb_flush_pending or mm.tlb_flush_batched:
             return
-        cached = mm.tlb.entries.get(address >> 12)
-        if cached is None or cached >> 1 == pte_pfn(new) or mm.tlb_flush_pending or mm.tlb_flush_batched:
-            return
-        raise BrokenTruth(
-            "flush-before-set",
-            f"{address:#x} gets pfn {pte_pfn(new):#x}, pid {_pid(mm)} still reaches pfn {cached >> 1:#x}",
-            self.host.stream.here(),
-        )
+        tables = [(f"pid {_pid(mm)}", mm.tlb)]
+        tables += [(who, table) for who, of, table in self.host.secondary_tables.tables if of is mm]
+        for who, table in tables:
+            cached = table.entries.get(address >> 12)
+            if cached is not None and cached >> 1 != pte_pfn(new):
+                raise BrokenTruth(
+                    "flush-before-set",
+                    f"{address:#x} gets pfn {pte_pfn(new):#x}, {who} still reaches pfn {cached >> 1:#x}",
+                    self.host.stream.here(),
+                )
 
     def folio_dropped_clean(self, pfn: int) -> None:
         """The folio goes; what it holds must be in its swap slot."""
@@ -163,6 +167,20 @@ class HostTruths:
             raise BrokenTruth(
                 "dirty-dropped", f"pfn {pfn:#x} is dropped as clean, slot {slot:#x} has other bytes",
                 host.stream.here(),
+            )
+
+    def translation_published(
+        self, who: str, mm: MmStruct, address: int, pfn: int, writable: bool
+    ) -> None:
+        """A secondary MMU gets a translation: no bracket is open there, so it is what the tables say."""
+        entry, level = walk_lockless(self.host.ram, mm.pgd, address)
+        mapped = pte_pfn(entry) + (address >> 12 & (1 << 9 * (level - 1)) - 1 if entry & _PAGE_PSE else 0)
+        if not entry & _PAGE_PRESENT or mapped != pfn or (writable and not entry & _PAGE_RW):
+            raise BrokenTruth(
+                "secondary-stale",
+                f"{who} gets {address:#x} as pfn {pfn:#x}{' to write' if writable else ''}, "
+                f"the entry is {entry:#x}",
+                self.host.stream.here(),
             )
 
     def interval_published(self, sub: MmuIntervalNotifier, seq: int) -> None:
