@@ -5,6 +5,7 @@
 | `host.py` | one host: RAM, clock, event stream, mm, and the VMs on it |
 | `board.py` | one VM: its VMM process, KVM, vCPU threads, devices |
 | `memory.py`, `vmm.py` | the guest's memory as the VMM keeps it; the VMM's system calls |
+| `dune.py` | a process on an EPT of its own |
 | `cpu/` | Unicorn vCPUs, the hardware walk, TLB fills, event delivery |
 | `devices/`, `loaders/` | what answers ports and device memory; guest program files |
 | `abi.py` | what guest payloads may know of the machine |

@@ -112,6 +112,8 @@ __all__ = [
     "VMCALL_AGE",
     "VMCALL_CHILD_EXIT",
     "VMCALL_CHILD_READ",
+    "VMCALL_CLEAR_REFS",
+    "VMCALL_COLD",
     "VMCALL_CPU_COUNT",
     "VMCALL_DIRTY_LOG",
     "VMCALL_DMA_WRITE",
@@ -120,6 +122,7 @@ __all__ = [
     "VMCALL_EPT_RESTORE",
     "VMCALL_EPT_SET",
     "VMCALL_FORK",
+    "VMCALL_FREE",
     "VMCALL_GET_DIRTY",
     "VMCALL_HOST_READ",
     "VMCALL_HOST_WRITE",
@@ -128,7 +131,10 @@ __all__ = [
     "VMCALL_MAP_LEVEL",
     "VMCALL_MIGRATE",
     "VMCALL_MIRROR_READ",
+    "VMCALL_MLOCK",
     "VMCALL_MMIO_DEVICE",
+    "VMCALL_MREMAP",
+    "VMCALL_MUNLOCK",
     "VMCALL_PROTECT",
     "VMCALL_PROTECT_FAULTS",
     "VMCALL_RECLAIM",
@@ -254,9 +260,19 @@ VMCALL_RDMA_DEREGISTER = 0x5246_01B1
 VMCALL_RDMA_PEER_READ = 0x5246_01B2
 VMCALL_RDMA_PEER_WRITE = 0x5246_01B3
 VMCALL_RDMA_PEER_ADD = 0x5246_01B4
+VMCALL_DUNE_READ = 0x5246_01B5
+VMCALL_DUNE_WRITE = 0x5246_01B6
+VMCALL_SVA_READ = 0x5246_01B7
+VMCALL_SVA_WRITE = 0x5246_01B8
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
+VMCALL_COLD = 0x5246_01D0
+VMCALL_FREE = 0x5246_01D1
+VMCALL_CLEAR_REFS = 0x5246_01D2
+VMCALL_MLOCK = 0x5246_01D3
+VMCALL_MUNLOCK = 0x5246_01D4
+VMCALL_MREMAP = 0x5246_01D5
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -416,6 +432,16 @@ VMCALLS: tuple[Vmcall, ...] = (
            "The engine's peer stores the low `size` bytes of `value` into the region."),
     Vmcall(VMCALL_RDMA_PEER_ADD, "rdma_peer_add", ("key", "gpa", "value"), "what was there", ("ENOENT",),
            "The engine's peer adds `value` to the 8 bytes at `gpa`, aligned to 8, at once."),
+    Vmcall(VMCALL_DUNE_READ, "dune_read", ("gpa", "size"), "the value, zero-extended", ("ENOMEM",),
+           "As host_read, also of 8 bytes, but the VMM runs on an EPT of its own, which its faults fill and "
+           "brackets empty, like a guest's."),
+    Vmcall(VMCALL_DUNE_WRITE, "dune_write", ("gpa", "value", "size"), "0", ("ENOMEM",),
+           "As host_write, also of 8 bytes, in the same way."),
+    Vmcall(VMCALL_SVA_READ, "sva_read", ("gpa", "size"), "the value, zero-extended", (),
+           "A device reads `size` bytes (1, 2, 4 or 8) at `gpa`, aligned to the size, through an IOMMU that "
+           "walks the VMM's own page tables."),
+    Vmcall(VMCALL_SVA_WRITE, "sva_write", ("gpa", "value", "size"), "0", (),
+           "That device stores the low `size` bytes of `value`."),
     Vmcall(VMCALL_PAGE_IDLE_SET, "page_idle_set", ("gpa", "pages"), "frames made idle", (),
            "Sets the idle bits of the range's frames; accessed bits of host and guest are cleared. Frames "
            "on no LRU list, and pages without a frame, do not count."),
@@ -425,6 +451,25 @@ VMCALLS: tuple[Vmcall, ...] = (
            "kdamond watches the VMM's mapping of the range for `ns` of logical time, one sample of each "
            "region every `sample_ns`; other CPUs go on meanwhile. The result is the size of the regions "
            "that the last aggregation found in use. -EINVAL unless 0 < sample_ns <= ns <= 10 s."),
+    Vmcall(VMCALL_COLD, "cold", ("gpa", "pages"), "0", (),
+           "madvise(MADV_COLD): the range's pages are not young any more and go first when memory is short. "
+           "-EINVAL where the range is locked."),
+    Vmcall(VMCALL_FREE, "free", ("gpa", "pages"), "0", (),
+           "madvise(MADV_FREE): until it is written again each page reads as before or, once reclaim "
+           "dropped it, as zeros. -EINVAL where the range is locked."),
+    Vmcall(VMCALL_CLEAR_REFS, "clear_refs", ("kind",), "0", (),
+           "A write of `kind` to /proc/PID/clear_refs of the VMM: 1 to 3 forget that pages were accessed, 4 "
+           "forgets that they were written (soft-dirty) and write-protects them until they are; -EINVAL for "
+           "other values."),
+    Vmcall(VMCALL_MLOCK, "mlock", ("gpa", "pages"), "0", ("ENOMEM",),
+           "mlock(2): the range's pages are faulted in, for writing, and stay: reclaim leaves them, "
+           "swap_out, dontneed, cold and free answer -EINVAL. Others may still move them."),
+    Vmcall(VMCALL_MUNLOCK, "munlock", ("gpa", "pages"), "0", (),
+           "munlock(2) of the range, whether or not it is locked."),
+    Vmcall(VMCALL_MREMAP, "mremap", ("gpa", "pages"), "0", ("EBUSY", "ENOMEM"),
+           "mremap(2) of the VMM's mapping to another place and back again. An access by another CPU that "
+           "meets the hole leaves KVM_RUN with -EFAULT and waits until the memory is back. -EBUSY while "
+           "another mremap is under way."),
 )
 
 

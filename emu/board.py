@@ -39,6 +39,8 @@ from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
 from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
 
 if TYPE_CHECKING:
+    from emu.devices.sva import SvaDevice
+    from emu.dune import Dune
     from emu.host import Host
     from emu.loaders.image import Image
     from emu.operations.instrument import ArmedEntry
@@ -106,6 +108,8 @@ class Board:
         self.process = host.mm.create_process("vmm")
         self.vmm = Vmm(host.mm, self.process)
         self.rdma = RdmaDevice(host.mm, self.process)
+        self.dune: Dune | None = None
+        self.sva: SvaDevice | None = None
         self._make_devices()
         self.cpu = UnicornCpu(host.mm, host.sched, interpreted=interpreted, params=config.params)
         self.cpu.exit_filter = self._exit_filter
@@ -312,8 +316,12 @@ class Board:
             for mirror in self.mirrors.values():
                 mirror.close()
             self.vmm.exit()
-            # As the VMM's file of the device, closed after its address space is gone.
+            # As the VMM's files of these, closed after its address space is gone.
             self.rdma.close()
+            if self.dune is not None:
+                self.dune.close()
+            if self.sva is not None:
+                self.sva.unbind()
             self.kvm.destroy()
 
         self.host.sched.run_task("vmm-exit", teardown)

@@ -8,6 +8,8 @@ Reading order:
     pgtable_generic.py           tables as bytes in RAM; the funnel of every store
     mm_types.py process.py       address spaces, VMAs, processes
     memory.py                    faults; memory_zap.py, memory_copy.py: entries out, entries into a child
+    address_space.py             files and their mappings; memory_file.py: faults on them
+    filemap_cache.py shmem.py    which folio has which page of a file; shared memory
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
     userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill

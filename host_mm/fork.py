@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
+from host_mm.address_space import flush_delayed_fput
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.ksm import ksm_exit, ksm_fork
@@ -61,6 +62,7 @@ def mmput(mm: MmStruct) -> None:
     if mm.mm_users == 0:
         ksm_exit(mm)
         exit_mmap(mm)
+        flush_delayed_fput(mm.host)
         mm.mmdrop()
 
 
@@ -130,7 +132,7 @@ def _dup_mmap(mm: MmStruct, oldmm: MmStruct) -> int:
         else:
             anon_vma_fork(new, old)
         new.flags &= ~VM_LOCKED_MASK
-        insert_vma(new)
+        insert_vma(new, old)
         if not old.flags & VM_WIPEONFORK:
             ret = copy_page_range(new, old)
             if ret:

@@ -134,6 +134,8 @@ class HmmMirror(MmuIntervalNotifier):
                 host.checks.interval_published(self, seq)
             word = range_.hmm_pfns[0]
             pfn, writable = word & ~HMM_PFN_FLAGS, bool(word & HMM_PFN_WRITE)
+            if host.checks is not None:
+                host.checks.translation_published(self.who, mm, address, pfn, writable)
             self.table.fill(address, pfn, writable)
             if (t := host.trace.mirror_map) is not None:
                 t(address, pfn, writable, seq)

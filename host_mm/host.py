@@ -8,8 +8,10 @@ HostMm, which this file, at the top of the room, passes on:
 
     page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory
     memcontrol  ->  reclaim_memcg, out_of_memory
-    memory      ->  do_swap_page             swapin  ->  do_wp_page
+    memory      ->  do_swap_page, do_fault, wp_page_shared
+    swapin      ->  do_wp_page
     madvise     ->  reclaim_pages
+    mmap        ->  shmem_file_setup
     page        ->  free_zone_device_folio
     mm_types    ->  free_mm
 
@@ -24,6 +26,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from host_mm import (
+    filemap_cache,
     fork,
     gup,
     hmm_mirror,
@@ -33,6 +36,7 @@ from host_mm import (
     ksm_tree,
     lru,
     memory,
+    memory_file,
     memremap,
     migrate,
     mmu_notifier,
@@ -40,6 +44,7 @@ from host_mm import (
     page_alloc,
     page_io,
     rmap_unmap,
+    shmem,
     swap_state,
     swapin,
     tlb,
@@ -64,6 +69,7 @@ from host_mm.swap_readahead import SwapReadahead
 from host_mm.swapfile import SwapInfo
 
 if TYPE_CHECKING:
+    from host_mm.address_space import AddressSpace
     from host_mm.kernel.sched import Scheduler, Task
     from host_mm.mm_types import MmStruct, VmFault
     from trace_events.stream import TraceStream
@@ -76,8 +82,8 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
-    fork, gup, hmm_mirror, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate, mmu_notifier,
-    oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
+    filemap_cache, fork, gup, hmm_mirror, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate,
+    mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
     vmscan_trace,
 )
 
@@ -144,6 +150,8 @@ class HostMm:
         self.swap_device = page_io.SwapDevice(self)
         self.ksm = Ksm(self)
         self.processes: list[Process] = []
+        self.mappings: list[AddressSpace] = []
+        self.delayed_fput: list[AddressSpace] = []
         self.next_pid = 1
         self.daemons: list[Task] = []
         self.checks: truths.HostTruths | None = None
@@ -257,6 +265,18 @@ class HostMm:
     def do_swap_page(self, vmf: VmFault) -> int:
         """memory -> swapin."""
         return swapin.do_swap_page(vmf)
+
+    def shmem_file_setup(self, name: str, size: int, nid: int) -> AddressSpace:
+        """mmap -> shmem: the file behind a shared anonymous mapping."""
+        return shmem.shmem_file_setup(self, name, size, nid)
+
+    def do_fault(self, vmf: VmFault) -> int:
+        """memory -> memory_file: a fault on an empty entry of a file mapping."""
+        return memory_file.do_fault(vmf)
+
+    def wp_page_shared(self, vmf: VmFault) -> int:
+        """memory -> memory_file: a write on a read-only entry of a shared mapping, its table locked."""
+        return memory_file.wp_page_shared(vmf)
 
     def do_wp_page(self, vmf: VmFault) -> tuple[str, int]:
         """swapin -> memory."""

@@ -65,7 +65,7 @@ from host_mm.page import (
 from host_mm.page_io import swap_read_folio
 from host_mm.pgtable_generic import pmd_entries, pte_clear, pte_lockptr, pte_offset_map_lock, set_pte
 from host_mm.swap_state import folio_free_swap, free_swap_and_cache, read_swap_cache
-from host_mm.vma import vm_get_page_prot, vma_modify_flags
+from host_mm.vma import vma_modify_flags, vma_set_page_prot
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
@@ -191,7 +191,7 @@ def _set_vma_flags(vma: VmArea, start: int, end: int, advice: int) -> None:
     if flags != vma.flags:
         vma = vma_modify_flags(vma, start, end, flags)
         vma.flags = flags
-        vma.page_prot = vm_get_page_prot(vma.flags)
+        vma_set_page_prot(vma)
 
 
 def _populate(mm: MmStruct, start: int, end: int, write: bool) -> None:

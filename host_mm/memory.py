@@ -8,8 +8,9 @@ A read of an empty entry maps the zero page; a write takes a page of its own, wh
 stays so until fork shares it. A write to a shared page copies it: the copy is made before the bracket
 opens, and under the page-table lock the old entry is cleared and flushed before the new one is set.
 
-Not modelled: file and shmem faults (a VMA with `ops` brings its own `fault(vmf)`), huge pages,
-NUMA balancing's migration (a hinting fault only restores the rights).
+Faults on files are in memory_file.py.
+
+Not modelled: huge pages, NUMA balancing's migration (a hinting fault only restores the rights).
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ from host_mm.page import (
     PG_swapcache,
     PG_uptodate,
     get_page,
+    mm_counter,
+    page_folio,
     put_page,
 )
 from host_mm.page_alloc import GFP_COMP, GFP_HIGHUSER_MOVABLE, GFP_ZERO
@@ -99,7 +102,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TRACEPOINTS", "do_wp_page", "folio_alloc", "folio_prealloc", "handle_mm_fault", "is_zero_pfn",
-    "maybe_mkwrite", "vm_normal_page", "vmf_orig_pte_uffd_wp",
+    "map_locked", "maybe_mkwrite", "vm_normal_page", "vmf_orig_pte_uffd_wp", "wp_page_reuse",
 ]
 
 _RET = (
@@ -212,7 +215,7 @@ def _handle_pte_fault(vmf: VmFault) -> tuple[str, int]:
 
 def _do_pte_missing(vmf: VmFault) -> tuple[str, int]:
     if vmf.vma.ops is not None:
-        return "file", vmf.vma.ops.fault(vmf)
+        return "file", vmf.mm.host.do_fault(vmf)
     return _do_anonymous_page(vmf)
 
 
@@ -226,7 +229,7 @@ def _handle_pte_marker(vmf: VmFault) -> tuple[str, int]:
     if vmf.vma.flags & VM_UFFD_WP:
         return _do_pte_missing(vmf)
     # A range that is not registered any more.
-    if _map_locked(vmf):
+    if map_locked(vmf):
         pte_clear(vmf.mm, vmf.address, vmf.pte)
         assert vmf.ptl is not None
         vmf.ptl.unlock()
@@ -260,7 +263,7 @@ def _handle_present(vmf: VmFault, entry: int) -> tuple[str, int]:
 
 
 # -- anonymous pages ------------------------------------------------------------------------------
-def _map_locked(vmf: VmFault) -> bool:
+def map_locked(vmf: VmFault) -> bool:
     """Lock the entry; false if it is not the one the fault started from, and then nothing is locked."""
     pte = pte_offset_map_lock(vmf.mm, vmf.pmd, vmf.address)
     if not pte:
@@ -281,7 +284,7 @@ def _do_anonymous_page(vmf: VmFault) -> tuple[str, int]:
     if not pte_alloc(mm, vmf.pmd):
         return "anon", VM_FAULT_OOM
     if not vmf.flags & FAULT_FLAG_WRITE:
-        if not _map_locked(vmf):
+        if not map_locked(vmf):
             return "spurious", 0
         assert vmf.ptl is not None
         ret = VM_FAULT_SIGBUS if mm.flags & MMF_UNSTABLE else 0
@@ -300,7 +303,7 @@ def _do_anonymous_page(vmf: VmFault) -> tuple[str, int]:
     entry = pte_mkyoung(mk_pte(pfn, vma.page_prot))
     if vma.flags & VM_WRITE:
         entry = pte_mkwrite(pte_mkdirty(entry))
-    if not _map_locked(vmf):
+    if not map_locked(vmf):
         put_page(host, pfn)
         return "spurious", 0
     assert vmf.ptl is not None
@@ -351,12 +354,12 @@ def do_wp_page(vmf: VmFault) -> tuple[str, int]:
     pfn = vm_normal_page(host, vmf.orig_pte)
     vmf.page = pfn
     if vma.flags & (VM_SHARED | VM_MAYSHARE):
-        return _wp_shared(vmf)
+        return "shared", host.wp_page_shared(vmf)
     if pfn >= 0 and host.pages.flags[pfn] & PG_anon and _may_reuse(host, vma, pfn):
         if vmf.flags & FAULT_FLAG_UNSHARE:
             vmf.ptl.unlock()
             return "reuse", 0
-        _wp_page_reuse(vmf)
+        wp_page_reuse(vmf)
         return "reuse", 0
     if pfn >= 0:
         get_page(host, pfn)
@@ -379,14 +382,6 @@ def _userfaultfd_wp(vmf: VmFault) -> bool:
         # The protection's flush may still be to come, and the copy would miss what is written till then.
         _tlb.flush_tlb_page(mm, vmf.address)
     return False
-
-
-def _wp_shared(vmf: VmFault) -> tuple[str, int]:
-    assert vmf.ptl is not None
-    if vmf.vma.ops is not None:
-        return "file", vmf.vma.ops.page_mkwrite(vmf)
-    _wp_page_reuse(vmf)
-    return "reuse", 0
 
 
 def _may_reuse(host: HostMm, vma: VmArea, pfn: int) -> bool:
@@ -431,7 +426,7 @@ def _wp_can_reuse_anon_folio(host: HostMm, vma: VmArea, pfn: int) -> bool:
     return alone
 
 
-def _wp_page_reuse(vmf: VmFault) -> None:
+def wp_page_reuse(vmf: VmFault) -> None:
     """Make the entry writable: no flush on x86, no bracket."""
     entry = maybe_mkwrite(pte_mkdirty(pte_mkyoung(vmf.orig_pte)), vmf.vma)
     ptep_set_access_flags(vmf.mm, vmf.address, vmf.pte, entry, True)
@@ -486,6 +481,9 @@ def _install_copy(vmf: VmFault, new: int) -> bool:
         return False
     if old < 0:
         ksm_might_unmap_zero_page(mm, vmf.orig_pte)
+        mm.rss[MM_ANONPAGES] += 1
+    elif not host.pages.flags[page_folio(host.pages, old)] & PG_anon:
+        mm.rss[mm_counter(host.pages, page_folio(host.pages, old))] -= 1
         mm.rss[MM_ANONPAGES] += 1
     entry = pte_mkyoung(mk_pte(new, vma.page_prot))
     if vmf.flags & FAULT_FLAG_UNSHARE:

@@ -24,6 +24,7 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_UFFD_WP,
     PTE_MARKER_UFFD_WP,
     SWP_MIGRATION_READ,
+    SWP_PFN_MASK,
     SWP_PTE_MARKER,
     is_migration_entry,
     make_pte_marker,
@@ -44,16 +45,8 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_WALK
 from host_mm.memory import folio_prealloc, maybe_mkwrite, vm_normal_page
-from host_mm.mm_types import (
-    MM_ANONPAGES,
-    MM_FILEPAGES,
-    MM_SWAPENTS,
-    VM_MAYWRITE,
-    VM_PFNMAP,
-    VM_SHARED,
-    VM_UFFD_WP,
-)
-from host_mm.page import PG_anon, get_page, put_page
+from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_MAYWRITE, VM_PFNMAP, VM_SHARED, VM_UFFD_WP
+from host_mm.page import PG_anon, get_page, mm_counter, put_page
 from host_mm.pgtable_generic import (
     pmd_alloc,
     pmd_entries,
@@ -64,7 +57,7 @@ from host_mm.pgtable_generic import (
     ptep_set_wrprotect,
     set_pte,
 )
-from host_mm.rmap import folio_add_new_anon_rmap, folio_try_dup_anon_rmap_pte
+from host_mm.rmap import folio_add_new_anon_rmap, folio_dup_file_rmap_pte, folio_try_dup_anon_rmap_pte
 
 if TYPE_CHECKING:
     from host_mm.mm_types import VmArea
@@ -171,8 +164,8 @@ def _copy_present(
     if pfn >= 0:
         if not host.pages.flags[pfn] & PG_anon:
             get_page(host, pfn)
-            host.pages.mapcount[pfn] += 1
-            dst_mm.rss[MM_FILEPAGES] += 1
+            folio_dup_file_rmap_pte(host, pfn, dst_vma)
+            dst_mm.rss[mm_counter(host.pages, pfn)] += 1
         elif folio_try_dup_anon_rmap_pte(host, pfn, dst_vma, src_vma):
             get_page(host, pfn)
             dst_mm.rss[MM_ANONPAGES] += 1
@@ -218,7 +211,7 @@ def _copy_nonpresent(
             set_pte(src_mm, address, src_pte, entry)
         dst_mm.rss[MM_SWAPENTS] += 1
     elif is_migration_entry(swp):
-        dst_mm.rss[MM_ANONPAGES] += 1
+        dst_mm.rss[mm_counter(src_mm.host.pages, swp_offset(swp) & SWP_PFN_MASK)] += 1
         if swp_type(swp) != SWP_MIGRATION_READ and is_cow_mapping(dst_vma.flags):
             kept = entry & (_PAGE_SWP_SOFT_DIRTY | _PAGE_SWP_UFFD_WP)
             entry = swp_entry_to_pte(swp_entry(SWP_MIGRATION_READ, swp_offset(swp))) | kept

@@ -15,18 +15,22 @@ from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
+from host_mm.address_space import i_mmap_remove
 from host_mm.arch.x86.pgtable import (
+    SWP_PFN_MASK,
     is_migration_entry,
     non_swap_entry,
     pte_dirty,
     pte_present,
     pte_to_swp_entry,
+    pte_young,
+    swp_offset,
 )
 from host_mm.ksm_types import ksm_might_unmap_zero_page
 from host_mm.memory import vm_normal_page
-from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES, MM_SWAPENTS
+from host_mm.mm_types import MM_SWAPENTS, VM_RAND_READ, VM_SEQ_READ
 from host_mm.mmu_gather import MmuGather
-from host_mm.page import PG_anon, set_page_dirty
+from host_mm.page import PG_anon, mm_counter, page_folio, set_page_dirty
 from host_mm.pgtable_generic import (
     free_pgd_range,
     pmd_entries,
@@ -39,27 +43,30 @@ from host_mm.rmap import folio_remove_rmap_pte, unlink_anon_vmas
 from host_mm.swap_state import free_swap_and_cache
 
 if TYPE_CHECKING:
+    from host_mm.host import HostMm
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
     "free_pgtables", "unmap_page_range", "unmap_vmas",
-    "zap_page_range_single_batched",
+    "zap_page_range_single", "zap_page_range_single_batched",
 ]
 
 
-def unmap_page_range(tlb: MmuGather, vma: VmArea, start: int, end: int) -> None:
-    """Clear every entry of [start, end), inside the caller's bracket."""
+def unmap_page_range(tlb: MmuGather, vma: VmArea, start: int, end: int, *, even_cows: bool = True) -> None:
+    """Clear every entry of [start, end), inside the caller's bracket; without `even_cows` no private copy."""
     mm = vma.mm
     sched = mm.host.sched
     for pmd, address, following in pmd_entries(mm, start, end):
         at = address
         while at < following:
-            at = _zap_pte_range(tlb, vma, pmd, at, following)
+            at = _zap_pte_range(tlb, vma, pmd, at, following, even_cows)
             if sched.preempt:
                 sched.point("cond_resched")
 
 
-def _zap_pte_range(tlb: MmuGather, vma: VmArea, pmd: int, address: int, end: int) -> int:
+def _zap_pte_range(
+    tlb: MmuGather, vma: VmArea, pmd: int, address: int, end: int, even_cows: bool
+) -> int:
     """Clear entries until `end` or until the gather is full; returns the first address not done."""
     mm = vma.mm
     pte = pte_offset_map_lock(mm, pmd, address)
@@ -71,7 +78,7 @@ def _zap_pte_range(tlb: MmuGather, vma: VmArea, pmd: int, address: int, end: int
     u64 = mm.host.ram.u64
     while address < end:
         entry = u64[pte >> 3]
-        if entry:
+        if entry and (even_cows or _should_zap(mm.host, entry)):
             if pte_present(entry):
                 force_flush = _zap_present(tlb, vma, address, pte)
             else:
@@ -88,6 +95,18 @@ def _zap_pte_range(tlb: MmuGather, vma: VmArea, pmd: int, address: int, end: int
     return address
 
 
+def _should_zap(host: HostMm, entry: int) -> bool:
+    """should_zap_folio: not a private copy, whether it is present, in swap or on its way."""
+    flags = host.pages.flags
+    if pte_present(entry):
+        pfn = vm_normal_page(host, entry)
+        return pfn < 0 or not flags[page_folio(host.pages, pfn)] & PG_anon
+    swp = pte_to_swp_entry(entry)
+    if not is_migration_entry(swp):
+        return False
+    return not flags[page_folio(host.pages, swp_offset(swp) & SWP_PFN_MASK)] & PG_anon
+
+
 def _zap_present(tlb: MmuGather, vma: VmArea, address: int, pte: int) -> bool:
     mm = vma.mm
     host = mm.host
@@ -97,14 +116,20 @@ def _zap_present(tlb: MmuGather, vma: VmArea, address: int, pte: int) -> bool:
     if pfn < 0:
         ksm_might_unmap_zero_page(mm, old)
         return False
-    if host.pages.flags[pfn] & PG_anon:
-        mm.rss[MM_ANONPAGES] -= 1
-    else:
-        mm.rss[MM_FILEPAGES] -= 1
+    head = page_folio(host.pages, pfn)
+    mm.rss[mm_counter(host.pages, head)] -= 1
+    if not host.pages.flags[head] & PG_anon:
         if pte_dirty(old):
-            set_page_dirty(host, pfn)
+            set_page_dirty(host, head)
+        if pte_young(old) and vma_has_recency(vma):
+            host.lru.folio_mark_accessed(head)
     folio_remove_rmap_pte(host, pfn, vma)
     return tlb.remove_page(pfn)
+
+
+def vma_has_recency(vma: VmArea) -> bool:
+    """Whether what this VMA used should count as used: not with MADV_SEQUENTIAL or MADV_RANDOM."""
+    return not vma.flags & (VM_SEQ_READ | VM_RAND_READ)
 
 
 def _zap_nonpresent(mm: MmStruct, address: int, pte: int, old: int) -> None:
@@ -113,7 +138,8 @@ def _zap_nonpresent(mm: MmStruct, address: int, pte: int, old: int) -> None:
         mm.rss[MM_SWAPENTS] -= 1
         free_swap_and_cache(mm.host, entry)
     elif is_migration_entry(entry):
-        mm.rss[MM_ANONPAGES] -= 1
+        head = page_folio(mm.host.pages, swp_offset(entry) & SWP_PFN_MASK)
+        mm.rss[mm_counter(mm.host.pages, head)] -= 1
     pte_clear(mm, address, pte)
 
 
@@ -135,7 +161,16 @@ def unmap_vmas(tlb: MmuGather, vmas: list[VmArea], start: int, end: int) -> None
     mmu_notifier.mmu_notifier_invalidate_range_end(range_)
 
 
-def zap_page_range_single_batched(tlb: MmuGather, vma: VmArea, address: int, size: int) -> None:
+def zap_page_range_single(vma: VmArea, address: int, size: int, *, even_cows: bool = True) -> None:
+    """Clear a part of one VMA in a bracket, with a gather of its own."""
+    tlb = MmuGather(vma.mm)
+    zap_page_range_single_batched(tlb, vma, address, size, even_cows=even_cows)
+    tlb.finish()
+
+
+def zap_page_range_single_batched(
+    tlb: MmuGather, vma: VmArea, address: int, size: int, *, even_cows: bool = True
+) -> None:
     """Clear a part of one VMA inside a bracket, into the caller's gather."""
     mm = vma.mm
     range_ = mmu_notifier.mmu_notifier_range_init(
@@ -144,7 +179,7 @@ def zap_page_range_single_batched(tlb: MmuGather, vma: VmArea, address: int, siz
     late = "start-after-clear" in mm.host.breaks
     if not late:
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
-    unmap_page_range(tlb, vma, address, address + size)
+    unmap_page_range(tlb, vma, address, address + size, even_cows=even_cows)
     if late:
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
     mmu_notifier.mmu_notifier_invalidate_range_end(range_)
@@ -155,6 +190,9 @@ def free_pgtables(tlb: MmuGather, vmas: list[VmArea], floor: int, ceiling: int) 
     mm = tlb.mm
     for index, vma in enumerate(vmas):
         unlink_anon_vmas(vma)
+        if vma.file is not None:
+            with vma.file.i_mmap_rwsem:
+                i_mmap_remove(vma)
         above = vmas[index + 1].start if index + 1 < len(vmas) else ceiling
         tables: list[int] = []
         free_pgd_range(mm, tables, vma.start, vma.end, floor, above)

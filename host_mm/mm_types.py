@@ -23,6 +23,7 @@ __all__ = [
     "FAULT_FLAG_INSTRUCTION",
     "FAULT_FLAG_INTERRUPTIBLE",
     "FAULT_FLAG_KILLABLE",
+    "FAULT_FLAG_MKWRITE",
     "FAULT_FLAG_REMOTE",
     "FAULT_FLAG_RETRY_NOWAIT",
     "FAULT_FLAG_TRIED",
@@ -45,9 +46,11 @@ __all__ = [
     "VM_EXEC",
     "VM_FAULT_BADMAP",
     "VM_FAULT_COMPLETED",
+    "VM_FAULT_DONE_COW",
     "VM_FAULT_ERROR",
     "VM_FAULT_FALLBACK",
     "VM_FAULT_HWPOISON",
+    "VM_FAULT_LOCKED",
     "VM_FAULT_MAJOR",
     "VM_FAULT_NOPAGE",
     "VM_FAULT_OOM",
@@ -55,6 +58,7 @@ __all__ = [
     "VM_FAULT_SIGBUS",
     "VM_FAULT_SIGSEGV",
     "VM_HUGEPAGE",
+    "VM_HUGETLB",
     "VM_IO",
     "VM_LOCKED",
     "VM_LOCKED_MASK",
@@ -128,6 +132,7 @@ VM_FAULT_NOPAGE = 0x100
 VM_FAULT_LOCKED = 0x200
 VM_FAULT_RETRY = 0x400
 VM_FAULT_FALLBACK = 0x800
+VM_FAULT_DONE_COW = 0x1000
 VM_FAULT_COMPLETED = 0x4000
 VM_FAULT_BADMAP = 0x10000
 """Not the kernel's: do_user_addr_fault's bad_area, so that uaccess can say EFAULT in one place."""
@@ -190,10 +195,10 @@ class AnonVmaChain:
 class VmArea:
     """struct vm_area_struct: [start, end) with one set of flags.
 
-    `pgoff` is the page index of `start` in its anon_vma or file. `file` is an address space object
-    for file and shmem mappings, else None. `policy` is the VMA's mempolicy or None, `userfaultfd_ctx` the
-    userfaultfd that it is registered with, whose modes are VM_UFFD_* flags. `swap_readahead_info` is the
-    address of its last swap fault, the window then, the hits since.
+    `pgoff` is the page index of `start` in its anon_vma or file. `file` is the AddressSpace of
+    file and shmem mappings, else None; `ops` its VmOperations. `policy` is the VMA's mempolicy or None,
+    `userfaultfd_ctx` the userfaultfd that it is registered with, whose modes are VM_UFFD_* flags.
+    `swap_readahead_info` is the address of its last swap fault, the window then, the hits since.
     """
 
     __slots__ = (
@@ -315,7 +320,8 @@ class VmFault:
     """struct vm_fault: one fault on its way. `pmd` and `pte` are physical addresses of entries (0: none)."""
 
     __slots__ = (
-        "address", "flags", "mm", "orig_pmd", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl", "real_address", "vma",
+        "address", "flags", "mm", "orig_pmd", "orig_pte", "page", "pgoff", "pmd", "prealloc_pte", "pte", "ptl",
+        "real_address", "vma",
     )
 
     def __init__(self, vma: VmArea, address: int, flags: int) -> None:
@@ -331,3 +337,4 @@ class VmFault:
         self.orig_pte = 0
         self.ptl: Spinlock | None = None
         self.page = -1
+        self.cow_page = -1

@@ -3,15 +3,15 @@
 Source of truth: mm/mmap.c (do_mmap, __get_unmapped_area), mm/vma.c (__mmap_region,
 vms_gather_munmap_vmas, vms_complete_munmap_vmas), mm/huge_memory.c: thp_get_unmapped_area; Linux 6.18.
 
-Not modelled: shared anonymous and file mappings without `ops`, address space randomisation,
-overcommit accounting, rlimits, guard gaps of stacks.
+Not modelled: address space randomisation, overcommit accounting, rlimits, guard gaps of stacks.
 """
 
 from __future__ import annotations
 
-from errno import EEXIST, EINVAL, ENODEV, ENOMEM
+from errno import EEXIST, EINVAL, ENODEV, ENOMEM, EOVERFLOW
 from typing import TYPE_CHECKING, Any
 
+from host_mm.address_space import flush_delayed_fput, fput
 from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE
 from host_mm.gup import mm_populate
 from host_mm.kernel.costs import COST_SYSCALL
@@ -32,7 +32,7 @@ from host_mm.mm_types import (
     VmArea,
 )
 from host_mm.mmu_gather import MmuGather
-from host_mm.vma import insert_vma, remove_vma, split_vma, vm_get_page_prot, vma_merge_new_range
+from host_mm.vma import insert_vma, remove_vma, split_vma, vma_merge_new_range, vma_set_page_prot
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct
@@ -58,6 +58,8 @@ MAP_FIXED_NOREPLACE = 0x100000
 MMAP_BASE = 0x7FFFF7FFF000
 """Where the top-down search starts, without randomisation (arch/x86/mm/mmap.c: mmap_base)."""
 MMAP_MIN_ADDR = 0x10000
+MAX_PGOFF = 1 << 51
+"""Files have positions below 2^63."""
 
 
 def _page_align(length: int) -> int:
@@ -68,23 +70,39 @@ def do_mmap(
     mm: MmStruct, addr: int, length: int, prot: int, flags: int, *,
     file: Any = None, ops: Any = None, pgoff: int | None = None, vm_flags: int = 0,
 ) -> int:
-    """Map `length` bytes; returns the address. `ops` brings fault() for what is not private anonymous.
+    """Map `length` bytes; returns the address.
 
-    KernelError: EINVAL, ENOMEM, EEXIST, ENODEV (shared without ops).
+    `file` and `pgoff`, the page of the file that comes first, for file mappings; `ops` for what a driver
+    maps. MAP_SHARED | MAP_ANONYMOUS is a file of its own in shmem. KernelError: EINVAL, ENOMEM, EEXIST,
+    ENODEV (shared, but neither anonymous nor of a file), EOVERFLOW.
     """
     mm.host.sched.advance(COST_SYSCALL)
     size = _page_align(length)
     if length <= 0 or bool(flags & MAP_SHARED) == bool(flags & MAP_PRIVATE):
         raise KernelError(EINVAL, "length must be positive and exactly one of shared and private given")
-    if flags & MAP_SHARED and ops is None:
-        raise KernelError(ENODEV, "shared mappings need an address space object")
+    if (pgoff or 0) + (size >> 12) > MAX_PGOFF:
+        raise KernelError(EOVERFLOW, f"page {pgoff:#x} of a file and {size:#x} bytes on")
+    if flags & MAP_SHARED and ops is None and file is None:
+        if not flags & MAP_ANONYMOUS:
+            raise KernelError(ENODEV, "a shared mapping needs a file")
+        pgoff = 0
     mm.mmap_lock.lock()
+    shmem = None
     try:
         place = get_unmapped_area(mm, addr, size, flags)
         vm_flags |= _vm_flags(mm, prot, flags)
+        if flags & MAP_SHARED and ops is None and file is None:
+            file = shmem = mm.host.shmem_file_setup("dev/zero", size, mm.process.home_node)
+        if file is not None and ops is None:
+            ops = file.vm_ops
+        if pgoff is None:
+            pgoff = place >> 12 if file is None else 0
         _mmap_region(mm, place, size, vm_flags, file, ops, pgoff)
     finally:
         mm.mmap_lock.unlock()
+        if shmem is not None:
+            fput(shmem)
+        flush_delayed_fput(mm.host)
     if vm_flags & VM_LOCKED:
         mm_populate(mm, place, size)
     return place
@@ -138,14 +156,14 @@ def _vm_flags(mm: MmStruct, prot: int, flags: int) -> int:
 
 
 def _mmap_region(
-    mm: MmStruct, addr: int, size: int, vm_flags: int, file: Any, ops: Any, pgoff: int | None
+    mm: MmStruct, addr: int, size: int, vm_flags: int, file: Any, ops: Any, pgoff: int
 ) -> int:
     if mm.find_vma_intersection(addr, addr + size) is not None:
         do_vmi_munmap(mm, addr, addr + size, downgrade=False)
-    vma = VmArea(mm, addr, addr + size, vm_flags | VM_SOFTDIRTY, addr >> 12 if pgoff is None else pgoff)
+    vma = VmArea(mm, addr, addr + size, vm_flags | VM_SOFTDIRTY, pgoff)
     vma.file = file
     vma.ops = ops
-    vma.page_prot = vm_get_page_prot(vm_flags)
+    vma_set_page_prot(vma)
     merged = vma_merge_new_range(mm, addr, addr + size, vma.flags, vma)
     if merged is None:
         insert_vma(vma)
@@ -166,6 +184,7 @@ def do_munmap(mm: MmStruct, addr: int, length: int) -> None:
         return
     do_vmi_munmap(mm, addr, addr + size, downgrade=True)
     mm.mmap_lock.read_unlock()
+    flush_delayed_fput(mm.host)
 
 
 def do_vmi_munmap(mm: MmStruct, start: int, end: int, *, downgrade: bool) -> None:

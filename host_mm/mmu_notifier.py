@@ -340,8 +340,12 @@ def mmu_notifier_change_pte(mm: MmStruct, address: int, pte: int) -> None:
 
 
 def _mm_take_all_locks(mm: MmStruct) -> list[Any]:
-    """mm/vma.c: mm_take_all_locks. With every anon_vma lock held no rmap walk is inside a bracket."""
+    """mm/vma.c: mm_take_all_locks. With these locks held no rmap walk is inside a bracket."""
     taken: list[Any] = []
+    for vma in mm.vmas:
+        if vma.file is not None and not any(vma.file.i_mmap_rwsem is lock for lock in taken):
+            vma.file.i_mmap_rwsem.lock(nested=True)
+            taken.append(vma.file.i_mmap_rwsem)
     for vma in mm.vmas:
         for avc in vma.anon_vma_chain:
             rwsem = avc.anon_vma.root.rwsem

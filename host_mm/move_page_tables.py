@@ -159,12 +159,16 @@ class _Move:
     # -- moving -------------------------------------------------------------------------------
 
     def _take_rmap_locks(self) -> None:
+        if self.old_vma.file is not None:
+            self.old_vma.file.i_mmap_rwsem.lock()
         if self.old_vma.anon_vma is not None:
             self.old_vma.anon_vma.root.rwsem.lock()
 
     def _drop_rmap_locks(self) -> None:
         if self.old_vma.anon_vma is not None:
             self.old_vma.anon_vma.root.rwsem.unlock()
+        if self.old_vma.file is not None:
+            self.old_vma.file.i_mmap_rwsem.unlock()
 
     def _flush(self, start: int, end: int) -> None:
         mm = self.old_vma.mm

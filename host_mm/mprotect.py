@@ -28,7 +28,6 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_NX,
     _PAGE_PRESENT,
     _PAGE_RW,
-    _PAGE_SOFT_DIRTY,
     _PAGE_SWP_SOFT_DIRTY,
     _PAGE_SWP_UFFD_WP,
     _PAGE_UFFD_WP,
@@ -83,7 +82,7 @@ from host_mm.pgtable_generic import (
     set_pte,
 )
 from host_mm.userfaultfd_k import userfaultfd_pte_wp, userfaultfd_wp_use_markers
-from host_mm.vma import vm_get_page_prot, vma_modify_flags
+from host_mm.vma import vm_get_page_prot, vma_modify_flags, vma_set_page_prot, vma_wants_writenotify
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
@@ -144,8 +143,10 @@ def _mprotect_fixup(tlb: MmuGather, vma: VmArea, start: int, end: int, flags: in
         return
     vma = vma_modify_flags(vma, start, end, flags)
     vma.flags = flags | (vma.flags & VM_SOFTDIRTY)
-    vma.page_prot = vm_get_page_prot(flags)
-    cp = MM_CP_TRY_CHANGE_WRITABLE if flags & VM_WRITE and not flags & VM_SHARED else 0
+    vma_set_page_prot(vma)
+    # vma_wants_manual_pte_write_upgrade: page_prot alone does not say what is writable.
+    upgrade = vma_wants_writenotify(vma) if flags & VM_SHARED else bool(flags & VM_WRITE)
+    cp = MM_CP_TRY_CHANGE_WRITABLE if upgrade else 0
     change_protection(tlb, vma, start, end, cp)
 
 
@@ -343,8 +344,6 @@ def can_change_pte_writable(vma: VmArea, entry: int) -> bool:
     Private: an exclusive page needs no COW. Shared: a dirty entry was told to the file system before.
     """
     if not vma.flags & VM_WRITE or pte_protnone(entry) or userfaultfd_pte_wp(vma, entry):
-        return False
-    if not vma.flags & VM_SOFTDIRTY and not entry & _PAGE_SOFT_DIRTY:
         return False
     if vma.flags & VM_SHARED:
         return pte_dirty(entry)

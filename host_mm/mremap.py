@@ -21,6 +21,7 @@ from __future__ import annotations
 from errno import EFAULT, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
+from host_mm.address_space import flush_delayed_fput
 from host_mm.arch.x86.pgtable import TASK_SIZE
 from host_mm.gup import mm_populate
 from host_mm.kernel.costs import COST_SYSCALL
@@ -60,6 +61,7 @@ def do_mremap(
             mm.mmap_lock.read_unlock()
         else:
             mm.mmap_lock.unlock()
+    flush_delayed_fput(mm.host)
     if remap.populate_expand:
         mm_populate(mm, remap.new_addr + remap.old_len, remap.delta)
     return at

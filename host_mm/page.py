@@ -25,6 +25,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from host_mm.kernel.errors import BrokenTruth
+from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES
 from host_mm.ram import column
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ __all__ = [
     "PG_swapcache", "PG_table", "PG_unevictable", "PG_uptodate", "PG_workingset", "PG_writeback",
     "PG_young", "PG_zone_device", "Pages", "decode_page_flags", "folio_mapcount", "folio_maybe_dma_pinned",
     "folio_maybe_mapped_shared", "folio_nr_pages", "folio_ref_freeze", "folio_ref_unfreeze",
-    "folio_test_large", "get_page", "page_folio", "put_page", "set_page_dirty", "try_get_page",
+    "folio_test_large", "get_page", "mm_counter", "page_folio", "put_page", "set_page_dirty", "try_get_page",
 ]
 
 # Masks, at the kernel's bit numbers.
@@ -150,6 +151,14 @@ def folio_maybe_mapped_shared(pages: Pages, head: int) -> bool:
     return pages.large_mapcount[head] > 1 and len(pages.mm_mapcount.get(head, ())) > 1
 
 
+def mm_counter(pages: Pages, head: int) -> int:
+    """Which of mm.rss counts a mapping of this folio."""
+    flags = pages.flags[head]
+    if flags & PG_anon:
+        return MM_ANONPAGES
+    return MM_SHMEMPAGES if flags & PG_swapbacked else MM_FILEPAGES
+
+
 def get_page(host: HostMm, pfn: int, nr: int = 1) -> None:
     """Take `nr` references to a page that cannot be free now."""
     pages = host.pages
@@ -219,7 +228,7 @@ def folio_maybe_dma_pinned(pages: Pages, pfn: int) -> bool:
 
 
 def set_page_dirty(host: HostMm, pfn: int) -> None:
-    """folio_mark_dirty: the frame's bytes are newer than any backing store's."""
+    """folio_mark_dirty: the frame's bytes are newer than any backing store's; a file is told of its pages."""
     pages = host.pages
     head = pfn - pages.tail[pfn]
     flags = pages.flags[head]
@@ -227,4 +236,9 @@ def set_page_dirty(host: HostMm, pfn: int) -> None:
         return
     if flags & PG_reclaim:
         flags &= ~PG_reclaim
-    pages.flags[head] = flags | PG_dirty
+    pages.flags[head] = flags
+    mapping = None if flags & PG_anon else pages.mapping.get(head)
+    if mapping is None:
+        pages.flags[head] = flags | PG_dirty
+    else:
+        mapping.a_ops.dirty_folio(mapping, head)

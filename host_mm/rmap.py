@@ -1,7 +1,7 @@
-"""Reverse mapping: from an anonymous page to the entries that may map it.
+"""Reverse mapping: from a page to the entries that may map it.
 
 Source of truth: mm/rmap.c (anon_vma_prepare, anon_vma_clone, anon_vma_fork, unlink_anon_vmas,
-rmap_walk_anon, folio_referenced_one, folio_add_new_anon_rmap, folio_remove_rmap_pte),
+rmap_walk_anon, rmap_walk_file, folio_referenced_one, folio_add_new_anon_rmap, folio_remove_rmap_pte),
 include/linux/rmap.h (folio_try_dup_anon_rmap_pte, folio_try_share_anon_rmap_pte); Linux 6.18. Unmapping
 and migration entries are in rmap_unmap.py, the walk of a KSM page in ksm_types.py, the walk of one VMA in
 page_vma_mapped.py, the counts of large folios in rmap_large.py.
@@ -10,8 +10,9 @@ A page belongs to the anon_vma of the VMA that faulted it; a fork gives the chil
 own and links it to all of its parent's, so that an old page is found in both and a new one only where
 it was made. All anon_vmas of one fork tree share their root's rwsem.
 
-Not modelled: file mappings (i_mmap), the interval tree's O(log n) descent
-(an anon_vma's chains are scanned).
+A file's page is found through the VMAs in its address space's i_mmap.
+
+Not modelled: the interval trees' O(log n) descent (chains and i_mmap are scanned).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
+from host_mm.address_space import vmas_of_pages
 from host_mm.arch.x86.pgtable import PMD_SIZE
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.kernel.errors import BrokenTruth
@@ -55,17 +57,20 @@ from host_mm.rmap_large import (
     folio_add_anon_rmap_ptes,
     folio_add_large_rmap_ptes,
     folio_remove_large_rmap_pte,
+    mapped_stat,
     set_new_large_rmap,
 )
 
 if TYPE_CHECKING:
+    from host_mm.address_space import AddressSpace
     from host_mm.host import HostMm
     from host_mm.memcontrol import MemCgroup
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
     "anon_vma_clone", "anon_vma_fork", "anon_vma_prepare", "find_mergeable_anon_vma",
-    "folio_add_anon_rmap_pte", "folio_add_new_anon_rmap", "folio_get_anon_vma", "folio_move_anon_rmap",
+    "folio_add_anon_rmap_pte", "folio_add_file_rmap_pte", "folio_add_new_anon_rmap",
+    "folio_dup_file_rmap_pte", "folio_get_anon_vma", "folio_move_anon_rmap",
     "folio_referenced", "folio_remove_rmap_pte", "folio_try_dup_anon_rmap_pte",
     "folio_try_share_anon_rmap_pte", "page_vma_mapped_walk", "rmap_walk", "unlink_anon_vmas",
 ]
@@ -223,8 +228,8 @@ def folio_remove_rmap_pte(host: HostMm, pfn: int, vma: VmArea) -> None:
             "page-mapcount", f"pfn {pfn:#x} loses an entry it does not have", host.stream.here()
         )
     pages.mapcount[pfn] = count
-    if not count and pages.flags[pfn] & PG_anon:
-        host.vmstat["nr_anon_pages"] -= 1
+    if not count:
+        host.vmstat[mapped_stat(pages.flags[pfn])] -= 1
     if vma.flags & VM_LOCKED:
         host.lru.munlock_folio(pfn)
 
@@ -260,6 +265,24 @@ def folio_try_share_anon_rmap_pte(host: HostMm, pfn: int) -> bool:
     return True
 
 
+def folio_add_file_rmap_pte(host: HostMm, pfn: int, vma: VmArea) -> None:
+    """One more entry maps a page of a file."""
+    folio_dup_file_rmap_pte(host, pfn, vma)
+    if not (host.pages.tail[pfn] or host.pages.flags[pfn] & PG_head):
+        host.lru.mlock_vma_folio(pfn, vma)
+
+
+def folio_dup_file_rmap_pte(host: HostMm, pfn: int, dst_vma: VmArea) -> None:
+    """Fork gives the child an entry of a page of a file."""
+    pages = host.pages
+    if pages.tail[pfn] or pages.flags[pfn] & PG_head:
+        folio_add_large_rmap_ptes(host, pfn - pages.tail[pfn], pfn, 1, dst_vma.mm)
+        return
+    if not pages.mapcount[pfn]:
+        host.vmstat[mapped_stat(pages.flags[pfn])] += 1
+    pages.mapcount[pfn] += 1
+
+
 # -- walking ------------------------------------------------------------------------------------
 def folio_get_anon_vma(host: HostMm, pfn: int) -> AnonVma | None:
     """The anon_vma of a mapped anonymous page; a KSM page has none."""
@@ -284,8 +307,11 @@ def rmap_walk(
 
     Takes the anon_vma's lock for reading unless `locked`. False: `try_lock` and it was contended.
     """
-    if host.pages.flags[pfn] & PG_ksm:
+    flags = host.pages.flags[pfn]
+    if flags & PG_ksm:
         return rmap_walk_ksm(host, pfn, rmap_one, try_lock=try_lock, done=done)
+    if not flags & PG_anon and anon_vma is None:
+        return _rmap_walk_file(host, pfn, rmap_one, locked=locked, try_lock=try_lock, done=done)
     if anon_vma is None:
         anon_vma = folio_get_anon_vma(host, pfn)
         if anon_vma is None:
@@ -313,6 +339,32 @@ def rmap_walk(
             break
     if not locked:
         rwsem.read_unlock()
+    return True
+
+
+def _rmap_walk_file(
+    host: HostMm, head: int, rmap_one: Callable[[VmArea, int], bool], *, locked: bool, try_lock: bool,
+    done: Callable[[], bool] | None,
+) -> bool:
+    """rmap_walk of a locked folio of the page cache, over its file's mappings."""
+    mapping: AddressSpace | None = host.pages.mapping.get(head)
+    if mapping is None:
+        return True
+    if not locked and not mapping.i_mmap_rwsem.read_trylock():
+        if try_lock:
+            return False
+        mapping.i_mmap_rwsem.read_lock()
+    index = host.pages.index[head]
+    sched = host.sched
+    for vma in vmas_of_pages(mapping, index, index + folio_nr_pages(host.pages, head) - 1):
+        if sched.preempt:
+            sched.point("cond_resched")
+        # The first page of the folio that this VMA has.
+        address = vma.start + (max(index, vma.pgoff) - vma.pgoff << 12)
+        if not rmap_one(vma, address) or (done is not None and done()):
+            break
+    if not locked:
+        mapping.i_mmap_rwsem.read_unlock()
     return True
 
 
@@ -389,13 +441,13 @@ def folio_referenced(
     """How many mappings, of `memcg` if given, used the page since last asked, and their VM flags.
 
     What is counted is cleared. -1: the lock was contended, or only an exiting process maps the page. A
-    KSM page is walked under its folio lock, which is the caller's (`is_locked`) or tried; who has it now
-    is using the page.
+    KSM page or a file's is walked under its folio lock, which is the caller's (`is_locked`) or tried; who
+    has it now is using the page.
     """
     walk = _Referenced(host, pfn, memcg)
     if not walk.mapcount or pfn not in host.pages.mapping:
         return 0, 0
-    we_lock = not is_locked and bool(host.pages.flags[pfn] & PG_ksm)
+    we_lock = not is_locked and (bool(host.pages.flags[pfn] & PG_ksm) or not host.pages.flags[pfn] & PG_anon)
     if we_lock and not folio_trylock(host, pfn):
         return 1, 0
     walked = rmap_walk(host, pfn, walk.one, try_lock=True)

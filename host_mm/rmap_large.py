@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from host_mm.huge_mm import deferred_split_folio
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.mm_types import MMF_HAS_PINNED, VM_LOCKED
-from host_mm.page import ENTIRELY_MAPPED, PG_anon, PG_anon_exclusive, folio_maybe_dma_pinned
+from host_mm.page import ENTIRELY_MAPPED, PG_anon, PG_anon_exclusive, PG_swapbacked, folio_maybe_dma_pinned
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "folio_add_anon_rmap_pmd", "folio_add_anon_rmap_ptes", "folio_add_large_rmap_pmd",
     "folio_add_large_rmap_ptes", "folio_remove_large_rmap_pte", "folio_remove_rmap_pmd",
-    "folio_try_dup_anon_rmap_pmd", "folio_try_share_anon_rmap_pmd", "set_new_large_rmap",
+    "folio_try_dup_anon_rmap_pmd", "folio_try_share_anon_rmap_pmd", "mapped_stat", "set_new_large_rmap",
 ]
 
 
@@ -49,11 +49,18 @@ def _count(host: HostMm, folio: int, mm: MmStruct, nr: int) -> None:
             del pages.mm_mapcount[folio]
 
 
+def mapped_stat(flags: int) -> str:
+    """The counter of mapped pages whose folio has these flags."""
+    if flags & PG_anon:
+        return "nr_anon_pages"
+    return "nr_shmem_mapped" if flags & PG_swapbacked else "nr_file_mapped"
+
+
 def _mod_stat(host: HostMm, folio: int, nr: int, nr_thps: int) -> None:
-    anon = host.pages.flags[folio] & PG_anon
-    host.vmstat["nr_anon_pages" if anon else "nr_mapped"] += nr
+    flags = host.pages.flags[folio]
+    host.vmstat[mapped_stat(flags)] += nr
     if nr_thps:
-        host.vmstat["nr_anon_transparent_hugepages" if anon else "nr_shmem_pmdmapped"] += nr_thps
+        host.vmstat["nr_anon_transparent_hugepages" if flags & PG_anon else "nr_shmem_pmdmapped"] += nr_thps
 
 
 # -- one more ---------------------------------------------------------------------------------------

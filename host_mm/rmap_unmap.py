@@ -11,7 +11,7 @@ the flush only noted, so that the bracket ends before the primary flush: the cal
 After the split the walk goes on with the small entries and the other VMAs, as in 6.18 stable; 6.18.2 stops
 there, so that it cannot split what two processes share.
 
-Not modelled: file pages, batches of entries of one large folio, hugetlb, device-private entries,
+Not modelled: batches of entries of one large folio, hugetlb, device-private entries,
 should_defer_flush's look at the CPU mask (a flush is always deferred when asked).
 """
 
@@ -70,6 +70,7 @@ from host_mm.page import (
     PG_swapcache,
     folio_mapcount,
     get_page,
+    mm_counter,
     put_page,
     set_page_dirty,
 )
@@ -77,6 +78,7 @@ from host_mm.page_vma_mapped import PageVmaMappedWalk
 from host_mm.pgtable_generic import ptep_clear_flush, ptep_get, ptep_get_and_clear, set_pte
 from host_mm.rmap import (
     folio_add_anon_rmap_pte,
+    folio_add_file_rmap_pte,
     folio_get_anon_vma,
     folio_remove_rmap_pte,
     folio_try_share_anon_rmap_pte,
@@ -207,7 +209,10 @@ class _Unmap:
         flags = pages.flags[pfn]
         if pages.flags[page] & PG_hwpoison and self.flags & TTU_HWPOISON:
             set_pte(mm, address, pte, swp_entry_to_pte(swp_entry(SWP_HWPOISON, page)))
-            mm.rss[MM_ANONPAGES] -= 1
+            mm.rss[mm_counter(pages, pfn)] -= 1
+        elif not flags & PG_anon:
+            # The folio is locked, so that nothing else can be mapped here before the bracket ends.
+            mm.rss[mm_counter(pages, pfn)] -= 1
         elif bool(flags & PG_swapbacked) != bool(flags & PG_swapcache):
             set_pte(mm, address, pte, old)
             return False
@@ -296,7 +301,8 @@ class _Unmap:
 def try_to_unmap(host: HostMm, pfn: int, flags: int = 0) -> bool:
     """Replace every entry that maps a locked page; true if none is left.
 
-    The page is in the swap cache, or is a MADV_FREE page that just goes.
+    An anonymous page is in the swap cache, or is a MADV_FREE page that just goes; of a file's page
+    nothing is left behind.
     """
     unmap = _Unmap(host, pfn, flags)
     pages = host.pages
@@ -334,7 +340,7 @@ def remove_migration_ptes(
                 _restore_pte(vma, walk, src, dst)
         return True
 
-    if anon_vma is None and not pages.flags[dst] & PG_ksm:
+    if anon_vma is None and pages.flags[dst] & (PG_anon | PG_ksm) == PG_anon:
         anon_vma = pages.mapping.get(dst) or folio_get_anon_vma(host, dst)
         if anon_vma is None:
             return
@@ -362,7 +368,10 @@ def _restore_pte(vma: VmArea, walk: PageVmaMappedWalk, src: int, dst: int) -> No
         value = pte_mkwrite(value)
     elif old & _PAGE_SWP_UFFD_WP:
         value = pte_mkuffd_wp(value)
-    folio_add_anon_rmap_pte(host, page, vma, walk.address, exclusive=kind != SWP_MIGRATION_READ)
+    if host.pages.flags[dst] & PG_anon:
+        folio_add_anon_rmap_pte(host, page, vma, walk.address, exclusive=kind != SWP_MIGRATION_READ)
+    else:
+        folio_add_file_rmap_pte(host, page, vma)
     set_pte(mm, walk.address, walk.pte, value)
     if (t := host.trace.remove_migration_pte) is not None:
         t(walk.address, value, 0)

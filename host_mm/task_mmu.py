@@ -30,7 +30,7 @@ from host_mm.pgtable_generic import (
     ptep_test_and_clear_young,
     set_pte,
 )
-from host_mm.vma import vm_get_page_prot
+from host_mm.vma import vma_set_page_prot
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
@@ -59,7 +59,7 @@ def clear_refs_write(mm: MmStruct, kind: int) -> None:
     if soft_dirty:
         for vma in mm.vmas:
             vma.flags &= ~VM_SOFTDIRTY
-            vma.page_prot = vm_get_page_prot(vma.flags)
+            vma_set_page_prot(vma)
         _tlb.inc_tlb_flush_pending(mm)
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
     for vma in mm.vmas:

@@ -7,24 +7,26 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     io-while-writable        no writable one reaches a folio whose write-out begins
     dirty-dropped            a folio dropped as clean has the bytes that its swap slot has
     held-frame-moved         no frame is migrated that somebody writes to by a reference of his own
-    flush-before-set         no entry gets another frame while a host TLB entry still reaches the old one,
-                             unless a flush is pending
+    flush-before-set         no entry gets another frame while a host TLB entry or a device's translation
+                             still reaches the old one, unless a flush is pending
+    secondary-stale          nothing is published to a device that the tables do not say
     interval-publish         nothing is published under a sequence number that has moved on
     frame-refcount           at rest, a frame is free or has exactly the references that exist
     frame-mapcount, rss      ... and the mappings, per frame and per process
     memcg-charge             ... and a memory cgroup counts the folios and slots that are its own
     swap-count, swap-cache   ... and a swap slot the entries and the cache that hold it
     ksm-writable             ... and no entry grants writing to a KSM page
+    page-cache, i-mmap       ... and files find their pages and mappings, which have nobody else
     uffd-wp                  ... and only where userfaultfd write-protects do entries say so, and not writable
     lru                      ... and PG_lru says where the folio is
     tlb-stale                ... and every host TLB entry and device's translation is what the tables say
     leak                     when the host goes down, every frame and swap slot is free
 
-The first six raise from the place where they break; `audit` checks the others when nobody is
+The first seven raise from the place where they break; `audit` checks the others when nobody is
 inside mm. References that are neither mappings, page tables, swap cache nor LRU batches come from
 `host.frame_holders`: callables that give a dict of pfn to count (KVM's tables, pins).
 
-Not modelled: file pages, huge entries.
+Not modelled: huge entries.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import (
     _PAGE_PRESENT,
+    _PAGE_PSE,
     _PAGE_RW,
     _PAGE_SPECIAL,
     _PAGE_UFFD_WP,
@@ -50,8 +53,18 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.lru import LRU_NAMES
-from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_UFFD_WP
-from host_mm.page import PG_anon, PG_buddy, PG_ksm, PG_lru, PG_reserved, PG_swapcache, decode_page_flags
+from host_mm.mm_types import MM_SWAPENTS, VM_UFFD_WP
+from host_mm.page import (
+    PG_buddy,
+    PG_ksm,
+    PG_lru,
+    PG_reserved,
+    PG_swapcache,
+    decode_page_flags,
+    folio_nr_pages,
+    mm_counter,
+    page_folio,
+)
 from host_mm.pgtable_generic import pmd_entries
 from host_mm.ram import PAGE_SIZE
 from host_mm.swapfile import SWAP_MAP_BAD
@@ -63,6 +76,8 @@ if TYPE_CHECKING:
     from host_mm.tlb import HostTlb
 
 __all__ = ["HostTruths", "audit", "nothing_left"]
+
+_RSS = ("file", "anon", "swap", "shmem")
 
 
 class HostTruths:
@@ -123,17 +138,19 @@ class HostTruths:
             )
 
     def pte_set(self, mm: MmStruct, address: int, old: int, new: int) -> None:
-        """A pte hook: a CPU that still has the old translation would go on with the old frame."""
-        if not new & _PAGE_PRESENT:
+        """A pte hook: whoever still has the old translation would go on with the old frame."""
+        if not new & _PAGE_PRESENT or mm.tlb_flush_pending or mm.tlb_flush_batched:
             return
-        cached = mm.tlb.entries.get(address >> 12)
-        if cached is None or cached >> 1 == pte_pfn(new) or mm.tlb_flush_pending or mm.tlb_flush_batched:
-            return
-        raise BrokenTruth(
-            "flush-before-set",
-            f"{address:#x} gets pfn {pte_pfn(new):#x}, pid {_pid(mm)} still reaches pfn {cached >> 1:#x}",
-            self.host.stream.here(),
-        )
+        tables = [(f"pid {_pid(mm)}", mm.tlb)]
+        tables += [(who, table) for who, of, table in self.host.secondary_tables.tables if of is mm]
+        for who, table in tables:
+            cached = table.entries.get(address >> 12)
+            if cached is not None and cached >> 1 != pte_pfn(new):
+                raise BrokenTruth(
+                    "flush-before-set",
+                    f"{address:#x} gets pfn {pte_pfn(new):#x}, {who} still reaches pfn {cached >> 1:#x}",
+                    self.host.stream.here(),
+                )
 
     def folio_dropped_clean(self, pfn: int) -> None:
         """The folio goes; what it holds must be in its swap slot."""
@@ -150,6 +167,20 @@ class HostTruths:
             raise BrokenTruth(
                 "dirty-dropped", f"pfn {pfn:#x} is dropped as clean, slot {slot:#x} has other bytes",
                 host.stream.here(),
+            )
+
+    def translation_published(
+        self, who: str, mm: MmStruct, address: int, pfn: int, writable: bool
+    ) -> None:
+        """A secondary MMU gets a translation: no bracket is open there, so it is what the tables say."""
+        entry, level = walk_lockless(self.host.ram, mm.pgd, address)
+        mapped = pte_pfn(entry) + (address >> 12 & (1 << 9 * (level - 1)) - 1 if entry & _PAGE_PSE else 0)
+        if not entry & _PAGE_PRESENT or mapped != pfn or (writable and not entry & _PAGE_RW):
+            raise BrokenTruth(
+                "secondary-stale",
+                f"{who} gets {address:#x} as pfn {pfn:#x}{' to write' if writable else ''}, "
+                f"the entry is {entry:#x}",
+                self.host.stream.here(),
             )
 
     def interval_published(self, sub: MmuIntervalNotifier, seq: int) -> None:
@@ -178,6 +209,7 @@ class _Audit:
         self.maps: Counter[int] = Counter()
         self.refs: Counter[int] = Counter()
         self.slots: Counter[int] = Counter()
+        self.linked = 0
 
     def tables(self, mm: MmStruct) -> None:
         """Every page table holds one reference to itself."""
@@ -193,7 +225,7 @@ class _Audit:
         """Count present entries, swap entries and migration entries, and compare with rss."""
         host = self.host
         u64 = host.ram.u64
-        anon = swapents = 0
+        rss = [0] * len(mm.rss)
         for vma in mm.vmas:
             for pmd, address, following in pmd_entries(mm, vma.start, vma.end):
                 first = ((u64[pmd >> 3] & PFN_MASK) >> 3) + ((address >> 12) & 511)
@@ -202,15 +234,14 @@ class _Audit:
                         continue
                     self._uffd_wp(vma, entry)
                     if pte_present(entry):
-                        anon += self._present(entry)
+                        self._present(entry, rss)
                     elif not non_swap_entry(swp := pte_to_swp_entry(entry)):
                         self.slots[swp_offset(swp)] += 1
-                        swapents += 1
+                        rss[MM_SWAPENTS] += 1
                     elif is_migration_entry(swp):
                         raise BrokenTruth("frame-mapcount", f"a migration entry is left in pid {_pid(mm)}")
-        for name, index, found in (("anon", MM_ANONPAGES, anon), ("swap", MM_SWAPENTS, swapents)):
-            if mm.rss[index] != found:
-                raise BrokenTruth("rss", f"pid {_pid(mm)} counts {mm.rss[index]} {name} pages, has {found}")
+        if mm.rss != rss:
+            raise BrokenTruth("rss", f"pid {_pid(mm)} counts {mm.rss} pages, has {rss} ({', '.join(_RSS)})")
 
     def _uffd_wp(self, vma: VmArea, entry: int) -> None:
         present = pte_present(entry)
@@ -219,14 +250,14 @@ class _Audit:
         if not vma.flags & VM_UFFD_WP or (present and entry & _PAGE_RW):
             raise BrokenTruth("uffd-wp", f"pid {_pid(vma.mm)} {vma!r} has entry {entry:#x}")
 
-    def _present(self, entry: int) -> int:
+    def _present(self, entry: int, rss: list[int]) -> None:
         pfn = pte_pfn(entry)
         if entry & _PAGE_SPECIAL or self.host.pages.flags[pfn] & PG_reserved:
-            return 0
+            return
         self.maps[pfn] += 1
         if self.host.pages.flags[pfn] & PG_ksm and entry & _PAGE_RW:
             raise BrokenTruth("ksm-writable", f"KSM page {pfn:#x} is mapped by writable entry {entry:#x}")
-        return 1 if self.host.pages.flags[pfn] & PG_anon else 0
+        rss[mm_counter(self.host.pages, page_folio(self.host.pages, pfn))] += 1
 
     def tlb(self, mm: MmStruct) -> None:
         """At rest no flush is pending, so that nobody's TLB has a right that the tables have not."""
@@ -251,6 +282,7 @@ class _Audit:
         refs = self.refs
         refs.update(self.maps)
         refs.update(host.lru.batched())
+        self.page_cache()
         for holder in host.frame_holders:
             refs.update(holder())
         for node in host.allocator.nodes:
@@ -263,6 +295,32 @@ class _Audit:
                 if not flags & PG_reserved:
                     self._frame(pfn, flags)
                 pfn += 1
+
+    def page_cache(self) -> None:
+        """Every page of a file is its folio's, found at its index; the cache holds it once."""
+        pages = self.host.pages
+        for mapping in self.host.mappings:
+            cached = 0
+            for index, head in mapping.i_pages.items():
+                if head < 0:
+                    self.slots[swp_offset(~head)] += 1
+                    continue
+                cached += 1
+                self.refs[head] += 1
+                offset = index - pages.index[head]
+                if pages.mapping.get(head) is not mapping or not 0 <= offset < folio_nr_pages(pages, head):
+                    raise BrokenTruth("page-cache", f"{mapping!r} page {index:#x} is not in pfn {head:#x}")
+            if mapping.nrpages != cached:
+                raise BrokenTruth("page-cache", f"{mapping!r} counts {mapping.nrpages} pages, has {cached}")
+            if not mapping.f_count and not mapping.i_mmap:
+                raise BrokenTruth("page-cache", f"{mapping!r} has no user and was not evicted")
+
+    def mappings(self, mm: MmStruct) -> None:
+        """i_mmap has each VMA of a file once, and no others."""
+        for vma in mm.vmas:
+            if vma.file is not None and vma.file.i_mmap.count(vma) != 1:
+                raise BrokenTruth("i-mmap", f"{vma!r} is linked {vma.file.i_mmap.count(vma)} times")
+            self.linked += vma.file is not None
 
     def _frame(self, pfn: int, flags: int) -> None:
         pages = self.host.pages
@@ -342,6 +400,10 @@ def audit(host: HostMm) -> None:
         check.tables(mm)
         check.entries(mm)
         check.tlb(mm)
+        check.mappings(mm)
+    linked = sum(len(mapping.i_mmap) for mapping in host.mappings)
+    if linked != check.linked:
+        raise BrokenTruth("i-mmap", f"{linked} VMAs are linked to files, {check.linked} exist")
     check.frames()
     check.memcg()
     check.swap()

@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING
 
+from host_mm.address_space import i_mmap_insert, i_mmap_remove, vma_file_lock
 from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_NX,
@@ -24,16 +25,29 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_USER,
 )
 from host_mm.huge_memory_pmd import vma_adjust_trans_huge
-from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_SHARED, VM_SOFTDIRTY, VM_SPECIAL, VM_WRITE, VmArea
+from host_mm.mm_types import (
+    VM_ACCESS_FLAGS,
+    VM_EXEC,
+    VM_HUGETLB,
+    VM_PFNMAP,
+    VM_SHARED,
+    VM_SOFTDIRTY,
+    VM_SPECIAL,
+    VM_UFFD_WP,
+    VM_WRITE,
+    VmArea,
+)
 from host_mm.rmap import anon_vma_clone, unlink_anon_vmas
 
 if TYPE_CHECKING:
+    from host_mm.kernel.locks import RwSem
     from host_mm.mm_types import MmStruct
     from host_mm.userfaultfd_k import UserfaultfdCtx
 
 __all__ = [
-    "insert_vma", "remove_vma", "split_vma", "vm_area_dup", "vm_get_page_prot", "vma_merge_new_range",
-    "vma_modify_flags", "vma_modify_flags_uffd",
+    "insert_vma", "remove_vma", "split_vma", "vm_area_dup", "vm_get_page_prot",
+    "vma_merge_new_range", "vma_modify_flags", "vma_modify_flags_uffd", "vma_set_page_prot",
+    "vma_wants_writenotify",
 ]
 
 
@@ -47,6 +61,24 @@ def vm_get_page_prot(flags: int) -> int:
     if flags & VM_WRITE and flags & VM_SHARED:
         prot |= _PAGE_RW
     return prot
+
+
+def vma_wants_writenotify(vma: VmArea) -> bool:
+    """Whether the first write of each page must fault: for the file, its dirty tracking or soft-dirty."""
+    if vma.flags & (VM_SHARED | VM_WRITE) != VM_SHARED | VM_WRITE:
+        return False
+    if vma.ops is not None and vma.ops.page_mkwrite is not None:
+        return True
+    if not vma.flags & VM_SOFTDIRTY and not vma.flags & VM_HUGETLB:
+        return True
+    if vma.flags & VM_UFFD_WP:
+        return True
+    return vma.file is not None and bool(vma.file.a_ops.can_writeback) and not vma.flags & VM_PFNMAP
+
+
+def vma_set_page_prot(vma: VmArea) -> None:
+    """page_prot by the VMA's flags; a mapping that wants write faults has no RW in it."""
+    vma.page_prot = vm_get_page_prot(vma.flags & ~VM_SHARED if vma_wants_writenotify(vma) else vma.flags)
 
 
 def vm_area_dup(vma: VmArea, mm: MmStruct) -> VmArea:
@@ -63,8 +95,15 @@ def vm_area_dup(vma: VmArea, mm: MmStruct) -> VmArea:
     return new
 
 
-def insert_vma(vma: VmArea) -> None:
-    """Put it into its mm."""
+def insert_vma(vma: VmArea, after: VmArea | None = None) -> None:
+    """vma_link: put it into its mm and among the mappings of its file, there behind `after` (fork)."""
+    _insert(vma)
+    if vma.file is not None:
+        with vma.file.i_mmap_rwsem:
+            i_mmap_insert(vma, after)
+
+
+def _insert(vma: VmArea) -> None:
     mm = vma.mm
     index = bisect_left(mm.starts, vma.start)
     mm.starts.insert(index, vma.start)
@@ -73,12 +112,33 @@ def insert_vma(vma: VmArea) -> None:
 
 
 def remove_vma(vma: VmArea) -> None:
-    """Take it out of its mm."""
+    """Take it out of its mm; free_pgtables hides it from rmap."""
     mm = vma.mm
     index = bisect_left(mm.starts, vma.start)
     del mm.starts[index]
     del mm.vmas[index]
     mm.total_vm -= (vma.end - vma.start) >> 12
+
+
+def _forget(vma: VmArea) -> None:
+    """A VMA whose range another one takes over, under the locks of vma_prepare."""
+    remove_vma(vma)
+    if vma.file is not None:
+        i_mmap_remove(vma)
+
+
+def _vma_prepare(vma: VmArea) -> list[RwSem]:
+    """Keep rmap walks out of the VMAs of this file and anon_vma while their ranges change."""
+    anon = vma.anon_vma.root.rwsem if vma.anon_vma is not None else None
+    locks = [lock for lock in (vma_file_lock(vma), anon) if lock is not None]
+    for lock in locks:
+        lock.lock()
+    return locks
+
+
+def _vma_complete(locks: list[RwSem]) -> None:
+    for lock in reversed(locks):
+        lock.unlock()
 
 
 def _set_range(vma: VmArea, start: int, end: int) -> None:
@@ -102,17 +162,16 @@ def split_vma(vma: VmArea, address: int, *, new_below: bool) -> VmArea:
         new.start = address
         new.pgoff += (address - vma.start) >> 12
     anon_vma_clone(new, vma)
-    rwsem = vma.anon_vma.root.rwsem if vma.anon_vma is not None else None
-    if rwsem is not None:
-        rwsem.lock()
+    locks = _vma_prepare(vma)
     vma_adjust_trans_huge(vma, vma.start, address, None)
     if new_below:
         _set_range(vma, address, vma.end)
     else:
         _set_range(vma, vma.start, address)
-    insert_vma(new)
-    if rwsem is not None:
-        rwsem.unlock()
+    _insert(new)
+    if new.file is not None:
+        i_mmap_insert(new)
+    _vma_complete(locks)
     return new
 
 
@@ -187,18 +246,12 @@ def vma_merge_new_range(
 
 
 def _expand(vma: VmArea, start: int, end: int, swallowed: VmArea | None = None) -> None:
-    """vma_expand: rmap walks that are under way have looked at its old range only, so wait for them.
-
-    `swallowed` is the VMA whose range it takes over; it is hidden from walks only when that is done.
-    """
-    rwsem = vma.anon_vma.root.rwsem if vma.anon_vma is not None else None
-    if rwsem is not None:
-        rwsem.lock()
+    """vma_expand: rmap walks that are under way have looked at its old range only, so wait for them."""
+    locks = _vma_prepare(vma)
     if swallowed is not None:
-        remove_vma(swallowed)
+        _forget(swallowed)
     _set_range(vma, start, end)
-    if rwsem is not None:
-        rwsem.unlock()
+    _vma_complete(locks)
     if swallowed is not None:
         unlink_anon_vmas(swallowed)
 
@@ -244,40 +297,31 @@ def _merge_left(previous: VmArea, vma: VmArea, end: int, following: VmArea | Non
     source = following if following is not None and following.anon_vma is not None else vma
     _dup_anon_vma(previous, source)
     limit = following.end if following is not None else end
-    rwsem = previous.anon_vma.root.rwsem if previous.anon_vma is not None else None
-    if rwsem is not None:
-        rwsem.lock()
+    gone = ([vma] if whole else []) + ([following] if whole and following is not None else [])
+    locks = _vma_prepare(previous)
     vma_adjust_trans_huge(previous, previous.start, limit, None if whole else vma)
-    if whole:
-        remove_vma(vma)
-        if following is not None:
-            remove_vma(following)
-    else:
+    for each in gone:
+        _forget(each)
+    if not whole:
         _set_range(vma, end, vma.end)
     _set_range(previous, previous.start, limit)
-    if rwsem is not None:
-        rwsem.unlock()
-    if whole:
-        unlink_anon_vmas(vma)
-        if following is not None:
-            unlink_anon_vmas(following)
+    _vma_complete(locks)
+    for each in gone:
+        unlink_anon_vmas(each)
     return previous
 
 
 def _merge_right(vma: VmArea, following: VmArea, start: int, whole: bool) -> VmArea:
     _dup_anon_vma(following, vma)
-    rwsem = following.anon_vma.root.rwsem if following.anon_vma is not None else None
-    if rwsem is not None:
-        rwsem.lock()
+    locks = _vma_prepare(following)
     if whole:
         vma_adjust_trans_huge(following, start, following.end, None)
-        remove_vma(vma)
+        _forget(vma)
     else:
         vma_adjust_trans_huge(vma, vma.start, start, None)
         _set_range(vma, vma.start, start)
     _set_range(following, start, following.end)
-    if rwsem is not None:
-        rwsem.unlock()
+    _vma_complete(locks)
     if whole:
         unlink_anon_vmas(vma)
     return following

@@ -70,7 +70,7 @@ class KvmTruths:
         self._held: Spinlock | None = None
         self._open: dict[int, tuple[bool, Ranges]] = {}
         self._ranges: dict[Task, Ranges] = {}
-        self._flush_due = False
+        self._flush_due: set[Task] = set()
         self._begins = 0
         self._ends = 0
         self._ending = 0
@@ -95,17 +95,16 @@ class KvmTruths:
         self._ranges.setdefault(self.kvm.sched.current, []).append((start, end))
 
     def note_flush_due(self) -> None:
-        """A leaf of a valid root was zapped."""
-        self._flush_due = True
+        """A leaf of a valid root was zapped by a task that must flush, perhaps after others had the lock."""
+        self._flush_due.add(self.kvm.sched.current)
 
     def note_flush(self) -> None:
         """Every vCPU has, or is about to get, a flush request."""
-        self._flush_due = False
+        self._flush_due.clear()
 
     def note_start_unlock(self) -> None:
         """range_start is about to drop mmu_lock."""
-        if self._flush_due:
-            self._flush_due = False
+        if self.kvm.sched.current in self._flush_due:
             self._broken("flush-before-unlock", "range_start drops mmu_lock with zapped SPTEs not flushed")
 
     def note_start_returned(self, range_: MmuNotifierRange, found: bool) -> None:

@@ -30,6 +30,7 @@ PARAMS: dict[str, Param] = {
     "kvm.nx_huge_pages": Param("bool", "N", "no huge page is executable"),
     "kvm.tdp_mmu": Param("bool", "Y", "the TDP MMU; N is refused, as there is no other yet"),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
+    "mm.fault_around_bytes": Param("bytes", "65536", "what a read fault of a file maps if it is cached"),
     "mm.max_gather_pages": Param("count", "9698", "pages that an unmap frees in one go"),
     "swap.device": Param("file|zram", "file", "swap to a file, or to compressed RAM"),
     "swap.vma_ra_enabled": Param("bool", "Y", "swap readahead goes by address, not by slot"),

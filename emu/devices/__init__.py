@@ -5,5 +5,5 @@ run. pic.py: the 8259 pair, the interrupt source of vCPU 0. pit.py: the 8254 tim
 mmio_test.py: the memory-mapped device that the payloads poke.
 
 rdma.py: an RDMA engine that works on guest memory; rdma_mr.py: the regions it was given, umem_odp.py: how it
-reaches them without pins.
+reaches them without pins. sva.py: a device that translates by the VMM's own page tables.
 """

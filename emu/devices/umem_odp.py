@@ -152,8 +152,11 @@ class UmemOdp(MmuIntervalNotifier):
             host.checks.interval_published(self, range_.notifier_seq)
         for index, word in enumerate(range_.hmm_pfns):
             if word & HMM_PFN_VALID:
+                address, pfn = range_.start + (index << 12), word & ~HMM_PFN_FLAGS
                 write = self.writable and bool(word & HMM_PFN_WRITE)
-                self.table.fill(range_.start + (index << 12), word & ~HMM_PFN_FLAGS, write)
+                if host.checks is not None:
+                    host.checks.translation_published(self.who, self.owning_mm, address, pfn, write)
+                self.table.fill(address, pfn, write)
         pages = len(range_.hmm_pfns)
         if (t := self.trace.odp_map) is not None:
             write = bool(range_.default_flags & HMM_PFN_REQ_WRITE)

@@ -7,6 +7,7 @@
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `process.py` | fork and exit |
+| `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
 | `rdma.py` | registrations with the RDMA engine, and its peer |
@@ -14,9 +15,30 @@
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
 """
 
-from emu.operations import device, instrument, ksm, mapping, memory, process, rdma, slots, weather
+from emu.operations import (
+    device,
+    instrument,
+    ksm,
+    mapping,
+    memory,
+    process,
+    rdma,
+    secondary,
+    slots,
+    tracking,
+    weather,
+)
 
-__all__ = ["device", "instrument", "ksm", "mapping", "memory", "process", "rdma", "slots", "weather"]
-from emu.operations import tracking
-
-__all__ = ["device", "instrument", "ksm", "mapping", "memory", "process", "slots", "tracking", "weather"]
+__all__ = [
+    "device",
+    "instrument",
+    "ksm",
+    "mapping",
+    "memory",
+    "process",
+    "rdma",
+    "secondary",
+    "slots",
+    "tracking",
+    "weather",
+]

@@ -15,6 +15,12 @@ __all__ = ["KINDS", "configure", "main"]
 
 Entry = dict[str, object]
 
+LEAVES = {
+    "zeros": "the range reads as zeros afterwards",
+    "either": "each page of the range reads as before or as zeros, until it is written again",
+}
+"""What is said of operations after which the guest reads something else than it stored."""
+
 _ANNOTATION = re.compile(r": '?[\w ]+(\| None)?'?(?=$| =)")
 
 
@@ -32,14 +38,18 @@ def _payloads() -> Iterable[Entry]:
 
 def _operations() -> Iterable[Entry]:
     import emu.operations  # noqa: F401  (fills the registry)
+    from emu.abi import vmcall_by_name
     from emu.hostops import OPERATIONS
 
     for name, operation in sorted(OPERATIONS.items()):
+        args = (_ANNOTATION.sub("", arg).replace(" = ", "=") for arg in operation.args)
         yield {
-            "name": f"{name}({', '.join(_ANNOTATION.sub('', arg) for arg in operation.args)})",
+            "name": f"{name}({', '.join(args)})",
             "what": operation.summary,
+            "leaves": operation.leaves,
             "notifier_events": [event.lower().replace("_", "-") for event in operation.events],
             "example": f"vm.host.{operation.example}",
+            "vmcall": vmcall_by_name(name).nr,
         }
 
 
@@ -126,7 +136,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """List."""
     for kind in [args.kind] if args.kind else KINDS:
-        entries = [e for e in KINDS[kind]() if fnmatchcase(str(e["name"]), args.glob)]
+        entries = [e for e in KINDS[kind]() if _matches(str(e["name"]), args.glob)]
         if args.json:
             for entry in entries:
                 print_json({"kind": kind, **entry})
@@ -146,10 +156,17 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _matches(name: str, glob: str) -> bool:
+    """Whether the name, or what of it comes before its arguments or its value, matches."""
+    return any(fnmatchcase(text, glob) for text in (name, re.split(r"[(=]", name, maxsplit=1)[0]))
+
+
 def _print_operations(entries: list[Entry]) -> None:
     for entry in entries:
         print(entry["name"])
         print(wrapped(str(entry["what"]), indent=4))
+        if entry["leaves"] in LEAVES:
+            print(f"    {LEAVES[str(entry['leaves'])]}")
         events = entry["notifier_events"]
         if isinstance(events, list) and events:
             print(f"    notifier brackets: {', '.join(events)}")

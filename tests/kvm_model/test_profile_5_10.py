@@ -225,3 +225,12 @@ def test_the_writable_state_that_only_change_pte_makes_is_none_of_6_18() -> None
         else:
             with pytest.raises(BrokenTruth, match="four states"):
                 m.truths._check_state(0, odd)
+
+
+def test_aging_is_not_blamed_for_what_another_task_zapped_and_will_flush() -> None:
+    m = machine()
+    m.run(("w", 0, 7), ("w", PAGE, 7))
+    zapping = m.sched.spawn("zapping", lambda: (m.truths.note_flush_due(), m.sched.sleep(1000)))
+    m.do(lambda: m.sched.sleep(10))
+    m.do(lambda: mmu_notifier_clear_flush_young(m.mm, BASE + PAGE, BASE + 2 * PAGE))
+    m.finish(zapping)

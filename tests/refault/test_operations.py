@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import emu.operations  # noqa: F401  (fills the registry)
 import refault
+from emu.abi import VMCALLS
 from emu.hostops import OPERATIONS
 
 
@@ -50,6 +52,43 @@ def _causes(number: dict[int, object], seq: int | None) -> Iterator[int]:
     while seq is not None:
         yield seq
         seq = getattr(number.get(seq), "cause", None)
+
+
+def test_every_operation_has_a_vmcall_of_its_name_with_its_arguments() -> None:
+    calls = {call.name: list(call.args) for call in VMCALLS}
+    assert calls == {
+        name: [arg.partition(":")[0] for arg in operation.args] for name, operation in OPERATIONS.items()
+    }
+
+
+def test_a_guest_can_ask_for_every_operation_on_a_range(tmp_path: Path) -> None:
+    # The guest has no more than gpa and pages to say; what needs a setting first refuses.
+    names = [name for name, op in OPERATIONS.items() if op.takes_a_range]
+    # Pages that are locked in are refused by others, and those without rights by mlock.
+    names.sort(key=lambda name: (name == "protect", name in LOCKING, name))
+    calls = "".join(f"    HOST4 VMCALL_{name.upper()}, r12, 2, 0, 0\n" for name in names)
+    (tmp_path / "asks.s").write_text(ASKS + calls + "    CHECK_EQ \"asked\", 1, 1\n    ret\n")
+    with refault.VM("8M", check=True) as vm:
+        vm.load(str(tmp_path / "asks.s"))
+        with vm.trace("refault:host_op_done") as recording:
+            stop = vm.run()
+        assert (stop.kind, stop.status) == ("exit", 0), vm.serial
+        done = [event.args for event in recording if event.name == "host_op_done"]
+        assert [args["op"] for args in done] == names
+        refused = {args["op"] for args in done if args["result"] < 0}
+        assert not refused & {*LOCKING, "age", "cold", "dontneed", "free", "migrate", "mremap", "swap_out"}
+        vm.finish()
+
+
+LOCKING = ("mlock", "munlock")
+
+ASKS = """; asks: for everything that can be asked of a range
+.include "runtime.inc"
+
+main:
+    mov r12, [heap_next]
+    mov qword ptr [r12], 1
+"""
 
 
 def test_an_operation_that_does_not_exist_or_fit_says_so(running: refault.VM) -> None:

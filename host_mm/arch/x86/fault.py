@@ -37,8 +37,9 @@ from host_mm.pgtable_generic import pmd_offset, pte_offset_map
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct
+    from host_mm.tlb import HostTlb
 
-__all__ = ["do_user_addr_fault", "translate", "translate_nofault"]
+__all__ = ["do_user_addr_fault", "hardware_walk", "translate", "translate_nofault"]
 
 
 def do_user_addr_fault(mm: MmStruct, address: int, *, write: bool) -> int:
@@ -60,8 +61,8 @@ def do_user_addr_fault(mm: MmStruct, address: int, *, write: bool) -> int:
         flags |= FAULT_FLAG_TRIED
 
 
-def _walk(mm: MmStruct, address: int, write: bool) -> int:
-    """The hardware walk with its A and D updates: a frame, or -1 for a page fault."""
+def hardware_walk(mm: MmStruct, address: int, write: bool, tlb: HostTlb) -> int:
+    """The hardware walk with its A and D updates: a frame, which `tlb` learns, or -1 for a page fault."""
     pmd = pmd_offset(mm, address)
     pte = pte_offset_map(mm, pmd, address) if pmd else 0
     if not pte:
@@ -74,7 +75,7 @@ def _walk(mm: MmStruct, address: int, write: bool) -> int:
     update = entry | _PAGE_ACCESSED | (_PAGE_DIRTY if write else 0)
     if update != entry:
         u64[pte >> 3] = update
-    mm.tlb.fill(address, (entry & PFN_MASK) >> 12, bool(update & _PAGE_RW and update & _PAGE_DIRTY))
+    tlb.fill(address, (entry & PFN_MASK) >> 12, bool(update & _PAGE_RW and update & _PAGE_DIRTY))
     return (entry & PFN_MASK) >> 12
 
 
@@ -84,7 +85,7 @@ def translate_nofault(mm: MmStruct, address: int, *, write: bool) -> int:
     if pfn >= 0:
         return pfn
     mm.host.sched.advance(COST_WALK)
-    return _walk(mm, address, write)
+    return hardware_walk(mm, address, write, mm.tlb)
 
 
 def translate(mm: MmStruct, address: int, *, write: bool) -> int:
@@ -97,7 +98,7 @@ def translate(mm: MmStruct, address: int, *, write: bool) -> int:
         return pfn
     mm.host.sched.advance(COST_WALK)
     while True:
-        pfn = _walk(mm, address, write)
+        pfn = hardware_walk(mm, address, write, mm.tlb)
         if pfn >= 0:
             return pfn
         ret = do_user_addr_fault(mm, address, write=write)

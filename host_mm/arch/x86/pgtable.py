@@ -119,6 +119,7 @@ __all__ = [
     "pte_to_swp_entry",
     "pte_write",
     "pte_wrprotect",
+    "pte_young",
     "swp_entry",
     "swp_entry_to_pte",
     "swp_offset",
@@ -202,6 +203,11 @@ def pte_protnone(pte: int) -> bool:
 def pte_write(pte: int) -> bool:
     """Whether the entry grants writing."""
     return pte & _PAGE_RW != 0
+
+
+def pte_young(pte: int) -> bool:
+    """Whether the entry was used for a translation since the bit was cleared."""
+    return pte & _PAGE_ACCESSED != 0
 
 
 def pte_dirty(pte: int) -> bool:
