@@ -29,11 +29,15 @@ Reading order:
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
     swap_readahead.py zram.py zsmalloc.py            more than was asked for; swap that is RAM
+    hugetlb.py hugetlb_resv.py   the pool of huge pages, and who was promised some
+    hugetlb_share.py             level-2 tables that processes share
+    hugetlb_rmap.py hugetlb_fault.py hugetlb_unmap.py hugetlb_copy.py hugetlb_migrate.py   their life
+    hugetlbfs.py                 files of them
     migrate.py oom_kill.py       to another frame; to nowhere
     ksm.py ksm_merge.py          equal pages become one; ksm_break.py: and are parted again
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped
     host.py                      all of it, wired
-    truths.py breaks.py          what must hold, and how to break it
+    truths.py truths_hugetlb.py breaks.py   what must hold, and how to break it
     profile.py                   what differs between kernels
 
 `kernel/` holds tasks, locks, costs and the clock; `arch/x86/` what depends on the CPU.

@@ -49,6 +49,13 @@ class VmOperations:
     page_mkwrite: Any = None
     """(vmf) -> VM_FAULT_*: the shared page at vmf.page is about to become writable."""
 
+    open: Any = None
+    """(vma): a copy of a VMA of the file was made."""
+    close: Any = None
+    """(vma): a VMA of the file is gone, its entries and tables with it."""
+    may_split: Any = None
+    """(vma, address) -> bool: whether the VMA can be cut there."""
+
     def fault(self, vmf: VmFault) -> int:
         """Find the page: vmf.page with a reference, locked with VM_FAULT_LOCKED."""
         raise NotImplementedError
@@ -62,6 +69,10 @@ class AddressSpaceOperations:
 
     can_writeback = False
     is_shmem = False
+    is_hugetlb = False
+
+    def mmap(self, mapping: AddressSpace, vma: VmArea) -> None:
+        """file_operations.mmap: the file gets a mapping, which is not yet linked. KernelError."""
 
     def dirty_folio(self, mapping: AddressSpace, pfn: int) -> bool:
         """A folio of the mapping was written to: true if it was clean."""

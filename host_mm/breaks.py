@@ -3,10 +3,11 @@
 A switch is tested where the step stands: `if "no-primary-flush" not in host.breaks`. With a switch on,
 one of the checked truths is expected to fail.
 
-Each is shown at work by a command in refault/switch_runs.toml. Three more steps can be left out of a
+Each is shown at work by a command in refault/switch_runs.toml. Four more steps can be left out of a
 HostMm by its `breaks` alone, for tests of this room and of emu/dune.py, as no payload asks for their
 operations yet: `dune-no-retry` (emu/dune.py enters what GUP said although a bracket came in between),
-`ksm-ignore-refs` (KSM merges a page although somebody else holds a reference to it) and
+`hugetlb-narrow-unshare` (unhooking a shared table of huge pages is told and flushed for the requested range
+only), `ksm-ignore-refs` (KSM merges a page although somebody else holds a reference to it) and
 `mremap-flush-after-unlock` (mremap flushes the old range after the page-table locks are dropped).
 
 Not modelled: switches of the KVM side (kvm_model/breaks.py), and that reclaim drops a folio although it

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING
 
 from host_mm.filemap import folio_lock, folio_unlock
 from host_mm.kernel.errors import BrokenTruth
-from host_mm.page import PG_locked, PG_swapbacked, folio_nr_pages, get_page, put_page, try_get_page
+from host_mm.page import (
+    PG_hugetlb,
+    PG_locked,
+    PG_swapbacked,
+    folio_nr_pages,
+    get_page,
+    put_page,
+    try_get_page,
+)
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -46,6 +54,8 @@ TRACEPOINTS = (ADD_TO_PAGE_CACHE, DELETE_FROM_PAGE_CACHE)
 
 def _account(host: HostMm, mapping: AddressSpace, head: int, nr: int) -> None:
     mapping.nrpages += nr
+    if host.pages.flags[head] & PG_hugetlb:
+        return
     host.vmstat["nr_file_pages"] += nr
     if host.pages.flags[head] & PG_swapbacked:
         host.vmstat["nr_shmem"] += nr

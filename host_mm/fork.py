@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.address_space import flush_delayed_fput
+from host_mm.hugetlb_resv import hugetlb_dup_vma_private
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.ksm import ksm_exit, ksm_fork
 from host_mm.memory_copy import copy_page_range
 from host_mm.memory_zap import free_pgtables, unmap_vmas
-from host_mm.mm_types import MMF_OOM_SKIP, VM_DONTCOPY, VM_LOCKED_MASK, VM_WIPEONFORK, MmStruct
+from host_mm.mm_types import MMF_OOM_SKIP, VM_DONTCOPY, VM_HUGETLB, VM_LOCKED_MASK, VM_WIPEONFORK, MmStruct
 from host_mm.mmu_gather import MmuGather
 from host_mm.pgtable_generic import pgd_alloc, pgd_free
 from host_mm.process import Process
 from host_mm.rmap import anon_vma_fork
 from host_mm.userfaultfd_k import dup_userfaultfd
-from host_mm.vma import insert_vma, vm_area_dup
+from host_mm.vma import insert_vma, vm_area_dup, vma_close, vma_open
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -85,6 +86,8 @@ def exit_mmap(mm: MmStruct) -> None:
     mm.total_vm = 0
     free_pgtables(tlb, vmas, 0, 0)
     tlb.finish()
+    for vma in vmas:
+        vma_close(vma)
     mm.mmap_lock.unlock()
 
 
@@ -127,11 +130,14 @@ def _dup_mmap(mm: MmStruct, oldmm: MmStruct) -> int:
             continue
         new = vm_area_dup(old, mm)
         dup_userfaultfd(new)
+        if old.flags & VM_HUGETLB:
+            hugetlb_dup_vma_private(new)
         if old.flags & VM_WIPEONFORK:
             new.anon_vma = None
         else:
             anon_vma_fork(new, old)
         new.flags &= ~VM_LOCKED_MASK
+        vma_open(new)
         insert_vma(new, old)
         if not old.flags & VM_WIPEONFORK:
             ret = copy_page_range(new, old)

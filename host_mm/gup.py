@@ -6,11 +6,11 @@ include/linux/mm.h: gup_must_unshare, include/linux/mm_types.h: FOLL_*; Linux 6.
 
 Fast GUP reads the entry without locks, takes the reference, and reads the entry again: a page that left
 it in between is given back. It never takes the zero page. Slow GUP faults under mmap_lock. A pin
-(FOLL_PIN) counts 1024 references at once and must hold an exclusive page; a read-only long-term pin
-of anything else first makes one (unshare).
+(FOLL_PIN) counts 1024 references at once, of a large folio one and a pin count, and must hold an exclusive
+page; a read-only long-term pin of anything else first makes one (unshare).
 
-Not modelled: huge pages, more than one page in a call, FOLL_LONGTERM's migration out of movable zones
-(there are none), pages of devices, signals (FOLL_INTERRUPTIBLE never interrupts), 5.10's FOLL_COW (a
+Not modelled: transparent huge pages, more than one page in a call, FOLL_LONGTERM's migration out of movable
+zones (there are none), pages of devices, signals (FOLL_INTERRUPTIBLE never interrupts), 5.10's FOLL_COW (a
 forced write there follows any dirty entry).
 """
 
@@ -24,13 +24,20 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_RW,
     _PAGE_SPECIAL,
     _PAGE_USER,
+    HPAGE_PMD_NR,
+    PMD_SIZE,
+    pmd_pfn,
     pte_dirty,
+    pte_mkdirty,
+    pte_mkyoung,
     pte_pfn,
     pte_present,
     pte_protnone,
     pte_write,
     walk_lockless,
 )
+from host_mm.huge_mm import is_huge_zero_pfn
+from host_mm.hugetlb_share import hugetlb_vma_lock_read, hugetlb_vma_unlock_read
 from host_mm.kernel.costs import COST_WALK
 from host_mm.kernel.errors import EHWPOISON, BrokenTruth
 from host_mm.memory import handle_mm_fault, vm_normal_page
@@ -50,6 +57,7 @@ from host_mm.mm_types import (
     VM_FAULT_HWPOISON,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
+    VM_HUGETLB,
     VM_IO,
     VM_LOCKONFAULT,
     VM_MAYREAD,
@@ -64,13 +72,15 @@ from host_mm.page import (
     PG_anon,
     PG_anon_exclusive,
     PG_dirty,
+    PG_head,
     PG_hwpoison,
     PG_referenced,
+    page_folio,
     put_page,
     set_page_dirty,
     try_get_page,
 )
-from host_mm.pgtable_generic import pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get
+from host_mm.pgtable_generic import pmd_lock, pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get, set_pmd
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -126,17 +136,35 @@ def _trace(mm: MmStruct, address: int, flags: int, path: str, answer: int) -> in
 
 # -- references -----------------------------------------------------------------------------------
 def _grab(host: HostMm, pfn: int, flags: int) -> bool:
-    """try_grab_folio: one reference, or a pin; the zero page is never pinned."""
-    if flags & FOLL_PIN:
-        return pfn == host.zero_pfn or try_get_page(host, pfn, GUP_PIN_COUNTING_BIAS)
-    return try_get_page(host, pfn)
+    """try_grab_folio: one reference, or a pin; zero pages are never pinned."""
+    if not flags & FOLL_PIN:
+        return try_get_page(host, pfn)
+    if _never_pinned(host, pfn):
+        return True
+    pages = host.pages
+    head = page_folio(pages, pfn)
+    if not pages.flags[head] & PG_head:
+        return try_get_page(host, pfn, GUP_PIN_COUNTING_BIAS)
+    if not try_get_page(host, head):
+        return False
+    pages.pincount[head] += 1
+    return True
 
 
 def _ungrab(host: HostMm, pfn: int, flags: int) -> None:
     if not flags & FOLL_PIN:
         put_page(host, pfn)
-    elif pfn != host.zero_pfn:
-        put_page(host, pfn, GUP_PIN_COUNTING_BIAS)
+    elif not _never_pinned(host, pfn):
+        head = page_folio(host.pages, pfn)
+        if host.pages.flags[head] & PG_head:
+            host.pages.pincount[head] -= 1
+            put_page(host, head)
+        else:
+            put_page(host, pfn, GUP_PIN_COUNTING_BIAS)
+
+
+def _never_pinned(host: HostMm, pfn: int) -> bool:
+    return pfn == host.zero_pfn or is_huge_zero_pfn(host, pfn)
 
 
 def _must_unshare(host: HostMm, vma: VmArea | None, flags: int, pfn: int) -> bool:
@@ -165,23 +193,25 @@ def _gup_fast(mm: MmStruct, addr: int, flags: int) -> int:
         return -1
     entry, level = walk_lockless(host.ram, mm.pgd, addr)
     wanted = _PAGE_PRESENT | _PAGE_USER | (_PAGE_RW if flags & FOLL_WRITE else 0)
-    if level != 1 or entry & wanted != wanted or entry & _PAGE_SPECIAL:
+    if level > 2 or entry & wanted != wanted or entry & _PAGE_SPECIAL:
         return -1
-    pfn = pte_pfn(entry)
+    pfn = head = pte_pfn(entry)
+    if level == 2:
+        pfn += (addr >> 12) & (HPAGE_PMD_NR - 1)
     if host.sched.preempt:
         host.sched.point("gup-fast")
     if not _grab(host, pfn, flags):
         return -1
-    if walk_lockless(host.ram, mm.pgd, addr) != (entry, 1):
+    if walk_lockless(host.ram, mm.pgd, addr) != (entry, level):
         _ungrab(host, pfn, flags)
         return -1
-    if not pte_write(entry) and _must_unshare(host, None, flags, pfn):
+    if not pte_write(entry) and _must_unshare(host, None, flags, head):
         _ungrab(host, pfn, flags)
         return -1
     if flags & FOLL_PIN and mm.write_protect_seq != seq:
         _ungrab(host, pfn, flags)
         return -1
-    host.pages.flags[pfn] |= PG_referenced
+    host.pages.flags[head] |= PG_referenced
     return pfn
 
 
@@ -237,6 +267,12 @@ def _follow_page_pte(vma: VmArea, addr: int, flags: int) -> int:
     """The mapped frame with its reference; -ENOENT: fault it in; -EMLINK: unshare it first."""
     mm = vma.mm
     host = mm.host
+    if vma.flags & VM_HUGETLB:
+        # Its tables may be shared, and go while nobody holds this.
+        hugetlb_vma_lock_read(vma)
+        answer = _follow_huge_pmd(vma, addr, flags)
+        hugetlb_vma_unlock_read(vma)
+        return answer
     pmd = pmd_offset(mm, addr)
     pte = pte_offset_map_lock(mm, pmd, addr) if pmd else 0
     if not pte:
@@ -250,6 +286,33 @@ def _follow_page_pte(vma: VmArea, addr: int, flags: int) -> int:
         if answer != host.zero_pfn:
             host.lru.folio_mark_accessed(answer)
     ptl.unlock()
+    return answer
+
+
+def _follow_huge_pmd(vma: VmArea, addr: int, flags: int) -> int:
+    """follow_huge_pmd: as _follow_page_pte, for a leaf of level 2."""
+    host = vma.mm.host
+    pmd = pmd_offset(vma.mm, addr)
+    if not pmd:
+        return -ENOENT
+    lock = pmd_lock(vma.mm, pmd)
+    entry = host.ram.u64[pmd >> 3]
+    pfn = pmd_pfn(entry)
+    hinting = pte_protnone(entry) and flags & FOLL_HONOR_NUMA_FAULT and vma.flags & VM_ACCESS_FLAGS
+    if not pte_present(entry) or hinting or (flags & FOLL_WRITE and not pte_write(entry)):
+        answer = -ENOENT
+    elif not pte_write(entry) and _must_unshare(host, vma, flags, pfn):
+        answer = -EMLINK
+    elif not _grab(host, pfn, flags):
+        answer = -ENOMEM
+    else:
+        answer = pfn + ((addr >> 12) & (HPAGE_PMD_NR - 1))
+        if flags & FOLL_TOUCH:
+            young = pte_mkyoung(entry)
+            touched = pte_mkdirty(young) if flags & FOLL_WRITE else young
+            if touched != entry:
+                set_pmd(vma.mm, addr & ~(PMD_SIZE - 1), pmd, touched)
+    lock.unlock()
     return answer
 
 
@@ -378,17 +441,18 @@ def pin_user_page(mm: MmStruct, addr: int, flags: int) -> int:
     if pfn < 0:
         path = "slow"
         pfn = _gup_slow(mm, addr, flags | FOLL_TOUCH)
-    if pfn >= 0 and pfn != mm.host.zero_pfn:
-        mm.host.pins[pfn] += 1
+    if pfn >= 0 and not _never_pinned(mm.host, pfn):
+        mm.host.pins[page_folio(mm.host.pages, pfn)] += 1
     return _trace(mm, addr, flags, path, pfn)
 
 
 def unpin_user_page(host: HostMm, pfn: int, *, dirty: bool = False) -> None:
     """Give a pin back; `dirty` first marks the page written (unpin_user_pages_dirty_lock)."""
-    if dirty and pfn != host.zero_pfn:
-        set_page_dirty(host, pfn)
-    if pfn != host.zero_pfn:
-        if not host.pins[pfn]:
+    if not _never_pinned(host, pfn):
+        if dirty:
+            set_page_dirty(host, pfn)
+        head = page_folio(host.pages, pfn)
+        if not host.pins[head]:
             raise BrokenTruth("page-pins", f"pfn {pfn:#x} is unpinned but has no pin", host.stream.here())
-        host.pins[pfn] -= 1
+        host.pins[head] -= 1
     _ungrab(host, pfn, FOLL_PIN)

@@ -12,7 +12,7 @@ HostMm, which this file, at the top of the room, passes on:
     swapin      ->  do_wp_page
     madvise     ->  reclaim_pages
     mmap        ->  shmem_file_setup
-    page        ->  free_zone_device_folio
+    page        ->  free_huge_folio, free_zone_device_folio
     mm_types    ->  free_mm
 
 Not modelled: memory hotplug, more than one zone in a node.
@@ -30,6 +30,7 @@ from host_mm import (
     fork,
     gup,
     hmm_mirror,
+    hugetlb,
     interval_notifier,
     ksm,
     ksm_merge,
@@ -149,6 +150,8 @@ class HostMm:
         self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
         self.ksm = Ksm(self)
+        self.hstate = hugetlb.Hstate(self, nodes)
+        self.hugetlb_inodes = 0
         self.processes: list[Process] = []
         self.mappings: list[AddressSpace] = []
         self.delayed_fput: list[AddressSpace] = []
@@ -282,6 +285,10 @@ class HostMm:
         """swapin -> memory."""
         return memory.do_wp_page(vmf)
 
+    def free_huge_folio(self, pfn: int) -> None:
+        """page -> hugetlb: the last reference to a huge page is gone."""
+        hugetlb.free_huge_folio(self, pfn)
+
     def free_zone_device_folio(self, pfn: int) -> None:
         """page -> memremap."""
         memremap.free_zone_device_folio(self, pfn)
@@ -294,7 +301,7 @@ class HostMm:
     def mark_page_accessed(self, pfn: int) -> None:
         """folio_mark_accessed, for holders of a reference outside mm."""
         if pfn != self.zero_pfn:
-            self.lru.folio_mark_accessed(pfn)
+            self.lru.folio_mark_accessed(page_folio(self.pages, pfn))
 
 
 def _tracepoints() -> list[Any]:

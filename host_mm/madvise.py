@@ -9,7 +9,7 @@ COLD and PAGEOUT open no bracket of their own; PAGEOUT's reclaim brackets page b
 
 MERGEABLE and UNMERGEABLE are in ksm.py.
 
-Not modelled: REMOVE, COLLAPSE, HWPOISON, guard pages, huge pages, file pages, VMA names.
+Not modelled: REMOVE, COLLAPSE, HWPOISON, guard pages, transparent huge pages, file pages, VMA names.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
+    PMD_SIZE,
     SWP_HWPOISON,
     non_swap_entry,
     pte_dirty,
@@ -41,6 +42,7 @@ from host_mm.mm_types import (
     MM_SWAPENTS,
     VM_DONTCOPY,
     VM_HUGEPAGE,
+    VM_HUGETLB,
     VM_IO,
     VM_LOCKED,
     VM_NOHUGEPAGE,
@@ -160,6 +162,12 @@ def _walk_vmas(mm: MmStruct, start: int, end: int, advice: int, tlb: MmuGather |
 def _vma_behavior(vma: VmArea, start: int, end: int, advice: int, tlb: MmuGather | None) -> None:
     if advice in _PAGES_ONLY and vma.flags & (VM_LOCKED | VM_PFNMAP):
         raise KernelError(EINVAL, f"{vma!r} is locked or not made of pages")
+    if vma.flags & VM_HUGETLB and advice in _PAGES_ONLY:
+        if advice != MADV_DONTNEED or start & (PMD_SIZE - 1):
+            raise KernelError(EINVAL, f"{vma!r} is made of huge pages")
+        end &= ~(PMD_SIZE - 1)
+        if start >= end:
+            return
     if advice in (MADV_DONTNEED, MADV_FREE):
         gather = tlb if tlb is not None else MmuGather(vma.mm)
         if advice == MADV_DONTNEED:

@@ -10,7 +10,7 @@ opens, and under the page-table lock the old entry is cleared and flushed before
 
 Faults on files are in memory_file.py.
 
-Not modelled: huge pages, NUMA balancing's migration (a hinting fault only restores the rights).
+Not modelled: transparent huge pages, NUMA balancing's migration (a hinting fault only restores the rights).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from host_mm.arch.x86.pgtable import (
     pte_write,
 )
 from host_mm.filemap import folio_trylock, folio_unlock
+from host_mm.hugetlb_fault import hugetlb_fault
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_FAULT
 from host_mm.ksm_types import ksm_might_unmap_zero_page
 from host_mm.mm_types import (
@@ -54,6 +55,7 @@ from host_mm.mm_types import (
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
     VM_FAULT_SIGSEGV,
+    VM_HUGETLB,
     VM_MAYSHARE,
     VM_SHARED,
     VM_UFFD_MISSING,
@@ -181,12 +183,14 @@ def handle_mm_fault(vma: VmArea, address: int, flags: int) -> int:
         access = "write" if flags & FAULT_FLAG_WRITE else access
         ctx.cause = t(mm.process.pid, address & ~0xFFF, access)
     try:
-        vmf = VmFault(vma, address, flags)
-        kind, ret = _handle_pte_fault(vmf)
+        if vma.flags & VM_HUGETLB:
+            kind, ret = hugetlb_fault(vma, address, flags)
+        else:
+            kind, ret = _handle_pte_fault(VmFault(vma, address, flags))
         if not ret & VM_FAULT_RETRY:
             host.vmstat["pgfault"] += 1
         if (t := host.trace.host_fault_done) is not None:
-            t(mm.process.pid, vmf.address, kind, _describe(ret))
+            t(mm.process.pid, address & ~0xFFF, kind, _describe(ret))
         return ret
     finally:
         ctx.cause = saved

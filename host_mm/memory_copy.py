@@ -7,7 +7,7 @@ Private pages become shared: both entries lose the right to write and the page i
 that may be pinned is copied for the child instead, so that the pin and the parent keep the same page.
 The bracket is over the source mm's whole VMA; the flush comes at the end of dup_mmap, after it.
 
-Not modelled: file mappings that need no copy at fork are skipped as in Linux, huge entries, device
+Not modelled: file mappings that need no copy at fork are skipped as in Linux, transparent huge pages, device
 entries.
 """
 
@@ -43,9 +43,18 @@ from host_mm.arch.x86.pgtable import (
     swp_offset,
     swp_type,
 )
+from host_mm.hugetlb_copy import copy_hugetlb_page_range
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_WALK
 from host_mm.memory import folio_prealloc, maybe_mkwrite, vm_normal_page
-from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_MAYWRITE, VM_PFNMAP, VM_SHARED, VM_UFFD_WP
+from host_mm.mm_types import (
+    MM_ANONPAGES,
+    MM_SWAPENTS,
+    VM_HUGETLB,
+    VM_MAYWRITE,
+    VM_PFNMAP,
+    VM_SHARED,
+    VM_UFFD_WP,
+)
 from host_mm.page import PG_anon, get_page, mm_counter, put_page
 from host_mm.pgtable_generic import (
     pmd_alloc,
@@ -78,6 +87,8 @@ def copy_page_range(dst_vma: VmArea, src_vma: VmArea) -> int:
     """Give the child's VMA the parent's entries; 0 or -ENOMEM."""
     if src_vma.anon_vma is None and not src_vma.flags & VM_PFNMAP and not dst_vma.flags & VM_UFFD_WP:
         return 0
+    if src_vma.flags & VM_HUGETLB:
+        return copy_hugetlb_page_range(dst_vma, src_vma)
     src_mm = src_vma.mm
     cow = is_cow_mapping(src_vma.flags)
     range_ = mmu_notifier.mmu_notifier_range_init(

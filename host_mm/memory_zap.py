@@ -6,7 +6,7 @@ zap_page_range_single_batched, free_pgtables); Linux 6.18.
 The bracket's class is mmu_gather: start, entries cleared and pages queued, end, then the flush and the
 free; but a full gather flushes and frees within the bracket.
 
-Not modelled: huge entries, pte markers of userfaultfd, PT_RECLAIM, delayed rmap.
+Not modelled: transparent huge pages, pte markers of userfaultfd, PT_RECLAIM, delayed rmap.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from host_mm.arch.x86.pgtable import (
     pte_young,
     swp_offset,
 )
+from host_mm.hugetlb_unmap import hugetlb_zap_begin, hugetlb_zap_end, unmap_hugepages
 from host_mm.ksm_types import ksm_might_unmap_zero_page
 from host_mm.memory import vm_normal_page
-from host_mm.mm_types import MM_SWAPENTS, VM_RAND_READ, VM_SEQ_READ
+from host_mm.mm_types import MM_SWAPENTS, VM_HUGETLB, VM_RAND_READ, VM_SEQ_READ
 from host_mm.mmu_gather import MmuGather
 from host_mm.page import PG_anon, mm_counter, page_folio, set_page_dirty
 from host_mm.pgtable_generic import (
@@ -154,7 +155,11 @@ def unmap_vmas(tlb: MmuGather, vmas: list[VmArea], start: int, end: int) -> None
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
     for vma in vmas:
         first, last = max(vma.start, start), min(vma.end, end)
-        if first < last:
+        if first < last and vma.flags & VM_HUGETLB:
+            hugetlb_zap_begin(vma, first, last)
+            unmap_hugepages(tlb, vma, first, last)
+            hugetlb_zap_end(vma, final=True)
+        elif first < last:
             unmap_page_range(tlb, vma, first, last)
     if late:
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
@@ -173,16 +178,28 @@ def zap_page_range_single_batched(
 ) -> None:
     """Clear a part of one VMA inside a bracket, into the caller's gather."""
     mm = vma.mm
+    huge = bool(vma.flags & VM_HUGETLB)
+    start, end = address, address + size
+    if huge:
+        start, end = hugetlb_zap_begin(vma, start, end)
+    if mm.host.profile.hugetlb_unmap_brackets:
+        # There each unmapping of huge pages has a wide bracket of its own.
+        start, end = address, address + size
     range_ = mmu_notifier.mmu_notifier_range_init(
-        mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, address + size, order=mmu_notifier.ORDER_GATHER
+        mmu_notifier.MMU_NOTIFY_CLEAR, mm, start, end, order=mmu_notifier.ORDER_GATHER
     )
     late = "start-after-clear" in mm.host.breaks
     if not late:
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
-    unmap_page_range(tlb, vma, address, address + size, even_cows=even_cows)
+    if huge:
+        unmap_hugepages(tlb, vma, address, address + size)
+    else:
+        unmap_page_range(tlb, vma, address, address + size, even_cows=even_cows)
     if late:
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
     mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+    if huge:
+        hugetlb_zap_end(vma, final=False)
 
 
 def free_pgtables(tlb: MmuGather, vmas: list[VmArea], floor: int, ceiling: int) -> None:

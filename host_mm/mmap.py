@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from host_mm.address_space import flush_delayed_fput, fput
 from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE
 from host_mm.gup import mm_populate
+from host_mm.hugetlbfs import hugetlb_file_setup
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory_zap import free_pgtables, unmap_vmas
@@ -32,14 +33,14 @@ from host_mm.mm_types import (
     VmArea,
 )
 from host_mm.mmu_gather import MmuGather
-from host_mm.vma import insert_vma, remove_vma, split_vma, vma_merge_new_range, vma_set_page_prot
+from host_mm.vma import insert_vma, remove_vma, split_vma, vma_close, vma_merge_new_range, vma_set_page_prot
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct
 
 __all__ = [
-    "MAP_ANONYMOUS", "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_LOCKED", "MAP_NORESERVE", "MAP_PRIVATE",
-    "MAP_SHARED", "PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "do_mmap", "do_munmap",
+    "MAP_ANONYMOUS", "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_HUGETLB", "MAP_LOCKED", "MAP_NORESERVE",
+    "MAP_PRIVATE", "MAP_SHARED", "PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "do_mmap", "do_munmap",
     "do_vmi_munmap", "get_unmapped_area",
 ]
 
@@ -53,6 +54,8 @@ MAP_FIXED = 0x10
 MAP_ANONYMOUS = 0x20
 MAP_LOCKED = 0x2000
 MAP_NORESERVE = 0x4000
+MAP_HUGETLB = 0x40000
+MAP_HUGE_SHIFT = 26
 MAP_FIXED_NOREPLACE = 0x100000
 
 MMAP_BASE = 0x7FFFF7FFF000
@@ -78,6 +81,10 @@ def do_mmap(
     """
     mm.host.sched.advance(COST_SYSCALL)
     size = _page_align(length)
+    huge = bool(flags & MAP_HUGETLB) or (file is not None and file.a_ops.is_hugetlb)
+    if huge:
+        _check_hugetlb(file, flags)
+        size = (size + PMD_SIZE - 1) & ~(PMD_SIZE - 1)
     if length <= 0 or bool(flags & MAP_SHARED) == bool(flags & MAP_PRIVATE):
         raise KernelError(EINVAL, "length must be positive and exactly one of shared and private given")
     if (pgoff or 0) + (size >> 12) > MAX_PGOFF:
@@ -86,10 +93,12 @@ def do_mmap(
         if not flags & MAP_ANONYMOUS:
             raise KernelError(ENODEV, "a shared mapping needs a file")
         pgoff = 0
-    mm.mmap_lock.lock()
     shmem = None
+    if huge and file is None:
+        file = shmem = hugetlb_file_setup(mm.host, "anon_hugepage", size)
+    mm.mmap_lock.lock()
     try:
-        place = get_unmapped_area(mm, addr, size, flags)
+        place = get_unmapped_area(mm, addr, size, flags, huge=huge)
         vm_flags |= _vm_flags(mm, prot, flags)
         if flags & MAP_SHARED and ops is None and file is None:
             file = shmem = mm.host.shmem_file_setup("dev/zero", size, mm.process.home_node)
@@ -108,8 +117,23 @@ def do_mmap(
     return place
 
 
-def get_unmapped_area(mm: MmStruct, addr: int, size: int, flags: int) -> int:
-    """The place of a new mapping. `addr` is a hint, or with MAP_FIXED the place. KernelError."""
+def _check_hugetlb(file: Any, flags: int) -> None:
+    if file is not None and not file.a_ops.is_hugetlb:
+        raise KernelError(EINVAL, "MAP_HUGETLB with a file of small pages")
+    size = flags >> MAP_HUGE_SHIFT & 63
+    if file is None and size not in (0, 21):
+        raise KernelError(EINVAL, f"there are no pages of 2**{size} bytes")
+
+
+def get_unmapped_area(mm: MmStruct, addr: int, size: int, flags: int, *, huge: bool = False) -> int:
+    """The place of a new mapping. `addr` is a hint, or with MAP_FIXED the place. KernelError.
+
+    `huge`: of huge pages, so its place and size are multiples of 2 MiB.
+    """
+    if huge:
+        if size & (PMD_SIZE - 1) or (flags & MAP_FIXED and addr & (PMD_SIZE - 1)):
+            raise KernelError(EINVAL, f"{addr:#x}+{size:#x} are not whole huge pages")
+        addr = (addr + PMD_SIZE - 1) & ~(PMD_SIZE - 1)
     if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE):
         if addr & 4095:
             raise KernelError(EINVAL, f"{addr:#x} is not page-aligned")
@@ -163,9 +187,11 @@ def _mmap_region(
     vma = VmArea(mm, addr, addr + size, vm_flags | VM_SOFTDIRTY, pgoff)
     vma.file = file
     vma.ops = ops
-    vma_set_page_prot(vma)
     merged = vma_merge_new_range(mm, addr, addr + size, vma.flags, vma)
     if merged is None:
+        if file is not None:
+            file.a_ops.mmap(file, vma)
+        vma_set_page_prot(vma)
         insert_vma(vma)
     else:
         merged.flags |= VM_SOFTDIRTY
@@ -182,13 +208,20 @@ def do_munmap(mm: MmStruct, addr: int, length: int) -> None:
     if mm.find_vma_intersection(addr, addr + size) is None:
         mm.mmap_lock.unlock()
         return
-    do_vmi_munmap(mm, addr, addr + size, downgrade=True)
+    try:
+        do_vmi_munmap(mm, addr, addr + size, downgrade=True)
+    except KernelError:
+        mm.mmap_lock.unlock()
+        raise
     mm.mmap_lock.read_unlock()
     flush_delayed_fput(mm.host)
 
 
 def do_vmi_munmap(mm: MmStruct, start: int, end: int, *, downgrade: bool) -> None:
-    """Unmap [start, end), which is not all hole, under mmap_lock for write, with `downgrade` then read."""
+    """Unmap [start, end), which is not all hole, under mmap_lock for write, with `downgrade` then read.
+
+    KernelError(EINVAL), before that and with nothing unmapped: a huge page would have to be cut.
+    """
     first = mm.find_vma_intersection(start, end)
     assert first is not None
     if first.start < start:
@@ -208,3 +241,5 @@ def do_vmi_munmap(mm: MmStruct, start: int, end: int, *, downgrade: bool) -> Non
     unmap_vmas(tlb, vmas, start, end)
     free_pgtables(tlb, vmas, below, above.start if above is not None else 0)
     tlb.finish()
+    for vma in vmas:
+        vma_close(vma)

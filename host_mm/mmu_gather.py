@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from host_mm import tlb as _tlb
+from host_mm.arch.x86.pgtable import PMD_SIZE
 from host_mm.page import PG_swapcache, put_page
 from host_mm.pgtable_generic import free_tables
 from host_mm.swap_state import free_swap_cache
@@ -31,7 +32,7 @@ MAX_GATHER_PAGES = 8 + 19 * 510
 class MmuGather:
     """One gather. `fullmm`: the whole address space goes away, so one flush of everything will do."""
 
-    __slots__ = ("end", "fullmm", "limit", "mm", "pages", "start", "tables")
+    __slots__ = ("end", "fullmm", "limit", "mm", "pages", "start", "stride", "tables")
 
     def __init__(self, mm: MmStruct, *, fullmm: bool = False) -> None:
         self.mm = mm
@@ -41,14 +42,17 @@ class MmuGather:
         self.limit = int(mm.host.params.get("mm.max_gather_pages", MAX_GATHER_PAGES))
         self.start = _tlb.TLB_FLUSH_ALL
         self.end = 0
+        self.stride = _tlb.TLB_FLUSH_ALL
         _tlb.inc_tlb_flush_pending(mm)
 
-    def remove_tlb_entry(self, address: int) -> None:
-        """An entry was cleared: its translation must be flushed."""
+    def remove_tlb_entry(self, address: int, size: int = 4096) -> None:
+        """An entry that mapped `size` bytes was cleared: its translation must be flushed."""
         if address < self.start:
             self.start = address
-        if address + 4096 > self.end:
-            self.end = address + 4096
+        if address + size > self.end:
+            self.end = address + size
+        if size < self.stride:
+            self.stride = size
 
     def remove_page(self, pfn: int) -> bool:
         """Queue a page that lost its entry; true when the gather is full."""
@@ -66,9 +70,11 @@ class MmuGather:
             if self.fullmm:
                 _tlb.flush_tlb_mm(self.mm)
             else:
-                _tlb.flush_tlb_range(self.mm, self.start, self.end)
+                flush = _tlb.flush_tlb_range if self.stride < PMD_SIZE else _tlb.flush_pmd_tlb_range
+                flush(self.mm, self.start, self.end)
             self.start = _tlb.TLB_FLUSH_ALL
             self.end = 0
+            self.stride = _tlb.TLB_FLUSH_ALL
 
     def flush(self) -> None:
         """tlb_flush_mmu: flush, then free."""

@@ -11,7 +11,7 @@ to the 2 MiB boundary if nothing else is mapped there. Entries that move one by 
 those that move with their table do not. A userfaultfd's range moves entry by entry and loses its write
 protections.
 
-Not modelled: huge entries, hugetlb, exec's move of the stack; that 5.10 takes the rmap locks for a table
+Not modelled: transparent huge pages, exec's move of the stack; that 5.10 takes the rmap locks for a table
 only where it does for entries.
 """
 
@@ -32,6 +32,8 @@ from host_mm.arch.x86.pgtable import (
     pte_mksoft_dirty,
     pte_present,
 )
+from host_mm.hugetlb_copy import move_hugetlb_page_tables
+from host_mm.mm_types import VM_HUGETLB
 from host_mm.pgtable_generic import (
     move_table,
     pmd_alloc,
@@ -61,6 +63,8 @@ def move_page_tables(
     """Move the entries of `length` bytes; how many bytes are done, fewer only if there was no memory."""
     if not length:
         return 0
+    if old_vma.flags & VM_HUGETLB:
+        return move_hugetlb_page_tables(old_vma, new_vma, old_addr, new_addr, length)
     return _Move(old_vma, new_vma, old_addr, new_addr, length, need_rmap_locks).run()
 
 

@@ -11,7 +11,7 @@ The flush follows the bracket's end: what a gather found to need one, in 5.10 th
 Userfaultfd's write-protection takes the same way; where it must hold for pages that are not there, the walk
 makes the tables and puts markers in.
 
-Not modelled: protection keys, huge entries, prot_none_walk, memory tiers.
+Not modelled: protection keys, transparent huge pages, prot_none_walk, memory tiers.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ from host_mm.arch.x86.pgtable import (
     swp_entry_to_pte,
     swp_offset,
 )
+from host_mm.hugetlb_unmap import hugetlb_change_protection
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory import vm_normal_page
 from host_mm.memory_copy import is_cow_mapping
-from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE
+from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_HUGETLB, VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE
 from host_mm.mmu_gather import MmuGather
 from host_mm.page import (
     PG_anon,
@@ -155,6 +156,8 @@ def change_protection(tlb: MmuGather, vma: VmArea, start: int, end: int, cp_flag
 
     How many changed, or -ENOMEM where markers need tables.
     """
+    if vma.flags & VM_HUGETLB:
+        return hugetlb_change_protection(vma, start, end, vma.page_prot)
     profile = vma.mm.host.profile
     if profile.mprotect_gathers:
         return _change_chunks(_Change(tlb, vma, cp_flags), start, end)

@@ -12,7 +12,7 @@ of its new place, so that it can merge. MREMAP_DONTUNMAP leaves the emptied sour
 Where a page of a faulted VMA moves into a neighbour that was never faulted, the neighbour gets the
 source's anon_vma, as in 6.18 stable; 6.18.2 forgets to.
 
-Not modelled: hugetlb, file mappings' hooks, KSM's unmerging before a move, userfaultfd events, sealing,
+Not modelled: file mappings' hooks, KSM's unmerging before a move, userfaultfd events, sealing,
 accounting (VM_ACCOUNT, locked_vm, map count limit), old_len 0 of shared mappings.
 """
 
@@ -22,16 +22,17 @@ from errno import EFAULT, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.address_space import flush_delayed_fput
-from host_mm.arch.x86.pgtable import TASK_SIZE
+from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE
 from host_mm.gup import mm_populate
+from host_mm.hugetlb_resv import clear_vma_resv_huge_pages
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
-from host_mm.mm_types import VM_DONTEXPAND, VM_LOCKED, VM_LOCKED_MASK, VM_PFNMAP, VM_SHARED
+from host_mm.mm_types import VM_DONTEXPAND, VM_HUGETLB, VM_LOCKED, VM_LOCKED_MASK, VM_PFNMAP, VM_SHARED
 from host_mm.mmap import MAP_FIXED, do_vmi_munmap, get_unmapped_area
 from host_mm.move_page_tables import move_page_tables
 from host_mm.rmap import anon_vma_clone, unlink_anon_vmas
 from host_mm.userfaultfd_k import mremap_userfaultfd_prep
-from host_mm.vma import insert_vma, vm_area_dup, vma_merge_new_range
+from host_mm.vma import insert_vma, vm_area_dup, vma_merge_new_range, vma_open
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
@@ -118,6 +119,8 @@ class _Remap:
         vma = self.vma
         if vma is None:
             raise KernelError(EFAULT, f"nothing is mapped at {self.addr:#x}")
+        if vma.flags & VM_HUGETLB:
+            self._align_hugetlb()
         self.delta = abs(self.old_len - self.new_len)
         if not self.implies_new_addr:
             self.new_addr = self.addr
@@ -135,6 +138,13 @@ class _Remap:
             if vma.flags & (VM_DONTEXPAND | VM_PFNMAP):
                 raise KernelError(EFAULT, f"{vma!r} may not grow")
         return vma
+
+    def _align_hugetlb(self) -> None:
+        """align_hugetlb: whole huge pages; their reservation cannot grow."""
+        self.old_len = (self.old_len + PMD_SIZE - 1) & ~(PMD_SIZE - 1)
+        self.new_len = (self.new_len + PMD_SIZE - 1) & ~(PMD_SIZE - 1)
+        if (self.addr | self.new_addr) & (PMD_SIZE - 1) or self.new_len > self.old_len:
+            raise KernelError(EINVAL, f"{self.addr:#x} is made of huge pages")
 
     # -- which way ----------------------------------------------------------------------------
 
@@ -202,7 +212,8 @@ class _Remap:
         """vrm_set_new_addr."""
         hint = self.new_addr if self.implies_new_addr else 0
         fixed = MAP_FIXED if self.flags & MREMAP_FIXED else 0
-        self.new_addr = get_unmapped_area(self.mm, hint, self.new_len, fixed)
+        huge = self.vma is not None and bool(self.vma.flags & VM_HUGETLB)
+        self.new_addr = get_unmapped_area(self.mm, hint, self.new_len, fixed, huge=huge)
 
     # -- in place -----------------------------------------------------------------------------
 
@@ -246,10 +257,12 @@ class _Remap:
         if moved < old_len:
             # The tables of the old range are still there, so that the way back needs no memory.
             move_page_tables(new, vma, self.new_addr, self.addr, moved, True)
+            _fixup_hugetlb_reservations(new)
             do_vmi_munmap(mm, self.new_addr, self.new_addr + self.new_len, downgrade=False)
             self.populate_expand = False
             raise KernelError(ENOMEM, "no memory for page tables")
         mremap_userfaultfd_prep(new)
+        _fixup_hugetlb_reservations(vma)
         if self.flags & MREMAP_DONTUNMAP:
             vma.flags &= ~VM_LOCKED_MASK
             if new is not vma and self.addr == vma.start and self.addr + old_len == vma.end:
@@ -281,5 +294,12 @@ class _Remap:
         new.start = start
         new.end = end
         anon_vma_clone(new, vma)
+        vma_open(new)
         insert_vma(new)
         return new, False
+
+
+def _fixup_hugetlb_reservations(vma: VmArea) -> None:
+    """One of two VMAs that had the same reservation goes: it is the other's."""
+    if vma.flags & VM_HUGETLB:
+        clear_vma_resv_huge_pages(vma)

@@ -25,6 +25,7 @@ from host_mm.mm_types import (
     MM_SWAPENTS,
     MMF_OOM_SKIP,
     MMF_UNSTABLE,
+    VM_HUGETLB,
     VM_PFNMAP,
     VM_SHARED,
 )
@@ -98,7 +99,7 @@ def _oom_reap_task_mm(process: Process) -> bool:
         return False
     reaped = True
     for vma in reversed(mm.vmas):
-        if vma.flags & VM_PFNMAP or (vma.file is not None and vma.flags & VM_SHARED):
+        if vma.flags & (VM_HUGETLB | VM_PFNMAP) or (vma.file is not None and vma.flags & VM_SHARED):
             continue
         range_ = mmu_notifier_range_init(MMU_NOTIFY_UNMAP, mm, vma.start, vma.end, order=ORDER_GATHER)
         tlb = MmuGather(mm)

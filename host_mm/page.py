@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENTIRELY_MAPPED", "GUP_PIN_COUNTING_BIAS", "PAGE_FLAGS_CHECK_AT_FREE", "PG_active", "PG_anon",
-    "PG_anon_exclusive", "PG_buddy", "PG_dirty", "PG_head", "PG_hwpoison", "PG_idle", "PG_ksm", "PG_locked",
+    "PG_anon_exclusive", "PG_buddy", "PG_dirty", "PG_head", "PG_hugetlb", "PG_hwpoison", "PG_idle", "PG_ksm",
+    "PG_locked",
     "PG_lru", "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced", "PG_reserved", "PG_swapbacked",
     "PG_swapcache", "PG_table", "PG_unevictable", "PG_uptodate", "PG_workingset", "PG_writeback",
     "PG_young", "PG_zone_device", "Pages", "decode_page_flags", "folio_mapcount", "folio_maybe_dma_pinned",
@@ -69,6 +70,7 @@ PG_buddy = 1 << 32
 PG_table = 1 << 33
 PG_anon = 1 << 34
 PG_ksm = 1 << 35
+PG_hugetlb = 1 << 36
 # What the kernel keeps in the zone number: ZONE_DEVICE.
 PG_zone_device = 1 << 40
 
@@ -89,7 +91,7 @@ _NAMES = {
     PG_reserved: "reserved", PG_private: "private", PG_reclaim: "reclaim", PG_swapbacked: "swapbacked",
     PG_unevictable: "unevictable", PG_mlocked: "mlocked", PG_hwpoison: "hwpoison", PG_young: "young",
     PG_idle: "idle", PG_buddy: "buddy", PG_table: "table", PG_anon: "anon", PG_ksm: "ksm",
-    PG_zone_device: "zone_device",
+    PG_hugetlb: "hugetlb", PG_zone_device: "zone_device",
 }
 
 
@@ -198,6 +200,9 @@ def put_page(host: HostMm, pfn: int, nr: int = 1) -> None:
 
 def __folio_put(host: HostMm, pfn: int) -> None:
     pages = host.pages
+    if pages.flags[pfn] & PG_hugetlb:
+        host.free_huge_folio(pfn)
+        return
     if pages.flags[pfn] & PG_zone_device:
         host.free_zone_device_folio(pfn)
         return

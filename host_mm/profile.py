@@ -29,6 +29,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     or 2 (PMD). `mprotect_gathers`: its flush is a gather's, else one over the whole range of the VMA.
     `madvise_gathers_once`: DONTNEED and FREE flush once for all VMAs, else VMA by VMA. `migrate_batches`:
     migration unmaps many folios, their flush deferred, before it moves the first; else one at a time.
+    `hugetlb_unmap_brackets`: unmapping huge pages opens a bracket of its own, an UNMAP, inside the caller's.
 
     Copies. `anon_exclusive`: who owns an anonymous page goes by PG_anon_exclusive, which COW reuse, pins,
     migration, swap entries and mprotect look at; without it COW reuses a page that nobody else refers to.
@@ -52,6 +53,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     mprotect_gathers: bool = True
     madvise_gathers_once: bool = True
     migrate_batches: bool = True
+    hugetlb_unmap_brackets: bool = False
     anon_exclusive: bool = True
     cow_frees_swap_cache: bool = True
     pinned_stay_out_of_swap: bool = True
@@ -81,6 +83,7 @@ LINUX_5_10 = MmProfile(
     mprotect_gathers=False,
     madvise_gathers_once=False,
     migrate_batches=False,
+    hugetlb_unmap_brackets=True,
     anon_exclusive=False,
     cow_frees_swap_cache=False,
     pinned_stay_out_of_swap=False,

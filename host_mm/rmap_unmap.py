@@ -11,8 +11,8 @@ the flush only noted, so that the bracket ends before the primary flush: the cal
 After the split the walk goes on with the small entries and the other VMAs, as in 6.18 stable; 6.18.2 stops
 there, so that it cannot split what two processes share.
 
-Not modelled: batches of entries of one large folio, hugetlb, device-private entries,
-should_defer_flush's look at the CPU mask (a flush is always deferred when asked).
+Not modelled: batches of entries of one large folio, device-private entries, should_defer_flush's look at
+the CPU mask (a flush is always deferred when asked).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ The first seven raise from the place where they break; `audit` checks the others
 inside mm. References that are neither mappings, page tables, swap cache nor LRU batches come from
 `host.frame_holders`: callables that give a dict of pfn to count (KVM's tables, pins).
 
-Not modelled: huge entries.
+Not modelled: transparent huge pages; truths_hugetlb.py has those of hugetlbfs.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ from host_mm.lru import LRU_NAMES
 from host_mm.mm_types import MM_SWAPENTS, VM_UFFD_WP
 from host_mm.page import (
     PG_buddy,
+    PG_hugetlb,
     PG_ksm,
     PG_lru,
     PG_reserved,
@@ -68,6 +69,7 @@ from host_mm.page import (
 from host_mm.pgtable_generic import pmd_entries
 from host_mm.ram import PAGE_SIZE
 from host_mm.swapfile import SWAP_MAP_BAD
+from host_mm.truths_hugetlb import HugetlbAudit
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -210,12 +212,15 @@ class _Audit:
         self.refs: Counter[int] = Counter()
         self.slots: Counter[int] = Counter()
         self.linked = 0
+        self.hugetlb = HugetlbAudit(host)
 
     def tables(self, mm: MmStruct) -> None:
         """Every page table holds one reference to itself."""
         u64 = self.host.ram.u64
         level = [mm.pgd]
         for depth in range(3, -1, -1):
+            if depth == 1:
+                level = [table for table in level if self.hugetlb.first_user(table)]
             self.refs.update(table >> 12 for table in level)
             if depth:
                 words = [word for at in level for word in u64[at >> 3 : (at >> 3) + 512].tolist()]
@@ -270,7 +275,8 @@ class _Audit:
         for vpn, cached in table.entries.items():
             entry, level = walk_lockless(self.host.ram, mm.pgd, vpn << 12)
             writable = not cached & 1 or entry & _PAGE_RW
-            if level != 1 or not entry & 1 or pte_pfn(entry) != cached >> 1 or not writable:
+            pfn = pte_pfn(entry) + (vpn & 511 if level == 2 else 0)
+            if level > 2 or not entry & 1 or pfn != cached >> 1 or not writable:
                 raise BrokenTruth(
                     "tlb-stale", f"pid {_pid(mm)} {vpn << 12:#x}: {who} {cached:#x}, entry {entry:#x}"
                 )
@@ -329,6 +335,9 @@ class _Audit:
         who = f"pfn {pfn:#x} ({decode_page_flags(flags)})"
         expected = self.refs[pfn] + (1 if flags & PG_swapcache else 0)
         count, maps = pages.refcount[pfn], pages.mapcount[pfn]
+        if flags & PG_hugetlb:
+            self.hugetlb.frame(pfn, flags, self.refs[pfn])
+            return
         if count != expected or not expected:
             raise BrokenTruth("frame-refcount", f"{who} has refcount {count}, {expected} references exist")
         if maps != self.maps[pfn]:
@@ -400,10 +409,12 @@ def audit(host: HostMm) -> None:
         check.tables(mm)
         check.entries(mm)
         check.tlb(mm)
+        check.hugetlb.vmas(mm)
         check.mappings(mm)
     linked = sum(len(mapping.i_mmap) for mapping in host.mappings)
     if linked != check.linked:
         raise BrokenTruth("i-mmap", f"{linked} VMAs are linked to files, {check.linked} exist")
     check.frames()
+    check.hugetlb.finish()
     check.memcg()
     check.swap()

@@ -13,6 +13,7 @@ Not modelled: the maple tree (a sorted list), per-VMA locks, VMA names, merge li
 from __future__ import annotations
 
 from bisect import bisect_left
+from errno import EINVAL
 from typing import TYPE_CHECKING
 
 from host_mm.address_space import i_mmap_insert, i_mmap_remove, vma_file_lock
@@ -25,6 +26,8 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_USER,
 )
 from host_mm.huge_memory_pmd import vma_adjust_trans_huge
+from host_mm.hugetlb_share import hugetlb_split
+from host_mm.kernel.errors import KernelError
 from host_mm.mm_types import (
     VM_ACCESS_FLAGS,
     VM_EXEC,
@@ -45,8 +48,17 @@ if TYPE_CHECKING:
     from host_mm.userfaultfd_k import UserfaultfdCtx
 
 __all__ = [
-    "insert_vma", "remove_vma", "split_vma", "vm_area_dup", "vm_get_page_prot",
-    "vma_merge_new_range", "vma_modify_flags", "vma_modify_flags_uffd", "vma_set_page_prot",
+    "insert_vma",
+    "remove_vma",
+    "split_vma",
+    "vm_area_dup",
+    "vm_get_page_prot",
+    "vma_close",
+    "vma_merge_new_range",
+    "vma_modify_flags",
+    "vma_modify_flags_uffd",
+    "vma_open",
+    "vma_set_page_prot",
     "vma_wants_writenotify",
 ]
 
@@ -93,6 +105,18 @@ def vm_area_dup(vma: VmArea, mm: MmStruct) -> VmArea:
     new.swap_readahead_info = vma.swap_readahead_info
     new.userfaultfd_ctx = vma.userfaultfd_ctx
     return new
+
+
+def vma_open(vma: VmArea) -> None:
+    """The file hears of a copy of one of its VMAs."""
+    if vma.ops is not None and vma.ops.open is not None:
+        vma.ops.open(vma)
+
+
+def vma_close(vma: VmArea) -> None:
+    """And of a VMA that is gone, with its entries and tables."""
+    if vma.ops is not None and vma.ops.close is not None:
+        vma.ops.close(vma)
 
 
 def insert_vma(vma: VmArea, after: VmArea | None = None) -> None:
@@ -154,7 +178,12 @@ def _set_range(vma: VmArea, start: int, end: int) -> None:
 
 # -- splitting ----------------------------------------------------------------------------------
 def split_vma(vma: VmArea, address: int, *, new_below: bool) -> VmArea:
-    """Cut the VMA at `address`; the new one is the lower or the upper part. Returns the new one."""
+    """Cut the VMA at `address`; the new one is the lower or the upper part. Returns the new one.
+
+    KernelError(EINVAL): huge pages cannot be cut.
+    """
+    if vma.ops is not None and vma.ops.may_split is not None and not vma.ops.may_split(vma, address):
+        raise KernelError(EINVAL, f"{vma!r} cannot be cut at {address:#x}")
     new = vm_area_dup(vma, vma.mm)
     if new_below:
         new.end = address
@@ -162,8 +191,11 @@ def split_vma(vma: VmArea, address: int, *, new_below: bool) -> VmArea:
         new.start = address
         new.pgoff += (address - vma.start) >> 12
     anon_vma_clone(new, vma)
+    vma_open(new)
     locks = _vma_prepare(vma)
     vma_adjust_trans_huge(vma, vma.start, address, None)
+    if vma.flags & VM_HUGETLB:
+        hugetlb_split(vma, address)
     if new_below:
         _set_range(vma, address, vma.end)
     else:

@@ -86,6 +86,7 @@ def dma_write(board: Board, gpa: int, value: int, size: int = 8, ns: int = 10_00
 def kvm_map_write(board: Board, gpa: int, value: int, size: int = 8, ns: int = 10_000) -> int:
     """KVM maps the page for itself, stores `value` `ns` later, and unmaps it dirty (kvm_vcpu_map)."""
     from host_mm.gup import FOLL_WRITE
+    from host_mm.page import page_folio
     from kvm_model.follow_pfn import kvm_faultin_pfn, kvm_release_page_dirty
 
     _check(gpa, size, ns)
@@ -96,9 +97,10 @@ def kvm_map_write(board: Board, gpa: int, value: int, size: int = 8, ns: int = 1
     pfn, _, held = kvm_faultin_pfn(kvm, slot, gpa >> 12, FOLL_WRITE)
     if held < 0:
         raise KernelError(errno.EFAULT, f"gpa {gpa:#x} cannot be mapped")
-    host.held[held] += 1
+    head = page_folio(host.pages, held)
+    host.held[head] += 1
     host.sched.sleep(ns)
     host.ram.write((pfn << 12) + (gpa & 0xFFF), _bytes(value, size))
-    host.held[held] -= 1
+    host.held[head] -= 1
     kvm_release_page_dirty(kvm, held)
     return 0

@@ -17,7 +17,9 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_PRESENT,
     _PAGE_RW,
     _PAGE_USER,
+    HPAGE_PMD_NR,
     PFN_MASK,
+    pmd_trans_huge,
 )
 from host_mm.kernel.costs import COST_WALK
 from host_mm.memory import handle_mm_fault
@@ -64,19 +66,27 @@ def do_user_addr_fault(mm: MmStruct, address: int, *, write: bool) -> int:
 def hardware_walk(mm: MmStruct, address: int, write: bool, tlb: HostTlb) -> int:
     """The hardware walk with its A and D updates: a frame, which `tlb` learns, or -1 for a page fault."""
     pmd = pmd_offset(mm, address)
-    pte = pte_offset_map(mm, pmd, address) if pmd else 0
-    if not pte:
+    if not pmd:
         return -1
     u64 = mm.host.ram.u64
-    entry = u64[pte >> 3]
+    offset = 0
+    at = pmd
+    if pmd_trans_huge(u64[pmd >> 3]):
+        offset = (address >> 12) & (HPAGE_PMD_NR - 1)
+    else:
+        at = pte_offset_map(mm, pmd, address)
+        if not at:
+            return -1
+    entry = u64[at >> 3]
     wanted = _PAGE_PRESENT | _PAGE_USER | (_PAGE_RW if write else 0)
     if entry & wanted != wanted:
         return -1
     update = entry | _PAGE_ACCESSED | (_PAGE_DIRTY if write else 0)
     if update != entry:
-        u64[pte >> 3] = update
-    tlb.fill(address, (entry & PFN_MASK) >> 12, bool(update & _PAGE_RW and update & _PAGE_DIRTY))
-    return (entry & PFN_MASK) >> 12
+        u64[at >> 3] = update
+    pfn = ((entry & PFN_MASK) >> 12) + offset
+    tlb.fill(address, pfn, bool(update & _PAGE_RW and update & _PAGE_DIRTY))
+    return pfn
 
 
 def translate_nofault(mm: MmStruct, address: int, *, write: bool) -> int:
