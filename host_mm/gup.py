@@ -9,7 +9,7 @@ it in between is given back. It never takes the zero page. Slow GUP faults under
 (FOLL_PIN) counts 1024 references at once, of a large folio one and a pin count, and must hold an exclusive
 page; a read-only long-term pin of anything else first makes one (unshare).
 
-Not modelled: transparent huge pages, more than one page in a call, FOLL_LONGTERM's migration out of movable
+Not modelled: more than one page in a call, FOLL_LONGTERM's migration out of movable
 zones (there are none), pages of devices, signals (FOLL_INTERRUPTIBLE never interrupts), 5.10's FOLL_COW (a
 forced write there follows any dirty entry).
 """
@@ -27,6 +27,7 @@ from host_mm.arch.x86.pgtable import (
     HPAGE_PMD_NR,
     PMD_SIZE,
     pmd_pfn,
+    pmd_trans_huge,
     pte_dirty,
     pte_mkdirty,
     pte_mkyoung,
@@ -172,7 +173,7 @@ def _must_unshare(host: HostMm, vma: VmArea | None, flags: int, pfn: int) -> boo
     if flags & (FOLL_WRITE | FOLL_PIN) != FOLL_PIN or not host.profile.anon_exclusive:
         return False
     page_flags = host.pages.flags[pfn]
-    if not page_flags & PG_anon:
+    if not host.pages.flags[page_folio(host.pages, pfn)] & PG_anon:
         if not flags & FOLL_LONGTERM:
             return False
         return vma is None or is_cow_mapping(vma.flags)
@@ -211,7 +212,7 @@ def _gup_fast(mm: MmStruct, addr: int, flags: int) -> int:
     if flags & FOLL_PIN and mm.write_protect_seq != seq:
         _ungrab(host, pfn, flags)
         return -1
-    host.pages.flags[head] |= PG_referenced
+    host.pages.flags[page_folio(host.pages, pfn)] |= PG_referenced
     return pfn
 
 
@@ -274,6 +275,10 @@ def _follow_page_pte(vma: VmArea, addr: int, flags: int) -> int:
         hugetlb_vma_unlock_read(vma)
         return answer
     pmd = pmd_offset(mm, addr)
+    if pmd and pmd_trans_huge(host.ram.u64[pmd >> 3]):
+        answer = _follow_huge_pmd(vma, addr, flags)
+        if answer != -EAGAIN:
+            return answer
     pte = pte_offset_map_lock(mm, pmd, addr) if pmd else 0
     if not pte:
         return -ENOENT
@@ -281,10 +286,11 @@ def _follow_page_pte(vma: VmArea, addr: int, flags: int) -> int:
     entry = ptep_get(mm, pte)
     answer = _follow_locked(vma, entry, flags)
     if answer >= 0 and flags & FOLL_TOUCH:
-        if flags & FOLL_WRITE and not pte_dirty(entry) and not host.pages.flags[answer] & PG_dirty:
-            set_page_dirty(host, answer)
+        folio = page_folio(host.pages, answer)
+        if flags & FOLL_WRITE and not pte_dirty(entry) and not host.pages.flags[folio] & PG_dirty:
+            set_page_dirty(host, folio)
         if answer != host.zero_pfn:
-            host.lru.folio_mark_accessed(answer)
+            host.lru.folio_mark_accessed(folio)
     ptl.unlock()
     return answer
 
@@ -299,7 +305,10 @@ def _follow_huge_pmd(vma: VmArea, addr: int, flags: int) -> int:
     entry = host.ram.u64[pmd >> 3]
     pfn = pmd_pfn(entry)
     hinting = pte_protnone(entry) and flags & FOLL_HONOR_NUMA_FAULT and vma.flags & VM_ACCESS_FLAGS
-    if not pte_present(entry) or hinting or (flags & FOLL_WRITE and not pte_write(entry)):
+    if not pmd_trans_huge(entry) and not vma.flags & VM_HUGETLB:
+        # It was split meanwhile.
+        answer = -EAGAIN
+    elif not pte_present(entry) or hinting or not _can_follow_huge(vma, entry, pfn, flags):
         answer = -ENOENT
     elif not pte_write(entry) and _must_unshare(host, vma, flags, pfn):
         answer = -EMLINK
@@ -314,6 +323,13 @@ def _follow_huge_pmd(vma: VmArea, addr: int, flags: int) -> int:
                 set_pmd(vma.mm, addr & ~(PMD_SIZE - 1), pmd, touched)
     lock.unlock()
     return answer
+
+
+def _can_follow_huge(vma: VmArea, entry: int, pfn: int, flags: int) -> bool:
+    """Whether a write, if it is one, may go through this huge entry."""
+    if not flags & FOLL_WRITE or pte_write(entry):
+        return True
+    return not vma.flags & VM_HUGETLB and _can_follow_write_pte(vma, entry, pfn, flags)
 
 
 def _follow_locked(vma: VmArea, entry: int, flags: int) -> int:

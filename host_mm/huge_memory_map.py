@@ -19,7 +19,6 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_DIRTY,
     _PAGE_PRESENT,
-    _PAGE_RW,
     _PAGE_SOFT_DIRTY,
     _PAGE_SWP_SOFT_DIRTY,
     _PAGE_SWP_UFFD_WP,
@@ -66,7 +65,6 @@ from host_mm.page import (
     PG_referenced,
     PG_swapbacked,
     PG_young,
-    folio_maybe_dma_pinned,
     folio_maybe_mapped_shared,
     get_page,
     put_page,
@@ -113,7 +111,7 @@ def zap_huge_pmd(tlb: MmuGather, vma: VmArea, pmd: int, address: int) -> bool:
     if ptl is None:
         return False
     old = pmdp_huge_get_and_clear(mm, address, pmd)
-    tlb.remove_pmd_tlb_entry(address)
+    tlb.remove_tlb_entry(address, PMD_SIZE)
     folio = pmd_folio(mm, old)
     if folio < 0:
         zap_deposited_table(mm, pmd)
@@ -258,7 +256,7 @@ def change_huge_pmd(
             new = pte_mkwrite(new)
         set_pmd(mm, address, pmd, new)
         if tlb is not None and _needs_flush(old, new):
-            tlb.remove_pmd_tlb_entry(address)
+            tlb.remove_tlb_entry(address, PMD_SIZE)
         changed = HPAGE_PMD_NR
     ptl.unlock()
     return changed
@@ -334,7 +332,7 @@ def madvise_free_huge_pmd(tlb: MmuGather, vma: VmArea, pmd: int, address: int, f
     if entry & _PAGE_ACCESSED or pte_dirty(entry):
         old = pmdp_invalidate(mm, address, pmd)
         set_pmd(mm, address, pmd, pte_mkclean(pte_mkold(old)))
-        tlb.remove_pmd_tlb_entry(address)
+        tlb.remove_tlb_entry(address, PMD_SIZE)
     host.lru.folio_mark_lazyfree(folio)
     ptl.unlock()
     return True

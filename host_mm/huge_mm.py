@@ -53,7 +53,6 @@ __all__ = [
     "TVA_PAGEFAULT",
     "Thp",
     "deferred_split_folio",
-    "folio_unqueue_deferred_split",
     "is_huge_zero_pfn",
     "is_huge_zero_pmd",
     "mm_get_huge_zero_folio",
@@ -85,12 +84,13 @@ class Thp:
     """
 
     __slots__ = (
-        "defrag", "deposited", "enabled", "huge_zero_pfn", "huge_zero_refcount", "partially_mapped",
+        "defrag", "deposited", "enabled", "host", "huge_zero_pfn", "huge_zero_refcount", "partially_mapped",
         "shmem_enabled", "split_queue_lock", "split_queues", "use_zero_page",
     )
 
     def __init__(self, host: HostMm) -> None:
         params = host.params
+        self.host = host
         self.enabled = params.get("thp.enabled", "madvise")
         self.defrag = params.get("thp.defrag", "madvise")
         self.use_zero_page = params.get("thp.use_zero_page", "Y").lower() not in _NO
@@ -101,6 +101,11 @@ class Thp:
         self.split_queue_lock = Spinlock(host.sched, "split_queue_lock")
         self.split_queues: list[OrderedDict[int, None]] = [OrderedDict() for _ in host.allocator.nodes]
         self.partially_mapped: set[int] = set()
+
+    def unqueue_deferred_split(self, folio: int) -> None:
+        """folio_unqueue_deferred_split: the folio is being freed or has been split."""
+        self.split_queues[self.host.allocator.nid_of(folio)].pop(folio, None)
+        self.partially_mapped.discard(folio)
 
     def holders(self) -> dict[int, int]:
         """The references that are not mappings: deposited tables and the huge zero page itself."""
@@ -234,10 +239,3 @@ def deferred_split_folio(host: HostMm, folio: int, *, partially_mapped: bool) ->
             thp.partially_mapped.add(folio)
             host.vmstat["thp_deferred_split_page"] += 1
         thp.split_queues[host.allocator.nid_of(folio)].setdefault(folio)
-
-
-def folio_unqueue_deferred_split(host: HostMm, folio: int) -> None:
-    """The folio is being freed or has been split."""
-    thp = host.thp
-    thp.split_queues[host.allocator.nid_of(folio)].pop(folio, None)
-    thp.partially_mapped.discard(folio)

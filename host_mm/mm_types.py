@@ -320,7 +320,7 @@ class VmFault:
     """struct vm_fault: one fault on its way. `pmd` and `pte` are physical addresses of entries (0: none)."""
 
     __slots__ = (
-        "address", "flags", "mm", "orig_pmd", "orig_pte", "page", "pgoff", "pmd", "prealloc_pte", "pte", "ptl",
+        "address", "cow_page", "flags", "mm", "orig_pmd", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl",
         "real_address", "vma",
     )
 

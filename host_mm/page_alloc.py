@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.costs import COST_CLEAR_PAGE, COST_DIRECT_RECLAIM
 from host_mm.kernel.errors import BrokenTruth, OutOfMemory
-from host_mm.page import PAGE_FLAGS_CHECK_AT_FREE, PG_buddy, PG_head, PG_mlocked, PG_reserved
+from host_mm.page import PAGE_FLAGS_CHECK_AT_FREE, PG_buddy, PG_head, PG_mlocked, PG_reserved, folio_nr_pages
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -242,6 +242,8 @@ class PageAllocator:
         host = self.host
         if host.memcg.folios:
             host.memcg.uncharge(pfn, 1 << order)
+        if order:
+            host.thp.unqueue_deferred_split(pfn)
         for frame in range(pfn, pfn + (1 << order)):
             self._free_page_prepare(frame)
         pages = host.pages
@@ -271,8 +273,9 @@ class PageAllocator:
         if mapping is not None:
             del pages.mapping[pfn]
         if flags & PG_mlocked:
-            host.vmstat["nr_mlock"] -= 1
-            host.vmstat["unevictable_pgs_cleared"] += 1
+            nr_pages = folio_nr_pages(pages, pfn)
+            host.vmstat["nr_mlock"] -= nr_pages
+            host.vmstat["unevictable_pgs_cleared"] += nr_pages
         pages.flags[pfn] = 0
         pages.private[pfn] = 0
         pages.index[pfn] = 0
