@@ -4,6 +4,7 @@ Reading order:
 
     ram.py                       the frames
     page.py page_alloc.py        struct page, and who owns which frame
+    mmzone.py                    zones, page blocks and the lists of free ones
     mempolicy.py                 and on which node
     pgtable_generic.py           tables as bytes in RAM; the funnel of every store
     mm_types.py process.py       address spaces, VMAs, processes
@@ -34,6 +35,8 @@ Reading order:
     hugetlb_rmap.py hugetlb_fault.py hugetlb_unmap.py hugetlb_copy.py hugetlb_migrate.py   their life
     hugetlbfs.py                 files of them
     migrate.py oom_kill.py       to another frame; to nowhere
+    compaction.py kcompactd.py   many to another place, for large blocks; and the daemon that sees to it
+    compaction_scan.py           which and where to; compaction_trace.py: what is told about it
     ksm.py ksm_merge.py          equal pages become one; ksm_break.py: and are parted again
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped
     host.py                      all of it, wired

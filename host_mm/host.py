@@ -6,7 +6,8 @@ mm/page_alloc.c, mm/memory.c, mm/madvise.c, mm/vmscan.c, mm/swapfile.c and mm/oo
 Linux's mm is mutually recursive; imports here may not be. The lower files call upward by methods of
 HostMm, which this file, at the top of the room, passes on:
 
-    page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory
+    page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory, try_to_compact_pages
+    vmscan      ->  wakeup_kcompactd, reset_isolation_suitable
     memcontrol  ->  reclaim_memcg, out_of_memory
     memory      ->  do_swap_page, do_fault, wp_page_shared
     swapin      ->  do_wp_page
@@ -26,12 +27,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from host_mm import (
+    compaction,
+    compaction_trace,
     filemap_cache,
     fork,
     gup,
     hmm_mirror,
     hugetlb,
     interval_notifier,
+    kcompactd,
     ksm,
     ksm_merge,
     ksm_tree,
@@ -83,8 +87,28 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
-    filemap_cache, fork, gup, hmm_mirror, interval_notifier, ksm, ksm_merge, ksm_tree, lru, memory, migrate,
-    mmu_notifier, oom_kill, page_alloc, page_io, rmap_unmap, swap_state, swapin, tlb, userfaultfd_k, vmscan,
+    compaction_trace,
+    filemap_cache,
+    fork,
+    gup,
+    hmm_mirror,
+    interval_notifier,
+    ksm,
+    ksm_merge,
+    ksm_tree,
+    lru,
+    memory,
+    migrate,
+    mmu_notifier,
+    oom_kill,
+    page_alloc,
+    page_io,
+    rmap_unmap,
+    swap_state,
+    swapin,
+    tlb,
+    userfaultfd_k,
+    vmscan,
     vmscan_trace,
 )
 
@@ -182,8 +206,8 @@ class HostMm:
 
     @property
     def zones(self) -> list[page_alloc.Zone]:
-        """The zones, one a node."""
-        return [node.zone for node in self.allocator.nodes]
+        """The zones of all nodes."""
+        return self.allocator.zones
 
     def numa_node_id(self, process: Process) -> int:
         """The node of the CPU that the current task, a thread of `process` or KVM's for it, runs on."""
@@ -228,7 +252,10 @@ class HostMm:
         self.lru.lru_add_drain_all()
 
     def _at_work(self) -> bool:
-        return self.ksm.scanning or any(not vmscan.kswapd_asleep(self, node.nid) for node in self.nodes)
+        return self.ksm.scanning or any(
+            not vmscan.kswapd_asleep(self, node.nid) or not kcompactd.kcompactd_asleep(self, node.nid)
+            for node in self.nodes
+        )
 
     def shutdown(self) -> None:
         """Every process has ended: stop ksmd, turn swap off. What is in use after that is lost."""
@@ -252,6 +279,19 @@ class HostMm:
     def wakeup_kswapd(self, nid: int, order: int, gfp: int) -> None:
         """page_alloc -> vmscan."""
         vmscan.wakeup_kswapd(self, nid, order, gfp)
+
+    def try_to_compact_pages(self, gfp: int, order: int, zonelist: list[page_alloc.Zone], prio: int) -> int:
+        """page_alloc -> compaction: direct compaction; a COMPACT_* result."""
+        return compaction.try_to_compact_pages(self, gfp, order, zonelist, prio)
+
+    def wakeup_kcompactd(self, nid: int, order: int, zoneidx: int) -> None:
+        """vmscan -> kcompactd."""
+        kcompactd.wakeup_kcompactd(self, nid, order, zoneidx)
+
+    def reset_isolation_suitable(self, nid: int) -> None:
+        """vmscan -> compaction."""
+        for zone in self.allocator.nodes[nid].zones:
+            compaction.reset_isolation_suitable(zone)
 
     def out_of_memory(self, order: int, memcg: MemCgroup | None) -> bool:
         """page_alloc, memcontrol -> oom_kill: whether anything was killed, in the group if one is given."""

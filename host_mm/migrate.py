@@ -131,6 +131,8 @@ TRACEPOINTS = (MM_MIGRATE_PAGES, MM_MIGRATE_PAGES_START, MIGRATE_FOLIO)
 
 NewFolio = Callable[[int], int]
 """From the source pfn to a new frame with one reference, or -1."""
+PutFolio = Callable[[int], None]
+"""Takes a new frame back that was not used."""
 
 
 class _Unmapped:
@@ -149,11 +151,14 @@ class _Unmapped:
 class _Batch:
     """One call of migrate_pages: its counts and the folios that failed for good."""
 
-    __slots__ = ("get_new_folio", "host", "nr_failed_pages", "nr_succeeded", "reason", "ret_folios")
+    __slots__ = (
+        "get_new_folio", "host", "nr_failed_pages", "nr_succeeded", "put_new_folio", "reason", "ret_folios",
+    )
 
-    def __init__(self, host: HostMm, get_new_folio: NewFolio, reason: int) -> None:
+    def __init__(self, host: HostMm, get_new_folio: NewFolio, put_new_folio: PutFolio, reason: int) -> None:
         self.host = host
         self.get_new_folio = get_new_folio
+        self.put_new_folio = put_new_folio
         self.reason = reason
         self.ret_folios: list[int] = []
         self.nr_succeeded = 0
@@ -184,12 +189,12 @@ class _Batch:
         if dst < 0:
             return -ENOMEM
         if not self._lock_source(src, mode, force):
-            put_page(host, dst)
+            self.put_new_folio(dst)
             return -EAGAIN
         if pages.flags[src] & PG_writeback:
             if mode != MIGRATE_SYNC or not force:
                 folio_unlock(host, src)
-                put_page(host, dst)
+                self.put_new_folio(dst)
                 return -EAGAIN if mode == MIGRATE_SYNC else -EBUSY
             folio_wait_writeback(host, src)
         if not folio_trylock(host, dst):
@@ -216,7 +221,7 @@ class _Batch:
             remove_migration_ptes(host, item.src, item.src, item.anon_vma)
         folio_unlock(host, item.src)
         folio_unlock(host, item.dst)
-        put_page(host, item.dst)
+        self.put_new_folio(item.dst)
 
     def _move_to_new_folio(self, src: int, dst: int) -> int:
         """__migrate_folio: copy, then give the new frame the old one's identity."""
@@ -420,16 +425,23 @@ def putback_movable_pages(host: HostMm, pfns: list[int]) -> None:
     pfns.clear()
 
 
-def migrate_pages(host: HostMm, pfns: list[int], target_nid: int, reason: int, mode: int) -> int:
+def migrate_pages(
+    host: HostMm, pfns: list[int], target_nid: int, reason: int, mode: int, *,
+    get_new_folio: NewFolio | None = None, put_new_folio: PutFolio | None = None,
+) -> int:
     """Move isolated folios to a node. How many stayed, or -ENOMEM; those are left in `pfns`.
 
-    The caller isolated them from the LRU and gives what stays to putback_movable_pages.
+    The caller isolated them from the LRU and gives what stays to putback_movable_pages. New frames come
+    from `get_new_folio` and unused ones go to `put_new_folio`; by default the node's and the allocator.
     """
     ctx = host.stream.ctx
     saved = ctx.cause
     if (t := host.trace.mm_migrate_pages_start) is not None:
         ctx.cause = t(mode, reason)
-    batch = _Batch(host, lambda src: alloc_migration_target(host, target_nid), reason)
+    batch = _Batch(
+        host, get_new_folio or (lambda src: alloc_migration_target(host, target_nid)),
+        put_new_folio or (lambda dst: put_page(host, dst)), reason,
+    )
     rc_gather = 0
     todo = [pfn for pfn in pfns if not host.pages.flags[pfn] & PG_hugetlb]
     if len(todo) < len(pfns):

@@ -1,16 +1,20 @@
-"""The buddy allocator: two nodes, one zone each, watermarks, and the funnel every freed frame takes.
+"""The page allocator: two nodes, watermarks, and the funnel every freed frame takes.
 
-Source of truth: mm/page_alloc.c (get_page_from_freelist, __alloc_pages_slowpath, __free_one_page,
-expand, free_pages_prepare, __setup_per_zone_wmarks, calculate_min_free_kbytes); Linux 6.18.
+Source of truth: mm/page_alloc.c (get_page_from_freelist, __alloc_pages_slowpath,
+__alloc_pages_direct_compact, should_compact_retry, free_pages_prepare, __setup_per_zone_wmarks,
+calculate_min_free_kbytes, gfp_migratetype), mm/mm_init.c: find_zone_movable_pfns_for_nodes; Linux 6.18.
 
-A free block is known by its first frame: PG_buddy, its order in `order`, its place in the zone's free
-list of that order. At start the zone is cut into blocks of the highest order, so nothing is paid per
-frame. Freeing poisons the frame, raises its generation and tells `host.free_hooks`.
+The free lists are in mmzone.py. At start a zone is cut into blocks of the highest order, so nothing is
+paid per frame. Freeing poisons the frame, raises its generation and tells `host.free_hooks`.
 
-The allocator never gives way in its own body, so the zone lock is not needed; only reclaim sleeps.
+With `mm.movablecore=SIZE` the upper SIZE bytes of the host's memory, spread over its nodes, are
+ZONE_MOVABLE: only what can be migrated is put there. A poisoned frame (memory_failure.py) never comes back
+to the lists.
 
-Not modelled: per-CPU lists, migrate types and page blocks, zones DMA and DMA32, highatomic reserves,
-watermark boost, compaction on failure of a high order.
+The allocator never gives way in its own body, so the zone lock is not needed; only reclaim and
+compaction sleep.
+
+Not modelled: per-CPU lists, zones DMA and DMA32, lowmem reserves, highatomic reserves, watermark boost.
 """
 
 from __future__ import annotations
@@ -20,7 +24,28 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.costs import COST_CLEAR_PAGE, COST_DIRECT_RECLAIM
 from host_mm.kernel.errors import BrokenTruth, OutOfMemory
-from host_mm.page import PAGE_FLAGS_CHECK_AT_FREE, PG_buddy, PG_head, PG_mlocked, PG_reserved, folio_nr_pages
+from host_mm.mmzone import (
+    MAX_ORDER,
+    MIGRATE_MOVABLE,
+    MIGRATE_RECLAIMABLE,
+    MIGRATE_UNMOVABLE,
+    PAGEBLOCK_NR_PAGES,
+    ZONE_MOVABLE,
+    ZONE_NAMES,
+    ZONE_NORMAL,
+    PageBlocks,
+    PgData,
+    Zone,
+)
+from host_mm.page import (
+    PAGE_FLAGS_CHECK_AT_FREE,
+    PG_buddy,
+    PG_head,
+    PG_hwpoison,
+    PG_mlocked,
+    PG_reserved,
+    folio_nr_pages,
+)
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -56,16 +81,18 @@ __all__ = [
     "gfp_zone",
 ]
 
-MAX_ORDER = 10
-"""The kernel's MAX_PAGE_ORDER: blocks of 4 MiB."""
 NUMA_NO_NODE = -1
 MAX_RECLAIM_RETRIES = 16
+MAX_COMPACT_RETRIES = 16
+PAGE_ALLOC_COSTLY_ORDER = 3
 WATERMARK_SCALE_FACTOR = 10
+_YES = ("y", "yes", "1", "on", "true")
 _BAD_AT_FREE = PAGE_FLAGS_CHECK_AT_FREE | PG_buddy | PG_reserved
 
 # The kernel's __GFP_* bits without the underscores, which Python would mangle inside a class.
 GFP_HIGHMEM = 1 << 1
 GFP_MOVABLE = 1 << 3
+GFP_RECLAIMABLE = 1 << 4
 GFP_HIGH = 1 << 5
 GFP_IO = 1 << 6
 GFP_FS = 1 << 7
@@ -73,6 +100,7 @@ GFP_ZERO = 1 << 8
 GFP_DIRECT_RECLAIM = 1 << 10
 GFP_KSWAPD_RECLAIM = 1 << 11
 GFP_NOWARN = 1 << 13
+GFP_RETRY_MAYFAIL = 1 << 14
 GFP_NORETRY = 1 << 16
 GFP_COMP = 1 << 18
 GFP_HARDWALL = 1 << 20
@@ -85,10 +113,9 @@ GFP_KERNEL_ACCOUNT = GFP_KERNEL | GFP_ACCOUNT
 GFP_PGTABLE_USER = GFP_KERNEL_ACCOUNT | GFP_ZERO
 GFP_HIGHUSER_MOVABLE = GFP_KERNEL | GFP_HARDWALL | GFP_HIGHMEM | GFP_MOVABLE
 
-# enum zone_type of x86-64. Every frame here is ZONE_NORMAL's, but requests name the zone they may go up to.
-ZONE_NORMAL = 2
-ZONE_MOVABLE = 3
-ZONE_NAMES = {ZONE_NORMAL: "normal", ZONE_MOVABLE: "movable"}
+# enum compact_priority, lower is harder, and what of enum compact_result the allocator asks about.
+COMPACT_PRIO_SYNC_FULL, COMPACT_PRIO_SYNC_LIGHT, COMPACT_PRIO_ASYNC = range(3)
+COMPACT_SKIPPED, COMPACT_DEFERRED, COMPACT_SUCCESS = 1, 2, 8
 
 FRAME_FREE = Tracepoint(
     "refault", "frame_free", ("pfn", "order", "nid"),
@@ -104,66 +131,46 @@ def gfp_zone(gfp: int) -> int:
     return ZONE_MOVABLE if gfp & movable == movable else ZONE_NORMAL
 
 
-class Zone:
-    """struct zone: frames [start, end) of one node, free lists by order, watermarks in pages.
-
-    A free list is a dict used as an ordered set: blocks are taken from its end (most recently freed
-    first) and leave the middle in constant time when they merge.
-    """
-
-    __slots__ = (
-        "end", "free_list", "managed", "name", "nid", "nr_free", "present", "start", "wmark_high",
-        "wmark_low", "wmark_min",
-    )
-
-    def __init__(self, nid: int, start: int, end: int) -> None:
-        self.nid = nid
-        self.name = "Normal"
-        self.start = start
-        self.end = end
-        self.present = end - start
-        self.managed = 0
-        self.nr_free = 0
-        self.free_list: list[dict[int, None]] = [{} for _ in range(MAX_ORDER + 1)]
-        self.wmark_min = self.wmark_low = self.wmark_high = 0
-
-    def watermark_ok(self, mark: int, order: int) -> bool:
-        """zone_watermark_ok: whether `mark` pages stay free after taking a block of `order`."""
-        if self.nr_free - (1 << order) + 1 <= mark:
-            return False
-        if order == 0:
-            return True
-        return any(self.free_list[o] for o in range(order, MAX_ORDER + 1))
-
-
-class PgData:
-    """struct pglist_data: one NUMA node. vmscan keeps its own state in `vmscan`, lru in `lruvec`."""
-
-    __slots__ = ("lruvec", "nid", "vmscan", "zone")
-
-    def __init__(self, nid: int, zone: Zone) -> None:
-        self.nid = nid
-        self.zone = zone
-        self.lruvec: object = None
-        self.vmscan: object = None
+def _memparse(text: str) -> int:
+    unit = {"k": 10, "m": 20, "g": 30}.get(text[-1:].lower())
+    return int(text[:-1]) << unit if unit else int(text)
 
 
 class PageAllocator:
-    """The buddy system of one host. `reserved` frames at the bottom are never handed out."""
+    """The buddy system of one host. `reserved` frames at the bottom are never handed out.
+
+    `hwpoisoned` frames and `offline` blocks (first frame to number of frames) are out of it for now.
+    """
 
     def __init__(self, host: HostMm, nr_frames: int, nr_nodes: int, reserved: int) -> None:
         self.host = host
         self.memalloc: set[Task] = set()
+        self.blocks = PageBlocks(nr_frames)
+        self.hwpoisoned: set[int] = set()
+        self.offline: dict[int, int] = {}
+        self.page_group_by_mobility = host.params.get("mm.page_group_by_mobility", "N").lower() in _YES
         self.nodes: list[PgData] = []
         per_node = (nr_frames // nr_nodes) >> MAX_ORDER << MAX_ORDER or nr_frames // nr_nodes
+        movable = _memparse(host.params.get("mm.movablecore", "0")) >> 12
         for nid in range(nr_nodes):
             start = nid * per_node
             end = nr_frames if nid == nr_nodes - 1 else start + per_node
-            self.nodes.append(PgData(nid, Zone(nid, start, end)))
+            # At least a page block stays for what cannot move.
+            split = max(end - movable // nr_nodes, start + PAGEBLOCK_NR_PAGES) & -PAGEBLOCK_NR_PAGES
+            bounds = [(ZONE_NORMAL, start, end)]
+            if movable and split < end:
+                bounds = [(ZONE_NORMAL, start, split), (ZONE_MOVABLE, split, end)]
+            zones = [Zone(host.pages, self.blocks, nid, idx, first, last) for idx, first, last in bounds]
+            self.nodes.append(PgData(nid, zones))
         self._per_node = per_node
-        for node in self.nodes:
-            self._release_boot_memory(node.zone, max(node.zone.start, reserved))
-        self._setup_per_zone_wmarks()
+        for zone in self.zones:
+            self._release_boot_memory(zone, max(zone.start, reserved))
+        self.setup_per_zone_wmarks()
+
+    @property
+    def zones(self) -> list[Zone]:
+        """Every zone of every node."""
+        return [zone for node in self.nodes for zone in node.zones]
 
     def _release_boot_memory(self, zone: Zone, start: int) -> None:
         blocks: list[tuple[int, int]] = []
@@ -176,16 +183,16 @@ class PageAllocator:
             pfn += 1 << order
         # The lowest block last, so that it is taken first.
         for pfn, order in reversed(blocks):
-            self._add_to_free_list(zone, pfn, order)
+            zone.add_to_free_list(pfn, order, MIGRATE_MOVABLE)
             zone.managed += 1 << order
-            zone.nr_free += 1 << order
 
-    def _setup_per_zone_wmarks(self) -> None:
+    def setup_per_zone_wmarks(self) -> None:
+        """Watermarks by the size of the zones; again when memory goes offline or comes online."""
         managed = sum(node.zone.managed for node in self.nodes)
         min_free_kbytes = min(max(isqrt(managed * 4 * 16), 128), 262144)
-        for node in self.nodes:
-            zone = node.zone
-            zone.wmark_min = (min_free_kbytes >> 2) * zone.managed // max(managed, 1)
+        for zone in self.zones:
+            share = managed if zone.idx == ZONE_NORMAL else sum(z.managed for z in self.zones)
+            zone.wmark_min = (min_free_kbytes >> 2) * zone.managed // max(share, 1)
             gap = max(zone.wmark_min >> 2, zone.managed * WATERMARK_SCALE_FACTOR // 10000)
             zone.wmark_low = zone.wmark_min + gap
             zone.wmark_high = zone.wmark_low + gap
@@ -194,46 +201,20 @@ class PageAllocator:
         """page_to_nid."""
         return min(pfn // self._per_node, len(self.nodes) - 1)
 
+    def zone_of(self, pfn: int) -> Zone:
+        """page_zone."""
+        zones = self.nodes[self.nid_of(pfn)].zones
+        return zones[-1] if pfn >= zones[-1].start else zones[0]
+
     def nr_free_pages(self) -> int:
-        """Free frames of the whole host."""
-        return sum(node.zone.nr_free for node in self.nodes)
+        """Free frames of the whole host, isolated ones apart."""
+        return sum(zone.nr_free for node in self.nodes for zone in node.zones)
 
-    # -- free lists ---------------------------------------------------------------------------
-
-    def _add_to_free_list(self, zone: Zone, pfn: int, order: int) -> None:
-        pages = self.host.pages
-        pages.flags[pfn] = PG_buddy
-        pages.order[pfn] = order
-        zone.free_list[order][pfn] = None
-
-    def _rmqueue(self, zone: Zone, order: int) -> int:
-        pages = self.host.pages
-        for current in range(order, MAX_ORDER + 1):
-            free = zone.free_list[current]
-            if free:
-                pfn, _ = free.popitem()
-                while current > order:
-                    current -= 1
-                    self._add_to_free_list(zone, pfn + (1 << current), current)
-                pages.flags[pfn] = 0
-                zone.nr_free -= 1 << order
-                return pfn
-        return -1
-
-    def _free_one_page(self, zone: Zone, pfn: int, order: int) -> None:
-        pages = self.host.pages
-        zone.nr_free += 1 << order
-        while order < MAX_ORDER:
-            buddy = pfn ^ (1 << order)
-            if not zone.start <= buddy < zone.end:
-                break
-            if not pages.flags[buddy] & PG_buddy or pages.order[buddy] != order:
-                break
-            del zone.free_list[order][buddy]
-            pages.flags[buddy] = 0
-            pfn &= buddy
-            order += 1
-        self._add_to_free_list(zone, pfn, order)
+    def gfp_migratetype(self, gfp: int) -> int:
+        """Which blocks a request with these flags takes from first."""
+        if not self.page_group_by_mobility or gfp & GFP_MOVABLE:
+            return MIGRATE_MOVABLE
+        return MIGRATE_RECLAIMABLE if gfp & GFP_RECLAIMABLE else MIGRATE_UNMOVABLE
 
     # -- freeing ------------------------------------------------------------------------------
 
@@ -244,16 +225,30 @@ class PageAllocator:
             host.memcg.uncharge(pfn, 1 << order)
         if order:
             host.thp.unqueue_deferred_split(pfn)
-        for frame in range(pfn, pfn + (1 << order)):
-            self._free_page_prepare(frame)
         pages = host.pages
-        pages.order[pfn] = 0
+        if pages.flags[pfn] & PG_hwpoison and not order:
+            # Whoever found the error keeps the frame out of the lists for good.
+            self.free_pages_prepare(pfn, 0)
+            self.take_off_poisoned(pfn)
+            return
+        self.free_pages_prepare(pfn, order)
         if (t := host.trace.frame_free) is not None:
             t(pfn, order, self.nid_of(pfn))
-        for hook in host.free_hooks:
-            hook(pfn, order)
         host.vmstat["pgfree"] += 1 << order
-        self._free_one_page(self.nodes[self.nid_of(pfn)].zone, pfn, order)
+        self.zone_of(pfn).free_one_page(pfn, order, self.blocks.migratetype(pfn))
+
+    def take_off_poisoned(self, pfn: int) -> None:
+        """take_page_off_buddy: the frame is nobody's and never will be anybody's again."""
+        self.host.pages.flags[pfn] = PG_hwpoison
+        self.hwpoisoned.add(pfn)
+
+    def free_pages_prepare(self, pfn: int, order: int) -> None:
+        """free_pages_prepare: 2**order frames lose what they were. Whoever watches frees is told."""
+        for frame in range(pfn, pfn + (1 << order)):
+            self._free_page_prepare(frame)
+        self.host.pages.order[pfn] = 0
+        for hook in self.host.free_hooks:
+            hook(pfn, order)
 
     def _free_page_prepare(self, pfn: int) -> None:
         host = self.host
@@ -285,81 +280,110 @@ class PageAllocator:
 
     # -- allocating ---------------------------------------------------------------------------
 
-    def _zonelist(self, nid: int, gfp: int) -> list[PgData]:
-        if gfp & GFP_THISNODE:
-            return [self.nodes[nid]]
-        return self.nodes[nid:] + self.nodes[:nid]
+    def zonelist(self, nid: int, gfp: int) -> list[Zone]:
+        """The zones that a request may take from, the best first."""
+        nodes = [self.nodes[nid]] if gfp & GFP_THISNODE else self.nodes[nid:] + self.nodes[:nid]
+        highest = gfp_zone(gfp)
+        return [zone for node in nodes for zone in reversed(node.zones) if zone.idx <= highest]
 
-    def _get_page_from_freelist(self, order: int, zonelist: list[PgData], mark: str | None) -> int:
-        for node in zonelist:
-            zone = node.zone
+    def _get_page_from_freelist(self, gfp: int, order: int, zonelist: list[Zone], mark: str | None) -> int:
+        migratetype = self.gfp_migratetype(gfp)
+        for zone in zonelist:
             if mark is not None and not zone.watermark_ok(getattr(zone, mark), order):
                 continue
-            pfn = self._rmqueue(zone, order)
+            pfn = zone.rmqueue(order, migratetype)
             if pfn >= 0:
                 return pfn
         return -1
 
     def alloc_pages(self, gfp: int, order: int = 0, nid: int = 0) -> int:
         """2**order frames with one reference, or -1. The first frame's pfn is aligned to the order."""
-        zonelist = self._zonelist(max(nid, 0), gfp)
-        pfn = self._get_page_from_freelist(order, zonelist, "wmark_low")
+        zonelist = self.zonelist(max(nid, 0), gfp)
+        pfn = self._get_page_from_freelist(gfp, order, zonelist, "wmark_low")
         if pfn < 0:
             pfn = self._slowpath(gfp, order, max(nid, 0), zonelist)
             if pfn < 0:
                 return -1
-        return self._prep_new_page(pfn, order, gfp)
+        return self.prep_new_page(pfn, order, gfp)
 
-    def _slowpath(self, gfp: int, order: int, nid: int, zonelist: list[PgData]) -> int:
+    def _slowpath(self, gfp: int, order: int, nid: int, zonelist: list[Zone]) -> int:
         host = self.host
         task = host.sched.current
         self._wake_all_kswapds(gfp, order, zonelist)
         mark = "wmark_min"
-        pfn = self._get_page_from_freelist(order, zonelist, mark)
+        pfn = self._get_page_from_freelist(gfp, order, zonelist, mark)
         if pfn >= 0:
             return pfn
         if task in self.memalloc:
             # PF_MEMALLOC: reclaim itself may eat the reserves, or nothing would ever be freed.
-            return self._get_page_from_freelist(order, zonelist, None)
+            return self._get_page_from_freelist(gfp, order, zonelist, None)
         if not gfp & GFP_DIRECT_RECLAIM or task.no_preempt:
-            return self._get_page_from_freelist(order, zonelist, None) if gfp & GFP_HIGH else -1
+            return self._get_page_from_freelist(gfp, order, zonelist, None) if gfp & GFP_HIGH else -1
+        compact = _Compact(self, gfp, order, zonelist)
+        if order > PAGE_ALLOC_COSTLY_ORDER or (order and self.gfp_migratetype(gfp) != MIGRATE_MOVABLE):
+            pfn = compact.direct(COMPACT_PRIO_ASYNC)
+            if pfn >= 0 or compact.hopeless_without_retry():
+                return pfn
+        return self._reclaim_and_retry(gfp, order, nid, zonelist, compact)
+
+    def _reclaim_and_retry(
+        self, gfp: int, order: int, nid: int, zonelist: list[Zone], compact: _Compact
+    ) -> int:
+        host = self.host
+        mark = "wmark_min"
         no_progress = 0
         while True:
             host.sched.advance(COST_DIRECT_RECLAIM)
             freed = host.reclaim(order, nid, gfp)
-            pfn = self._get_page_from_freelist(order, zonelist, mark)
+            pfn = self._get_page_from_freelist(gfp, order, zonelist, mark)
+            if pfn < 0:
+                pfn = compact.direct(compact.priority)
             if pfn >= 0:
                 return pfn
             no_progress = 0 if freed else no_progress + 1
-            if gfp & GFP_NORETRY or (order > 3 and no_progress):
+            if gfp & GFP_NORETRY or (order > PAGE_ALLOC_COSTLY_ORDER and not gfp & GFP_RETRY_MAYFAIL):
+                return -1
+            if freed and order and not compact.should_retry():
                 return -1
             if no_progress > MAX_RECLAIM_RETRIES or (not freed and no_progress > 1):
-                if gfp & GFP_THISNODE:
-                    # Whoever was killed might have nothing on that node.
+                if gfp & (GFP_THISNODE | GFP_RETRY_MAYFAIL) or order > PAGE_ALLOC_COSTLY_ORDER:
+                    # Whoever was killed might have nothing on that node, or nothing in one piece.
                     return -1
                 if not host.out_of_memory(order, None):
                     raise OutOfMemory(f"no block of order {order}; {self.nr_free_pages()} frames are free")
                 no_progress = 0
-                pfn = self._get_page_from_freelist(order, zonelist, mark)
+                pfn = self._get_page_from_freelist(gfp, order, zonelist, mark)
                 if pfn >= 0:
                     return pfn
             self._wake_all_kswapds(gfp, order, zonelist)
 
-    def _wake_all_kswapds(self, gfp: int, order: int, zonelist: list[PgData]) -> None:
+    def _wake_all_kswapds(self, gfp: int, order: int, zonelist: list[Zone]) -> None:
         if gfp & GFP_KSWAPD_RECLAIM:
-            for node in zonelist:
-                self.host.wakeup_kswapd(node.nid, order, gfp)
+            for nid in dict.fromkeys(zone.nid for zone in zonelist):
+                self.host.wakeup_kswapd(nid, order, gfp)
 
-    def _prep_new_page(self, pfn: int, order: int, gfp: int) -> int:
+    def prep_isolated_page(self, pfn: int, order: int) -> int:
+        """A block that compaction took off the lists becomes a folio with one reference; its pfn."""
+        pages = self.host.pages
+        pages.refcount[pfn] = 1
+        if order:
+            self._prep_compound_page(pfn, order)
+        return pfn
+
+    def _prep_compound_page(self, pfn: int, order: int) -> None:
+        pages = self.host.pages
+        pages.order[pfn] = order
+        pages.flags[pfn] = PG_head
+        for distance in range(1, 1 << order):
+            pages.tail[pfn + distance] = distance
+
+    def prep_new_page(self, pfn: int, order: int, gfp: int) -> int:
         host = self.host
         pages = host.pages
         host.vmstat["pgalloc_normal"] += 1 << order
         pages.refcount[pfn] = 1
-        pages.order[pfn] = order if gfp & GFP_COMP else 0
         if order and gfp & GFP_COMP:
-            pages.flags[pfn] = PG_head
-            for distance in range(1, 1 << order):
-                pages.tail[pfn + distance] = distance
+            self._prep_compound_page(pfn, order)
         elif order:
             for frame in range(pfn + 1, pfn + (1 << order)):
                 pages.refcount[frame] = 1
@@ -368,6 +392,67 @@ class PageAllocator:
                 host.ram.clear_page(frame)
             host.sched.advance(COST_CLEAR_PAGE << order)
         return pfn
+
+
+class _Compact:
+    """What an allocation of several pages knows of its attempts to have memory compacted."""
+
+    __slots__ = ("allocator", "gfp", "order", "priority", "result", "retries", "zonelist")
+
+    def __init__(self, allocator: PageAllocator, gfp: int, order: int, zonelist: list[Zone]) -> None:
+        self.allocator = allocator
+        self.gfp = gfp
+        self.order = order
+        self.zonelist = zonelist
+        self.priority = COMPACT_PRIO_SYNC_LIGHT
+        self.result = COMPACT_SKIPPED
+        self.retries = 0
+
+    def direct(self, priority: int) -> int:
+        """__alloc_pages_direct_compact: compact, then try again; a frame or -1."""
+        if not self.order:
+            return -1
+        allocator = self.allocator
+        host = allocator.host
+        task = host.sched.current
+        allocator.memalloc.add(task)
+        self.result = host.try_to_compact_pages(self.gfp, self.order, self.zonelist, priority)
+        allocator.memalloc.discard(task)
+        if self.result == COMPACT_SKIPPED:
+            return -1
+        host.vmstat["compact_stall"] += 1
+        pfn = allocator._get_page_from_freelist(self.gfp, self.order, self.zonelist, "wmark_min")
+        if pfn < 0:
+            host.vmstat["compact_fail"] += 1
+            return -1
+        zone = allocator.zone_of(pfn)
+        zone.compact_blockskip_flush = False
+        zone.compact_considered = zone.compact_defer_shift = 0
+        zone.compact_order_failed = max(zone.compact_order_failed, self.order + 1)
+        host.vmstat["compact_success"] += 1
+        return pfn
+
+    def hopeless_without_retry(self) -> bool:
+        """A costly request that must not retry gives up where compaction could not even begin."""
+        if self.order <= PAGE_ALLOC_COSTLY_ORDER or not self.gfp & GFP_NORETRY:
+            return False
+        self.priority = COMPACT_PRIO_ASYNC
+        return self.result in (COMPACT_SKIPPED, COMPACT_DEFERRED)
+
+    def should_retry(self) -> bool:
+        """should_compact_retry: after some success, or with a harder kind of compaction."""
+        costly = self.order > PAGE_ALLOC_COSTLY_ORDER
+        if self.result == COMPACT_SKIPPED:
+            return True
+        if self.result == COMPACT_SUCCESS:
+            self.retries += 1
+            if self.retries <= (MAX_COMPACT_RETRIES // 4 if costly else MAX_COMPACT_RETRIES):
+                return True
+        if self.priority > (COMPACT_PRIO_SYNC_LIGHT if costly else COMPACT_PRIO_SYNC_FULL):
+            self.priority -= 1
+            self.retries = 0
+            return True
+        return False
 
 
 def alloc_pages(host: HostMm, gfp: int, order: int = 0, nid: int = 0) -> int:

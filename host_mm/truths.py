@@ -19,6 +19,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     page-cache, i-mmap       ... and files find their pages and mappings, which have nobody else
     uffd-wp                  ... and only where userfaultfd write-protects do entries say so, and not writable
     lru                      ... and PG_lru says where the folio is
+    free-count               ... and a zone's free pages are those on its lists
     tlb-stale                ... and every host TLB entry and device's translation is what the tables say
     leak                     when the host goes down, every frame and swap slot is free
 
@@ -291,16 +292,23 @@ class _Audit:
         self.page_cache()
         for holder in host.frame_holders:
             refs.update(holder())
-        for node in host.allocator.nodes:
-            pfn = node.zone.start
-            while pfn < node.zone.end:
+        for zone in host.zones:
+            free = 0
+            pfn = zone.start
+            while pfn < zone.end:
                 flags = pages.flags[pfn]
                 if flags & PG_buddy:
+                    free += 1 << pages.order[pfn]
                     pfn += 1 << pages.order[pfn]
                     continue
                 if not flags & PG_reserved:
                     self._frame(pfn, flags)
                 pfn += 1
+            if free != zone.nr_free + zone.nr_isolated:
+                raise BrokenTruth(
+                    "free-count", f"zone {zone.name} of node {zone.nid} has {free} free frames, counts "
+                    f"{zone.nr_free} and {zone.nr_isolated} isolated",
+                )
 
     def page_cache(self) -> None:
         """Every page of a file is its folio's, found at its index; the cache holds it once."""

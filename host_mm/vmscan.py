@@ -44,6 +44,7 @@ from host_mm.page import (
     try_get_page,
 )
 from host_mm.page_alloc import (
+    GFP_DIRECT_RECLAIM,
     GFP_HIGHUSER_MOVABLE,
     GFP_KERNEL,
     GFP_THISNODE,
@@ -428,6 +429,9 @@ def wakeup_kswapd(host: HostMm, nid: int, order: int, gfp: int) -> None:
     if state.woken or not state.wait.waiters:
         return
     if state.failures >= MAX_RECLAIM_RETRIES or _balanced(host, nid, order):
+        # There may be enough of it, in pieces.
+        if not gfp & GFP_DIRECT_RECLAIM:
+            host.wakeup_kcompactd(nid, order, gfp_zone(gfp))
         return
     if (t := host.trace.mm_vmscan_wakeup_kswapd) is not None:
         t(nid, gfp_zone(gfp), order, gfp)
@@ -476,9 +480,12 @@ def kswapd(host: HostMm, nid: int) -> None:
     host.allocator.memalloc.add(task)
     ctx = task.ctx
     order, zoneidx = 0, ZONE_NORMAL
+    alloc_order = 0
     while True:
         # prepare_kswapd_sleep: a node that is still short gets another round unless that is hopeless.
         if _balanced(host, nid, order) or state.failures >= MAX_RECLAIM_RETRIES:
+            host.reset_isolation_suitable(nid)
+            host.wakeup_kcompactd(nid, alloc_order, zoneidx)
             if (t := host.trace.mm_vmscan_kswapd_sleep) is not None:
                 t(nid)
             ctx.cause = None
@@ -493,4 +500,4 @@ def kswapd(host: HostMm, nid: int) -> None:
             ctx.cause = t(nid, zoneidx, order)
         _balance_pgdat(host, nid, state, order, zoneidx)
         # A higher order that was not reached is not asked for again by itself.
-        order = 0
+        alloc_order, order = order, 0

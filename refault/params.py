@@ -15,7 +15,10 @@ _BOOLS = ("y", "n", "1", "0", "on", "off", "yes", "no", "true", "false", "force"
 
 
 class Param(msgspec.Struct, frozen=True):
-    """One parameter: what it takes (`bool`, `count`, or words separated by |), its default, its meaning."""
+    """One parameter: what it takes, its default, its meaning.
+
+    It takes a `bool`, a `count`, a `size` or one of several words separated by |.
+    """
 
     takes: str
     default: str
@@ -32,6 +35,10 @@ PARAMS: dict[str, Param] = {
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
     "mm.fault_around_bytes": Param("bytes", "65536", "what a read fault of a file maps if it is cached"),
     "mm.max_gather_pages": Param("count", "9698", "pages that an unmap frees in one go"),
+    "mm.movablecore": Param("size", "0", "memory of ZONE_MOVABLE, over all nodes; plain bytes or K, M, G"),
+    "mm.page_group_by_mobility": Param(
+        "bool", "N", "keep what cannot move out of the blocks of what can, as large machines do"
+    ),
     "swap.device": Param("file|zram", "file", "swap to a file, or to compressed RAM"),
     "swap.vma_ra_enabled": Param("bool", "Y", "swap readahead goes by address, not by slot"),
     "vm.page_cluster": Param("0|1|2|3|4|5", "0", "swap readahead of up to 2**N pages"),
@@ -58,8 +65,11 @@ def check_params(params: dict[str, str]) -> None:
             good = value.lower() in _BOOLS
         elif param.takes == "count":
             good = value.isdecimal() and int(value) > 0
+        elif param.takes == "size":
+            good = value.rstrip("kmgKMG").isdecimal() and len(value) - len(value.rstrip("kmgKMG")) < 2
         else:
             good = value in param.takes.split("|")
         if not good:
-            takes = {"bool": "Y or N", "count": "a number from 1"}.get(param.takes, param.takes)
+            names = {"bool": "Y or N", "count": "a number from 1", "size": "bytes, or 64M and the like"}
+            takes = names.get(param.takes, param.takes)
             raise UsageError(f"parameter {name}={value}: it takes {takes}")

@@ -10,6 +10,7 @@ from host_mm.arch.x86.pgtable import pte_write
 from host_mm.fork import exit_process, fork_process
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_PAGEOUT, do_madvise
+from host_mm.mmzone import MIGRATE_MOVABLE
 from host_mm.page import PG_dirty, PG_swapcache
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
@@ -107,8 +108,9 @@ def test_a_write_without_memory_leaves_the_page_dirty_and_loses_nothing() -> Non
         copy_to_user(vmm.process, vmm.base, noise)
         host.lru.lru_add_drain_all()
         taken = []
-        while (pfn := host.allocator._get_page_from_freelist(0, host.nodes, None)) >= 0:
-            taken.append(host.allocator._prep_new_page(pfn, 0, 0))
+        for zone in host.zones:
+            while (pfn := zone.rmqueue(0, MIGRATE_MOVABLE)) >= 0:
+                taken.append(host.allocator.prep_new_page(pfn, 0, 0))
         frame = vmm.pfn(0)
         do_madvise(vmm.mm, vmm.base, PAGE, MADV_PAGEOUT)
         assert host.pages.flags[frame] & PG_dirty
