@@ -107,21 +107,23 @@ def can_split_folio(host: HostMm, folio: int, caller_pins: int) -> bool:
     return folio_mapcount(pages, folio) == pages.refcount[folio] - _cached(host, folio) - caller_pins
 
 
-def split_folio_to_list(host: HostMm, folio: int, folios: list[int] | None = None) -> int:
-    """Split a locked folio, to which the caller has a reference: 0, -EBUSY, or -EAGAIN: somebody holds it.
+def split_folio_to_list(host: HostMm, page: int, folios: list[int] | None = None) -> int:
+    """Split the locked folio of a page, to which the caller has a reference.
 
-    The first page stays locked and the caller's. The others go to the LRU, or, isolated, to `folios`.
+    0, -EBUSY, or -EAGAIN: somebody holds it. `page` stays locked and the caller's; the others go to the LRU
+    or, isolated, to `folios`, and `page` is their first then.
     """
     pages = host.pages
+    folio = page_folio(pages, page)
     order = pages.order[folio]
-    ret = _split(host, folio, folios)
+    ret = _split(host, folio, page, folios)
     host.vmstat["thp_split_page_failed" if ret else "thp_split_page"] += 1
     if (t := host.trace.split_folio) is not None:
         t(folio, order, ret)
     return ret
 
 
-def _split(host: HostMm, folio: int, folios: list[int] | None) -> int:
+def _split(host: HostMm, folio: int, lock_at: int, folios: list[int] | None) -> int:
     pages = host.pages
     if is_huge_zero_pfn(host, folio) or pages.flags[folio] & PG_writeback:
         return -EBUSY
@@ -130,20 +132,20 @@ def _split(host: HostMm, folio: int, folios: list[int] | None) -> int:
         if mapping is None:
             return -EBUSY
         mapping.i_mmap_rwsem.read_lock()
-        ret = _split_locked(host, folio, folios, None, mapping)
+        ret = _split_locked(host, folio, lock_at, folios, None, mapping)
         mapping.i_mmap_rwsem.read_unlock()
         return ret
     anon_vma = folio_get_anon_vma(host, folio)
     if anon_vma is None:
         return -EBUSY
     anon_vma.root.rwsem.lock()
-    ret = _split_locked(host, folio, folios, anon_vma, None)
+    ret = _split_locked(host, folio, lock_at, folios, anon_vma, None)
     anon_vma.root.rwsem.unlock()
     return ret
 
 
 def _split_locked(
-    host: HostMm, folio: int, folios: list[int] | None, anon_vma: AnonVma | None,
+    host: HostMm, folio: int, lock_at: int, folios: list[int] | None, anon_vma: AnonVma | None,
     mapping: AddressSpace | None,
 ) -> int:
     pages = host.pages
@@ -156,15 +158,16 @@ def _split_locked(
     frozen = folio_ref_freeze(pages, folio, 1 + _cached(host, folio))
     if frozen:
         host.thp.unqueue_deferred_split(folio)
-        kept = _split_to_order_0(host, folio, nr, folios, mapping)
+        _split_to_order_0(host, folio, nr, folios, mapping)
     if anon_vma is not None:
         for page in range(folio, folio + (nr if frozen else 1)):
             remove_migration_ptes(host, page, page, anon_vma, locked=True, use_shared_zeropage=frozen)
     if not frozen:
         return -EAGAIN
-    for page in kept[1:]:
-        folio_unlock(host, page)
-        put_page(host, page)
+    for page in range(folio, folio + nr):
+        if page != lock_at:
+            folio_unlock(host, page)
+            put_page(host, page)
     return 0
 
 
@@ -179,8 +182,8 @@ def _unmap_folio(host: HostMm, folio: int) -> None:
 
 def _split_to_order_0(
     host: HostMm, folio: int, nr: int, folios: list[int] | None, mapping: AddressSpace | None
-) -> list[int]:
-    """__split_folio_to_order and what follows up to the last unfreeze; the folios that there are now."""
+) -> None:
+    """__split_folio_to_order and what follows, up to the last unfreeze."""
     pages = host.pages
     flags = pages.flags
     vec = host.lru.lruvec(folio)
@@ -202,7 +205,6 @@ def _split_to_order_0(
         if owner is not None:
             pages.mapping[page] = owner
     host.memcg.split(folio, nr)
-    kept = [folio]
     for page in range(folio + 1, folio + nr):
         folio_ref_unfreeze(pages, page, 1 + cached)
         if folios is not None:
@@ -211,18 +213,14 @@ def _split_to_order_0(
         elif listed:
             vec.add(page, flags[page])
             flags[page] |= PG_lru
-        if mapping is None or pages.index[page] < mapping.file_end:
-            kept.append(page)
-            if mapping is not None:
-                mapping.i_pages[pages.index[page]] = page
-        else:
+        if mapping is not None and pages.index[page] < mapping.file_end:
+            mapping.i_pages[pages.index[page]] = page
+        elif mapping is not None:
             _drop_beyond_end(host, mapping, page)
-            kept.append(page)
     if listed:
         vec.add(folio, flags[folio])
     folio_ref_unfreeze(pages, folio, 1 + cached)
     vec.lock.unlock()
-    return kept
 
 
 def _drop_beyond_end(host: HostMm, mapping: AddressSpace, page: int) -> None:

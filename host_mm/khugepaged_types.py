@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from host_mm.kernel.sched import Task
     from host_mm.mm_types import MmStruct, VmArea
 
-__all__ = ["Khugepaged", "khugepaged_enter_vma", "khugepaged_exit"]
+__all__ = ["Khugepaged", "khugepaged_enter_vma", "khugepaged_exit", "khugepaged_fork"]
 
 _HPAGE_PMD_NR = 512
 
@@ -72,6 +72,15 @@ def khugepaged_enter_vma(vma: VmArea) -> bool:
     mm = vma.mm
     if mm.flags & MMF_VM_HUGEPAGE or not thp_vma_allowable_order(vma, vma.flags, TVA_KHUGEPAGED):
         return False
+    return _khugepaged_enter(mm)
+
+
+def khugepaged_fork(mm: MmStruct, oldmm: MmStruct) -> bool:
+    """The child of a process on the round is on it too; true as for khugepaged_enter_vma."""
+    return bool(oldmm.flags & MMF_VM_HUGEPAGE) and _khugepaged_enter(mm)
+
+
+def _khugepaged_enter(mm: MmStruct) -> bool:
     state = mm.host.khugepaged
     mm.flags |= MMF_VM_HUGEPAGE
     state.mm_lock.lock()
