@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 JOBS ?= 2
 RUN_ARGS ?= --memory 64M --host-ram 24M --check --trace out/swap-storm.ndjson
 
-.PHONY: venv run test lint bench bench-check soak golden clean help
+.PHONY: venv run test lint bench bench-check soak live golden clean help
 
 help:
 	@echo 'make run          a guest on a host with too little RAM, checked and traced to out/'
@@ -14,6 +14,7 @@ help:
 	@echo 'make lint         ruff, mypy --strict, the law of imports'
 	@echo 'make bench        measure; bench-check holds the numbers to bench/targets.toml'
 	@echo 'make soak         random runs: SOAK_SEEDS (20) seeds from SOAK_FROM (100), SOAK_STEPS (20000) steps each'
+	@echo 'make live         the scenarios on this machine'\''s own KVM, where it can (refault/scenarios/live/README.md)'
 	@echo 'make golden       record the golden traces of the payloads anew (PAYLOADS="migrate smp": only those)'
 	@echo 'make venv         only the environment, with the versions of constraints.txt'
 
@@ -46,6 +47,10 @@ SOAK_STEPS ?= 20000
 soak: $(STAMP)
 	REFAULT_STEPS=$(SOAK_STEPS) REFAULT_SEEDS=$$(seq -s, $(SOAK_FROM) $$(($(SOAK_FROM) + $(SOAK_SEEDS) - 1))) \
 	REFAULT_PROGRESS=1 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q -s -n $(JOBS) --timeout=0 tests/property
+
+# One at a time: events are the whole machine's.
+live: $(STAMP)
+	REFAULT_LIVE=1 $(BIN)/python -m pytest -q -p no:xdist tests/live
 
 # Only ever on purpose: look at the difference before you commit it.
 golden: $(STAMP)

@@ -25,6 +25,7 @@ Reading order:
     memremap.py                  frames that are devices', not RAM
     lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
     shrink_folio_list.py         and how
+    lru_gen.py lru_gen_walk.py lru_gen_evict.py  by generations: the lists, aging by page tables, eviction
     memcontrol.py                whose pages they are, and how many a group may have
     page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback

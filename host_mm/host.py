@@ -42,6 +42,8 @@ from host_mm import (
     ksm_merge,
     ksm_tree,
     lru,
+    lru_gen,
+    lru_gen_walk,
     memory,
     memory_file,
     memremap,
@@ -102,6 +104,7 @@ _MODULES = (
     ksm_merge,
     ksm_tree,
     lru,
+    lru_gen_walk,
     memory,
     migrate,
     mmu_notifier,
@@ -162,6 +165,10 @@ class HostMm:
         self.held: Counter[int] = Counter()
         self.frame_holders: list[Callable[[], Mapping[int, int]]] = [self._tables_of_the_dead, self._pins]
         self.memcg = MemoryController(self)
+        self.lru_gen_enabled = self.params.get("mm.lru_gen", "N").lower() in ("y", "1", "on", "yes", "true")
+        self.gens = lru_gen.LruGen(self)
+        if self.lru_gen_enabled:
+            self.free_hooks.append(self.gens.forget)
         self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
         self.thp = Thp(self)
         self.khugepaged = Khugepaged(self)
@@ -171,7 +178,7 @@ class HostMm:
         self.folio_waitqueues: dict[int, WaitQueue] = {}
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
-        self.lru = lru.Lru(self)
+        self.lru = lru.Lru(self, lru_gen.new_lruvec)
         self.swap: SwapInfo | None = None
         if swap_bytes:
             device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None

@@ -124,6 +124,8 @@ def _wp_huge_pmd(vmf: VmFault) -> _Outcome:
 
 
 # -- a fresh page -------------------------------------------------------------------------------
+
+
 def vma_alloc_anon_folio_pmd(vma: VmArea) -> int:
     """A zeroed huge folio by the VMA's memory policy, or -1."""
     host = vma.mm.host
@@ -131,6 +133,11 @@ def vma_alloc_anon_folio_pmd(vma: VmArea) -> int:
     folio: int = host.allocator.alloc_pages(vma_thp_gfp_mask(vma), HPAGE_PMD_ORDER, nid)
     if folio < 0:
         host.vmstat["thp_fault_fallback"] += 1
+        return -1
+    if host.memcg.charge(folio, vma.mm, vma_thp_gfp_mask(vma)):
+        put_page(host, folio)
+        host.vmstat["thp_fault_fallback"] += 1
+        host.vmstat["thp_fault_fallback_charge"] += 1
         return -1
     for pfn in range(folio, folio + HPAGE_PMD_NR):
         host.ram.clear_page(pfn)

@@ -4,7 +4,7 @@ Source of truth: mm/swap.c (folio_add_lru, folio_mark_accessed, lru_activate, lr
 lru_lazyfree, lru_move_tail, folio_batch_move_lru), include/linux/mm_inline.h, mm/vmscan.c:
 folio_isolate_lru, folio_putback_lru, mm/mlock.c (mlock_folio, mlock_new_folio, munlock_folio and
 mlock_folio_batch; its system calls are in mlock.py), mm/internal.h: mlock_vma_folio (Linux 6.18, the
-classic lists).
+lists of the classic LRU; those of the multi-generational one are in lru_gen.py).
 
 A folio goes to its list when a batch of FOLIO_BATCH_SIZE is full or drained. Until then it is not
 on any list (PG_lru clear) and the batch holds a reference, which migration and COW reuse can see.
@@ -12,7 +12,7 @@ Batches belong to CPUs: vCPU n's thread runs on CPU n, all other tasks on CPU 0.
 
 A list is an ordered dict: its last key is the head (newest), its first the tail.
 
-Not modelled: multi-generational LRU, workingset shadow entries.
+Not modelled: workingset shadow entries.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from host_mm.page import (
     PG_swapbacked,
     PG_swapcache,
     PG_unevictable,
+    PG_workingset,
     folio_nr_pages,
     get_page,
     put_page,
@@ -45,6 +46,7 @@ from host_mm.page import (
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
+    from host_mm.memcontrol import MemCgroup
     from host_mm.mm_types import VmArea
 
 __all__ = [
@@ -85,22 +87,22 @@ def folio_lru_list(flags: int) -> int:
 
 
 class Lruvec:
-    """struct lruvec of one node and one memory cgroup. `nr_pages` has the sizes of its lists in pages."""
+    """struct lruvec of one node and one memory cgroup. `sizes` has the sizes of its lists in pages."""
 
-    __slots__ = ("lists", "lock", "nid", "nr_pages", "pages")
+    __slots__ = ("lists", "lock", "nid", "pages", "sizes")
 
     def __init__(self, host: HostMm, nid: int) -> None:
         self.nid = nid
         self.lock = Spinlock(host.sched, "lru_lock")
         self.pages = host.pages
         self.lists: tuple[OrderedDict[int, None], ...] = tuple(OrderedDict() for _ in LRU_NAMES)
-        self.nr_pages = [0] * len(LRU_NAMES)
+        self.sizes = [0] * len(LRU_NAMES)
 
     def add(self, pfn: int, flags: int) -> None:
         """lruvec_add_folio: at the head."""
         lru = folio_lru_list(flags)
         self.lists[lru][pfn] = None
-        self.nr_pages[lru] += 1 << self.pages.order[pfn] if flags & PG_head else 1
+        self.sizes[lru] += 1 << self.pages.order[pfn] if flags & PG_head else 1
 
     def add_tail(self, pfn: int, flags: int) -> None:
         """lruvec_add_folio_tail."""
@@ -114,7 +116,17 @@ class Lruvec:
             del self.lists[lru][pfn]
         except KeyError:
             raise BrokenTruth("lru", f"pfn {pfn:#x} is not on {LRU_NAMES[lru]} of node {self.nid}") from None
-        self.nr_pages[lru] -= 1 << self.pages.order[pfn] if flags & PG_head else 1
+        self.sizes[lru] -= 1 << self.pages.order[pfn] if flags & PG_head else 1
+
+    def where(self, pfn: int) -> list[str]:
+        """The lists that a folio is on: one at most."""
+        return [name for name, entries in zip(LRU_NAMES, self.lists, strict=True) if pfn in entries]
+
+    def audit(self) -> None:
+        """Check what the lists say of themselves."""
+        found = [sum(folio_nr_pages(self.pages, pfn) for pfn in entries) for entries in self.lists]
+        if found != self.sizes:
+            raise BrokenTruth("lru", f"node {self.nid} counts {self.sizes} pages on its lists, has {found}")
 
 
 class _Batches:
@@ -134,9 +146,11 @@ class _Batches:
 class Lru:
     """mm/swap.c for one host: the lists of all nodes and the batches of all CPUs."""
 
-    def __init__(self, host: HostMm) -> None:
+    def __init__(
+        self, host: HostMm, new_lruvec: Callable[[HostMm, int, MemCgroup | None], Lruvec]
+    ) -> None:
         self.host = host
-        self.vecs = [Lruvec(host, node.nid) for node in host.allocator.nodes]
+        self.vecs = [new_lruvec(host, node.nid, None) for node in host.allocator.nodes]
         for node, vec in zip(host.allocator.nodes, self.vecs, strict=True):
             node.lruvec = vec
         self._cpus: dict[int, _Batches] = {}
@@ -197,7 +211,7 @@ class Lru:
     def _lru_deactivate(self, vec: Lruvec, pfn: int) -> None:
         flags = self.host.pages.flags
         value = flags[pfn]
-        if value & PG_unevictable or not value & PG_active:
+        if value & PG_unevictable or not (value & PG_active or self.host.lru_gen_enabled):
             return
         vec.remove(pfn, value)
         flags[pfn] = value = value & ~(PG_active | PG_referenced)
@@ -210,6 +224,8 @@ class Lru:
         if not value & PG_anon or not value & PG_swapbacked or value & (PG_swapcache | PG_unevictable):
             return
         vec.remove(pfn, value)
+        if self.host.lru_gen_enabled:
+            value &= ~PG_workingset
         flags[pfn] = value = value & ~(PG_active | PG_referenced | PG_swapbacked)
         vec.add(pfn, value)
         self.host.vmstat["pglazyfree"] += folio_nr_pages(self.host.pages, pfn)
@@ -244,7 +260,15 @@ class Lru:
     # -- the interface of mm/swap.c -----------------------------------------------------------
 
     def folio_add_lru(self, pfn: int) -> None:
-        """Queue a new folio for its list: the inactive one unless it is marked accessed first."""
+        """Queue a new folio for its list: the inactive one unless it is marked accessed first.
+
+        With generations, one that a fault makes is young.
+        """
+        host = self.host
+        task, flags = host.sched.current, host.pages.flags
+        if host.lru_gen_enabled and task in host.gens.in_fault and task not in host.allocator.memalloc:
+            if not flags[pfn] & PG_unevictable:
+                flags[pfn] |= PG_active
         self._queue(self._batches().add, pfn, self._lru_add, adding=True)
 
     def folio_add_lru_vma(self, pfn: int, vma: VmArea) -> None:
@@ -257,6 +281,9 @@ class Lru:
 
     def folio_mark_accessed(self, pfn: int) -> None:
         """One step up: unreferenced, referenced, active, active and referenced."""
+        if self.host.lru_gen_enabled:
+            self.host.gens.inc_refs(pfn)
+            return
         flags = self.host.pages.flags
         value = flags[pfn]
         if not value & PG_referenced:
@@ -277,9 +304,12 @@ class Lru:
             self._queue(self._batches().activate, pfn, self._lru_activate)
 
     def folio_deactivate(self, pfn: int) -> None:
-        """Queue a move from the active to the inactive list."""
+        """Queue a move from the active to the inactive list, or to the generation of what is not used."""
         value = self.host.pages.flags[pfn]
-        if value & PG_lru and value & PG_active and not value & PG_unevictable:
+        if not value & PG_lru or value & PG_unevictable:
+            return
+        old = self.host.gens.clear_refs(pfn) if self.host.lru_gen_enabled else not value & PG_active
+        if not old:
             self._queue(self._batches().deactivate, pfn, self._lru_deactivate)
 
     def folio_mark_lazyfree(self, pfn: int) -> None:

@@ -60,6 +60,8 @@ from host_mm.mm_types import (
     VM_FAULT_SIGSEGV,
     VM_HUGETLB,
     VM_MAYSHARE,
+    VM_RAND_READ,
+    VM_SEQ_READ,
     VM_SHARED,
     VM_UFFD_MISSING,
     VM_UFFD_WP,
@@ -189,6 +191,9 @@ def handle_mm_fault(vma: VmArea, address: int, flags: int) -> int:
         access = "unshare" if flags & FAULT_FLAG_UNSHARE else "read"
         access = "write" if flags & FAULT_FLAG_WRITE else access
         ctx.cause = t(mm.process.pid, address & ~0xFFF, access)
+    recency = host.lru_gen_enabled and not vma.flags & (VM_SEQ_READ | VM_RAND_READ)
+    if recency:
+        host.gens.in_fault.add(host.sched.current)
     try:
         if vma.flags & VM_HUGETLB:
             kind, ret = hugetlb_fault(vma, address, flags)
@@ -200,6 +205,8 @@ def handle_mm_fault(vma: VmArea, address: int, flags: int) -> int:
             t(mm.process.pid, address & ~0xFFF, kind, _describe(ret))
         return ret
     finally:
+        if recency:
+            host.gens.in_fault.discard(host.sched.current)
         ctx.cause = saved
 
 

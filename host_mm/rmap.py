@@ -408,7 +408,9 @@ class _Referenced:
                 walk.done()
                 self.referenced = -1
                 return False
-            if walk.pte:
+            if host.lru_gen_enabled and walk.pte:
+                young = int(host.gens.look_around(pfn, vma, walk.address, walk.pte))
+            elif walk.pte:
                 young = _ptep_clear_flush_young_notify(mm, walk.address, walk.pte)
             else:
                 young = _pmdp_clear_flush_young_notify(mm, walk.address, walk.pmd)

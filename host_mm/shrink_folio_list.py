@@ -1,7 +1,7 @@
 """What becomes of folios that reclaim isolated: freed, written, kept or activated.
 
 Source of truth: mm/vmscan.c: shrink_folio_list, folio_check_references, pageout, writeout,
-__remove_mapping; Linux 6.18, anonymous folios.
+__remove_mapping, move_folios_to_lru; Linux 6.18, anonymous folios.
 
 The protocol, in the order of class 2: try_to_unmap replaces every page-table entry by the swap entry
 inside its own bracket and only notes that a flush is due; before the bytes go out a folio that may
@@ -31,6 +31,7 @@ from host_mm.page import (
     PG_active,
     PG_anon,
     PG_dirty,
+    PG_lru,
     PG_mlocked,
     PG_reclaim,
     PG_referenced,
@@ -44,6 +45,7 @@ from host_mm.page import (
     folio_ref_freeze,
     folio_ref_unfreeze,
     folio_test_large,
+    put_page,
     set_page_dirty,
 )
 from host_mm.page_alloc import gfp_zone
@@ -56,9 +58,12 @@ from host_mm.vmscan_trace import ReclaimStat, trace_reclaim_flags
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
+    from host_mm.lru import Lruvec
     from host_mm.memcontrol import MemCgroup
 
-__all__ = ["FREE_BATCH", "ScanControl", "shrink_folio_list"]
+__all__ = ["DEF_PRIORITY", "FREE_BATCH", "ScanControl", "move_folios_to_lru", "shrink_folio_list"]
+
+DEF_PRIORITY = 12
 
 FREE_BATCH = 31
 """Frames freed together after one flush: FOLIO_BATCH_SIZE."""
@@ -83,7 +88,7 @@ class ScanControl:
         self.reclaim_idx = gfp_zone(gfp_mask)
         self.order = order
         self.nr_to_reclaim = nr_to_reclaim
-        self.priority = 12
+        self.priority = DEF_PRIORITY
         self.is_kswapd = False
         self.may_writepage = True
         self.may_swap = True
@@ -124,6 +129,10 @@ class _Shrink:
             return _ACTIVATE
         if referenced_ptes == -1:
             return _KEEP
+        if host.lru_gen_enabled:
+            if not referenced_ptes:
+                return _RECLAIM
+            return _ACTIVATE if host.gens.set_refs(pfn) else _KEEP
         flags = host.pages.flags
         referenced_folio = flags[pfn] & PG_referenced
         flags[pfn] &= ~PG_referenced
@@ -291,6 +300,27 @@ def shrink_folio_list(
     shrink.free_batch()
     host.vmstat["pgactivate"] += sum(shrink.stat.nr_activate)
     return shrink.reclaimed, shrink.stat, kept
+
+
+def move_folios_to_lru(host: HostMm, vec: Lruvec, folios: list[int]) -> int:
+    """Put isolated folios back at the heads of their lists and drop the isolation's references."""
+    flags = host.pages.flags
+    refcount = host.pages.refcount
+    moved = 0
+    for pfn in folios:
+        if flags[pfn] & PG_mlocked:
+            host.lru.folio_putback_lru(pfn)
+            continue
+        if refcount[pfn] == 1:
+            flags[pfn] &= ~PG_active
+            put_page(host, pfn)
+            continue
+        with vec.lock:
+            flags[pfn] |= PG_lru
+            vec.add(pfn, flags[pfn])
+        moved += folio_nr_pages(host.pages, pfn)
+        put_page(host, pfn)
+    return moved
 
 
 def _activate_locked(host: HostMm, pfn: int, stat: ReclaimStat) -> None:

@@ -54,7 +54,6 @@ from host_mm.arch.x86.pgtable import (
     walk_lockless,
 )
 from host_mm.kernel.errors import BrokenTruth
-from host_mm.lru import LRU_NAMES
 from host_mm.mm_types import MM_SWAPENTS, VM_HUGETLB, VM_UFFD_WP
 from host_mm.page import (
     PG_buddy,
@@ -380,8 +379,7 @@ class _Audit:
             raise BrokenTruth("frame-refcount", f"{who} has refcount {count}, {expected} references exist")
         if maps != self.maps[pfn] and not flags & PG_head:
             raise BrokenTruth("frame-mapcount", f"{who} has mapcount {maps}, {self.maps[pfn]} entries map it")
-        lists = self.host.lru.lruvec(pfn).lists
-        listed = [name for name, entries in zip(LRU_NAMES, lists, strict=True) if pfn in entries]
+        listed = self.host.lru.lruvec(pfn).where(pfn)
         if len(listed) != (1 if flags & PG_lru else 0):
             raise BrokenTruth("lru", f"{who} is on {listed}")
 
@@ -456,4 +454,7 @@ def audit(host: HostMm) -> None:
     check.hugetlb.finish()
     check.thp.finish()
     check.memcg()
+    for node in host.allocator.nodes:
+        for vec in host.memcg.iter(node.nid, None):
+            vec.audit()
     check.swap()

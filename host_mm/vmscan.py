@@ -2,7 +2,7 @@
 
 Source of truth: mm/vmscan.c: isolate_lru_folios, shrink_inactive_list, shrink_active_list,
 move_folios_to_lru, inactive_is_low, shrink_lruvec, do_try_to_free_pages, balance_pgdat, kswapd,
-reclaim_throttle, reclaim_pages; Linux 6.18, classic LRU.
+reclaim_throttle, reclaim_pages; Linux 6.18. The classic LRU; with mm.lru_gen=Y the lists are lru_gen's.
 
 Folios enter the inactive list; one found referenced there once stays, twice is activated; the tail
 of the active list is deactivated while the inactive one is small. Priority goes from 12 to 0: a pass
@@ -11,7 +11,7 @@ looks at size >> priority of each list.
 A reclaimer that made no progress while I/O is in flight waits for some of it to complete (the
 kernel's VMSCAN_THROTTLE_WRITEBACK), so that out of memory means that nothing is left.
 
-Not modelled: kswapd's short first sleep, MGLRU, swappiness and the anon/file cost balance (the file
+Not modelled: kswapd's short first sleep, swappiness and the anon/file cost balance (the file
 lists hold only MADV_FREE pages and go first), workingset refaults, compaction, watermark boost,
 slab shrinkers, too_many_isolated, pfmemalloc throttling, node reclaim.
 """
@@ -32,6 +32,8 @@ from host_mm.lru import (
     LRU_NAMES,
     Lruvec,
 )
+from host_mm.lru_gen import GenLruvec
+from host_mm.lru_gen_evict import lru_gen_shrink_lruvec, lru_gen_shrink_node
 from host_mm.mm_types import VM_EXEC
 from host_mm.page import (
     PG_active,
@@ -40,7 +42,6 @@ from host_mm.page import (
     PG_swapbacked,
     PG_workingset,
     folio_nr_pages,
-    put_page,
     try_get_page,
 )
 from host_mm.page_alloc import (
@@ -56,7 +57,7 @@ from host_mm.page_alloc import (
 )
 from host_mm.page_io import SWAP_CLUSTER_MAX
 from host_mm.rmap import folio_referenced
-from host_mm.shrink_folio_list import ScanControl, shrink_folio_list
+from host_mm.shrink_folio_list import DEF_PRIORITY, ScanControl, move_folios_to_lru, shrink_folio_list
 from host_mm.vmscan_trace import TRACEPOINTS, VMSCAN_THROTTLE_WRITEBACK, trace_reclaim_flags
 
 if TYPE_CHECKING:
@@ -75,7 +76,6 @@ __all__ = [
     "wakeup_kswapd",
 ]
 
-DEF_PRIORITY = 12
 _THROTTLE_NS = 100_000_000
 """HZ / 10: how long a reclaimer waits at most for writeback."""
 
@@ -123,27 +123,6 @@ def _reclaimer(sc: ScanControl) -> str:
     return "kswapd" if sc.is_kswapd else "direct"
 
 
-def _move_folios_to_lru(host: HostMm, vec: Lruvec, folios: list[int]) -> int:
-    """Put isolated folios back at the heads of their lists and drop the isolation's references."""
-    flags = host.pages.flags
-    refcount = host.pages.refcount
-    moved = 0
-    for pfn in folios:
-        if flags[pfn] & PG_mlocked:
-            host.lru.folio_putback_lru(pfn)
-            continue
-        if refcount[pfn] == 1:
-            flags[pfn] &= ~PG_active
-            put_page(host, pfn)
-            continue
-        with vec.lock:
-            flags[pfn] |= PG_lru
-            vec.add(pfn, flags[pfn])
-        moved += folio_nr_pages(host.pages, pfn)
-        put_page(host, pfn)
-    return moved
-
-
 def _shrink_inactive_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc: ScanControl) -> int:
     host.lru.lru_add_drain()
     with vec.lock:
@@ -152,7 +131,7 @@ def _shrink_inactive_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, 
         return 0
     file = lru >= LRU_INACTIVE_FILE
     reclaimed, stat, kept = shrink_folio_list(host, folios, sc)
-    _move_folios_to_lru(host, vec, kept)
+    move_folios_to_lru(host, vec, kept)
     host.vmstat[f"pgsteal_{_reclaimer(sc)}"] += reclaimed
     host.vmstat["pgsteal_file" if file else "pgsteal_anon"] += reclaimed
     sc.nr_writeback += stat.nr_writeback + stat.nr_pageout
@@ -186,8 +165,8 @@ def _shrink_active_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc
             continue
         flags[pfn] = (flags[pfn] & ~PG_active) | PG_workingset
         inactive.append(pfn)
-    nr_active = _move_folios_to_lru(host, vec, active)
-    nr_deactivated = _move_folios_to_lru(host, vec, inactive)
+    nr_active = move_folios_to_lru(host, vec, active)
+    nr_deactivated = move_folios_to_lru(host, vec, inactive)
     host.vmstat["pgdeactivate"] += nr_deactivated
     if (t := host.trace.mm_vmscan_lru_shrink_active) is not None:
         file = lru >= LRU_INACTIVE_FILE
@@ -199,8 +178,8 @@ def _shrink_active_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc
 
 def _inactive_is_low(vecs: list[Lruvec], inactive_lru: int) -> bool:
     """The inactive lists should hold 1 / sqrt(10 * GiB) of both, half of them below 1 GiB."""
-    inactive = sum(vec.nr_pages[inactive_lru] for vec in vecs)
-    active = sum(vec.nr_pages[inactive_lru + 1] for vec in vecs)
+    inactive = sum(vec.sizes[inactive_lru] for vec in vecs)
+    active = sum(vec.sizes[inactive_lru + 1] for vec in vecs)
     gb = (inactive + active) >> (30 - 12)
     ratio = isqrt(10 * gb) if gb else 1
     return inactive * ratio < active
@@ -215,11 +194,14 @@ def _scan_counts(host: HostMm, vec: Lruvec, sc: ScanControl) -> list[int]:
     nr = []
     for lru in range(4):
         anon = lru <= LRU_ACTIVE_ANON
-        nr.append(0 if anon and not swappable else vec.nr_pages[lru] >> sc.priority)
+        nr.append(0 if anon and not swappable else vec.sizes[lru] >> sc.priority)
     return nr
 
 
 def _shrink_lruvec(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
+    if isinstance(vec, GenLruvec):
+        lru_gen_shrink_lruvec(vec, sc)
+        return
     nr = _scan_counts(host, vec, sc)
     sched = host.sched
     # Who reclaims directly does all of the first, light pass: kswapd does not keep up.
@@ -252,6 +234,17 @@ def _age_anon(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
 
 
 def _shrink_node(host: HostMm, nid: int, sc: ScanControl) -> None:
+    before = sc.nr_reclaimed
+    if host.lru_gen_enabled and sc.target_mem_cgroup is None:
+        lru_gen_shrink_node(host, nid, sc)
+    else:
+        _shrink_node_memcgs(host, nid, sc)
+    state = host.allocator.nodes[nid].vmscan
+    if sc.nr_reclaimed > before and isinstance(state, Kswapd):
+        state.failures = 0
+
+
+def _shrink_node_memcgs(host: HostMm, nid: int, sc: ScanControl) -> None:
     vecs = host.memcg.iter(nid, sc.target_mem_cgroup)
     sc.may_deactivate = _ANON | _FILE
     if not sc.force_deactivate:
@@ -259,16 +252,12 @@ def _shrink_node(host: HostMm, nid: int, sc: ScanControl) -> None:
             sc.may_deactivate &= ~_ANON
         if not _inactive_is_low(vecs, LRU_INACTIVE_FILE):
             sc.may_deactivate &= ~_FILE
-    before = sc.nr_reclaimed
     for number, vec in enumerate(vecs):
         _shrink_lruvec(host, vec, sc)
         # kswapd always goes through all groups; another one leaves the rest to the next.
         if len(vecs) > 1 and not sc.is_kswapd and sc.nr_reclaimed >= sc.nr_to_reclaim:
             host.memcg.iter_break(nid, number + 1)
             break
-    state = host.allocator.nodes[nid].vmscan
-    if sc.nr_reclaimed > before and isinstance(state, Kswapd):
-        state.failures = 0
 
 
 # -- who reclaims -------------------------------------------------------------------------------
@@ -450,7 +439,7 @@ def _balance_pgdat(host: HostMm, nid: int, state: Kswapd, order: int, zoneidx: i
     while sc.priority >= 1:
         if _balanced(host, nid, order):
             return
-        for vec in host.memcg.iter(nid, None):
+        for vec in host.memcg.iter(nid, None) if not host.lru_gen_enabled else ():
             _age_anon(host, vec, sc)
         before = sc.nr_reclaimed
         sc.nr_scanned = 0

@@ -14,7 +14,7 @@ Map of this room, the front door. It holds no model logic.
 | `vm.py`, `host.py`, `host_machine.py` | `VM` and `Host`: the machine as a Python object |
 | `header.py`, `machine.py` | what a trace's header says of a machine, and the machine made from it again |
 | `params.py`, `numbers.py` | what `--param` takes; numbers and sizes as people type them |
-| `host_script.py` | `--host SCRIPT.py` |
+| `host_script.py`, `user_code.py` | `--host SCRIPT.py`; how the users' own Python is run |
 | `options.py`, `runner.py` | `refault run`: what was asked, and doing it |
 | `observer.py`, `summary.py` | what a run notes, and the table it ends with |
 | `scenarios/` | claims about Linux as small programs, and what the real kernel did |

@@ -42,6 +42,7 @@ PARAMS: dict[str, Param] = {
     "swap.device": Param("file|zram", "file", "swap to a file, or to compressed RAM"),
     "swap.vma_ra_enabled": Param("bool", "Y", "swap readahead goes by address, not by slot"),
     "vm.page_cluster": Param("0|1|2|3|4|5", "0", "swap readahead of up to 2**N pages"),
+    "mm.lru_gen": Param("bool", "N", "multi-generational LRU instead of the active and inactive lists"),
     "sched.period": Param(
         "count", "8", "switch tasks at one scheduling point in so many, with sched.strategy=random"
     ),

@@ -6,11 +6,11 @@
 | `emulator.py` | the back end that runs it here; `emulator_reclaim.py`: its steps for reclaim |
 | `recordings.py` | what the real kernel did |
 | `normal.py` | the form in which the two are compared |
+| `guest.py` | the guest, the same for both |
+| `live/` | the back end that runs it on this machine's `/dev/kvm` |
 | `linux_mm.py` | the scenarios of host memory management |
 | `linux_mm_reclaim.py` | those of reclaim and access tracking |
 | `recorded/linux-6.18/` | the real kernel's traces |
-
-Not modelled: a live `/dev/kvm` as a back end.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Scenarios on the emulator.
 
-The guest is a handful of instructions in slot 0, each followed by `out 0xf4, al`; a guest access
-sets the registers, enters, and reads what came out. EPT accessed/dirty flags are off, so that the
-walk reads guest tables as shadow paging does, which the recordings were made with.
+A guest access sets the registers, enters, and reads what came out. EPT accessed/dirty flags are off,
+so that the walk reads guest tables as shadow paging does, which the recordings were made with.
 
-    slot 0, 2 MiB at gpa 0:  0x1000 code   0x2000 PML4   0x3000 PDPT   0x4000 PD   0x10000 PTs of D
+    slot 0, 2 MiB at gpa 0: what guest.py says
     slot 1, 8 MiB at gpa 0x10000000: D, whose hva is 0xa00000 below slot 0's
 """
 
@@ -15,10 +14,11 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from emu.hostops import OPERATIONS, perform
-from emu.loaders.image import BOOT_CR3, BOOT_GDT, Image
+from emu.loaders.image import BOOT_GDT, Image
 from host_mm.kernel.errors import KernelError
 from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
 from refault.scenarios.emulator_reclaim import ReclaimSteps
+from refault.scenarios.guest import ENTRY, RFLAGS_IOPL3, USER_STACK, guest_memory
 from refault.scenarios.normal import HOST_EVENTS, SLOT0_OFFSET, SLOT0_SIZE, format_range
 from refault.vm import VM
 from trace_events.stream import Listener
@@ -31,44 +31,16 @@ if TYPE_CHECKING:
 
 __all__ = ["EmulatorBackend", "run_on_emulator"]
 
-CODE = 0x1000
-PDPT, PD, PTS = 0x3000, 0x4000, 0x10000
-USER_STACK = 0x8000
 IRET_FRAME = 0x7000
-RFLAGS_IOPL3 = 0x3002
 USER_CS, USER_SS = 0x1B, 0x13
-
-SNIPPETS = {
-    "load": bytes.fromhex("488b06e6f4"),  # mov rax,[rsi]; out 0xf4,al
-    "store": bytes.fromhex("488907e6f4"),  # mov [rdi],rax; out 0xf4,al
-    "read_modify_write": bytes.fromhex("48ff07e6f4"),  # inc qword [rdi]; out 0xf4,al
-    "nop": bytes.fromhex("e6f4"),
-    "to_user": bytes.fromhex("48cf"),  # iretq
-}
-ENTRY = {name: CODE + 0x40 * index for index, name in enumerate(SNIPPETS)}
 
 
 def _image() -> Image:
     gdt = struct.pack("<4Q", 0, 0x00AF9B000000FFFF, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF)
-    directory = [i << 21 | 0xE7 for i in range(512)]
-    tables: list[tuple[int, bytes]] = []
-    for i in range(DATA_SIZE >> 21):
-        directory[(DATA_GPA >> 21) + i] = (PTS + i * PAGE) | 7
-        entries = [(DATA_GPA + (i << 21) + j * PAGE) | 0x67 for j in range(512)]
-        tables.append((PTS + i * PAGE, struct.pack("<512Q", *entries)))
     frame = struct.pack("<5Q", ENTRY["nop"], USER_CS, RFLAGS_IOPL3, USER_STACK, USER_SS)
-    segments = [
-        (BOOT_GDT, gdt),
-        *((ENTRY[name], code) for name, code in SNIPPETS.items()),
-        (BOOT_CR3, struct.pack("<Q", PDPT | 7)),
-        (PDPT, struct.pack("<Q", PD | 7)),
-        (PD, struct.pack("<512Q", *directory)),
-        (IRET_FRAME, frame),
-        *tables,
-    ]
     return Image(
-        kind="scenario", mode="long", entry=ENTRY["to_user"], end=SLOT0_SIZE, segments=segments,
-        registers={"rsp": IRET_FRAME},
+        kind="scenario", mode="long", entry=ENTRY["to_user"], end=SLOT0_SIZE,
+        segments=[(BOOT_GDT, gdt), (IRET_FRAME, frame), *guest_memory()], registers={"rsp": IRET_FRAME},
     )
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["HOST_EVENTS", "format_range", "normal_recorded"]
+__all__ = ["HOST_EVENTS", "NOISE", "SLOT0_OFFSET", "SLOT0_SIZE", "format_range", "normal_recorded"]
 
 HOST_EVENTS = ("kvm_unmap_hva_range", "kvm_age_hva", "kvm_test_age_hva")
+NOISE = ("kvm_fpu", "kvm_emulate_insn", "kvm_pio", "kvm_update_master_clock", "kvm_mmu_paging_element")
+"""Events of the real kernel that say nothing about memory, or the same thing again."""
 SLOT0_OFFSET = 0xA00000
 SLOT0_SIZE = 0x200000
 

@@ -15,7 +15,8 @@ from host_mm.page import get_page
 from host_mm.page_alloc import GFP_KERNEL, alloc_pages
 from kvm_model.requests import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, kvm_check_request, kvm_make_request
 from refault.scenarios.api import DATA_GPA
-from refault.scenarios.emulator import CODE, EmulatorBackend
+from refault.scenarios.emulator import EmulatorBackend
+from refault.scenarios.guest import CODE
 
 GPA = 0x30_0000
 

@@ -20,7 +20,7 @@ from host_mm.hugetlb import (
 )
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.page import PG_hugetlb, put_page
-from host_mm.page_alloc import alloc_pages
+from host_mm.page_alloc import GFP_COMP, GFP_HIGHUSER_MOVABLE, GFP_NORETRY, GFP_THISNODE, alloc_pages
 from host_mm.ram import POISON
 from host_mm.truths import audit
 from tests.host_mm.machine import make_host, run
@@ -75,9 +75,8 @@ def test_asking_for_more_than_there_is_gives_what_there_is() -> None:
 
 def test_a_node_that_has_no_block_left_is_passed_over() -> None:
     host = make_host(ram=32 << 20, swap=None)
-    eaten = []
-    while (pfn := host.allocator._get_page_from_freelist(9, [host.nodes[0]], None)) >= 0:
-        eaten.append(pfn)
+    while alloc_pages(host, GFP_HIGHUSER_MOVABLE | GFP_COMP | GFP_THISNODE | GFP_NORETRY, 9, 0) >= 0:
+        pass
     assert set_max_huge_pages(host, 3) == 3
     assert host.hstate.nr_node == [0, 3]
 

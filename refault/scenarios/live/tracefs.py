@@ -1,0 +1,77 @@
+"""A private trace instance: the kernel's `kvm` and `kvmmmu` events of this process, and marks between.
+
+Source of truth: Documentation/trace/events.rst, Documentation/trace/ftrace.rst (instances).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+__all__ = ["TRACEFS", "TraceInstance", "TraceLine"]
+
+TRACEFS = Path("/sys/kernel/tracing")
+SYSTEMS = ("kvm", "kvmmmu")
+THREADS = ("ksmd", "kdamond", "khugepaged", "kcompactd", "kswapd")
+"""The kernel's memory threads, whose notifier calls are about this process, too."""
+BUFFER_KIB = 8192
+
+_LINE = re.compile(r"\s*(.+)-(\d+)\s+\[\d+\] \S+\s+([\d.]+): (\w+): ?(.*)")
+_LOST = "LOST"
+
+TraceLine = tuple[str, str, float]
+"""(event, its text, seconds). The event of a mark is "mark"."""
+
+
+class TraceInstance:
+    """`/sys/kernel/tracing/instances/refault-PID`, off until `on()`. OSError where it cannot be made."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.path = TRACEFS / "instances" / f"refault-{self.pid}"
+        self.path.mkdir()
+        self._write("tracing_on", "0")
+        self._write("buffer_size_kb", str(BUFFER_KIB))
+        mine = " || ".join([f"common_pid == {self.pid}", *(f'comm ~ "{name}*"' for name in THREADS)])
+        for system in SYSTEMS:
+            self._write(f"events/{system}/filter", mine)
+            self._write(f"events/{system}/enable", "1")
+        self._marker = os.open(self.path / "trace_marker", os.O_WRONLY)
+
+    def _write(self, name: str, text: str) -> None:
+        (self.path / name).write_text(text)
+
+    def on(self) -> None:
+        """Begin, or begin again: what was before is forgotten."""
+        self._write("trace", "")
+        self._write("tracing_on", "1")
+
+    def off(self) -> None:
+        """Stop; what was recorded stays."""
+        self._write("tracing_on", "0")
+
+    def mark(self, text: str) -> None:
+        """Put a line among the events."""
+        os.write(self._marker, text.encode())
+
+    def lines(self) -> list[TraceLine]:
+        """What was recorded, oldest first. OSError if events were lost."""
+        found: list[TraceLine] = []
+        for raw in (self.path / "trace").read_text().splitlines():
+            match = _LINE.match(raw)
+            if match is None:
+                if _LOST in raw:
+                    raise OSError(f"events were lost: {raw.strip()}")
+                continue
+            event = "mark" if match[4] == "tracing_mark_write" else match[4]
+            found.append((event, match[5], float(match[3])))
+        return found
+
+    def close(self) -> None:
+        """Stop and remove the instance."""
+        os.close(self._marker)
+        self._write("tracing_on", "0")
+        for system in SYSTEMS:
+            self._write(f"events/{system}/enable", "0")
+        self.path.rmdir()
