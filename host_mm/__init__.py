@@ -31,6 +31,12 @@ Reading order:
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
     swap_readahead.py zram.py zsmalloc.py            more than was asked for; swap that is RAM
+    huge_mm.py huge_memory.py    transparent huge pages: who may have them, and faults on them
+    pgtable_huge.py huge_memory_pmd.py   their level-2 entries: changed as a whole, and split
+    huge_memory_map.py madvise_folios.py what the system calls do to them
+    huge_memory_split.py         the folio itself becomes small pages
+    rmap_large.py page_vma_mapped.py     how often large folios are mapped, and where
+    khugepaged_types.py          whose small pages could become huge ones
     hugetlb.py hugetlb_resv.py   the pool of huge pages, and who was promised some
     hugetlb_share.py             level-2 tables that processes share
     hugetlb_rmap.py hugetlb_fault.py hugetlb_unmap.py hugetlb_copy.py hugetlb_migrate.py   their life
@@ -41,7 +47,7 @@ Reading order:
     ksm.py ksm_merge.py          equal pages become one; ksm_break.py: and are parted again
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped
     host.py                      all of it, wired
-    truths.py truths_hugetlb.py breaks.py   what must hold, and how to break it
+    truths.py truths_hugetlb.py truths_thp.py breaks.py   what must hold, and how to break it
     profile.py                   what differs between kernels
 
 `kernel/` holds tasks, locks, costs and the clock; `arch/x86/` what depends on the CPU.

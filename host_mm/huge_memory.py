@@ -26,13 +26,13 @@ from host_mm.arch.x86.pgtable import (
     PMD_SIZE,
     is_swap_pmd,
     mk_pmd,
+    pmd_modify,
     pmd_pfn,
     pmd_table,
     pmd_trans_huge,
     pte_mkdirty,
     pte_mkwrite,
     pte_mkyoung,
-    pte_modify,
     pte_protnone,
     pte_write,
 )
@@ -254,7 +254,7 @@ def _do_huge_pmd_numa_page(vmf: VmFault) -> _Outcome:
     if old != vmf.orig_pmd:
         ptl.unlock()
         return "spurious", 0
-    entry = pte_mkyoung(pte_modify(old, vma.page_prot))
+    entry = pte_mkyoung(pmd_modify(old, vma.page_prot))
     exclusive = mm.host.pages.flags[pmd_pfn(old)] & PG_anon_exclusive
     if vma.flags & VM_WRITE and exclusive and not entry & _PAGE_UFFD_WP:
         entry = pte_mkwrite(entry)

@@ -30,6 +30,7 @@ from host_mm.arch.x86.pgtable import (
     SWP_PFN_MASK,
     is_swap_pmd,
     is_writable_migration_entry,
+    pmd_modify,
     pmd_pfn,
     pmd_trans_huge,
     pte_dirty,
@@ -37,7 +38,6 @@ from host_mm.arch.x86.pgtable import (
     pte_mkold,
     pte_mksoft_dirty,
     pte_mkwrite,
-    pte_modify,
     pte_protnone,
     pte_to_swp_entry,
     pte_write,
@@ -247,7 +247,7 @@ def change_huge_pmd(
         _change_migration_entry(mm, pmd, address, entry, uffd_wp, uffd_wp_resolve)
     elif not prot_numa or not (is_huge_zero_pmd(mm.host, entry) or pte_protnone(entry)):
         old = pmdp_invalidate(mm, address, pmd)
-        new = pte_modify(old, newprot)
+        new = pmd_modify(old, newprot)
         if uffd_wp:
             new = pte_wrprotect(new) | _PAGE_UFFD_WP
         elif uffd_wp_resolve:

@@ -47,15 +47,12 @@ class Khugepaged:
     def __init__(self, host: HostMm) -> None:
         params = host.params
 
-        def number(name: str, default: int) -> int:
-            return int(params.get(f"khugepaged.{name}", default))
-
-        self.pages_to_scan = number("pages_to_scan", _HPAGE_PMD_NR * 8)
-        self.scan_sleep_millisecs = number("scan_sleep_millisecs", 10_000)
-        self.alloc_sleep_millisecs = number("alloc_sleep_millisecs", 60_000)
-        self.max_ptes_none = number("max_ptes_none", _HPAGE_PMD_NR - 1)
-        self.max_ptes_swap = number("max_ptes_swap", _HPAGE_PMD_NR // 8)
-        self.max_ptes_shared = number("max_ptes_shared", _HPAGE_PMD_NR // 2)
+        self.pages_to_scan = int(params.get("khugepaged.pages_to_scan", _HPAGE_PMD_NR * 8))
+        self.scan_sleep_millisecs = int(params.get("khugepaged.scan_sleep_millisecs", 10_000))
+        self.alloc_sleep_millisecs = int(params.get("khugepaged.alloc_sleep_millisecs", 60_000))
+        self.max_ptes_none = int(params.get("khugepaged.max_ptes_none", _HPAGE_PMD_NR - 1))
+        self.max_ptes_swap = int(params.get("khugepaged.max_ptes_swap", _HPAGE_PMD_NR // 8))
+        self.max_ptes_shared = int(params.get("khugepaged.max_ptes_shared", _HPAGE_PMD_NR // 2))
         self.mm_lock = Spinlock(host.sched, "khugepaged_mm_lock")
         self.wait = WaitQueue(host.sched, "khugepaged")
         self.mms: list[MmStruct] = []

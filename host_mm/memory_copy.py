@@ -235,7 +235,8 @@ def _copy_nonpresent(
             set_pte(src_mm, address, src_pte, entry)
         dst_mm.rss[MM_SWAPENTS] += 1
     elif is_migration_entry(swp):
-        dst_mm.rss[mm_counter(src_mm.host.pages, swp_offset(swp) & SWP_PFN_MASK)] += 1
+        pages = src_mm.host.pages
+        dst_mm.rss[mm_counter(pages, page_folio(pages, swp_offset(swp) & SWP_PFN_MASK))] += 1
         if swp_type(swp) != SWP_MIGRATION_READ and is_cow_mapping(dst_vma.flags):
             kept = entry & (_PAGE_SWP_SOFT_DIRTY | _PAGE_SWP_UFFD_WP)
             entry = swp_entry_to_pte(swp_entry(SWP_MIGRATION_READ, swp_offset(swp))) | kept

@@ -147,9 +147,9 @@ def folio_mapcount(pages: Pages, head: int) -> int:
 
 
 def folio_maybe_mapped_shared(pages: Pages, head: int) -> bool:
-    """Whether more than one address space maps the folio; for a small one, more than one entry."""
-    if not pages.flags[head] & PG_head:
-        return pages.mapcount[head] > 1
+    """Whether more than one address space maps the folio; small ones and hugetlb: more than one entry."""
+    if pages.flags[head] & (PG_head | PG_hugetlb) != PG_head:
+        return folio_mapcount(pages, head) > 1
     return pages.large_mapcount[head] > 1 and len(pages.mm_mapcount.get(head, ())) > 1
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from errno import EINVAL
 
 import pytest
-from machine import PAGE
-from thp_machine import HUGE, Order, ThpVmm
 
 from host_mm.arch.x86.pgtable import lookup_address_in_mm, pmd_pfn
 from host_mm.fork import exit_process, fork_process
@@ -16,6 +14,8 @@ from host_mm.madvise import MADV_DONTNEED, MADV_NOHUGEPAGE, do_madvise
 from host_mm.mm_types import VM_HUGEPAGE
 from host_mm.page import PG_anon_exclusive
 from host_mm.uaccess import copy_from_user, copy_to_user
+from tests.host_mm.machine import PAGE
+from tests.host_mm.thp_machine import HUGE, Order, ThpVmm
 
 
 def test_a_write_to_empty_memory_maps_a_zeroed_folio_of_2m_without_a_bracket() -> None:

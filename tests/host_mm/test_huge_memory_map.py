@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from machine import PAGE, RW
-from thp_machine import HUGE, Order, ThpVmm
 
 from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, _PAGE_SOFT_DIRTY, lookup_address_in_mm, pmd_pfn
 from host_mm.fork import fork_process
@@ -15,6 +13,8 @@ from host_mm.mprotect import do_mprotect
 from host_mm.mremap import MREMAP_FIXED, MREMAP_MAYMOVE, do_mremap
 from host_mm.page import PG_mlocked, PG_swapbacked, PG_unevictable
 from host_mm.task_mmu import clear_refs_write
+from tests.host_mm.machine import PAGE, RW
+from tests.host_mm.thp_machine import HUGE, Order, ThpVmm
 
 AWAY = 0x600000000000
 
@@ -71,7 +71,7 @@ def test_mprotect_of_a_whole_huge_page_changes_one_entry_and_flushes_once_more_a
     vm, order = filled()
     vm.task(lambda: do_mprotect(vm.mm, vm.base, HUGE, PROT_READ))
     assert order.take() == [
-        "start protection-vma 0x0 0x200000", "pmd-invalid", "flush", "pmd-set", "end", "flush",
+        "start protection-vma 0x0 0x200000", "pmd-invalid", "flush", "pmd-protect", "end", "flush",
     ]
     assert vm.level(0) == 2
     vm.task(lambda: do_mprotect(vm.mm, vm.base, HUGE, RW))

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from machine import PAGE, Vmm
-
 from host_mm import mmu_notifier as mn
 from host_mm.arch.x86.pgtable import (
     is_swap_pmd,
@@ -19,6 +17,7 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.madvise import MADV_HUGEPAGE, do_madvise
 from host_mm.truths import audit
+from tests.host_mm.machine import PAGE, Vmm
 from trace_events.stream import Listener
 
 HUGE = 2 << 20
