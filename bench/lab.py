@@ -47,10 +47,12 @@ class _PausePort:
 
 
 class Lab:
-    """A VM of 64 MiB, by default on a host with room for it."""
+    """A VM, by default of 64 MiB on a host with room for it."""
 
-    def __init__(self, *, host_ram: str = "128M", check: bool = False) -> None:
-        self.vm = refault.VM(memory="64M", host_ram=host_ram, check=check)
+    def __init__(
+        self, *, memory: str = "64M", host_ram: str = "128M", swap: str = "auto", check: bool = False
+    ) -> None:
+        self.vm = refault.VM(memory=memory, host_ram=host_ram, swap=swap, check=check)
         board = self.vm.board
         board.bus.register(PORT, PORT, _PausePort(self))
         image = bytearray(PAUSE)

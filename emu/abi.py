@@ -260,10 +260,27 @@ VMCALL_RDMA_DEREGISTER = 0x5246_01B1
 VMCALL_RDMA_PEER_READ = 0x5246_01B2
 VMCALL_RDMA_PEER_WRITE = 0x5246_01B3
 VMCALL_RDMA_PEER_ADD = 0x5246_01B4
+VMCALL_UFFD_MISSING = 0x5246_0170
+VMCALL_UFFD_WP = 0x5246_0171
+VMCALL_UFFD_MOVE = 0x5246_0172
+VMCALL_UFFD_END = 0x5246_0173
+VMCALL_UFFD_READ = 0x5246_0174
+VMCALL_PAGEMAP_SCAN = 0x5246_0175
 VMCALL_DUNE_READ = 0x5246_01B5
 VMCALL_DUNE_WRITE = 0x5246_01B6
 VMCALL_SVA_READ = 0x5246_01B7
 VMCALL_SVA_WRITE = 0x5246_01B8
+VMCALL_DEVICE_MIGRATE = 0x5246_01BB
+VMCALL_DEVICE_READ = 0x5246_01BC
+VMCALL_DEVICE_WRITE = 0x5246_01BD
+VMCALL_DEVICE_ADD = 0x5246_01BE
+VMCALL_NR_HUGEPAGES = 0x5246_0140
+VMCALL_HUGETLB_CREATE = 0x5246_0141
+VMCALL_HUGETLB_PUNCH = 0x5246_0142
+VMCALL_HUGETLB_PEER_READ = 0x5246_0143
+VMCALL_HUGETLB_PEER_WRITE = 0x5246_0144
+VMCALL_HUGETLB_SHARERS = 0x5246_0145
+VMCALL_HUGETLB_UNSHARE = 0x5246_0146
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
@@ -432,6 +449,26 @@ VMCALLS: tuple[Vmcall, ...] = (
            "The engine's peer stores the low `size` bytes of `value` into the region."),
     Vmcall(VMCALL_RDMA_PEER_ADD, "rdma_peer_add", ("key", "gpa", "value"), "what was there", ("ENOENT",),
            "The engine's peer adds `value` to the 8 bytes at `gpa`, aligned to 8, at once."),
+    Vmcall(VMCALL_UFFD_MISSING, "uffd_missing", ("gpa", "pages"), "pages that were set aside", (),
+           "Post-copy: the VMM keeps the bytes of the range's pages, drops them with MADV_DONTNEED, and a "
+           "thread of its brings each when somebody touches it, by UFFDIO_COPY; pages that were never there "
+           "come as UFFDIO_ZEROPAGE. Accesses wait meanwhile. Ends what an earlier uffd_* began."),
+    Vmcall(VMCALL_UFFD_WP, "uffd_wp", ("gpa", "pages"), "0", (),
+           "Snapshot: the range is write-protected with UFFDIO_WRITEPROTECT; the first write to each page "
+           "waits until a thread of the VMM has saved the page. Ends what an earlier one began."),
+    Vmcall(VMCALL_UFFD_MOVE, "uffd_move", ("gpa", "pages"), "pages that went", (),
+           "UFFDIO_MOVE of the range's pages to another place of the VMM, and of each back when somebody "
+           "touches it. Pages that are pinned or shared stay. Ends what an earlier one began."),
+    Vmcall(VMCALL_UFFD_END, "uffd_end", (), "pages written after uffd_wp, else faults served", ("ENOENT",),
+           "Ends what uffd_missing, uffd_wp or uffd_move began: what is elsewhere comes back first. -ENOENT "
+           "when nothing was begun."),
+    Vmcall(VMCALL_UFFD_READ, "uffd_read", ("gpa", "size"), "the value, zero-extended", ("ENOENT",),
+           "As host_read, of the memory as it was at uffd_wp. -ENOENT without a snapshot."),
+    Vmcall(VMCALL_PAGEMAP_SCAN, "pagemap_scan", ("gpa", "pages", "protect"), "written pages of the range",
+           (),
+           "PAGEMAP_SCAN of the range for pages that were written since they were protected last; those that "
+           "never were count as written. With `protect` 1 (else 0) what was found is protected "
+           "(PM_SCAN_WP_MATCHING); the next write lifts that and nobody waits. Ends what uffd_* began."),
     Vmcall(VMCALL_DUNE_READ, "dune_read", ("gpa", "size"), "the value, zero-extended", ("ENOMEM",),
            "As host_read, also of 8 bytes, but the VMM runs on an EPT of its own, which its faults fill and "
            "brackets empty, like a guest's."),
@@ -442,6 +479,41 @@ VMCALLS: tuple[Vmcall, ...] = (
            "walks the VMM's own page tables."),
     Vmcall(VMCALL_SVA_WRITE, "sva_write", ("gpa", "value", "size"), "0", (),
            "That device stores the low `size` bytes of `value`."),
+    Vmcall(VMCALL_DEVICE_MIGRATE, "device_migrate", ("gpa", "pages"), "pages in device memory then",
+           ("ENOSPC",),
+           "Pages of the range go to the memory of a device, with their bytes, as far as it has room (256 "
+           "pages a slot); pages that nobody has touched go there as zeros. The guest's next access to one "
+           "brings it back."),
+    Vmcall(VMCALL_DEVICE_READ, "device_read", ("gpa", "size"), "the value, zero-extended", ("ENOSPC",),
+           "That device reads `size` bytes (1, 2, 4 or 8) at `gpa`, aligned to the size, from its own memory "
+           "or from RAM, wherever the page is."),
+    Vmcall(VMCALL_DEVICE_WRITE, "device_write", ("gpa", "value", "size"), "0", ("ENOSPC",),
+           "That device stores the low `size` bytes of `value`, in the same way."),
+    Vmcall(VMCALL_DEVICE_ADD, "device_add", ("gpa", "value"), "what was there", ("ENOSPC",),
+           "That device adds `value` to the 8 bytes at `gpa`, aligned to 8, while the page is its alone: the "
+           "guest's next access takes the page back."),
+    Vmcall(VMCALL_NR_HUGEPAGES, "nr_hugepages", ("count",), "huge pages that the pool has then", (),
+           "Writes `count` to /proc/sys/vm/nr_hugepages: the host's pool of 2 MiB pages grows to that, as "
+           "far as free blocks of that size can be had, or shrinks to it, as far as they are free."),
+    Vmcall(VMCALL_HUGETLB_CREATE, "hugetlb_create", ("gpa", "pages", "shared", "reserve"), "slot number >= 1",
+           ("EEXIST", "ENOMEM"),
+           "As slot_create, but of huge pages: `gpa` and the range are whole 2 MiB (-EINVAL). `shared` 1: of "
+           "a memfd, which others can map; 0: private. `reserve` 1: the pool promises every page, -ENOMEM if "
+           "it cannot; 0: a fault that finds no page leaves KVM_RUN with -EFAULT. -EINVAL for other values."),
+    Vmcall(VMCALL_HUGETLB_PUNCH, "hugetlb_punch", ("gpa", "pages"), "0", (),
+           "A hole in the memfd behind a shared region of huge pages: whole huge pages go back to the pool, "
+           "parts are zeroed; the range reads as zeros. -EINVAL in other memory."),
+    Vmcall(VMCALL_HUGETLB_PEER_READ, "hugetlb_peer_read", ("gpa", "size"), "the value, zero-extended", (),
+           "Another process of the host maps the same memfd, on the first question about it, and reads "
+           "`size` bytes (1, 2, 4 or 8) of it. Where 1 GiB of the file is mapped whole by both they use one "
+           "page table. -EINVAL in other memory."),
+    Vmcall(VMCALL_HUGETLB_PEER_WRITE, "hugetlb_peer_write", ("gpa", "value", "size"), "0", (),
+           "That process stores the low `size` bytes of `value`."),
+    Vmcall(VMCALL_HUGETLB_SHARERS, "hugetlb_sharers", ("gpa",), "other users of the page table", (),
+           "How many other processes use the VMM's level-2 page table of `gpa`. -EINVAL outside huge pages."),
+    Vmcall(VMCALL_HUGETLB_UNSHARE, "hugetlb_unshare", ("gpa",), "0", (),
+           "The VMM gives up every page table that it shares for the region of `gpa`, as registering "
+           "userfaultfd there does. Faults may share them again. -EINVAL outside huge pages."),
     Vmcall(VMCALL_PAGE_IDLE_SET, "page_idle_set", ("gpa", "pages"), "frames made idle", (),
            "Sets the idle bits of the range's frames; accessed bits of host and guest are cleared. Frames "
            "on no LRU list, and pages without a frame, do not count."),

@@ -29,9 +29,11 @@ from emu.devices.pit import Pit
 from emu.devices.rdma import RdmaDevice
 from emu.devices.serial import Serial
 from emu.hostops import OPERATIONS, TRACEPOINTS, perform
+from emu.hugetlb import HugetlbMemory
 from emu.memory import PROT_RW, GuestMemory
 from emu.vmm import Vmm
 from host_mm.kernel.errors import BrokenTruth, KernelError
+from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import Task, WaitQueue
 from kvm_model.kvm_main import Kvm
 from kvm_model.profile import PROFILES
@@ -39,11 +41,13 @@ from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
 from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
 
 if TYPE_CHECKING:
+    from emu.devices.hmm_device import HmmDevice
     from emu.devices.sva import SvaDevice
     from emu.dune import Dune
     from emu.host import Host
     from emu.loaders.image import Image
     from emu.operations.instrument import ArmedEntry
+    from emu.uffd import UffdHandler
     from host_mm.hmm_mirror import HmmMirror
     from kvm_model.vcpu import Vcpu
 
@@ -102,14 +106,18 @@ class Board:
         self.protected: list[tuple[int, int]] = []
         self.protection_faults = 0
         self.armed: ArmedEntry | None = None
+        self.uffd: UffdHandler | None = None
+        self.uffd_control = Mutex(host.sched, "uffd control")
         self.moving = False
         self.moves = 0
         self.moved_back = WaitQueue(host.sched, "guest memory moved back")
         self.process = host.mm.create_process("vmm")
         self.vmm = Vmm(host.mm, self.process)
         self.rdma = RdmaDevice(host.mm, self.process)
+        self.hugetlb = HugetlbMemory(self)
         self.dune: Dune | None = None
         self.sva: SvaDevice | None = None
+        self.hmm_devices: dict[int, HmmDevice] = {}
         self._make_devices()
         self.cpu = UnicornCpu(host.mm, host.sched, interpreted=interpreted, params=config.params)
         self.cpu.exit_filter = self._exit_filter
@@ -315,9 +323,15 @@ class Board:
                 self.child.exit()
             for mirror in self.mirrors.values():
                 mirror.close()
+            if self.uffd is not None:
+                self.uffd.stop()
+            self.hugetlb.exit_peer()
             self.vmm.exit()
+            self.hugetlb.close()
             # As the VMM's files of these, closed after its address space is gone.
             self.rdma.close()
+            for device in self.hmm_devices.values():
+                device.close()
             if self.dune is not None:
                 self.dune.close()
             if self.sva is not None:

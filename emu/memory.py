@@ -50,8 +50,10 @@ class GuestMemory:
         self.first_test_slot = len(self.regions)
 
     def _add(self, gpa: int, size: int, hva: int = 0) -> Region:
+        return self._show(gpa, size, self.board.vmm.mmap(size, PROT_RW, hva))
+
+    def _show(self, gpa: int, size: int, hva: int) -> Region:
         board = self.board
-        hva = board.vmm.mmap(size, PROT_RW, hva)
         region = Region(len(self.regions), gpa, size, hva)
         board.kvm.set_user_memory_region(region.slot, gpa, size, hva, 0)
         self.regions.append(region)
@@ -102,7 +104,8 @@ class GuestMemory:
             raise KernelError(errno.ENOENT, f"slot {slot} was not made by slot_create")
         return self.regions[slot]
 
-    def _check_free(self, gpa: int, size: int, but: Region | None = None) -> None:
+    def check_free(self, gpa: int, size: int, but: Region | None = None) -> None:
+        """KernelError(EEXIST) if a slot shows something there."""
         for other in self.regions:
             if other is but or other.deleted:
                 continue
@@ -111,8 +114,13 @@ class GuestMemory:
 
     def create(self, gpa: int, size: int, hva: int = 0) -> Region:
         """A new region at `gpa`, at the VMM's `hva` if that is not 0; KernelError(EEXIST) on overlap."""
-        self._check_free(gpa, size)
+        self.check_free(gpa, size)
         return self._add(gpa, size, hva)
+
+    def show(self, gpa: int, size: int, hva: int) -> Region:
+        """A new region at `gpa` of memory that the VMM has mapped; KernelError(EEXIST) on overlap."""
+        self.check_free(gpa, size)
+        return self._show(gpa, size, hva)
 
     def delete(self, slot: int) -> None:
         """KVM_SET_USER_MEMORY_REGION with size 0; the memory stays the VMM's."""
@@ -127,7 +135,7 @@ class GuestMemory:
         region = self._test_region(slot)
         if not region.deleted:
             raise KernelError(errno.EEXIST, f"slot {slot} is not deleted")
-        self._check_free(region.gpa, region.size, region)
+        self.check_free(region.gpa, region.size, region)
         self.board.kvm.set_user_memory_region(slot, region.gpa, region.size, region.hva, region.flags)
         region.deleted = False
 
@@ -136,6 +144,6 @@ class GuestMemory:
         region = self._test_region(slot)
         if region.deleted:
             raise KernelError(errno.ENOENT, f"slot {slot} is deleted")
-        self._check_free(gpa, region.size, region)
+        self.check_free(gpa, region.size, region)
         self.board.kvm.set_user_memory_region(slot, gpa, region.size, region.hva, region.flags)
         region.gpa = gpa

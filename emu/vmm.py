@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 from host_mm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
+    from host_mm.address_space import AddressSpace
     from host_mm.host import HostMm
+    from host_mm.pagemap import PageRegion, PmScanArg
     from host_mm.process import Process
+    from host_mm.userfaultfd_k import UserfaultfdCtx
 
 __all__ = ["Vmm"]
 
@@ -25,6 +28,7 @@ class Vmm:
     def __init__(self, mm: HostMm, process: Process) -> None:
         self.mm = mm
         self.process = process
+        self.wp_async: UserfaultfdCtx | None = None
 
     def mmap(self, length: int, prot: int, address: int = 0) -> int:
         """Private anonymous memory; at `address` exactly if it is not 0 (MAP_FIXED). The address."""
@@ -32,6 +36,64 @@ class Vmm:
 
         flags = MAP_PRIVATE | MAP_ANONYMOUS | (MAP_FIXED if address else 0)
         return do_mmap(self.process.mm, address, length, prot, flags)
+
+    def memfd_hugetlb(self, size: int) -> AddressSpace:
+        """memfd_create(MFD_HUGETLB) and ftruncate; close it with close_file. KernelError(EINVAL)."""
+        from host_mm.hugetlbfs import hugetlb_file_setup
+
+        return hugetlb_file_setup(self.mm, "memfd", size)
+
+    def close_file(self, file: AddressSpace) -> None:
+        """close(2)."""
+        from host_mm.address_space import fput
+
+        fput(file)
+
+    def mmap_hugetlb(self, length: int, address: int, file: AddressSpace | None, *, reserve: bool) -> int:
+        """Huge pages at exactly `address`, the file's or private ones; KernelError(ENOMEM): none left."""
+        from host_mm.mmap import (
+            MAP_ANONYMOUS,
+            MAP_FIXED,
+            MAP_HUGETLB,
+            MAP_NORESERVE,
+            MAP_PRIVATE,
+            MAP_SHARED,
+            do_mmap,
+        )
+
+        flags = MAP_FIXED | (MAP_SHARED if file is not None else MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB)
+        flags |= 0 if reserve else MAP_NORESERVE
+        return do_mmap(self.process.mm, address, length, 3, flags, file=file, pgoff=0)
+
+    def punch_hole_hugetlb(self, file: AddressSpace, offset: int, length: int) -> None:
+        """fallocate(2) with FALLOC_FL_PUNCH_HOLE."""
+        from host_mm.hugetlbfs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+
+        fallocate(self.process, file, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, length)
+
+    def truncate_hugetlb(self, file: AddressSpace, size: int) -> None:
+        """ftruncate(2)."""
+        from host_mm.hugetlbfs import truncate
+
+        truncate(file, size)
+
+    def pt_share_count(self, address: int) -> int:
+        """How many other processes use this one's level-2 page table of `address`."""
+        from host_mm.pgtable_generic import pmd_offset
+
+        pmd = pmd_offset(self.process.mm, address)
+        return self.mm.pages.private[pmd >> 12] if pmd else 0
+
+    def hugetlb_unshare(self, address: int) -> None:
+        """hugetlb_unshare_all_pmds of the mapping at `address`."""
+        from host_mm.hugetlb_share import hugetlb_unshare_all_pmds
+
+        mm = self.process.mm
+        mm.mmap_lock.lock()
+        vma = mm.vma_lookup(address)
+        if vma is not None:
+            hugetlb_unshare_all_pmds(vma)
+        mm.mmap_lock.unlock()
 
     def munmap(self, address: int, length: int) -> None:
         """munmap(2)."""
@@ -88,16 +150,56 @@ class Vmm:
         return Vmm(self.mm, fork_process(self.process))
 
     def exit(self) -> None:
-        """exit(2)."""
+        """exit(2): the address space goes first, then the open files."""
         from host_mm.fork import exit_process
+        from host_mm.userfaultfd import userfaultfd_release
 
         exit_process(self.process)
+        if self.wp_async is not None:
+            userfaultfd_release(self.wp_async)
+            self.wp_async = None
 
     def clear_refs(self, kind: int) -> None:
         """Write to /proc/PID/clear_refs."""
         from host_mm.task_mmu import clear_refs_write
 
         clear_refs_write(self.process.mm, kind)
+
+    def userfaultfd(self, features: int = 0) -> UserfaultfdCtx:
+        """userfaultfd(2) and UFFDIO_API; it must be released."""
+        from host_mm.userfaultfd import userfaultfd, userfaultfd_api
+
+        ctx = userfaultfd(self.process)
+        userfaultfd_api(ctx, features)
+        return ctx
+
+    def register_wp_async(self, address: int, length: int) -> None:
+        """UFFDIO_REGISTER of the range with a userfaultfd whose write-protections a write just lifts."""
+        from host_mm.userfaultfd import UFFDIO_REGISTER_MODE_WP, userfaultfd_register
+        from host_mm.userfaultfd_k import UFFD_FEATURE_WP_ASYNC
+
+        if self.wp_async is None:
+            self.wp_async = self.userfaultfd(UFFD_FEATURE_WP_ASYNC)
+        userfaultfd_register(self.wp_async, address, length, UFFDIO_REGISTER_MODE_WP)
+
+    def unregister_wp_async(self, address: int, length: int) -> None:
+        """UFFDIO_UNREGISTER of what register_wp_async registered of the range."""
+        from host_mm.userfaultfd import userfaultfd_unregister
+
+        if self.wp_async is not None:
+            userfaultfd_unregister(self.wp_async, address, length)
+
+    def pagemap(self, address: int, pages: int) -> list[int]:
+        """read(2) of /proc/PID/pagemap: a word a page."""
+        from host_mm.pagemap import pagemap_read
+
+        return pagemap_read(self.process.mm, address, pages)
+
+    def pagemap_scan(self, arg: PmScanArg) -> list[PageRegion]:
+        """PAGEMAP_SCAN on /proc/PID/pagemap."""
+        from host_mm.pagemap import do_pagemap_scan
+
+        return do_pagemap_scan(self.process.mm, arg)
 
     def pin(self, address: int) -> int:
         """A long-term pin for writing, as io_uring takes on a registered buffer: the frame; KernelError."""
@@ -119,7 +221,9 @@ class Vmm:
         from host_mm.arch.x86.pgtable import pte_pfn, pte_present, walk_lockless
 
         entry, level = walk_lockless(self.mm.ram, self.process.mm.pgd, address)
-        return pte_pfn(entry) if level == 1 and pte_present(entry) else -1
+        if level > 2 or not pte_present(entry):
+            return -1
+        return pte_pfn(entry) + ((address >> 12) & 511 if level == 2 else 0)
 
     def move_to_other_node(self, addresses: list[int]) -> int:
         """move_pages(2) of every present page to the next NUMA node; how many moved."""
@@ -133,11 +237,17 @@ class Vmm:
         return sum(1 for address, pfn in present if self.present_pfn(address) not in (pfn, -1))
 
     def test_and_clear_young(self, address: int) -> bool:
-        """folio_referenced of the page at `address`: whether host or guest touched it since the last time."""
+        """folio_referenced of the page at `address`: whether host or guest touched it since the last time.
+
+        Nobody asks that of huge pages of hugetlbfs.
+        """
+        from host_mm.page import PG_hugetlb, page_folio
         from host_mm.rmap import folio_referenced
 
         pfn = self.present_pfn(address)
-        return pfn > self.mm.zero_pfn and folio_referenced(self.mm, pfn)[0] > 0
+        if pfn <= self.mm.zero_pfn or self.mm.pages.flags[page_folio(self.mm.pages, pfn)] & PG_hugetlb:
+            return False
+        return folio_referenced(self.mm, pfn)[0] > 0
 
     def ksm_scan(self, *, use_zero_pages: bool = False) -> int:
         """Let ksmd run, over every process of the host, until a full scan changes nothing; full scans."""

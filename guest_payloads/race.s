@@ -7,14 +7,15 @@
 ; param rounds=40   requests by CPU 0 and by CPU 1
 ; param pages=4     shared pages
 ; param seed=1      of the choices
-; param ops=16383   what CPU 0 may ask for, a bit each
-; param ops1=16383  what CPU 1 may ask for
+; param ops=245759  what CPU 0 may ask for, a bit each
+; param ops1=245759 what CPU 1 may ask for
 ; param linger=30000 ns from pin to unpin
-; vmcalls: cpu_count start_cpu migrate swap_out fork child_exit host_write dontneed slot_create slot_delete slot_restore host_read reclaim dirty_log get_dirty age mirror_read dma_write kvm_map_write
+; vmcalls: cpu_count start_cpu migrate swap_out fork child_exit host_write dontneed slot_create slot_delete slot_restore host_read reclaim dirty_log get_dirty age mirror_read dma_write kvm_map_write mremap ksm_merge
 .include "runtime.inc"
+.include "cpus.inc"
 
 .equ PATIENCE, 1 << 20
-.equ NR_OPS, 15
+.equ NR_OPS, 18
 .equ ALL_OPS, (1 << NR_OPS) - 1
 .equ FLIP_PAGES, 2
 .equ FLIP_VALUE, 0x5a5a00                ; plus the CPU
@@ -33,10 +34,10 @@ main:
     mov [nr_pages], r12
     PARAM rax, "seed", 1
     mov [rng_state], rax
-    PARAM rax, "ops", 16383
+    PARAM rax, "ops", 245759
     and eax, ALL_OPS
     mov [ops], rax
-    PARAM rax, "ops1", 16383
+    PARAM rax, "ops1", 245759
     and eax, ALL_OPS
     mov [ops + 8], rax
     mov rdi, r12
@@ -50,6 +51,13 @@ main:
     mov edi, MAX_CPUS
     call pages_alloc
     mov [scratch], rax
+    mov edi, 2
+    call pages_alloc
+    mov [twins], rax
+    mov rdi, rax
+    xor eax, eax
+    mov ecx, 2 * 512
+    rep stosq
     PARAM rax, "linger", 30000
     mov [linger], rax
     call find_cpus
@@ -76,6 +84,7 @@ main:
     CHECK_EQ "words that a device stores", qword ptr [bad_dma], 0
     CHECK_EQ "words that KVM stores", qword ptr [bad_map], 0
     CHECK_EQ "what a mirroring device reads", qword ptr [bad_mirror], 0
+    CHECK_EQ "pages that the host merges", qword ptr [bad_twin], 0
     ret
 
 ; r14 = CPUs that take part; makes the slot.
@@ -103,36 +112,6 @@ find_cpus:
     mov qword ptr [operators], 2
 .end:
     ret
-
-start_cpus:
-    mov ebx, 1
-.start:
-    cmp rbx, r14
-    jae .started
-    mov rdx, rbx
-    inc rdx
-    imul rdx, rdx, STACK_SIZE
-    add rdx, ap_stacks
-    HOST4 VMCALL_START_CPU, rbx, ap_entry, rdx, work
-    CHECK_EQ "start a CPU", rax, 0
-    inc rbx
-    jmp .start
-.started:
-    ret
-
-; Where other CPUs start: rdi = what to run, rsi = which one this is.
-ap_entry:
-    push rdi
-    push rsi
-    mov edi, esi
-    call load_tss
-    pop rsi
-    pop rdi
-    call rdi
-.stop:
-    cli
-    hlt
-    jmp .stop
 
 ; rsi = this CPU. In it r15 = this CPU, r13 = what its words hold, rbx = what it may ask for.
 work:
@@ -388,6 +367,45 @@ ask_map:
 .end:
     ret
 
+; The VMM has a translation of the page when its memory moves away and back.
+ask_mremap:
+    call random_page
+    HOST2 VMCALL_HOST_READ, rdi, 4
+    HOST2 VMCALL_MREMAP, qword ptr [shared], qword ptr [nr_pages]
+    ret
+
+; The twins are equal but while a request for one of them is under way.
+ask_merge:
+    HOST3 VMCALL_KSM_MERGE, qword ptr [twins], 2, 0
+    jmp check_twins
+
+; A device stores a word of the one, the guest the same of the other.
+ask_twin:
+    mov rdi, [twins]
+    lea rdi, [rdi + r15*8]
+    HOST4 VMCALL_DMA_WRITE, rdi, r13, 8, qword ptr [linger]
+    test rax, rax
+    js check_twins
+    mov rax, [twin_words + r15*8]
+    cmp [rdi + PAGE_SIZE], rax           ; only the one
+    je .other
+    lock inc qword ptr [bad_twin]
+.other:
+    mov [rdi + PAGE_SIZE], r13
+    mov [twin_words + r15*8], r13
+check_twins:
+    mov rdi, [twins]
+    lea rdi, [rdi + r15*8]
+    mov rax, [twin_words + r15*8]
+    cmp [rdi], rax
+    jne .bad
+    cmp [rdi + PAGE_SIZE], rax
+    je .end
+.bad:
+    lock inc qword ptr [bad_twin]
+.end:
+    ret
+
 .section rodata
 .align 8
 slot_gpa:       .quad SLOT_TEST_GPA
@@ -407,14 +425,17 @@ requests:                                ; bit 0 first
     .quad ask_cycle
     .quad ask_reclaim
     .quad ask_map
+    .quad ask_mremap
+    .quad ask_merge
+    .quad ask_twin
 
 .section bss
-.align 4096
-ap_stacks:      .skip MAX_CPUS * STACK_SIZE
 rounds:         .skip 8
 nr_pages:       .skip 8
 shared:         .skip 8
 scratch:        .skip 8
+twins:          .skip 8
+twin_words:     .skip 16                 ; of CPUs 0 and 1
 slot:           .skip 8
 flip:           .skip 8
 logging:        .skip 8
@@ -430,3 +451,4 @@ bad_host:       .skip 8
 bad_dma:        .skip 8
 bad_map:        .skip 8
 bad_mirror:     .skip 8
+bad_twin:       .skip 8

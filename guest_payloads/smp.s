@@ -9,6 +9,7 @@
 ; param rounds=2    starts of all CPUs
 ; vmcalls: cpu_count start_cpu migrate swap_out
 .include "runtime.inc"
+.include "cpus.inc"
 
 .equ C_INC, 0                            ; one page each
 .equ C_XADD, 4096
@@ -68,27 +69,7 @@ count_cpus:
 
 one_round:
     mov qword ptr [done], 0
-    mov ebx, 1
-.start:
-    cmp rbx, r14
-    jae .started
-    mov edi, PATIENCE
-    mov rdx, rbx
-    inc rdx
-    imul rdx, rdx, STACK_SIZE
-    add rdx, ap_stacks
-.try:
-    HOST4 VMCALL_START_CPU, rbx, ap_entry, rdx, work
-    cmp rax, -EBUSY                      ; it is on its way to HLT
-    jne .answer
-    pause
-    dec edi
-    jnz .try
-.answer:
-    CHECK_EQ "start a CPU", rax, 0
-    inc rbx
-    jmp .start
-.started:
+    call start_cpus
     xor esi, esi
     call work
     mov ecx, PATIENCE
@@ -102,20 +83,6 @@ one_round:
     CHECK_EQ "every CPU finished", qword ptr [done], r14
     inc qword ptr [rounds_done]
     ret
-
-; Where other CPUs start: rdi = what to run, rsi = which one this is.
-ap_entry:
-    push rdi
-    push rsi
-    mov edi, esi
-    call load_tss
-    pop rsi
-    pop rdi
-    call rdi
-.stop:
-    cli
-    hlt
-    jmp .stop
 
 ; `count` additions to each counter; rsi = this CPU. CPU 0 has the pages disturbed meanwhile.
 work:
@@ -184,8 +151,6 @@ check_counters:
     ret
 
 .section bss
-.align 4096
-ap_stacks:      .skip MAX_CPUS * STACK_SIZE
 count:          .skip 8
 counters:       .skip 8
 done:           .skip 8

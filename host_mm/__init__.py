@@ -10,11 +10,17 @@ Reading order:
     mm_types.py process.py       address spaces, VMAs, processes
     memory.py                    faults; memory_zap.py, memory_copy.py: entries out, entries into a child
     address_space.py             files and their mappings; memory_file.py: faults on them
-    filemap_cache.py shmem.py    which folio has which page of a file; shared memory
+    filemap_cache.py             which folio has which page of a file
+    filemap_fault.py readahead.py  how a fault finds it, and what is read and mapped around it
+    backing_file.py page_writeback.py  files with their bytes in a real file; how dirty pages get there
+    shmem.py shmem_file.py memfd.py  shared memory
+    truncate.py                  how pages leave a file
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
     userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill
-                                 (userfaultfd_mfill.py) and register and protect (userfaultfd_wp.py)
+                                 (userfaultfd_mfill.py), register and protect (userfaultfd_wp.py) and move
+                                 (userfaultfd_move.py) pages
+    pagemap.py                   what each page is, and scans that protect what they find
     gup.py uaccess.py            memory for others than the CPU, and for the process itself
     rmap.py rmap_unmap.py        from a page to its entries
     tlb.py mmu_gather.py         when the host's own translations go
@@ -23,6 +29,8 @@ Reading order:
     hmm.py hmm_mirror.py         what a device learns of the tables, and a device that mirrors them
     secondary_tables.py          where the truths find what devices translate by
     memremap.py                  frames that are devices', not RAM
+    memory_device.py             entries for pages that a device has
+    migrate_device.py rmap_device.py   to a device's memory and back; a device's alone
     lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
     shrink_folio_list.py         and how
     lru_gen.py lru_gen_walk.py lru_gen_evict.py  by generations: the lists, aging by page tables, eviction
@@ -37,6 +45,7 @@ Reading order:
     huge_memory_split.py         the folio itself becomes small pages
     rmap_large.py page_vma_mapped.py     how often large folios are mapped, and where
     khugepaged_types.py          whose small pages could become huge ones
+    swap_readahead.py zram.py zswap.py zsmalloc.py   more than was asked for; swap that is RAM
     hugetlb.py hugetlb_resv.py   the pool of huge pages, and who was promised some
     hugetlb_share.py             level-2 tables that processes share
     hugetlb_rmap.py hugetlb_fault.py hugetlb_unmap.py hugetlb_copy.py hugetlb_migrate.py   their life

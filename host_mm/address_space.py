@@ -19,7 +19,7 @@ Locks, outermost first: mmap_lock or i_rwsem, invalidate_lock, folio lock, i_mma
 tables.
 
 Not modelled: struct file (no position, no per-descriptor flags), inodes shared by several address spaces,
-DAX, xarray marks (each search looks at the folios' own flags), error sequences, directories and names.
+DAX, error sequences, directories and names.
 """
 
 from __future__ import annotations
@@ -36,9 +36,14 @@ if TYPE_CHECKING:
     from host_mm.mm_types import VmArea, VmFault
 
 __all__ = [
-    "AddressSpace", "AddressSpaceOperations", "VmOperations", "evict_unused", "flush_delayed_fput",
-    "fput", "get_file", "i_mmap_insert", "i_mmap_remove", "vma_file_lock", "vmas_of_pages",
+    "FALLOC_FL_KEEP_SIZE", "FALLOC_FL_PUNCH_HOLE", "AddressSpace", "AddressSpaceOperations", "VmOperations",
+    "evict_unused", "flush_delayed_fput", "fput", "get_file", "i_mmap_insert", "i_mmap_remove",
+    "vma_file_lock", "vmas_of_pages",
 ]
+
+
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
 
 
 class VmOperations:
@@ -81,6 +86,40 @@ class AddressSpaceOperations:
         flags[pfn] |= PG_dirty
         return clean
 
+    def read_folio(self, mapping: AddressSpace, pfn: int) -> None:
+        """Start reading a locked folio that is not up to date; it is unlocked when its bytes are there."""
+        raise NotImplementedError
+
+    def cancel_dirty(self, mapping: AddressSpace, pfn: int) -> None:
+        """A folio is on its way out of the file: what was written to it need not be kept."""
+        mapping.host.pages.flags[pfn] &= ~PG_dirty
+
+    def dropped_clean(self, mapping: AddressSpace, pfn: int) -> None:
+        """A truth: the folio goes as clean, so its bytes must be what would come back. Only with checks."""
+        raise NotImplementedError
+
+    def fallocate(self, mapping: AddressSpace, mode: int, offset: int, length: int) -> None:
+        """fallocate(2) with FALLOC_FL_*. KernelError."""
+        raise NotImplementedError
+
+    def set_size(self, mapping: AddressSpace, size: int) -> None:
+        """ftruncate(2). KernelError."""
+        raise NotImplementedError
+
+    def writepage(self, mapping: AddressSpace, pfn: int) -> None:
+        """Write a locked folio that was made clean; unlocks it."""
+        raise NotImplementedError
+
+    def fsync(self, mapping: AddressSpace) -> None:
+        """fsync(2): sleep until everything written so far is in the file. Nothing to do without one."""
+
+    def writeout(self, mapping: AddressSpace, pfn: int) -> bool:
+        """Reclaim wants a locked dirty folio written; unlocks it. False: it stays, dirty and locked."""
+        raise NotImplementedError
+
+    def abandon(self, mapping: AddressSpace) -> None:
+        """The host ends with the file in use: give up what the machine underneath holds for it."""
+
     def evict_inode(self, mapping: AddressSpace) -> None:
         """The last user is gone: give up every page."""
         raise NotImplementedError
@@ -88,11 +127,12 @@ class AddressSpaceOperations:
 
 class AddressSpace:
     """One file. `i_size` is in bytes, `nrpages` counts the pages that have a frame, new ones
-    come from node `nid`."""
+    come from node `nid`. `dirty` and `writeback` are the xarray's marks, by the index of the folio."""
 
     __slots__ = (
-        "a_ops", "f_count", "host", "i_mmap", "i_mmap_rwsem", "i_mmap_writable", "i_pages", "i_rwsem",
-        "i_size", "invalidate_lock", "name", "nid", "nrpages", "private_data", "vm_ops",
+        "a_ops", "dirty", "f_count", "host", "i_mmap", "i_mmap_rwsem", "i_mmap_writable", "i_pages",
+        "i_rwsem", "i_size", "invalidate_lock", "name", "nid", "nrpages", "private_data", "vm_ops",
+        "writeback",
     )
 
     def __init__(
@@ -107,6 +147,8 @@ class AddressSpace:
         self.vm_ops = vm_ops
         self.i_pages: dict[int, int] = {}
         self.nrpages = 0
+        self.dirty: dict[int, None] = {}
+        self.writeback: dict[int, None] = {}
         self.i_mmap: list[VmArea] = []
         self.i_mmap_rwsem = RwSem(host.sched, "i_mmap_rwsem")
         self.i_mmap_writable = 0

@@ -3,12 +3,10 @@
 A switch is tested where the step stands: `if "no-primary-flush" not in host.breaks`. With a switch on,
 one of the checked truths is expected to fail.
 
-Each is shown at work by a command in refault/switch_runs.toml. Four more steps can be left out of a
-HostMm by its `breaks` alone, for tests of this room and of emu/dune.py, as no payload asks for their
-operations yet: `dune-no-retry` (emu/dune.py enters what GUP said although a bracket came in between),
-`hugetlb-narrow-unshare` (unhooking a shared table of huge pages is told and flushed for the requested range
-only), `ksm-ignore-refs` (KSM merges a page although somebody else holds a reference to it) and
-`mremap-flush-after-unlock` (mremap flushes the old range after the page-table locks are dropped).
+Each is shown at work by a command in refault/switch_runs.toml. Two more steps can be left out of a HostMm by
+its `breaks` alone, for tests, as no payload asks for their operations yet: `dune-no-retry` (emu/dune.py
+enters what GUP said although a bracket came in between) and `hugetlb-narrow-unshare` (unhooking a shared
+table of huge pages is told and flushed for the requested range only).
 
 Not modelled: switches of the KVM side (kvm_model/breaks.py), and that reclaim drops a folio although it
 is dirty again: all who write through a reference lock the folio to say so, but KVM when it unmaps a
@@ -23,7 +21,9 @@ BREAKS: dict[str, str] = {
     "cow-flush-after-unlock": "a COW flushes the old translation only after the page-table lock is dropped",
     "free-before-batched-flush": "reclaim frees its frames before the batched flush",
     "free-before-flush": "mmu_gather frees its pages before it flushes the primary TLB",
+    "ksm-ignore-refs": "KSM merges a page although somebody else holds a reference to it",
     "migrate-ignore-refs": "migration moves a folio although somebody else holds a reference to it",
+    "mremap-flush-after-unlock": "mremap flushes the old range only after the page-table locks are dropped",
     "no-fault-recheck": "a COW does not compare the PTE again under the page-table lock",
     "no-flush-before-io": "reclaim starts I/O on a folio that stale writable translations still reach",
     "no-interval-retry": "a mirroring device publishes what it read without asking whether a bracket came by",

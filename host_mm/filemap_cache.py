@@ -8,12 +8,12 @@ A folio enters and leaves the cache locked; the cache holds one reference for ea
 finds a folio takes a reference without a lock and has to look again, once it is locked, whether it is
 still the file's: `mapping` goes when the folio leaves the cache, `index` stays.
 
-Not modelled: shadow entries (a refault is not told from a first read), accounting per cgroup, RCU.
+Not modelled: shadow entries (a refault is not told from a first read), RCU.
 """
 
 from __future__ import annotations
 
-from errno import EEXIST
+from errno import EEXIST, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.filemap import folio_lock, folio_unlock
@@ -23,6 +23,8 @@ from host_mm.page import (
     PG_locked,
     PG_swapbacked,
     folio_nr_pages,
+    folio_ref_freeze,
+    folio_ref_unfreeze,
     get_page,
     put_page,
     try_get_page,
@@ -32,14 +34,19 @@ from trace_events.tracepoint import Tracepoint
 if TYPE_CHECKING:
     from host_mm.address_space import AddressSpace
     from host_mm.host import HostMm
+    from host_mm.mm_types import MmStruct
 
 __all__ = [
-    "NOT_CACHED", "TRACEPOINTS", "filemap_add_folio", "filemap_get_entry", "filemap_get_folio",
-    "filemap_lock_folio", "filemap_page", "filemap_remove_folio", "page_cache_store",
+    "END_OF_FILE", "NOT_CACHED", "TRACEPOINTS", "filemap_add_folio", "filemap_get_entry",
+    "filemap_get_folio", "filemap_lock_folio", "filemap_page", "filemap_remove_folio", "find_get_entries",
+    "page_cache_delete", "page_cache_replace", "page_cache_store",
 ]
 
 NOT_CACHED = -1 << 63
 """What filemap_get_entry answers where nothing is; other negative answers are ~swap entry."""
+
+END_OF_FILE = 1 << 51
+"""An index beyond every page that a file can have."""
 
 ADD_TO_PAGE_CACHE = Tracepoint(
     "filemap", "mm_filemap_add_to_page_cache", ("file", "pfn", "index", "order"),
@@ -87,9 +94,14 @@ def page_cache_store(mapping: AddressSpace, head: int, index: int, *, expected: 
     return 0
 
 
-def filemap_add_folio(mapping: AddressSpace, head: int, index: int) -> int:
-    """Put a new folio into the cache and on the LRU; it is locked then. 0 or -EEXIST."""
+def filemap_add_folio(mapping: AddressSpace, head: int, index: int, mm: MmStruct | None = None) -> int:
+    """Put a new folio into the cache and on the LRU; it is locked then. 0, -EEXIST or -ENOMEM.
+
+    The memory cgroup of `mm`, for which the page is read, is charged.
+    """
     host = mapping.host
+    if mm is not None and mm.process.memcg is not None and host.memcg.charge(head, mm):
+        return -ENOMEM
     host.pages.flags[head] |= PG_locked
     ret = page_cache_store(mapping, head, index)
     if ret:
@@ -130,6 +142,26 @@ def page_cache_delete(mapping: AddressSpace, head: int, *, value: int = NOT_CACH
     return nr
 
 
+def page_cache_replace(mapping: AddressSpace, old: int, new: int, expected: int) -> bool:
+    """__folio_migrate_mapping: `new` takes the place and the cache's references of `old`; both locked.
+
+    False, and nothing changed: `old` has other than the `expected` references.
+    """
+    host = mapping.host
+    pages = host.pages
+    if not folio_ref_freeze(pages, old, expected):
+        return False
+    nr, index = folio_nr_pages(pages, old), pages.index[old]
+    get_page(host, new, nr)
+    pages.index[new] = index
+    pages.mapping[new] = mapping
+    del pages.mapping[old]
+    for at in range(index, index + nr):
+        mapping.i_pages[at] = new
+    folio_ref_unfreeze(pages, old, expected - nr)
+    return True
+
+
 def filemap_get_entry(mapping: AddressSpace, index: int) -> int:
     """What is at `index`: a folio's head, with a reference; or ~swap entry; or NOT_CACHED."""
     host = mapping.host
@@ -166,3 +198,19 @@ def filemap_lock_folio(mapping: AddressSpace, index: int) -> int:
 def filemap_page(mapping: AddressSpace, head: int, index: int) -> int:
     """folio_file_page: the frame of page `index` in its folio."""
     return head + index - mapping.host.pages.index[head]
+
+
+def find_get_entries(mapping: AddressSpace, start: int, end: int) -> list[tuple[int, int]]:
+    """(index, what is there) of pages [start, end) that are cached or in swap, by index, no references.
+
+    A large folio comes once, with the first index in the range. Costs as the smaller of the range and what
+    the file has.
+    """
+    i_pages = mapping.i_pages
+    if end - start <= len(i_pages):
+        found = [(at, i_pages[at]) for at in range(start, end) if at in i_pages]
+    else:
+        found = sorted((at, value) for at, value in i_pages.items() if start <= at < end)
+    return [
+        entry for n, entry in enumerate(found) if entry[1] < 0 or not n or found[n - 1][1] != entry[1]
+    ]

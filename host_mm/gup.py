@@ -91,7 +91,8 @@ if TYPE_CHECKING:
 __all__ = [
     "FOLL_FORCE", "FOLL_GET", "FOLL_HONOR_NUMA_FAULT", "FOLL_HWPOISON", "FOLL_INTERRUPTIBLE",
     "FOLL_LONGTERM", "FOLL_NOFAULT", "FOLL_NOWAIT", "FOLL_PIN", "FOLL_WRITE", "TRACEPOINTS",
-    "faultin_page_range", "get_user_page_fast_only", "get_user_pages_unlocked", "mm_populate",
+    "faultin_page_range", "get_user_page_fast_only", "get_user_page_remote",
+    "get_user_pages_unlocked", "mm_populate",
     "pin_user_page", "unpin_user_page",
 ]
 
@@ -223,6 +224,19 @@ def get_user_pages_unlocked(mm: MmStruct, addr: int, gup_flags: int) -> int:
     -EAGAIN is what the kernel answers with 0 pages: FOLL_NOWAIT and the fault would have to wait.
     """
     return _trace(mm, addr, gup_flags, "slow", _gup_slow(mm, addr, gup_flags | FOLL_TOUCH))
+
+
+def get_user_page_remote(mm: MmStruct, addr: int, flags: int) -> int:
+    """get_user_pages_remote of one page, under the caller's mmap_lock; a frame with a reference or an errno.
+
+    A fault that has to drop the lock (userfaultfd) takes it again, so that VMAs must be looked up anew.
+    """
+    flags |= FOLL_REMOTE | FOLL_TOUCH | FOLL_TRIED
+    while True:
+        pfn, locked = _get_user_page(mm, addr, flags)
+        if locked:
+            return _trace(mm, addr, flags, "slow", pfn)
+        mm.mmap_lock.read_lock()
 
 
 def _gup_slow(mm: MmStruct, addr: int, flags: int) -> int:

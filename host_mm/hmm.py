@@ -216,7 +216,8 @@ class _HmmWalk:
         swp = pte_to_swp_entry(entry)
         if is_device_private_entry(swp):
             pfn = swp_offset(swp) & SWP_PFN_MASK
-            if page_pgmap(self.host, pfn).owner is self.range.dev_private_owner:
+            owner = self.range.dev_private_owner
+            if owner is not None and page_pgmap(self.host, pfn).owner is owner:
                 write = HMM_PFN_WRITE if is_writable_device_private_entry(swp) else 0
                 self._store(address, pfn | HMM_PFN_VALID | write)
                 return 0

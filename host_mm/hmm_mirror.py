@@ -14,8 +14,8 @@ Not modelled: huge translations, prefetch; a translation carries no accessed or 
 
 from __future__ import annotations
 
-from errno import EBUSY, ETIMEDOUT
-from typing import TYPE_CHECKING
+from errno import EBUSY, EFAULT, ETIMEDOUT
+from typing import TYPE_CHECKING, Any
 
 from host_mm.hmm import (
     HMM_PFN_FLAGS,
@@ -62,7 +62,11 @@ TRACEPOINTS = (MIRROR_MAP, MIRROR_UNMAP)
 
 
 class HmmMirror(MmuIntervalNotifier):
-    """A device's translations of [start, start + length) of a process, in `table`."""
+    """A device's translations of [start, start + length) of a process, in `table`.
+
+    `dev_private_owner`: whose device-private pages it can reach. A device that leaves brackets of its own
+    out of `invalidate` must move `own_seq`, under the lock, where it drops what they cover.
+    """
 
     who = "a mirroring device"
 
@@ -72,6 +76,8 @@ class HmmMirror(MmuIntervalNotifier):
         self.host = process.host
         self.lock = Mutex(process.host.sched, "hmm_mirror")
         self.table = HostTlb()
+        self.dev_private_owner: Any = None
+        self.own_seq = 0
 
     def open(self, start: int, length: int) -> None:
         """Begin to watch. KernelError for a bad range."""
@@ -113,12 +119,20 @@ class HmmMirror(MmuIntervalNotifier):
             self._fault(address & ~0xFFF, write)
         return pfn
 
+    def make_writable(self, address: int) -> None:
+        """hmm_range_fault faults no page that its caller owns: one in its own memory may come read-only."""
+        raise KernelError(EFAULT, f"the device may only read {address:#x}")
+
     def _fault(self, address: int, write: bool) -> None:
         """The driver's loop, once: the translation is published, or it is to begin again."""
         host, mm = self.host, self.process.mm
-        range_ = HmmRange(self, address, address + 4096, default_flags=HMM_PFN_REQ_FAULT)
+        range_ = HmmRange(
+            self, address, address + 4096, default_flags=HMM_PFN_REQ_FAULT,
+            dev_private_owner=self.dev_private_owner,
+        )
         if write:
             range_.default_flags |= HMM_PFN_REQ_WRITE
+        own_seq = self.own_seq
         seq = range_.notifier_seq = mmu_interval_read_begin(self)
         mm.mmap_lock.read_lock()
         ret = hmm_range_fault(range_)
@@ -127,8 +141,13 @@ class HmmMirror(MmuIntervalNotifier):
             return
         if ret:
             raise KernelError(-ret, f"the device cannot reach {address:#x}")
+        if write and not range_.hmm_pfns[0] & HMM_PFN_WRITE:
+            self.make_writable(address)
+            return
         with self.lock:
             if "no-interval-retry" not in host.breaks and mmu_interval_read_retry(self, seq):
+                return
+            if self.own_seq != own_seq:
                 return
             if host.checks is not None:
                 host.checks.interval_published(self, seq)

@@ -27,9 +27,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from host_mm import (
+    address_space,
+    backing_file,
     compaction,
     compaction_trace,
     filemap_cache,
+    filemap_fault,
     fork,
     gup,
     hmm_mirror,
@@ -45,15 +48,20 @@ from host_mm import (
     lru_gen,
     lru_gen_walk,
     memory,
+    memory_device,
     memory_file,
     memremap,
     migrate,
+    migrate_device,
     mmu_notifier,
     oom_kill,
     page_alloc,
     page_io,
+    page_writeback,
+    rmap_device,
     rmap_unmap,
     shmem,
+    shmem_file,
     swap_state,
     swapin,
     tlb,
@@ -62,6 +70,7 @@ from host_mm import (
     vmscan,
     vmscan_trace,
     zram,
+    zswap,
 )
 from host_mm.huge_mm import Thp
 from host_mm.kernel.locks import Spinlock, Srcu
@@ -92,8 +101,10 @@ _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
 _MODULES = (
+    backing_file,
     compaction_trace,
     filemap_cache,
+    filemap_fault,
     fork,
     gup,
     hmm_mirror,
@@ -106,18 +117,23 @@ _MODULES = (
     lru,
     lru_gen_walk,
     memory,
+    memory_device,
     migrate,
+    migrate_device,
     mmu_notifier,
     oom_kill,
     page_alloc,
     page_io,
+    rmap_device,
     rmap_unmap,
+    shmem,
     swap_state,
     swapin,
     tlb,
     userfaultfd_k,
     vmscan,
     vmscan_trace,
+    zswap,
 )
 
 
@@ -184,8 +200,11 @@ class HostMm:
             device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None
             self.swap = SwapInfo(sched, swap_bytes, swap_path, device)
             self.swap.free_notify.append(self.memcg.uncharge_swap)
+        self.zswap = zswap.Zswap(self, self.swap)
         self.swap_readahead = SwapReadahead(self.params)
         self.swap_device = page_io.SwapDevice(self)
+        self.file_device = page_io.SwapDevice(self, "file-io")
+        self.flusher = page_writeback.Flusher(self)
         self.ksm = Ksm(self)
         self.hstate = hugetlb.Hstate(self, nodes)
         self.hugetlb_inodes = 0
@@ -252,6 +271,8 @@ class HostMm:
 
     def start_daemons(self) -> None:
         """Start kswapd on every node; each sleeps until an allocation finds its node short."""
+        if pages := int(self.params.get("hugetlb.nr_hugepages", "0")):
+            hugetlb.set_max_huge_pages(self, pages)
         for node in self.allocator.nodes:
             body = partial(vmscan.kswapd, self, node.nid)
             self.daemons.append(self.sched.spawn(f"kswapd{node.nid}", body))
@@ -261,26 +282,34 @@ class HostMm:
         while self._at_work():
             self.sched.sleep(QUIESCE_POLL)
         self.swap_device.drain()
+        self.file_device.drain()
         while self.ksm.scanning:
             self.sched.sleep(QUIESCE_POLL)
         self.lru.lru_add_drain_all()
 
     def _at_work(self) -> bool:
-        return self.ksm.scanning or self.khugepaged.scanning or any(
+        return self.ksm.scanning or self.khugepaged.scanning or self.flusher.running or any(
             not vmscan.kswapd_asleep(self, node.nid) or not kcompactd.kcompactd_asleep(self, node.nid)
             for node in self.nodes
         )
 
     def shutdown(self) -> None:
-        """Every process has ended: stop ksmd, turn swap off. What is in use after that is lost."""
+        """Every process has ended: stop ksmd, turn swap off, give up the huge pages.
+
+        What is in use after that is lost.
+        """
         if self.ksm.mm_slots:
             ksm.run_store(self, KSM_RUN_UNMERGE)
         if self.swap is not None:
             swap_state.try_to_unuse(self)
+        self.hstate.nr_overcommit = 0
+        hugetlb.set_max_huge_pages(self, 0)
         self.quiesce()
 
     def close(self) -> None:
-        """Give up what the machine underneath holds for us: the swap file."""
+        """Give up what the machine underneath holds for us: the swap file and others."""
+        for mapping in self.mappings:
+            mapping.a_ops.abandon(mapping)
         if self.swap is not None:
             self.swap.close()
 
@@ -333,7 +362,11 @@ class HostMm:
 
     def shmem_file_setup(self, name: str, size: int, nid: int) -> AddressSpace:
         """mmap -> shmem: the file behind a shared anonymous mapping."""
-        return shmem.shmem_file_setup(self, name, size, nid)
+        return shmem_file.shmem_file_setup(self, name, size, nid)
+
+    def fput(self, mapping: AddressSpace) -> None:
+        """page_writeback -> address_space: the flusher lets go of a file."""
+        address_space.fput(mapping)
 
     def do_fault(self, vmf: VmFault) -> int:
         """memory -> memory_file: a fault on an empty entry of a file mapping."""

@@ -26,6 +26,7 @@ from host_mm.arch.x86.pgtable import (
     pte_dirty,
     pte_mkclean,
     pte_mkdirty,
+    pte_present,
     pte_write,
     pte_wrprotect,
 )
@@ -138,6 +139,9 @@ def _write_protect_locked(mm: MmStruct, address: int, pte: int, pfn: int) -> int
     host = mm.host
     pages = host.pages
     entry = ptep_get(mm, pte)
+    if not pte_present(entry):
+        # A device has the page for itself.
+        return _NOT_PROTECTED
     exclusive = pages.flags[pfn] & PG_anon_exclusive
     if not (pte_write(entry) or pte_dirty(entry) or exclusive or mm_tlb_flush_pending(mm)):
         return entry
@@ -145,10 +149,16 @@ def _write_protect_locked(mm: MmStruct, address: int, pte: int, pfn: int) -> int
     entry = ptep_clear_flush(mm, address, pte)
     if host.sched.preempt:
         host.sched.race("pte")
-    alone = pages.mapcount[pfn] + 1 + swapped == pages.refcount[pfn] or "ksm-ignore-refs" in host.breaks
-    if not alone or (exclusive and not folio_try_share_anon_rmap_pte(host, pfn)):
+    alone = pages.mapcount[pfn] + 1 + swapped == pages.refcount[pfn]
+    if alone and exclusive:
+        alone = folio_try_share_anon_rmap_pte(host, pfn)
+    if "ksm-ignore-refs" in host.breaks:
+        pages.flags[pfn] &= ~PG_anon_exclusive
+    elif not alone:
         set_pte(mm, address, pte, entry)
         return _NOT_PROTECTED
+    if host.checks is not None:
+        host.checks.folio_merges(pfn)
     if pte_dirty(entry):
         set_page_dirty(host, pfn)
     entry = pte_wrprotect(pte_mkclean(entry))

@@ -174,6 +174,8 @@ def _shrink_isolated(
     host = vec.host
     flags = host.pages.flags
     reclaimed, stat, kept = shrink_folio_list(host, folios, sc)
+    if stat.nr_unqueued_dirty == len(folios):
+        host.flusher.wakeup()
     sc.nr_reclaimed += reclaimed
     sc.nr_writeback += stat.nr_writeback + stat.nr_pageout
     if (t := host.trace.mm_vmscan_lru_shrink_inactive) is not None:

@@ -237,6 +237,7 @@ def _free(tlb: MmuGather, vma: VmArea, start: int, end: int) -> None:
         mmu_notifier.MMU_NOTIFY_CLEAR, mm, start, end, order=mmu_notifier.ORDER_GATHER
     )
     mm.host.lru.lru_add_drain()
+    mm.update_hiwater_rss()
     mmu_notifier.mmu_notifier_invalidate_range_start(range_)
     for pmd, address, following in pmd_slots(mm, start, end):
         huge = not pmd_table(pmdp_get(mm, pmd))

@@ -26,7 +26,10 @@ from host_mm.arch.x86.pgtable import (
     SWP_MIGRATION_READ,
     SWP_PFN_MASK,
     SWP_PTE_MARKER,
+    is_device_exclusive_entry,
+    is_device_private_entry,
     is_migration_entry,
+    is_swap_pte,
     make_pte_marker,
     mk_pte,
     non_swap_entry,
@@ -48,6 +51,7 @@ from host_mm.huge_memory_map import copy_huge_pmd
 from host_mm.hugetlb_copy import copy_hugetlb_page_range
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_WALK
 from host_mm.memory import folio_prealloc, maybe_mkwrite, vm_normal_page
+from host_mm.memory_device import copy_device_private_entry, try_restore_exclusive_pte
 from host_mm.mm_types import (
     MM_ANONPAGES,
     MM_SWAPENTS,
@@ -79,6 +83,7 @@ __all__ = ["copy_page_range", "is_cow_mapping"]
 _DONE = 0
 _NEED_PAGE = 1
 _NEED_COUNT = 2
+_BUSY = 3
 
 
 def is_cow_mapping(flags: int) -> bool:
@@ -138,7 +143,7 @@ def _copy_pte_range(dst_vma: VmArea, src_vma: VmArea, src_pmd: int, address: int
         dst_ptl.unlock()
         if host.sched.preempt:
             host.sched.point("cond_resched")
-        if want == _NEED_COUNT:
+        if want in (_NEED_COUNT, _BUSY):
             return -ENOMEM
         if want == _NEED_PAGE:
             spare = folio_prealloc(host, src_vma, zero=False)
@@ -160,6 +165,11 @@ def _copy_locked(
     while address < end:
         entry = u64[src_pte >> 3]
         if entry:
+            if is_swap_pte(entry) and is_device_exclusive_entry(pte_to_swp_entry(entry)):
+                if not try_restore_exclusive_pte(src_vma, address, src_pte, entry):
+                    want = _BUSY
+                    break
+                entry = u64[src_pte >> 3]
             if not pte_present(entry):
                 if not _copy_nonpresent(dst_vma, src_vma, dst_pte, src_pte, address, entry):
                     want = _NEED_COUNT
@@ -234,6 +244,9 @@ def _copy_nonpresent(
             entry &= ~_PAGE_SWP_EXCLUSIVE
             set_pte(src_mm, address, src_pte, entry)
         dst_mm.rss[MM_SWAPENTS] += 1
+    elif is_device_private_entry(swp):
+        cow = is_cow_mapping(dst_vma.flags)
+        entry = copy_device_private_entry(dst_vma, src_vma, src_pte, address, entry, cow=cow)
     elif is_migration_entry(swp):
         pages = src_mm.host.pages
         dst_mm.rss[mm_counter(pages, page_folio(pages, swp_offset(swp) & SWP_PFN_MASK))] += 1

@@ -39,9 +39,19 @@ from host_mm.mm_types import (
     VM_FAULT_SIGBUS,
     VM_SHARED,
     VM_UFFD_MINOR,
+    VM_UFFD_MISSING,
     VM_UFFD_WP,
 )
-from host_mm.page import PG_dirty, PG_hwpoison, get_page, mm_counter, page_folio, put_page, set_page_dirty
+from host_mm.page import (
+    PG_dirty,
+    PG_hwpoison,
+    folio_nr_pages,
+    get_page,
+    mm_counter,
+    page_folio,
+    put_page,
+    set_page_dirty,
+)
 from host_mm.pgtable_generic import pte_alloc, pte_lockptr, pte_offset_map_lock, ptep_get, set_pte
 from host_mm.rmap import anon_vma_prepare, folio_add_file_rmap_pte, folio_add_new_anon_rmap
 
@@ -187,18 +197,42 @@ def finish_fault(vmf: VmFault) -> int:
         return ret
     if not pte_alloc(mm, vmf.pmd):
         return VM_FAULT_OOM
+    head = page_folio(host.pages, page)
     pte = pte_offset_map_lock(mm, vmf.pmd, vmf.address)
     if not pte:
         return VM_FAULT_NOPAGE
     vmf.pte = pte
     vmf.ptl = pte_lockptr(mm, pte)
-    if ptep_get(mm, pte) != vmf.orig_pte:
+    nr = _whole_folio(vmf, head, page)
+    if nr > 1 and any(host.ram.u64[(pte >> 3) - (page - head) : (pte >> 3) - (page - head) + nr]):
+        nr = 1
+    if nr == 1 and ptep_get(mm, pte) != vmf.orig_pte:
         vmf.ptl.unlock()
         return VM_FAULT_NOPAGE
-    set_pte_range(vmf, page, vmf.address, pte)
-    mm.rss[MM_ANONPAGES if is_cow else mm_counter(host.pages, page_folio(host.pages, page))] += 1
+    first = head if nr > 1 else page
+    if nr > 1:
+        get_page(host, head, nr - 1)
+    for at in range(first, first + nr):
+        set_pte_range(vmf, at, vmf.address + ((at - page) << 12), pte + (at - page) * 8)
+    mm.rss[MM_ANONPAGES if is_cow else mm_counter(host.pages, head)] += nr
     vmf.ptl.unlock()
     return 0
+
+
+def _whole_folio(vmf: VmFault, head: int, page: int) -> int:
+    """How many pages of a large folio one fault maps: all, unless file, VMA or page table end within it."""
+    vma, host = vmf.vma, vmf.mm.host
+    nr = folio_nr_pages(host.pages, head)
+    if nr == 1 or vma.flags & (VM_UFFD_WP | VM_UFFD_MINOR | VM_UFFD_MISSING) or vma.file is None:
+        return 1
+    mapping: AddressSpace = vma.file
+    if not mapping.a_ops.is_shmem and mapping.file_end < host.pages.index[head] + nr:
+        return 1
+    inside = page - head
+    vma_off, pte_off = vmf.pgoff - vma.pgoff, (vmf.address >> 12) & (PTRS_PER_PTE - 1)
+    if vma_off < inside or vma_off + nr - inside > (vma.end - vma.start) >> 12:
+        return 1
+    return 1 if pte_off < inside or pte_off + nr - inside > PTRS_PER_PTE else nr
 
 
 def set_pte_range(vmf: VmFault, page: int, address: int, pte: int) -> None:

@@ -35,6 +35,7 @@ from host_mm.huge_memory_pmd import split_huge_pmd
 from host_mm.hugetlb_unmap import hugetlb_zap_begin, hugetlb_zap_end, unmap_hugepages
 from host_mm.ksm_types import ksm_might_unmap_zero_page
 from host_mm.memory import vm_normal_page
+from host_mm.memory_device import device_entry_pfn, zap_device_entry
 from host_mm.mm_types import MM_SWAPENTS, VM_HUGETLB, VM_RAND_READ, VM_SEQ_READ
 from host_mm.mmu_gather import MmuGather
 from host_mm.page import PG_anon, mm_counter, page_folio, set_page_dirty
@@ -52,7 +53,7 @@ from host_mm.swap_state import free_swap_and_cache
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
-    from host_mm.mm_types import MmStruct, VmArea
+    from host_mm.mm_types import VmArea
 
 __all__ = [
     "free_pgtables", "unmap_page_range", "unmap_vmas",
@@ -100,7 +101,7 @@ def _zap_pte_range(
             if pte_present(entry):
                 force_flush = _zap_present(tlb, vma, address, pte)
             else:
-                _zap_nonpresent(mm, address, pte, entry)
+                _zap_nonpresent(vma, address, pte, entry)
         pte += 8
         address += 4096
         if force_flush:
@@ -150,9 +151,12 @@ def vma_has_recency(vma: VmArea) -> bool:
     return not vma.flags & (VM_SEQ_READ | VM_RAND_READ)
 
 
-def _zap_nonpresent(mm: MmStruct, address: int, pte: int, old: int) -> None:
+def _zap_nonpresent(vma: VmArea, address: int, pte: int, old: int) -> None:
+    mm = vma.mm
     entry = pte_to_swp_entry(old)
-    if not non_swap_entry(entry):
+    if (pfn := device_entry_pfn(old)) >= 0:
+        zap_device_entry(vma, pfn)
+    elif not non_swap_entry(entry):
         mm.rss[MM_SWAPENTS] -= 1
         free_swap_and_cache(mm.host, entry)
     elif is_migration_entry(entry):
@@ -164,6 +168,7 @@ def _zap_nonpresent(mm: MmStruct, address: int, pte: int, old: int) -> None:
 def unmap_vmas(tlb: MmuGather, vmas: list[VmArea], start: int, end: int) -> None:
     """munmap and exit: one bracket over [start, end), then each VMA's part of it."""
     mm = tlb.mm
+    mm.update_hiwater_rss()
     range_ = mmu_notifier.mmu_notifier_range_init(
         mmu_notifier.MMU_NOTIFY_UNMAP, mm, start, end, order=mmu_notifier.ORDER_GATHER
     )
@@ -195,6 +200,7 @@ def zap_page_range_single_batched(
 ) -> None:
     """Clear a part of one VMA inside a bracket, into the caller's gather."""
     mm = vma.mm
+    mm.update_hiwater_rss()
     huge = bool(vma.flags & VM_HUGETLB)
     start, end = address, address + size
     if huge:

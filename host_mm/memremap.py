@@ -152,6 +152,8 @@ def free_zone_device_folio(host: HostMm, pfn: int) -> None:
         raise BrokenTruth(
             "bad-page-state", f"device pfn {pfn:#x} is freed mapped or locked", host.stream.here()
         )
+    if host.memcg.folios:
+        host.memcg.uncharge(pfn)
     pages.flags[pfn] = PG_zone_device
     pages.index[pfn] = pages.private[pfn] = 0
     pages.mapping.pop(pfn, None)

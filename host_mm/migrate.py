@@ -14,7 +14,7 @@ in part, or for which there is no memory in one piece, is split and its pages ar
 
     break migrate-ignore-refs     move folios although somebody holds a reference
 
-Not modelled: movable_ops pages, file mappings, devices.
+Not modelled: movable_ops pages, devices.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import HPAGE_PMD_NR, pmd_pfn, pmd_trans_huge, pte_pfn, pte_present
 from host_mm.filemap import folio_lock, folio_trylock, folio_unlock, folio_wait_writeback
+from host_mm.filemap_cache import page_cache_replace
 from host_mm.huge_memory_map import pmd_folio
 from host_mm.huge_mm import GFP_TRANSHUGE
 from host_mm.hugetlb import folio_isolate_hugetlb, folio_putback_hugetlb
@@ -83,6 +84,7 @@ __all__ = [
     "MR_NUMA_MISPLACED",
     "MR_SYSCALL",
     "TRACEPOINTS",
+    "folio_migrate_flags",
     "migrate_pages",
     "move_pages",
     "putback_movable_pages",
@@ -241,7 +243,7 @@ class _Batch:
                 "migrate", f"the new frame {dst:#x} is locked by somebody else", host.stream.here()
             )
         # A KSM page has no anon_vma of its own; its stable node leads to all of them.
-        pinned = folio_mapcount(pages, src) and not pages.flags[src] & PG_ksm
+        pinned = folio_mapcount(pages, src) and pages.flags[src] & (PG_anon | PG_ksm) == PG_anon
         anon_vma = pages.mapping.get(src) if pinned else None
         item = _Unmapped(src, dst, anon_vma, bool(pages.flags[src] & PG_mlocked))
         if folio_mapcount(pages, src):
@@ -267,7 +269,9 @@ class _Batch:
         host = self.host
         pages = host.pages
         flags = pages.flags
-        expected = 1 + bool(flags[src] & PG_swapcache) + folio_mapcount(pages, src)
+        cached = not flags[src] & (PG_anon | PG_swapcache) and src in pages.mapping
+        held = folio_nr_pages(pages, src) if cached else bool(flags[src] & PG_swapcache)
+        expected = 1 + held + folio_mapcount(pages, src)
         ignore = "migrate-ignore-refs" in host.breaks
         if pages.refcount[src] != expected and not ignore:
             return -EAGAIN
@@ -281,6 +285,8 @@ class _Batch:
             host.sched.point("migrate-copy")
         if flags[src] & PG_swapcache and not self._replace_in_swap_cache(src, dst, expected, ignore):
             return -EAGAIN
+        if cached and not page_cache_replace(pages.mapping[src], src, dst, expected):
+            return -EAGAIN
         pages.index[dst] = pages.index[src]
         mapping = pages.mapping.get(src)
         if mapping is not None:
@@ -288,9 +294,7 @@ class _Batch:
         folio_migrate_ksm(host, dst, src)
         if nr_pages > 1:
             host.thp.unqueue_deferred_split(src)
-        flags[dst] |= flags[src] & (_COPIED_FLAGS | PG_dirty)
-        flags[src] &= ~(PG_active | PG_unevictable | PG_dirty)
-        host.memcg.migrate(src, dst)
+        folio_migrate_flags(host, dst, src)
         return 0
 
     def _replace_in_swap_cache(self, src: int, dst: int, expected: int, ignore: bool) -> bool:
@@ -460,6 +464,14 @@ class _Batch:
         if rc:
             self.undo(item)
         return rc
+
+
+def folio_migrate_flags(host: HostMm, dst: int, src: int) -> None:
+    """The new frame has the old one's state and its charge."""
+    flags = host.pages.flags
+    flags[dst] |= flags[src] & (_COPIED_FLAGS | PG_dirty)
+    flags[src] &= ~(PG_active | PG_unevictable | PG_dirty)
+    host.memcg.migrate(src, dst)
 
 
 def alloc_migration_target(host: HostMm, src: int, nid: int) -> int:

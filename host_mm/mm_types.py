@@ -245,7 +245,7 @@ class MmStruct:
     """
 
     __slots__ = (
-        "def_flags", "flags", "host", "ksm_merging_pages", "ksm_rmap_items", "ksm_zero_pages",
+        "def_flags", "flags", "hiwater_rss", "host", "ksm_merging_pages", "ksm_rmap_items", "ksm_zero_pages",
         "mm_count", "mm_users", "mmap_lock",
         "notifier_subscriptions", "page_table_lock", "pgd", "pgtables_bytes", "process", "pte_locks", "rss",
         "starts", "tlb", "tlb_flush_batched", "tlb_flush_pending", "total_vm", "vmas", "write_protect_seq",
@@ -267,12 +267,21 @@ class MmStruct:
         self.flags = 0
         self.def_flags = 0
         self.rss = [0, 0, 0, 0]
+        self.hiwater_rss = 0
         self.total_vm = 0
         self.tlb: Any = None
         self.tlb_flush_pending = 0
         self.tlb_flush_batched = 0
         self.write_protect_seq = 0
         self.ksm_merging_pages = self.ksm_rmap_items = self.ksm_zero_pages = 0
+
+    def get_mm_rss(self) -> int:
+        """Pages that are mapped."""
+        return self.rss[MM_FILEPAGES] + self.rss[MM_ANONPAGES] + self.rss[MM_SHMEMPAGES]
+
+    def update_hiwater_rss(self) -> None:
+        """Before pages go: the most that were mapped at once, since clear_refs forgot it last."""
+        self.hiwater_rss = max(self.hiwater_rss, self.get_mm_rss())
 
     def find_vma(self, address: int) -> VmArea | None:
         """The first VMA that ends after `address`."""
@@ -320,8 +329,8 @@ class VmFault:
     """struct vm_fault: one fault on its way. `pmd` and `pte` are physical addresses of entries (0: none)."""
 
     __slots__ = (
-        "address", "cow_page", "flags", "mm", "orig_pmd", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl",
-        "real_address", "vma",
+        "address", "cow_page", "fault_type", "flags", "mm", "orig_pmd", "orig_pte", "page", "pgoff", "pmd",
+        "pte", "ptl", "real_address", "vma",
     )
 
     def __init__(self, vma: VmArea, address: int, flags: int) -> None:
@@ -338,3 +347,4 @@ class VmFault:
         self.ptl: Spinlock | None = None
         self.page = -1
         self.cow_page = -1
+        self.fault_type = 0

@@ -191,6 +191,8 @@ class _Move:
             self.unflushed.append((start, end))
         else:
             _tlb.flush_tlb_range(mm, start, end)
+        if mm.host.checks is not None:
+            mm.host.checks.entries_moved(mm, start, end)
 
     def _move_table(self, old_entry: int, new_entry: int, size: int) -> bool:
         """move_normal_pmd, move_normal_pud: false if something hangs at the new place."""

@@ -41,6 +41,7 @@ from host_mm.arch.x86.pgtable import (
     SWP_MIGRATION_READ_EXCLUSIVE,
     SWP_PFN_MASK,
     is_pte_marker,
+    is_writable_device_private_entry,
     is_writable_migration_entry,
     make_pte_marker,
     pmd_table,
@@ -64,6 +65,7 @@ from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory import vm_normal_page
 from host_mm.memory_copy import is_cow_mapping
+from host_mm.memory_device import make_device_private_pte
 from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_HUGETLB, VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE
 from host_mm.mmu_gather import MmuGather
 from host_mm.page import (
@@ -355,6 +357,9 @@ class _Change:
             owned = anon and self.mm.host.profile.anon_exclusive
             kind = SWP_MIGRATION_READ_EXCLUSIVE if owned else SWP_MIGRATION_READ
             new = swp_entry_to_pte(swp_entry(kind, swp_offset(swp))) | (entry & _PAGE_SWP_SOFT_DIRTY)
+        elif is_writable_device_private_entry(swp):
+            new = make_device_private_pte(swp_offset(swp) & SWP_PFN_MASK, writable=False)
+            new |= entry & _PAGE_SWP_UFFD_WP
         elif is_pte_marker(entry):
             if self.cp_flags & MM_CP_UFFD_WP_RESOLVE and pte_marker_get(entry) == PTE_MARKER_UFFD_WP:
                 pte_clear(self.mm, address, pte)

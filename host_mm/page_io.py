@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from host_mm.swapfile import SwapInfo
     from host_mm.zram import Zram
 
-__all__ = ["QUEUE_DEPTH", "SWAP_CLUSTER_MAX", "TRACEPOINTS", "SwapDevice", "swap_read_folio", "swap_writeout"]
+__all__ = [
+    "QUEUE_DEPTH", "SWAP_CLUSTER_MAX", "TRACEPOINTS", "SwapDevice", "swap_read_folio", "swap_writeout",
+    "swap_writepage",
+]
 
 SWAP_CLUSTER_MAX = 32
 QUEUE_DEPTH = 16
@@ -72,16 +75,17 @@ TRACEPOINTS = (SWAP_WRITE_START, SWAP_WRITE_END, SWAP_READ_START, SWAP_READ_END,
 
 
 class SwapDevice:
-    """The request queue of the swap file's device. `inflight` maps pfn to slot.
+    """The request queue of the swap file's device, or of the files'. `inflight` maps pfn to slot (page).
 
     Reclaimers that wait for writeback hang on `host.reclaim_wait`; `throttled_written` counts what
     completed since the first of them came.
     """
 
-    __slots__ = ("host", "inflight", "last_read", "last_write", "throttled_written")
+    __slots__ = ("host", "inflight", "last_read", "last_write", "name", "throttled_written")
 
-    def __init__(self, host: HostMm) -> None:
+    def __init__(self, host: HostMm, name: str = "swap-io") -> None:
         self.host = host
+        self.name = name
         self.inflight: dict[int, int] = {}
         self.last_read = 0
         self.last_write = 0
@@ -108,7 +112,7 @@ class SwapDevice:
         sched = self.host.sched
         stream = self.host.stream
         self.inflight[pfn] = slot
-        irq = TaskContext("swap-io", cause=stream.ctx.cause)
+        irq = TaskContext(self.name, cause=stream.ctx.cause)
 
         def complete() -> None:
             # An interrupt: it runs on top of whoever is current and may not be preempted.
@@ -154,6 +158,15 @@ def swap_writeout(host: HostMm, pfn: int) -> None:
         folio_unlock(host, pfn)
         return
     swap.zeromap[slot] = 0
+    if host.zswap.store(pfn):
+        folio_unlock(host, pfn)
+        return
+    swap_writepage(host, pfn, slot)
+
+
+def swap_writepage(host: HostMm, pfn: int, slot: int) -> None:
+    """__swap_writepage: the locked folio's bytes go to the device; unlocks it."""
+    swap = _swap(host)
     if host.checks is not None:
         host.checks.writeback_starts(pfn)
     host.vmstat["pswpout"] += 1
@@ -209,6 +222,8 @@ def swap_read_folio(host: HostMm, pfn: int) -> None:
         if (t := host.trace.swap_zero) is not None:
             t(pfn, slot, False)
         folio_unlock(host, pfn)
+        return
+    if host.zswap.enabled and host.zswap.load(pfn):
         return
     host.vmstat["pswpin"] += 1
     if (t := host.trace.swap_read_start) is not None:

@@ -10,7 +10,7 @@ mm/internal.h (vma_address, vma_address_end); Linux 6.18.
 At each turn `address` is where the folio or a page of it is mapped, and the entry there is locked: `pte`
 is the physical address of a 4 KiB entry, or 0 if `pmd` is a huge one. To stop early call `done`.
 
-Not modelled: hugetlb (its entries are one a folio), entries at level 3, device-private entries.
+Not modelled: hugetlb (its entries are one a folio), entries at level 3.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from host_mm.arch.x86.pgtable import (
     HPAGE_PMD_NR,
     PMD_SIZE,
     SWP_PFN_MASK,
+    is_device_exclusive_entry,
+    is_device_private_entry,
     is_migration_entry,
     is_swap_pmd,
     is_swap_pte,
@@ -179,7 +181,11 @@ class PageVmaMappedWalk:
         elif pte_present(entry):
             pfn = pte_pfn(entry)
         else:
-            return False
+            # A page that a device has counts as mapped.
+            swp = pte_to_swp_entry(entry)
+            if not is_device_private_entry(swp) and not is_device_exclusive_entry(swp):
+                return False
+            pfn = swp_offset(swp) & SWP_PFN_MASK
         return self.pfn <= pfn < self.pfn + self.nr_pages
 
     def _check_pmd(self, value: int) -> bool:

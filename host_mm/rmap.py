@@ -310,6 +310,7 @@ def rmap_walk(
     flags = host.pages.flags[pfn]
     if flags & PG_ksm:
         return rmap_walk_ksm(host, pfn, rmap_one, try_lock=try_lock, done=done)
+    given = anon_vma
     if not flags & PG_anon and anon_vma is None:
         return _rmap_walk_file(host, pfn, rmap_one, locked=locked, try_lock=try_lock, done=done)
     if anon_vma is None:
@@ -323,6 +324,10 @@ def rmap_walk(
                 return False
         else:
             rwsem.read_lock()
+        if given is None and host.pages.mapping.get(pfn) is not anon_vma:
+            # UFFDIO_MOVE gave the page to another VMA while the lock was waited for.
+            rwsem.read_unlock()
+            return rmap_walk(host, pfn, rmap_one, try_lock=try_lock, done=done)
     index = host.pages.index[pfn]
     nr_pages = folio_nr_pages(host.pages, pfn)
     hits: list[tuple[int, VmArea, int]] = []
@@ -330,7 +335,8 @@ def rmap_walk(
         address = vma_address(avc.vma, index, nr_pages)
         if address >= 0:
             hits.append((avc.vma.pgoff, avc.vma, address))
-    hits.sort(key=lambda hit: hit[0])
+    if len(hits) > 1:
+        hits.sort(key=lambda hit: hit[0])
     sched = host.sched
     for _, vma, address in hits:
         if sched.preempt:

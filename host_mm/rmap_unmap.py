@@ -11,8 +11,8 @@ the flush only noted, so that the bracket ends before the primary flush: the cal
 After the split the walk goes on with the small entries and the other VMAs, as in 6.18 stable; 6.18.2 stops
 there, so that it cannot split what two processes share.
 
-Not modelled: batches of entries of one large folio, device-private entries, should_defer_flush's look at
-the CPU mask (a flush is always deferred when asked).
+Not modelled: batches of entries of one large folio, should_defer_flush's look at the CPU mask (a flush is
+always deferred when asked).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from host_mm.arch.x86.pgtable import (
     SWP_MIGRATION_READ_EXCLUSIVE,
     SWP_MIGRATION_WRITE,
     SWP_PFN_MASK,
+    is_writable_device_private_entry,
     make_migration_entry,
     mk_pte,
     pte_dirty,
@@ -45,6 +46,7 @@ from host_mm.arch.x86.pgtable import (
     pte_mkuffd_wp,
     pte_mkwrite,
     pte_pfn,
+    pte_present,
     pte_to_swp_entry,
     pte_write,
     swp_entry,
@@ -58,6 +60,7 @@ from host_mm.huge_memory_pmd import (
     split_huge_pmd_locked,
     unmap_huge_pmd_locked,
 )
+from host_mm.memory_device import make_device_private_pte
 from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_LOCKED
 from host_mm.page import (
     PG_anon,
@@ -68,6 +71,7 @@ from host_mm.page import (
     PG_mlocked,
     PG_swapbacked,
     PG_swapcache,
+    PG_zone_device,
     folio_mapcount,
     get_page,
     mm_counter,
@@ -115,12 +119,20 @@ TRACEPOINTS = (SET_MIGRATION_PTE, REMOVE_MIGRATION_PTE)
 
 
 def _clear_entry(mm: MmStruct, address: int, pte: int, flags: int) -> int:
-    """Empty the entry, the flush now or noted for later; the page is dirty if the entry was."""
-    if flags & TTU_BATCH_FLUSH:
+    """Empty the entry, the flush now or noted for later. A device's entry has nothing to flush."""
+    if flags & TTU_BATCH_FLUSH and pte_present(ptep_get(mm, pte)):
         old = ptep_get_and_clear(mm, address, pte)
         _tlb.set_tlb_ubc_flush_pending(mm, pte_dirty(old))
         return old
     return ptep_clear_flush(mm, address, pte)
+
+
+def _swp_bits(old: int) -> int:
+    """The bits that a swap or migration entry takes over from the entry it replaces."""
+    if not pte_present(old):
+        return old & (_PAGE_SWP_SOFT_DIRTY | _PAGE_SWP_UFFD_WP)
+    bits = _PAGE_SWP_SOFT_DIRTY if old & _PAGE_SOFT_DIRTY else 0
+    return bits | (_PAGE_SWP_UFFD_WP if old & _PAGE_UFFD_WP else 0)
 
 
 class _Unmap:
@@ -204,8 +216,9 @@ class _Unmap:
         pages = host.pages
         exclusive = pages.flags[pfn] & PG_anon and pages.flags[page] & PG_anon_exclusive
         old = _clear_entry(mm, address, pte, self.flags)
-        if pte_dirty(old):
+        if pte_present(old) and pte_dirty(old):
             set_page_dirty(host, pfn)
+        mm.update_hiwater_rss()
         flags = pages.flags[pfn]
         if pages.flags[page] & PG_hwpoison and self.flags & TTU_HWPOISON:
             set_pte(mm, address, pte, swp_entry_to_pte(swp_entry(SWP_HWPOISON, page)))
@@ -260,10 +273,7 @@ class _Unmap:
         value = swp_entry_to_pte(entry)
         if exclusive:
             value |= _PAGE_SWP_EXCLUSIVE
-        if old & _PAGE_SOFT_DIRTY:
-            value |= _PAGE_SWP_SOFT_DIRTY
-        if old & _PAGE_UFFD_WP:
-            value |= _PAGE_SWP_UFFD_WP
+        value |= _swp_bits(old)
         set_pte(mm, address, pte, value)
         return True
 
@@ -272,22 +282,21 @@ class _Unmap:
         flags = host.pages.flags
         exclusive = bool(flags[pfn] & PG_anon and flags[page] & PG_anon_exclusive)
         old = _clear_entry(mm, address, pte, self.flags)
-        if pte_dirty(old):
+        present = pte_present(old)
+        if present and pte_dirty(old):
             set_page_dirty(host, pfn)
+        mm.update_hiwater_rss()
         if exclusive and not folio_try_share_anon_rmap_pte(host, page):
             set_pte(mm, address, pte, old)
             return False
-        if pte_write(old):
+        writable = pte_write(old) if present else is_writable_device_private_entry(pte_to_swp_entry(old))
+        if writable:
             kind = SWP_MIGRATION_WRITE
         else:
             kind = SWP_MIGRATION_READ_EXCLUSIVE if exclusive else SWP_MIGRATION_READ
-        keep = old if host.profile.migration_keeps_ad else 0
+        keep = old if present and host.profile.migration_keeps_ad else 0
         entry = make_migration_entry(kind, page, young=bool(keep & _PAGE_ACCESSED), dirty=pte_dirty(keep))
-        value = swp_entry_to_pte(entry)
-        if old & _PAGE_SOFT_DIRTY:
-            value |= _PAGE_SWP_SOFT_DIRTY
-        if old & _PAGE_UFFD_WP:
-            value |= _PAGE_SWP_UFFD_WP
+        value = swp_entry_to_pte(entry) | _swp_bits(old)
         set_pte(mm, address, pte, value)
         if (t := host.trace.set_migration_pte) is not None:
             t(address, value, 0)
@@ -372,6 +381,9 @@ def _restore_pte(vma: VmArea, walk: PageVmaMappedWalk, src: int, dst: int) -> No
         folio_add_anon_rmap_pte(host, page, vma, walk.address, exclusive=kind != SWP_MIGRATION_READ)
     else:
         folio_add_file_rmap_pte(host, page, vma)
+    if host.pages.flags[dst] & PG_zone_device:
+        bits = old & (_PAGE_SWP_SOFT_DIRTY | _PAGE_SWP_UFFD_WP)
+        value = make_device_private_pte(page, writable=pte_write(value)) | bits
     set_pte(mm, walk.address, walk.pte, value)
     if (t := host.trace.remove_migration_pte) is not None:
         t(walk.address, value, 0)

@@ -1,7 +1,7 @@
 """What becomes of folios that reclaim isolated: freed, written, kept or activated.
 
 Source of truth: mm/vmscan.c: shrink_folio_list, folio_check_references, pageout, writeout,
-__remove_mapping, move_folios_to_lru; Linux 6.18, anonymous folios.
+__remove_mapping, move_folios_to_lru; Linux 6.18.
 
 The protocol, in the order of class 2: try_to_unmap replaces every page-table entry by the swap entry
 inside its own bracket and only notes that a flush is due; before the bytes go out a folio that may
@@ -15,7 +15,7 @@ before any frame is given back try_to_unmap_flush has run.
 
 A large folio is split before it goes to swap; one of MADV_FREE goes as a whole.
 
-Not modelled: swapping large folios out as a whole (THP_SWAP), the page cache, demotion to slower nodes,
+Not modelled: swapping large folios out as a whole (THP_SWAP), demotion to slower nodes,
 PGDAT_WRITEBACK (kswapd does not stall on folios marked for immediate reclaim: nr_immediate stays 0).
 """
 
@@ -54,6 +54,7 @@ from host_mm.rmap import folio_referenced
 from host_mm.rmap_unmap import TTU_BATCH_FLUSH, TTU_SPLIT_HUGE_PMD, TTU_SYNC, try_to_unmap
 from host_mm.swap_state import folio_alloc_swap, folio_free_swap, swap_cache_del_frozen
 from host_mm.tlb import try_to_unmap_flush, try_to_unmap_flush_dirty
+from host_mm.truncate import remove_mapping
 from host_mm.vmscan_trace import ReclaimStat, trace_reclaim_flags
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ FREE_BATCH = 31
 # enum folio_references, and what may become of a folio.
 _RECLAIM, _RECLAIM_CLEAN, _KEEP, _ACTIVATE = range(4)
 _KEPT_LOCKED, _KEPT, _ACTIVATED, _FREED = range(4)
+_UNQUEUED = PG_dirty | PG_writeback | PG_swapbacked | PG_anon
 
 
 class ScanControl:
@@ -151,6 +153,7 @@ class _Shrink:
         self.sc.nr_scanned += folio_nr_pages(host.pages, pfn)
         if flags[pfn] & PG_mlocked:
             return _ACTIVATED
+        self.stat.nr_unqueued_dirty += flags[pfn] & _UNQUEUED == PG_dirty
         if flags[pfn] & PG_writeback:
             return self._under_writeback(pfn)
         references = _RECLAIM
@@ -161,7 +164,7 @@ class _Shrink:
         if references == _KEEP:
             self.stat.nr_ref_keep += folio_nr_pages(host.pages, pfn)
             return _KEPT_LOCKED
-        if flags[pfn] & PG_swapbacked and not flags[pfn] & PG_swapcache:
+        if flags[pfn] & (PG_anon | PG_swapbacked | PG_swapcache) == PG_anon | PG_swapbacked:
             if self.spares_pinned and folio_maybe_dma_pinned(host.pages, pfn):
                 return _KEPT_LOCKED
             if folio_test_large(host.pages, pfn) and not self._split(pfn):
@@ -173,7 +176,7 @@ class _Shrink:
             return _ACTIVATED
         if self.spares_pinned and folio_maybe_dma_pinned(host.pages, pfn):
             return _ACTIVATED
-        if flags[pfn] & PG_dirty and flags[pfn] & PG_swapbacked:
+        if flags[pfn] & PG_dirty and (flags[pfn] & PG_swapbacked or not flags[pfn] & PG_anon):
             kept = self._pageout(pfn, references)
             if kept != _FREED:
                 return kept
@@ -210,15 +213,25 @@ class _Shrink:
         """pageout: _FREED means that the folio is clean now and locked."""
         host = self.host
         pages = host.pages
+        if not pages.flags[pfn] & PG_swapbacked:
+            # Of a file system's pages only the flusher writes any; at the end of that this one goes first.
+            pages.flags[pfn] |= PG_reclaim
+            host.vmstat["nr_vmscan_immediate_reclaim"] += 1
+            return _ACTIVATED
         if references == _RECLAIM_CLEAN or not self.sc.may_writepage:
             return _KEPT_LOCKED
         if not host.breaks & {"skip-batched-flush", "no-flush-before-io"}:
             try_to_unmap_flush_dirty(host)
         # is_page_cache_freeable: the isolation's reference and the swap cache's.
-        if pages.refcount[pfn] != 2 or not pages.flags[pfn] & PG_swapcache:
+        mapping = None if pages.flags[pfn] & PG_anon else pages.mapping.get(pfn)
+        if pages.refcount[pfn] != 2 or (mapping is None and not pages.flags[pfn] & PG_swapcache):
             return _KEPT_LOCKED
         pages.flags[pfn] = (pages.flags[pfn] & ~PG_dirty) | PG_reclaim
-        swap_writeout(host, pfn)
+        if mapping is None:
+            swap_writeout(host, pfn)
+        elif not mapping.a_ops.writeout(mapping, pfn):
+            pages.flags[pfn] &= ~PG_reclaim
+            return _ACTIVATED
         if not pages.flags[pfn] & PG_writeback:
             pages.flags[pfn] &= ~PG_reclaim
         if (t := host.trace.mm_vmscan_write_folio) is not None:
@@ -244,6 +257,11 @@ class _Shrink:
             if not folio_ref_freeze(pages, pfn, 1):
                 return _KEPT_LOCKED
             host.vmstat["pglazyfreed"] += folio_nr_pages(pages, pfn)
+        elif not flags & (PG_anon | PG_swapcache):
+            mapping = pages.mapping.get(pfn)
+            if mapping is None or not remove_mapping(mapping, pfn):
+                return _KEPT_LOCKED
+            pages.refcount[pfn] = 0
         else:
             if not flags & PG_swapcache or not folio_ref_freeze(pages, pfn, 2):
                 return _KEPT_LOCKED

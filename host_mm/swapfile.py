@@ -9,7 +9,7 @@ allocated, so that no swap entry is 0.
     swap_map[offset]    7          6          5 ... 0
                         CONTINUED  HAS_CACHE  count of page-table entries, 0x3f: bad slot
 
-Counts above SWAP_MAP_MAX go on in `continued`.
+Counts above SWAP_MAP_MAX go on in `continued`. A slot with a shmem page (SWAP_MAP_SHMEM) counts as one.
 
 Not modelled: several swap devices and priorities, discard, clusters per order and per CPU (there
 is one current cluster), rotation of clusters between lists, continuation pages, swapoff.
@@ -40,6 +40,7 @@ __all__ = [
     "SWAP_HAS_CACHE",
     "SWAP_MAP_BAD",
     "SWAP_MAP_MAX",
+    "SWAP_MAP_SHMEM",
     "SwapInfo",
 ]
 
@@ -48,6 +49,8 @@ SWAP_MAP_BAD = 0x3F
 SWAP_HAS_CACHE = 0x40
 COUNT_CONTINUED = 0x80
 _COUNT = 0x3F
+SWAP_MAP_SHMEM = 0xBF
+"""COUNT_CONTINUED with the count of a bad slot: a shmem page's. Its one holder is the file."""
 
 SWAPFILE_CLUSTER = 512
 """Slots in a cluster; each cluster has its lock."""
@@ -152,7 +155,9 @@ class SwapInfo:
         return 0
 
     def swap_count(self, offset: int) -> int:
-        """How many page-table entries hold this slot."""
+        """How many page-table entries hold this slot; a shmem file is one holder."""
+        if self.swap_map[offset] & SWAP_MAP_SHMEM == SWAP_MAP_SHMEM:
+            return 1
         return (self.swap_map[offset] & _COUNT) + self.continued.get(offset, 0)
 
     def has_cache(self, offset: int) -> bool:
@@ -185,6 +190,14 @@ class SwapInfo:
                 self.continued[offset] = self.continued.get(offset, 0) + 1
         return 0
 
+    def swap_shmem_alloc(self, entry: int) -> None:
+        """The slot, so far the swap cache's alone, holds a page of a shmem file."""
+        offset = swp_offset(entry)
+        with self._lock(offset):
+            if self.swap_map[offset] != SWAP_HAS_CACHE:
+                raise BrokenTruth("swap-map", f"swap_shmem_alloc of slot {offset}, which is not fresh")
+            self.swap_map[offset] = SWAP_MAP_SHMEM | SWAP_HAS_CACHE
+
     def swapcache_prepare(self, entry: int) -> int:
         """Claim the slot for a swap-in: 0; -ENOENT: no longer in use; -EEXIST: claimed already."""
         offset = swp_offset(entry)
@@ -207,6 +220,8 @@ class SwapInfo:
             value = self.swap_map[offset]
             if not value & _COUNT:
                 raise BrokenTruth("swap-map", f"swap_free of slot {offset}, which no entry holds")
+            if value & SWAP_MAP_SHMEM == SWAP_MAP_SHMEM:
+                value = (value & SWAP_HAS_CACHE) + 1
             if value & COUNT_CONTINUED:
                 left = self.continued[offset] - 1
                 if left:

@@ -25,6 +25,8 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_SWP_UFFD_WP,
     SWP_HWPOISON,
     SWP_PFN_MASK,
+    is_device_exclusive_entry,
+    is_device_private_entry,
     is_migration_entry,
     is_swap_pte,
     mk_pte,
@@ -40,6 +42,7 @@ from host_mm.arch.x86.pgtable import (
 from host_mm.filemap import folio_lock_or_retry, folio_unlock, folio_wait_unlock
 from host_mm.ksm_break import ksm_might_need_to_copy
 from host_mm.memory import folio_alloc
+from host_mm.memory_device import migrate_to_ram, remove_device_exclusive_entry
 from host_mm.mm_types import (
     FAULT_FLAG_WRITE,
     MM_ANONPAGES,
@@ -311,6 +314,10 @@ def _non_swap_entry(vmf: VmFault, entry: int) -> int:
     if is_migration_entry(entry):
         migration_entry_wait(vmf.mm, vmf.pmd, vmf.address)
         return 0
+    if is_device_exclusive_entry(entry):
+        return remove_device_exclusive_entry(vmf)
+    if is_device_private_entry(entry):
+        return migrate_to_ram(vmf)
     return VM_FAULT_HWPOISON if swp_type(entry) == SWP_HWPOISON else VM_FAULT_SIGBUS
 
 

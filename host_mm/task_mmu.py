@@ -3,9 +3,10 @@
 Source of truth: fs/proc/task_mmu.c (clear_refs_write, clear_refs_pte_range, clear_soft_dirty); Linux 6.18.
 
 Kinds 1 to 3 clear accessed bits and tell nobody. Kind 4 write-protects everything that is mapped inside
-one bracket over the whole address space, and flushes after its end.
+one bracket over the whole address space, and flushes after its end. Kind 5 makes the peak of the resident
+set what it is now. The pagemap is in pagemap.py.
 
-Not modelled: kind 5 (peak RSS), pagemap and its PAGEMAP_SCAN ioctl, huge entries.
+Not modelled: huge entries.
 """
 
 from __future__ import annotations
@@ -37,30 +38,37 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
-    "CLEAR_REFS_ALL", "CLEAR_REFS_ANON", "CLEAR_REFS_MAPPED", "CLEAR_REFS_SOFT_DIRTY", "clear_refs_write",
+    "CLEAR_REFS_ALL", "CLEAR_REFS_ANON", "CLEAR_REFS_MAPPED", "CLEAR_REFS_MM_HIWATER_RSS",
+    "CLEAR_REFS_SOFT_DIRTY", "clear_refs_write",
 ]
 
 CLEAR_REFS_ALL = 1
 CLEAR_REFS_ANON = 2
 CLEAR_REFS_MAPPED = 3
 CLEAR_REFS_SOFT_DIRTY = 4
+CLEAR_REFS_MM_HIWATER_RSS = 5
 _ULONG_MAX = (1 << 64) - 1
 
 
 def clear_refs_write(mm: MmStruct, kind: int) -> None:
     """Write `kind` to the process's clear_refs. KernelError(EINVAL)."""
-    if not CLEAR_REFS_ALL <= kind <= CLEAR_REFS_SOFT_DIRTY:
+    if not CLEAR_REFS_ALL <= kind <= CLEAR_REFS_MM_HIWATER_RSS:
         raise KernelError(EINVAL, f"no kind {kind}")
     mm.host.sched.advance(COST_SYSCALL)
     mm.mmap_lock.lock()
+    if kind == CLEAR_REFS_MM_HIWATER_RSS:
+        mm.hiwater_rss = mm.get_mm_rss()
+        mm.mmap_lock.unlock()
+        return
     soft_dirty = kind == CLEAR_REFS_SOFT_DIRTY
     range_ = mmu_notifier.mmu_notifier_range_init(
         mmu_notifier.MMU_NOTIFY_SOFT_DIRTY, mm, 0, _ULONG_MAX, order=mmu_notifier.ORDER_AFTER_END
     )
     if soft_dirty:
         for vma in mm.vmas:
-            vma.flags &= ~VM_SOFTDIRTY
-            vma_set_page_prot(vma)
+            if vma.flags & VM_SOFTDIRTY:
+                vma.flags &= ~VM_SOFTDIRTY
+                vma_set_page_prot(vma)
         _tlb.inc_tlb_flush_pending(mm)
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
     for vma in mm.vmas:

@@ -7,6 +7,8 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     io-while-writable        no writable one reaches a folio whose write-out begins
     dirty-dropped            a folio dropped as clean has the bytes that its swap slot has
     held-frame-moved         no frame is migrated that somebody writes to by a reference of his own
+    held-frame-merged        ... nor taken by KSM
+    moved-still-translated   no translation of an entry that mremap moved outlives the page-table locks
     flush-before-set         no entry gets another frame while a host TLB entry or a device's translation
                              still reaches the old one, unless a flush is pending
     secondary-stale          nothing is published to a device that the tables do not say
@@ -43,7 +45,9 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_UFFD_WP,
     HPAGE_PMD_NR,
     PFN_MASK,
+    SWP_DEVICE_READ,
     is_migration_entry,
+    is_swap_pte,
     non_swap_entry,
     pmd_table,
     pte_pfn,
@@ -51,10 +55,12 @@ from host_mm.arch.x86.pgtable import (
     pte_swp_uffd_wp_any,
     pte_to_swp_entry,
     swp_offset,
+    swp_type,
     walk_lockless,
 )
 from host_mm.kernel.errors import BrokenTruth
-from host_mm.mm_types import MM_SWAPENTS, VM_HUGETLB, VM_UFFD_WP
+from host_mm.memory_device import device_entry_pfn
+from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_HUGETLB, VM_UFFD_WP
 from host_mm.page import (
     PG_buddy,
     PG_head,
@@ -143,6 +149,27 @@ class HostTruths:
                 host.stream.here(),
             )
 
+    def folio_merges(self, pfn: int) -> None:
+        """KSM write-protects the page to share it: nobody may write to it past its entries."""
+        host = self.host
+        if host.pins[pfn] or host.held[pfn]:
+            raise BrokenTruth(
+                "held-frame-merged", f"KSM takes pfn {pfn:#x} although its user still writes to it",
+                host.stream.here(),
+            )
+
+    def entries_moved(self, mm: MmStruct, start: int, end: int) -> None:
+        """The locks of both places are about to be dropped: then the page may go from the new one."""
+        tlb = mm.tlb.entries
+        pages = range(start >> 12, end >> 12)
+        for vpn in pages if len(pages) < len(tlb) else [vpn for vpn in tlb if vpn in pages]:
+            if vpn in tlb:
+                raise BrokenTruth(
+                    "moved-still-translated",
+                    f"the entry of {vpn << 12:#x} moved, but pid {_pid(mm)} still translates it",
+                    self.host.stream.here(),
+                )
+
     def pte_set(self, mm: MmStruct, address: int, old: int, new: int) -> None:
         """A pte hook: whoever still has the old translation would go on with the old frame."""
         if not new & _PAGE_PRESENT or mm.tlb_flush_pending or mm.tlb_flush_batched:
@@ -184,8 +211,8 @@ class HostTruths:
         if not swap.swap_count(slot):
             # Its last entry was unmapped while the folio was busy: nobody can ever ask for the bytes.
             return
-        kept = bytes(PAGE_SIZE) if swap.zeromap[slot] else swap.pread(slot)
-        if host.ram.b[pfn << 12 : (pfn + 1) << 12] != kept:
+        kept = bytes(PAGE_SIZE) if swap.zeromap[slot] else host.zswap.data(slot) or swap.pread(slot)
+        if host.ram.read(pfn << 12, PAGE_SIZE) != kept:
             raise BrokenTruth(
                 "dirty-dropped", f"pfn {pfn:#x} is dropped as clean, slot {slot:#x} has other bytes",
                 host.stream.here(),
@@ -195,9 +222,8 @@ class HostTruths:
         self, who: str, mm: MmStruct, address: int, pfn: int, writable: bool
     ) -> None:
         """A secondary MMU gets a translation: no bracket is open there, so it is what the tables say."""
-        entry, level = walk_lockless(self.host.ram, mm.pgd, address)
-        mapped = pte_pfn(entry) + (address >> 12 & (1 << 9 * (level - 1)) - 1 if entry & _PAGE_PSE else 0)
-        if not entry & _PAGE_PRESENT or mapped != pfn or (writable and not entry & _PAGE_RW):
+        mapped, may_write, entry = _translation(mm, address, device=True)
+        if mapped != pfn or (writable and not may_write):
             raise BrokenTruth(
                 "secondary-stale",
                 f"{who} gets {address:#x} as pfn {pfn:#x}{' to write' if writable else ''}, "
@@ -213,6 +239,17 @@ class HostTruths:
                 f"{sub.start:#x} -- {sub.last:#x}: published under seq {seq}, now {sub.invalidate_seq}",
                 self.host.stream.here(),
             )
+
+
+def _translation(mm: MmStruct, address: int, *, device: bool) -> tuple[int, bool, int]:
+    """(frame or -1, whether it may be written, entry) by the tables; with `device` also what a device has."""
+    entry, level = walk_lockless(mm.host.ram, mm.pgd, address)
+    if entry & _PAGE_PRESENT:
+        within = (1 << 9 * (level - 1)) - 1 if level > 1 else 0
+        return (pte_pfn(entry) & ~within) + (address >> 12 & within), bool(entry & _PAGE_RW), entry
+    if not device or level > 1 or not is_swap_pte(entry):
+        return -1, False, entry
+    return device_entry_pfn(entry), swp_type(pte_to_swp_entry(entry)) != SWP_DEVICE_READ, entry
 
 
 def _mms(host: HostMm) -> list[MmStruct]:
@@ -265,6 +302,9 @@ class _Audit:
                     self._uffd_wp(vma, entry)
                     if pte_present(entry):
                         self._present(mm, entry, rss)
+                    elif (pfn := device_entry_pfn(entry)) >= 0:
+                        self.maps[pfn] += 1
+                        rss[MM_ANONPAGES] += 1
                     elif not non_swap_entry(swp := pte_to_swp_entry(entry)):
                         self.slots[swp_offset(swp)] += 1
                         rss[MM_SWAPENTS] += 1
@@ -301,10 +341,8 @@ class _Audit:
 
     def _translations(self, mm: MmStruct, who: str, table: HostTlb) -> None:
         for vpn, cached in table.entries.items():
-            entry, level = walk_lockless(self.host.ram, mm.pgd, vpn << 12)
-            writable = not cached & 1 or entry & _PAGE_RW
-            pfn = pte_pfn(entry) + (vpn & 511 if level == 2 else 0)
-            if level > 2 or not entry & 1 or pfn != cached >> 1 or not writable:
+            pfn, writable, entry = _translation(mm, vpn << 12, device=table is not mm.tlb)
+            if pfn != cached >> 1 or (cached & 1 and not writable):
                 raise BrokenTruth(
                     "tlb-stale", f"pid {_pid(mm)} {vpn << 12:#x}: {who} {cached:#x}, entry {entry:#x}"
                 )
@@ -336,6 +374,10 @@ class _Audit:
                     "free-count", f"zone {zone.name} of node {zone.nid} has {free} free frames, counts "
                     f"{zone.nr_free} and {zone.nr_isolated} isolated",
                 )
+        for pgmap in host.device_frames.pgmaps:
+            for pfn in range(pgmap.start, pgmap.start + pgmap.nr):
+                if pages.refcount[pfn] or refs[pfn]:
+                    self._frame(pfn, pages.flags[pfn])
 
     def page_cache(self) -> None:
         """Every page of a file is its folio's, found at its index; the cache holds it once."""
@@ -405,6 +447,9 @@ class _Audit:
                 raise BrokenTruth("swap-count", "there are swap entries but no swap")
             return
         pages = self.host.pages
+        for slot in self.host.zswap.lru:
+            if not swap.swap_map[slot]:
+                raise BrokenTruth("swap-count", f"zswap keeps slot {slot:#x}, which is free")
         used = 0
         for offset, value in enumerate(swap.swap_map):
             if value == SWAP_MAP_BAD:

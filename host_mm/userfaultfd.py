@@ -1,9 +1,9 @@
 """The userfaultfd system call and its ioctls.
 
 Source of truth: fs/userfaultfd.c (userfaultfd_api, userfaultfd_register, userfaultfd_unregister,
-userfaultfd_wake, userfaultfd_copy, userfaultfd_zeropage, userfaultfd_writeprotect, userfaultfd_poison,
-userfaultfd_release); Linux 6.18. Waiting and reading are in userfaultfd_k.py, what the ioctls
-do to the tables in userfaultfd_mfill.py and userfaultfd_wp.py.
+userfaultfd_wake, userfaultfd_copy, userfaultfd_zeropage, userfaultfd_writeprotect, userfaultfd_move,
+userfaultfd_poison, userfaultfd_release); Linux 6.18. Waiting and reading are in userfaultfd_k.py, what the
+ioctls do to the tables in userfaultfd_mfill.py, userfaultfd_move.py and userfaultfd_wp.py.
 
 An ioctl that fills answers how many bytes it did, Linux's output field. Fewer than asked is what the ioctl
 itself answers -EAGAIN for; the caller goes on behind them. What it did it wakes.
@@ -35,6 +35,7 @@ from host_mm.userfaultfd_mfill import (
     MFILL_ATOMIC_ZEROPAGE,
     mfill_atomic,
 )
+from host_mm.userfaultfd_move import UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES, move_pages
 from host_mm.userfaultfd_wp import (
     mwriteprotect_range,
     userfaultfd_clear_vma,
@@ -47,18 +48,19 @@ if TYPE_CHECKING:
     from host_mm.process import Process
 
 __all__ = [
-    "MODE_DONTWAKE", "UFFDIO_COPY_MODE_WP", "UFFDIO_REGISTER_MODE_MINOR", "UFFDIO_REGISTER_MODE_MISSING",
-    "UFFDIO_REGISTER_MODE_WP", "UFFDIO_WRITEPROTECT_MODE_DONTWAKE", "UFFDIO_WRITEPROTECT_MODE_WP",
-    "UFFD_FEATURES", "userfaultfd", "userfaultfd_api", "userfaultfd_copy", "userfaultfd_poison",
-    "userfaultfd_register", "userfaultfd_release", "userfaultfd_unregister", "userfaultfd_wake",
-    "userfaultfd_writeprotect", "userfaultfd_zeropage",
+    "MODE_DONTWAKE", "UFFDIO_COPY_MODE_WP", "UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES",
+    "UFFDIO_REGISTER_MODE_MINOR", "UFFDIO_REGISTER_MODE_MISSING", "UFFDIO_REGISTER_MODE_WP",
+    "UFFDIO_WRITEPROTECT_MODE_DONTWAKE", "UFFDIO_WRITEPROTECT_MODE_WP", "UFFD_FEATURES", "userfaultfd",
+    "userfaultfd_api", "userfaultfd_copy", "userfaultfd_move", "userfaultfd_poison", "userfaultfd_register",
+    "userfaultfd_release", "userfaultfd_unregister", "userfaultfd_wake", "userfaultfd_writeprotect",
+    "userfaultfd_zeropage",
 ]
 
 UFFD_FEATURES = (
     1 << 0 | UFFD_FEATURE_SIGBUS | UFFD_FEATURE_EXACT_ADDRESS | UFFD_FEATURE_WP_UNPOPULATED | 1 << 14
-    | UFFD_FEATURE_WP_ASYNC
+    | UFFD_FEATURE_WP_ASYNC | 1 << 16
 )
-"""What UFFDIO_API offers: bit 0 write-protect faults, bit 14 POISON."""
+"""What UFFDIO_API offers: bit 0 write-protect faults, bit 14 POISON, bit 16 MOVE."""
 
 UFFDIO_REGISTER_MODE_MISSING = 1 << 0
 UFFDIO_REGISTER_MODE_WP = 1 << 1
@@ -236,6 +238,17 @@ def userfaultfd_zeropage(ctx: UserfaultfdCtx, start: int, length: int, mode: int
     _mmget_not_zero(ctx)
     done = mfill_atomic(ctx, start, 0, length, MFILL_ATOMIC_ZEROPAGE)
     return _filled(ctx, start, done, wake=not mode & MODE_DONTWAKE)
+
+
+def userfaultfd_move(ctx: UserfaultfdCtx, dst: int, src: int, length: int, mode: int = 0) -> int:
+    """UFFDIO_MOVE within the process; bytes done. KernelError: see move_pages, and ESRCH."""
+    _enter(ctx)
+    validate_range(dst, length)
+    validate_range(src, length)
+    _check_mode(mode, MODE_DONTWAKE | UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES)
+    _mmget_not_zero(ctx)
+    done = move_pages(ctx, dst, src, length, mode)
+    return _filled(ctx, dst, done, wake=not mode & MODE_DONTWAKE)
 
 
 def userfaultfd_poison(ctx: UserfaultfdCtx, start: int, length: int, mode: int = 0) -> int:

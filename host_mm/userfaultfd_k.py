@@ -82,11 +82,13 @@ TRACEPOINTS = (USERFAULT, USERFAULT_WAKE)
 
 
 class UffdMsg(msgspec.Struct, frozen=True):
-    """struct uffd_msg of a page fault; `flags` are UFFD_PAGEFAULT_FLAG_*."""
+    """struct uffd_msg of a page fault; `flags` are UFFD_PAGEFAULT_FLAG_*. `cause` is not Linux's: the
+    trace's event that the fault is a part of."""
 
     event: int
     flags: int
     address: int
+    cause: int | None = None
 
 
 class _UserfaultWait:
@@ -231,7 +233,8 @@ def _message(vmf: VmFault, reason: int, features: int) -> UffdMsg:
     flags |= UFFD_PAGEFAULT_FLAG_WP if reason & VM_UFFD_WP else 0
     flags |= UFFD_PAGEFAULT_FLAG_MINOR if reason & VM_UFFD_MINOR else 0
     exact = features & UFFD_FEATURE_EXACT_ADDRESS
-    return UffdMsg(UFFD_EVENT_PAGEFAULT, flags, vmf.real_address if exact else vmf.address)
+    address = vmf.real_address if exact else vmf.address
+    return UffdMsg(UFFD_EVENT_PAGEFAULT, flags, address, vmf.mm.host.stream.ctx.cause)
 
 
 def _must_wait(vmf: VmFault, reason: int) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from errno import ENOENT
 from typing import TYPE_CHECKING
 
-from host_mm.mm_types import VM_SHARED, VM_UFFD_FLAGS, VM_UFFD_MINOR, VM_UFFD_WP, VM_WRITE
+from host_mm.mm_types import VM_HUGETLB, VM_SHARED, VM_UFFD_FLAGS, VM_UFFD_MINOR, VM_UFFD_WP, VM_WRITE
 from host_mm.mmu_gather import MmuGather
 from host_mm.mprotect import (
     MM_CP_TRY_CHANGE_WRITABLE,
@@ -39,7 +39,7 @@ __all__ = [
 def vma_can_userfault(vma: VmArea, vm_flags: int, *, wp_async: bool) -> bool:
     """Whether a VMA of this kind can be registered in these modes."""
     modes = vm_flags & VM_UFFD_FLAGS
-    if modes & VM_UFFD_MINOR:
+    if modes & VM_UFFD_MINOR or vma.flags & VM_HUGETLB:
         return False
     return (wp_async and modes == VM_UFFD_WP) or vma.ops is None
 

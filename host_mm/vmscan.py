@@ -13,7 +13,7 @@ kernel's VMSCAN_THROTTLE_WRITEBACK), so that out of memory means that nothing is
 
 Not modelled: kswapd's short first sleep, swappiness and the anon/file cost balance (the file
 lists hold only MADV_FREE pages and go first), workingset refaults, compaction, watermark boost,
-slab shrinkers, too_many_isolated, pfmemalloc throttling, node reclaim.
+slab shrinkers other than zswap's, too_many_isolated, pfmemalloc throttling, node reclaim.
 """
 
 from __future__ import annotations
@@ -131,6 +131,9 @@ def _shrink_inactive_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, 
         return 0
     file = lru >= LRU_INACTIVE_FILE
     reclaimed, stat, kept = shrink_folio_list(host, folios, sc)
+    if stat.nr_unqueued_dirty == len(folios):
+        # Nothing but dirty pages of files at the end of the list: somebody must write them.
+        host.flusher.wakeup()
     move_folios_to_lru(host, vec, kept)
     host.vmstat[f"pgsteal_{_reclaimer(sc)}"] += reclaimed
     host.vmstat["pgsteal_file" if file else "pgsteal_anon"] += reclaimed
@@ -239,6 +242,8 @@ def _shrink_node(host: HostMm, nid: int, sc: ScanControl) -> None:
         lru_gen_shrink_node(host, nid, sc)
     else:
         _shrink_node_memcgs(host, nid, sc)
+    if host.zswap.shrinker_enabled:
+        host.zswap.shrink_slab(sc.priority)
     state = host.allocator.nodes[nid].vmscan
     if sc.nr_reclaimed > before and isinstance(state, Kswapd):
         state.failures = 0

@@ -187,13 +187,16 @@ class KvmMemslots:
             if slot.base_gfn + slot.npages > start:
                 yield slot
 
-    def in_hva_range(self, start: int, last: int) -> Iterator[KvmMemorySlot]:
+    def in_hva_range(self, start: int, last: int) -> list[KvmMemorySlot]:
         """kvm_for_each_memslot_in_hva_range: slots that overlap [start, last], by host address."""
+        if not self._by_hva:
+            return []
         low = bisect_right(self._hva_max_end, start)
         high = bisect_right(self._hva_starts, last)
-        for slot in self._by_hva[low:high]:
-            if slot.userspace_addr + (slot.npages << 12) > start:
-                yield slot
+        return [
+            slot for slot in self._by_hva[low:high]
+            if slot.userspace_addr + (slot.npages << 12) > start
+        ]
 
     def __iter__(self) -> Iterator[KvmMemorySlot]:
         return iter(self._by_gfn)

@@ -26,6 +26,7 @@ class Param(msgspec.Struct, frozen=True):
 
 
 PARAMS: dict[str, Param] = {
+    "hugetlb.nr_hugepages": Param("count", "0", "huge pages of 2 MiB in the host's pool from the start"),
     "kvm.eager_page_split": Param(
         "bool", "Y", "split huge pages when dirty logging starts, not at the fault"
     ),
@@ -34,6 +35,7 @@ PARAMS: dict[str, Param] = {
     "kvm.tdp_mmu": Param("bool", "Y", "the TDP MMU; N is refused, as there is no other yet"),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
     "mm.fault_around_bytes": Param("number", "65536", "what a read fault of a file maps if it is cached"),
+    "mm.read_ahead_kb": Param("number", "128", "what a miss in the page cache reads around it"),
     "mm.max_gather_pages": Param("count", "9698", "pages that an unmap frees in one go"),
     "mm.movablecore": Param("size", "0", "memory of ZONE_MOVABLE, over all nodes; plain bytes or K, M, G"),
     "mm.page_group_by_mobility": Param(
@@ -41,6 +43,10 @@ PARAMS: dict[str, Param] = {
     ),
     "swap.device": Param("file|zram", "file", "swap to a file, or to compressed RAM"),
     "swap.vma_ra_enabled": Param("bool", "Y", "swap readahead goes by address, not by slot"),
+    "zswap.accept_threshold_percent": Param("count", "90", "how full a full zswap pool may stay"),
+    "zswap.enabled": Param("bool", "N", "keep swapped pages compressed in RAM before they go to the file"),
+    "zswap.max_pool_percent": Param("count", "20", "how much of RAM the zswap pool may take"),
+    "zswap.shrinker_enabled": Param("bool", "N", "reclaim writes the zswap pool back, too"),
     "vm.page_cluster": Param("0|1|2|3|4|5", "0", "swap readahead of up to 2**N pages"),
     "mm.lru_gen": Param("bool", "N", "multi-generational LRU instead of the active and inactive lists"),
     "thp.enabled": Param("always|madvise|never", "madvise", "which anonymous memory gets huge pages"),

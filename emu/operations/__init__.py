@@ -4,12 +4,15 @@
 |---|---|
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
+| `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
+| `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
+| `device_memory.py` | a device with memory of its own: pages there, pages its alone |
 | `rdma.py` | registrations with the RDMA engine, and its peer |
 | `weather.py` | random transparent operations beside the guest |
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
@@ -17,6 +20,8 @@
 
 from emu.operations import (
     device,
+    device_memory,
+    hugetlb,
     instrument,
     ksm,
     mapping,
@@ -26,11 +31,14 @@ from emu.operations import (
     secondary,
     slots,
     tracking,
+    userfaultfd,
     weather,
 )
 
 __all__ = [
     "device",
+    "device_memory",
+    "hugetlb",
     "instrument",
     "ksm",
     "mapping",
@@ -40,5 +48,6 @@ __all__ = [
     "secondary",
     "slots",
     "tracking",
+    "userfaultfd",
     "weather",
 ]

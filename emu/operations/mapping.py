@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from emu.hostops import operation
 from emu.operations.memory import spans
+from emu.operations.userfaultfd import end_uffd
 from host_mm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
@@ -48,8 +49,10 @@ def mremap(board: Board, gpa: int, pages: int = 1) -> int:
         raise KernelError(errno.EBUSY, "another mremap is under way")
     board.moving = True
     try:
-        for hva, length in pieces:
-            _away_and_back(board, hva, length)
+        with board.uffd_control:
+            end_uffd(board)
+            for hva, length in pieces:
+                _away_and_back(board, hva, length)
     finally:
         board.moving = False
         board.moves += 1

@@ -74,7 +74,17 @@ def dontneed(board: Board, gpa: int, pages: int = 1) -> int:
     """madvise(MADV_DONTNEED): the range reads as zeros afterwards."""
     from host_mm.madvise import MADV_DONTNEED
 
-    return _madvise(board, gpa, pages, MADV_DONTNEED)
+    uffd = board.uffd
+    if uffd is None:
+        return _madvise(board, gpa, pages, MADV_DONTNEED)
+    pieces = spans(board, gpa, pages)
+    uffd.mutex.lock()
+    try:
+        for hva, length in pieces:
+            uffd.forget(hva, length)
+        return _madvise(board, gpa, pages, MADV_DONTNEED)
+    finally:
+        uffd.mutex.unlock()
 
 
 @operation(example="cold(gpa=0x200000, pages=16)")

@@ -18,9 +18,12 @@ __all__: list[str] = []
 @operation("PROTECTION_PAGE", example="fork()")
 def fork(board: Board) -> int:
     """fork of the VMM; the child keeps the guest's bytes of this moment and never runs."""
-    if board.child is not None:
-        raise KernelError(errno.EBUSY, "the child of an earlier fork lives")
-    board.child = board.vmm.fork()
+    with board.uffd_control:
+        if board.child is not None:
+            raise KernelError(errno.EBUSY, "the child of an earlier fork lives")
+        if board.uffd is not None:
+            board.uffd.bring_all()
+        board.child = board.vmm.fork()
     return 0
 
 

@@ -3,13 +3,16 @@
 | file | subject |
 |---|---|
 | `api.py` | what a scenario can do: guest accesses, host operations, steps |
-| `emulator.py` | the back end that runs it here; `emulator_reclaim.py`: its steps for reclaim |
+| `emulator.py` | the back end that runs it here |
+| `emulator_reclaim.py`, `emulator_hugetlb.py` | its steps for reclaim and for huge pages |
 | `recordings.py` | what the real kernel did |
 | `normal.py` | the form in which the two are compared |
 | `guest.py` | the guest, the same for both |
 | `live/` | the back end that runs it on this machine's `/dev/kvm` |
 | `linux_mm.py` | the scenarios of host memory management |
+| `linux_mm_hugetlb.py` | those of huge pages |
 | `linux_mm_reclaim.py` | those of reclaim and access tracking |
+| `linux_mm_uffd.py` | those of userfaultfd; `emulator_uffd.py` has their steps |
 | `recorded/linux-6.18/` | the real kernel's traces |
 """
 

@@ -118,12 +118,36 @@ class Backend(Protocol):
         """The VMM sleeps."""
         ...
 
+    def punch_hole(self, offset: int, length: int) -> Any:
+        """fallocate(2) with FALLOC_FL_PUNCH_HOLE in the file that D shows."""
+        ...
+
+    def ftruncate(self, size: int) -> Any:
+        """ftruncate(2) of that file."""
+        ...
+
     def damon_on(self, offset: int) -> Any:
         """kdamond watches the frame behind D + offset, by physical address, a sample every 5 ms."""
         ...
 
     def damon_off(self) -> Any:
         """kdamond ends."""
+        ...
+
+    def uffd_api(self) -> Any:
+        """userfaultfd(2) and UFFDIO_API; 0."""
+        ...
+
+    def uffd_register(self, mode: int) -> Any:
+        """UFFDIO_REGISTER of the data slot."""
+        ...
+
+    def uffd_answer(self, kind: str) -> None:
+        """From now on a thread of the VMM answers faults by UFFDIO_COPY ("copy") or _ZEROPAGE ("zero")."""
+        ...
+
+    def uffd_copy(self, offset: int) -> Any:
+        """UFFDIO_COPY of the page that the thread copies, too; 0."""
         ...
 
 
@@ -238,6 +262,14 @@ class Scenario:
         else:
             self.backend.idle(ns)
 
+    def punch_hole(self, offset: int, length: int, title: str) -> Any:
+        """A hole in the file."""
+        return self._step(title, "punch_hole", offset, length)
+
+    def ftruncate(self, size: int, title: str) -> Any:
+        """Another size of the file."""
+        return self._step(title, "ftruncate", size)
+
     def damon_on(self, offset: int) -> Any:
         """DAMON starts."""
         return self._step("damon on", "damon_on", offset)
@@ -245,3 +277,16 @@ class Scenario:
     def damon_off(self) -> Any:
         """DAMON stops."""
         return self._step("damon off", "damon_off")
+
+    def uffd(self, mode: int) -> None:
+        """A userfaultfd for the data slot."""
+        self._step("UFFDIO_API", "uffd_api")
+        self._step(f"UFFDIO_REGISTER mode {mode}", "uffd_register", mode)
+
+    def uffd_answer(self, kind: str) -> None:
+        """How its faults are answered from now on; no step."""
+        self.backend.uffd_answer(kind)
+
+    def uffd_copy(self, offset: int, title: str) -> Any:
+        """UFFDIO_COPY."""
+        return self._step(title, "uffd_copy", offset)

@@ -17,7 +17,9 @@ from emu.hostops import OPERATIONS, perform
 from emu.loaders.image import BOOT_GDT, Image
 from host_mm.kernel.errors import KernelError
 from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
+from refault.scenarios.emulator_hugetlb import SLOT0_OFFSET_HUGETLB, HugetlbSteps
 from refault.scenarios.emulator_reclaim import ReclaimSteps
+from refault.scenarios.emulator_uffd import UffdSteps
 from refault.scenarios.guest import ENTRY, RFLAGS_IOPL3, USER_STACK, guest_memory
 from refault.scenarios.normal import HOST_EVENTS, SLOT0_OFFSET, SLOT0_SIZE, format_range
 from refault.vm import VM
@@ -44,18 +46,18 @@ def _image() -> Image:
     )
 
 
-class EmulatorBackend(ReclaimSteps):
+class EmulatorBackend(ReclaimSteps, UffdSteps, HugetlbSteps):
     """One machine for one scenario. `lines` is the normalised sequence, `events` the trace."""
 
     def __init__(self, **options: Any) -> None:
+        hugetlb = options.pop("hugetlb", "")
         params = {"kvm_intel.eptad": "0", **options.pop("params", {})}
         self.vm = VM("2M", params=params, **{"host_ram": "64M", "swap": "64M", **options})
         board = self.board = self.vm.board
         slot0 = board.memory.regions[0]
-        self.data_hva = slot0.hva - SLOT0_OFFSET
-        self.vm.host._board.host.sched.run_task(
-            "vmm", lambda: board.memory.create(DATA_GPA, DATA_SIZE, self.data_hva)
-        )
+        self.slot0_offset = SLOT0_OFFSET_HUGETLB if hugetlb else SLOT0_OFFSET
+        self.data_hva = slot0.hva - self.slot0_offset
+        self.vm.host._board.host.sched.run_task("vmm", lambda: self._create_data(hugetlb))
         board.load(_image())
         self.vm.run()
         self._run("nop")
@@ -65,10 +67,18 @@ class EmulatorBackend(ReclaimSteps):
         self.pinned: list[int] = []
         board.host.stream.listen(Listener(("*",), self._note))
 
+    def _create_data(self, hugetlb: str) -> None:
+        if hugetlb:
+            self.create_hugetlb(hugetlb)
+        else:
+            self.board.memory.create(DATA_GPA, DATA_SIZE, self.data_hva)
+
     def close(self) -> None:
         """Destroy the machine."""
         self.vm.finish()
+        self.close_hugetlb()
         self.unpin()
+        self.uffd_close()
         if self.child is not None:
             self._host(self.child.exit)
         self.vm.close()
@@ -81,7 +91,8 @@ class EmulatorBackend(ReclaimSteps):
         end = event.args.get("end", start)
         first, last = start - self.data_hva, end - self.data_hva
         if (start, end) != (0, (1 << 64) - 1) and not (
-            (last > 0 and first < DATA_SIZE) or (last > SLOT0_OFFSET and first < SLOT0_OFFSET + SLOT0_SIZE)
+            (last > 0 and first < DATA_SIZE)
+            or (last > self.slot0_offset and first < self.slot0_offset + SLOT0_SIZE)
         ):
             return
         absolute = (start, end) == (0, (1 << 64) - 1)
@@ -147,8 +158,9 @@ class EmulatorBackend(ReclaimSteps):
         return 0 if advice in ("DONTFORK", "DOFORK") else "ok"
 
     def mprotect(self, offset: int, length: int, prot: int) -> Any:
-        """mprotect(2)."""
-        return self._host(lambda: self.board.vmm.mprotect(self.data_hva + offset, length, prot)) or 0
+        """mprotect(2): 0 or -1."""
+        result = self._host(lambda: self.board.vmm.mprotect(self.data_hva + offset, length, prot))
+        return -1 if result else 0
 
     def munmap(self, offset: int, length: int) -> Any:
         """munmap(2)."""

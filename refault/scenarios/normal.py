@@ -46,7 +46,8 @@ def normal_recorded(text: str) -> list[str]:
         found = _LINE.match(raw)
         if found is None:
             continue
-        line = found[1].rstrip()
+        # A mark of another thread than the VMM's first one ends with its name.
+        line = re.sub(r" \(\S+-\d+\)$", "", found[1].rstrip())
         if line.startswith(">> "):
             lines.append(line)
         elif line.startswith("<< "):

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from bench.__main__ import GROUPS, main
+from bench.hostops import populated
 from bench.lab import GPA, Lab
 from bench.report import Group, Measure, Target, misses, read_targets
 
@@ -85,6 +86,17 @@ def test_a_miss_counts_only_if_it_stays(tmp_path: Path, group: list[dict[str, fl
 def test_an_unknown_group_is_a_usage_error() -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["nonsense"])
+
+
+def test_what_is_populated_is_mapped_beside_what_is_touched() -> None:
+    with populated(4 << 20) as lab:
+        mm = lab.vm.board.process.mm
+        before = sum(mm.rss)
+        assert before >= 1024
+        lab.write_pages(8)
+        assert sum(mm.rss) == before + 8
+        assert lab.vm.host.swap_out(gpa=GPA, pages=8) == 8
+        assert sum(mm.rss[:2]) == before
 
 
 def test_a_bracket_makes_every_page_of_the_lab_fault_again() -> None:

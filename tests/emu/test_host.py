@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import refault
+from emu.hostops import perform
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT
 from host_mm.page import get_page
@@ -171,3 +172,23 @@ def test_a_guest_that_runs_code_from_a_device_is_not_tried_again() -> None:
     assert backend.board.stop is not None
     assert "cannot be emulated" in backend.board.stop.why
     backend.close()
+
+
+def test_two_forks_at_once_make_one_child() -> None:
+    params = {"sched.strategy": "random", "sched.period": "2"}
+    vm = refault.VM("8M", host_ram="4M", swap="16M", check=True, params=params)
+    vm.write(GPA, b"something")
+    sched, board = vm.board.host.sched, vm.board
+    answers: list[int] = []
+
+    def fork() -> None:
+        try:
+            answers.append(perform(board, "fork"))
+        except KernelError as exc:
+            answers.append(-(exc.errno or 0))
+
+    tasks = [sched.spawn(f"fork {n}", fork) for n in range(3)]
+    sched.run_until(lambda: all(task.done for task in tasks))
+    assert sorted(answers) == [-errno.EBUSY, -errno.EBUSY, 0]
+    vm.close()
+    assert frames_in_use(vm) == 0

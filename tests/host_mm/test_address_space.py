@@ -14,6 +14,7 @@ from host_mm.filemap import folio_lock, folio_unlock
 from host_mm.fork import exit_process, fork_process
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.madvise import MADV_DONTFORK, do_madvise
+from host_mm.memfd import memfd_create
 from host_mm.mm_types import MM_SHMEMPAGES
 from host_mm.mmap import MAP_PRIVATE, MAP_SHARED, PROT_READ, do_mmap, do_munmap
 from host_mm.mprotect import do_mprotect
@@ -21,7 +22,6 @@ from host_mm.mremap import MREMAP_FIXED, MREMAP_MAYMOVE, do_mremap
 from host_mm.process import Process
 from host_mm.rmap import folio_referenced, rmap_walk
 from host_mm.rmap_unmap import remove_migration_ptes, try_to_migrate, try_to_unmap
-from host_mm.shmem import memfd_create
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.files import THERE, Shared, frame

@@ -17,9 +17,9 @@ from host_mm.filemap_cache import (
     filemap_remove_folio,
 )
 from host_mm.kernel.errors import BrokenTruth
+from host_mm.memfd import memfd_create
 from host_mm.page import PG_locked, PG_lru, PG_swapbacked, put_page
 from host_mm.page_alloc import GFP_HIGHUSER_MOVABLE, alloc_pages
-from host_mm.shmem import memfd_create
 from tests.host_mm.files import Shared
 from tests.host_mm.machine import PAGE, make_host, run
 

@@ -33,7 +33,7 @@ from host_mm.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, do_mr
 from host_mm.pgtable_generic import pmd_offset
 from host_mm.rmap_unmap import remove_migration_ptes, try_to_migrate
 from host_mm.task_mmu import clear_refs_write
-from host_mm.truths import audit
+from host_mm.truths import HostTruths, audit
 from tests.host_mm.machine import ANON, PAGE, RW, SLOT, Vmm, run
 from tests.host_mm.test_order_classes import BASE, record
 from tests.host_mm.test_tlb import order
@@ -90,7 +90,8 @@ def test_class_1_a_table_of_2m_moves_with_its_flush_inside_the_bracket(vm: Vmm) 
 @pytest.mark.parametrize("length", [PAGE, M2])
 @pytest.mark.parametrize("late", [False, True])
 def test_the_flush_is_done_while_the_page_table_locks_are_held(length: int, late: bool) -> None:
-    vm = Vmm(breaks=frozenset({BREAK}) if late else frozenset())
+    # With the checks on the first page that moves would end it.
+    vm = Vmm(breaks=frozenset({BREAK}) if late else frozenset(), checks=not late)
     written(vm, 1)
     atomic: list[bool] = []
     listener = Listener(
@@ -100,6 +101,14 @@ def test_the_flush_is_done_while_the_page_table_locks_are_held(length: int, late
     vm.host.stream.listen(listener)
     vm.host.sched.run_task("move", lambda: move(vm, 0, length, AWAY))
     assert atomic[0] is not late
+
+
+@pytest.mark.parametrize("length", [PAGE, M2])
+def test_a_flush_that_comes_too_late_breaks_a_truth(length: int) -> None:
+    vm = Vmm(breaks=frozenset({BREAK}))
+    written(vm, 1)
+    with pytest.raises(BrokenTruth, match="moved-still-translated"):
+        vm.host.sched.run_task("move", lambda: move(vm, 0, length, AWAY))
 
 
 def test_a_move_without_present_entries_flushes_nothing() -> None:
@@ -540,7 +549,11 @@ def test_a_page_may_be_migrated_as_soon_as_it_was_moved(vm: Vmm) -> None:
     migrate_beside_mremap(vm)
 
 
-def test_a_flush_after_the_locks_frees_a_frame_that_the_old_address_still_reaches() -> None:
+def test_a_flush_after_the_locks_frees_a_frame_that_the_old_address_still_reaches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What follows from it, if nobody tells at once.
+    monkeypatch.setattr(HostTruths, "entries_moved", lambda *args: None)
     with pytest.raises(BrokenTruth, match="freed-frame-translated"):
         migrate_beside_mremap(Vmm(breaks=frozenset({BREAK})))
 

@@ -38,7 +38,10 @@ class Recorder(mn.MmuNotifier):
         host.pte_hooks.append(
             lambda where, _, old, new: self.log.append(self.kind(old, new)) if where is mm else None
         )
-        names = {"primary_flush": "flush", "frame_free": "free", "swap_write_start": "io"}
+        names = {
+            "primary_flush": "flush", "frame_free": "free", "swap_write_start": "io",
+            "file_write_start": "io",
+        }
         host.stream.listen(Listener(
             [f"refault:{name}" for name in names], lambda event: self.log.append(names[event.name]),
             ancestors=False,

@@ -57,7 +57,10 @@ def test_every_payload_documents_itself() -> None:
 
 @pytest.mark.parametrize("name", payload_names())
 def test_the_header_names_the_params_and_vmcalls_of_the_source(name: str) -> None:
-    text = "".join(path.read_text() for path in [LIBRARY / f"{name}.s", *LIBRARY.glob(f"{name}-*.inc")])
+    text = (LIBRARY / f"{name}.s").read_text()
+    # The runtime, which all have, says for itself what it asks for.
+    own = re.findall(r'^\.include "((?!runtime)[\w-]+\.inc)"', text, re.M)
+    text += "".join((LIBRARY / file).read_text() for file in own)
     info = payload_info(name)
     assert {p.name for p in info.params} == set(re.findall(r'PARAM \w+, "(\w+)"', text))
     used = {match.lower() for match in re.findall(r"VMCALL_(\w+)", text)}

@@ -7,6 +7,7 @@
 ; param passes=40   increments per word
 ; vmcalls: cpu_count start_cpu
 .include "runtime.inc"
+.include "cpus.inc"
 
 .equ SHARED_WORD, 512
 .equ SLOT_WORD, 0x5107
@@ -26,19 +27,7 @@ main:
     rep stosq
     HOST0 VMCALL_CPU_COUNT
     mov r14, rax
-    mov ebx, 1
-.start:
-    cmp rbx, r14
-    jae .started
-    mov rdx, rbx
-    inc rdx
-    imul rdx, rdx, STACK_SIZE
-    add rdx, ap_stacks
-    HOST4 VMCALL_START_CPU, rbx, ap_entry, rdx, work
-    CHECK_EQ "start a CPU", rax, 0
-    inc rbx
-    jmp .start
-.started:
+    call start_cpus
     xor esi, esi
     call work
 .wait:
@@ -61,19 +50,6 @@ main:
     jnz .total
     CHECK_EQ "wrong totals", rbx, 0
     ret
-
-ap_entry:
-    push rdi
-    push rsi
-    mov edi, esi
-    call load_tss
-    pop rsi
-    pop rdi
-    call rdi
-.stop:
-    cli
-    hlt
-    jmp .stop
 
 ; rsi = this CPU
 work:
@@ -115,8 +91,6 @@ work:
 slot_gpa:   .quad SLOT_TEST_GPA
 
 .section bss
-.align 4096
-ap_stacks:      .skip MAX_CPUS * STACK_SIZE
 nr_pages:       .skip 8
 passes:         .skip 8
 memory:         .skip 8

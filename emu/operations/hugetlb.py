@@ -1,0 +1,88 @@
+"""Huge pages: the host's pool of them, and guest memory made of them.
+
+Source: Documentation/admin-guide/mm/hugetlbpage.rst, fs/hugetlbfs/inode.c, mm/hugetlb.c; Linux 6.18.
+
+A region of huge pages is taken down with the VM. Its pages are the pool's: they are not swapped, and what
+would cut one of them is refused with EINVAL.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from emu.hostops import LEAVES_ZEROS, operation
+from emu.operations.memory import _scalar_size, check_range
+from host_mm.kernel.errors import KernelError
+from host_mm.ram import PAGE_SHIFT
+
+if TYPE_CHECKING:
+    from emu.board import Board
+
+__all__: list[str] = []
+
+MAX_HUGE_PAGES = 1 << 20
+_READY = "nr_hugepages(2); vm.host.hugetlb_create(gpa=0x80000000, pages=512); "
+_GIB = "nr_hugepages(2); vm.host.hugetlb_create(gpa=0x80000000, pages=0x40000, reserve=0); "
+_SHARED = _GIB + "vm.host.host_write(0x80000000, 7); vm.host.hugetlb_peer_read(gpa=0x80000000)"
+
+
+@operation(example="nr_hugepages(count=2)")
+def nr_hugepages(board: Board, count: int) -> int:
+    """Write `count` to /proc/sys/vm/nr_hugepages; answers how many the pool has then."""
+    from host_mm.hugetlb import set_max_huge_pages
+
+    if not 0 <= count <= MAX_HUGE_PAGES:
+        raise KernelError(errno.EINVAL, f"{count} huge pages")
+    return set_max_huge_pages(board.host.mm, count)
+
+
+@operation(example=_READY.removesuffix("; "))
+def hugetlb_create(board: Board, gpa: int, pages: int, shared: int = 1, reserve: int = 1) -> int:
+    """Fresh memory of huge pages, of a memfd or private, in a new memory slot; answers its number."""
+    check_range(gpa, pages)
+    if shared not in (0, 1) or reserve not in (0, 1):
+        raise KernelError(errno.EINVAL, f"shared = {shared}, reserve = {reserve}: want 0 or 1 each")
+    return board.hugetlb.create(gpa, pages << PAGE_SHIFT, shared=bool(shared), reserve=bool(reserve))
+
+
+@operation(
+    "CLEAR", leaves=LEAVES_ZEROS,
+    example=_READY + "vm.host.host_write(0x80000000, 7); vm.host.hugetlb_punch(gpa=0x80000000, pages=512)",
+)
+def hugetlb_punch(board: Board, gpa: int, pages: int = 512) -> int:
+    """fallocate(FALLOC_FL_PUNCH_HOLE) in the file behind the range: whole huge pages go, parts are zeroed."""
+    check_range(gpa, pages)
+    file, offset = board.hugetlb.file_at(gpa)
+    board.vmm.punch_hole_hugetlb(file, offset, pages << PAGE_SHIFT)
+    return 0
+
+
+@operation(example=_SHARED)
+def hugetlb_peer_read(board: Board, gpa: int, size: int = 8) -> int:
+    """Another process that maps the same file reads `size` bytes; it may share the VMM's page tables then."""
+    _scalar_size(gpa, size)
+    peer, address = board.hugetlb.peer_address(gpa)
+    return int.from_bytes(peer.read(address, size), "little")
+
+
+@operation(example=_GIB + "vm.host.hugetlb_peer_write(gpa=0x80000000, value=7)")
+def hugetlb_peer_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
+    """That process stores the low `size` bytes of `value`."""
+    _scalar_size(gpa, size)
+    peer, address = board.hugetlb.peer_address(gpa)
+    peer.write(address, (value & ((1 << 8 * size) - 1)).to_bytes(size, "little"))
+    return 0
+
+
+@operation(example=_SHARED + "; vm.host.hugetlb_sharers(gpa=0x80000000)")
+def hugetlb_sharers(board: Board, gpa: int) -> int:
+    """How many other processes use the VMM's level-2 page table of `gpa`."""
+    return board.vmm.pt_share_count(board.hugetlb.hva(gpa))
+
+
+@operation("CLEAR", example=_SHARED + "; vm.host.hugetlb_unshare(gpa=0x80000000)")
+def hugetlb_unshare(board: Board, gpa: int) -> int:
+    """Give up the VMM's shared tables of the whole region, as registering userfaultfd there does."""
+    board.vmm.hugetlb_unshare(board.hugetlb.hva(gpa))
+    return 0

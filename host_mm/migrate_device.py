@@ -1,0 +1,475 @@
+"""Migration between RAM and a device's memory, in three steps that the device's driver calls.
+
+Source of truth: mm/migrate_device.c (migrate_vma_setup, migrate_vma_collect_pmd, migrate_device_unmap,
+migrate_vma_check_page, migrate_vma_pages, migrate_vma_insert_page, migrate_vma_finalize,
+migrate_device_range), include/linux/migrate.h: struct migrate_vma, MIGRATE_PFN_*; Linux 6.18.
+
+    migrate_vma_setup       collects: entries become migration entries, pages are locked and, if nobody else
+                            holds them, taken off the LRU
+    the driver              allocates and locks destination pages and copies
+    migrate_vma_pages       gives the destinations the sources' identity; fills holes
+    migrate_vma_finalize    replaces the migration entries, by device-private ones where the page is in device
+                            memory now; what did not move gets its old entry back
+
+A word a page in `src` and `dst`: bit 0 a page (its number from bit 6), bit 1 it moves, bit 3 writable.
+The brackets of collecting and of filling holes are MIGRATE with the driver's owner, so that its own
+notifier can leave them out: it knows. Others, KVM among them, unmap as ever.
+
+Not modelled: huge pages (skipped; Linux splits them), KSM pages and file pages (skipped), coherent device
+memory.
+"""
+
+from __future__ import annotations
+
+from errno import EINVAL
+from typing import TYPE_CHECKING, Any
+
+from host_mm import mmu_notifier
+from host_mm import tlb as _tlb
+from host_mm.arch.x86.pgtable import (
+    _PAGE_ACCESSED,
+    _PAGE_SOFT_DIRTY,
+    _PAGE_SWP_SOFT_DIRTY,
+    _PAGE_SWP_UFFD_WP,
+    _PAGE_UFFD_WP,
+    SWP_MIGRATION_READ,
+    SWP_MIGRATION_READ_EXCLUSIVE,
+    SWP_MIGRATION_WRITE,
+    SWP_PFN_MASK,
+    is_device_private_entry,
+    is_writable_device_private_entry,
+    make_migration_entry,
+    mk_pte,
+    pte_dirty,
+    pte_mkdirty,
+    pte_mkwrite,
+    pte_pfn,
+    pte_present,
+    pte_to_swp_entry,
+    pte_write,
+    swp_entry_to_pte,
+    swp_offset,
+)
+from host_mm.filemap import folio_trylock, folio_unlock
+from host_mm.kernel.errors import BrokenTruth
+from host_mm.memory import vm_normal_page
+from host_mm.memory_device import make_device_private_pte
+from host_mm.memremap import page_pgmap
+from host_mm.migrate import folio_migrate_flags
+from host_mm.mm_types import MM_ANONPAGES, MMF_UNSTABLE, VM_SPECIAL, VM_WRITE
+from host_mm.page import (
+    PG_anon,
+    PG_anon_exclusive,
+    PG_ksm,
+    PG_lru,
+    PG_swapcache,
+    PG_uptodate,
+    PG_writeback,
+    PG_zone_device,
+    folio_test_large,
+    get_page,
+    put_page,
+    set_page_dirty,
+    try_get_page,
+)
+from host_mm.pgtable_generic import (
+    pmd_alloc,
+    pmd_offset,
+    pte_alloc,
+    pte_lockptr,
+    pte_offset_map_lock,
+    ptep_clear_flush,
+    ptep_get,
+    ptep_get_and_clear,
+    set_pte,
+)
+from host_mm.rmap import (
+    anon_vma_prepare,
+    folio_add_new_anon_rmap,
+    folio_remove_rmap_pte,
+    folio_try_share_anon_rmap_pte,
+)
+from host_mm.rmap_unmap import remove_migration_ptes, try_to_migrate
+from host_mm.swap_state import folio_free_swap
+from trace_events.tracepoint import Tracepoint
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+    from host_mm.mm_types import VmArea
+
+__all__ = [
+    "MIGRATE_PFN_MIGRATE", "MIGRATE_PFN_VALID", "MIGRATE_PFN_WRITE", "MIGRATE_VMA_SELECT_DEVICE_PRIVATE",
+    "MIGRATE_VMA_SELECT_SYSTEM", "TRACEPOINTS", "MigrateVma", "migrate_device_finalize",
+    "migrate_device_pages", "migrate_device_range", "migrate_pfn", "migrate_pfn_to_page",
+    "migrate_vma_finalize", "migrate_vma_pages", "migrate_vma_setup",
+]
+
+MIGRATE_PFN_VALID = 1 << 0
+MIGRATE_PFN_MIGRATE = 1 << 1
+MIGRATE_PFN_WRITE = 1 << 3
+_PFN_SHIFT = 6
+MIGRATE_VMA_SELECT_SYSTEM = 1 << 0
+MIGRATE_VMA_SELECT_DEVICE_PRIVATE = 1 << 1
+
+MIGRATE_DEVICE = Tracepoint(
+    "refault", "migrate_device", ("src", "dst", "moved"),
+    lambda src, dst, moved: f"pfn {src:#x} to {dst:#x} {'moved' if moved else 'stays'}",
+    doc="A page went to or from a device's memory, or could not.",
+)
+TRACEPOINTS = (MIGRATE_DEVICE,)
+
+
+def migrate_pfn(pfn: int) -> int:
+    """The word of a page."""
+    return pfn << _PFN_SHIFT | MIGRATE_PFN_VALID
+
+
+def migrate_pfn_to_page(word: int) -> int:
+    """The page of a word, or -1."""
+    return word >> _PFN_SHIFT if word & MIGRATE_PFN_VALID else -1
+
+
+class MigrateVma:
+    """struct migrate_vma: [start, end) of one VMA. `fault_page`: the locked page of a CPU fault, or -1."""
+
+    __slots__ = (
+        "cpages", "dst", "end", "fault_page", "flags", "pgmap_owner", "src", "start", "vma",
+    )
+
+    def __init__(
+        self, vma: VmArea | None, start: int, end: int, *, pgmap_owner: Any, flags: int, fault_page: int = -1
+    ) -> None:
+        self.vma = vma
+        self.start = start & ~0xFFF
+        self.end = end & ~0xFFF
+        self.pgmap_owner = pgmap_owner
+        self.flags = flags
+        self.fault_page = fault_page
+        self.src: list[int] = []
+        self.dst: list[int] = []
+        self.cpages = 0
+
+
+def migrate_vma_setup(args: MigrateVma) -> int:
+    """Lock and unmap what can move; 0, or -EINVAL. mmap_lock is held."""
+    vma = args.vma
+    if vma is None or vma.flags & VM_SPECIAL or args.start >= args.end:
+        return -EINVAL
+    if not vma.start <= args.start < vma.end or args.end > vma.end:
+        return -EINVAL
+    nr = (args.end - args.start) >> 12
+    args.src, args.dst, args.cpages = [0] * nr, [0] * nr, 0
+    _collect(args, vma)
+    if args.cpages:
+        args.cpages = _unmap(vma.mm.host, args.src, args.fault_page)
+    return 0
+
+
+# -- collecting -----------------------------------------------------------------------------------
+def _collect(args: MigrateVma, vma: VmArea) -> None:
+    mm = vma.mm
+    range_ = mmu_notifier.mmu_notifier_range_init(
+        mmu_notifier.MMU_NOTIFY_MIGRATE, mm, args.start, args.end, order=mmu_notifier.ORDER_UNDER_PTL,
+        owner=args.pgmap_owner,
+    )
+    mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+    address = args.start
+    while address < args.end:
+        following = min(args.end, (address & -(1 << 21)) + (1 << 21))
+        _collect_pmd(args, vma, address, following)
+        address = following
+    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+
+
+def _collect_pmd(args: MigrateVma, vma: VmArea, start: int, end: int) -> None:
+    mm = vma.mm
+    pmd = pmd_offset(mm, start)
+    if not pmd or not mm.host.ram.u64[pmd >> 3]:
+        _collect_hole(args, vma, start, end)
+        return
+    pte = pte_offset_map_lock(mm, pmd, start)
+    if not pte:
+        return
+    ptl = pte_lockptr(mm, pte)
+    unmapped = False
+    for address in range(start, end, 4096):
+        word, present = _collect_pte(args, vma, address, pte)
+        args.src[(address - args.start) >> 12] = word
+        unmapped |= present
+        pte += 8
+    if unmapped:
+        _tlb.flush_tlb_range(mm, start, end)
+    ptl.unlock()
+
+
+def _collect_hole(args: MigrateVma, vma: VmArea, start: int, end: int) -> None:
+    if vma.ops is None:
+        for address in range(start, end, 4096):
+            args.src[(address - args.start) >> 12] = MIGRATE_PFN_MIGRATE
+            args.cpages += 1
+
+
+def _collect_pte(args: MigrateVma, vma: VmArea, address: int, pte: int) -> tuple[int, bool]:
+    """(word, whether a present entry was replaced)."""
+    host = vma.mm.host
+    entry = ptep_get(vma.mm, pte)
+    if not entry:
+        hole = vma.ops is None
+        args.cpages += hole
+        return (MIGRATE_PFN_MIGRATE if hole else 0), False
+    pfn, word = -1, 0
+    if not pte_present(entry):
+        swp = pte_to_swp_entry(entry)
+        if not is_device_private_entry(swp) or not args.flags & MIGRATE_VMA_SELECT_DEVICE_PRIVATE:
+            return 0, False
+        pfn = swp_offset(swp) & SWP_PFN_MASK
+        if page_pgmap(host, pfn).owner is not args.pgmap_owner:
+            return 0, False
+        word = MIGRATE_PFN_WRITE if is_writable_device_private_entry(swp) else 0
+    elif args.flags & MIGRATE_VMA_SELECT_SYSTEM:
+        if pte_pfn(entry) == host.zero_pfn:
+            args.cpages += 1
+            return MIGRATE_PFN_MIGRATE, False
+        pfn = vm_normal_page(host, entry)
+        word = MIGRATE_PFN_WRITE if pte_write(entry) else 0
+    unfit = pfn < 0 or pfn not in host.pages.mapping or folio_test_large(host.pages, pfn)
+    if unfit or host.pages.flags[pfn] & (PG_anon | PG_ksm) != PG_anon:
+        return 0, False
+    get_page(host, pfn)
+    if pfn != args.fault_page and not folio_trylock(host, pfn):
+        put_page(host, pfn)
+        return 0, False
+    if not _set_migration_entry(vma, address, pte, pfn, bool(word)):
+        if pfn != args.fault_page:
+            folio_unlock(host, pfn)
+        put_page(host, pfn)
+        return 0, False
+    args.cpages += 1
+    return word | migrate_pfn(pfn) | MIGRATE_PFN_MIGRATE, pte_present(entry)
+
+
+def _set_migration_entry(vma: VmArea, address: int, pte: int, pfn: int, writable: bool) -> bool:
+    """The entry of a locked page with a reference becomes a migration entry; false if it is pinned."""
+    mm = vma.mm
+    host = mm.host
+    flags = host.pages.flags[pfn]
+    exclusive = flags & (PG_anon | PG_anon_exclusive) == PG_anon | PG_anon_exclusive
+    if exclusive:
+        old = ptep_clear_flush(mm, address, pte)
+        if not folio_try_share_anon_rmap_pte(host, pfn):
+            set_pte(mm, address, pte, old)
+            return False
+    else:
+        old = ptep_get_and_clear(mm, address, pte)
+    present = pte_present(old)
+    if present and pte_dirty(old):
+        set_page_dirty(host, pfn)
+    kind = SWP_MIGRATION_READ_EXCLUSIVE if exclusive else SWP_MIGRATION_READ
+    if writable:
+        kind = SWP_MIGRATION_WRITE
+    keep = old if present else 0
+    value = swp_entry_to_pte(
+        make_migration_entry(kind, pfn, young=bool(keep & _PAGE_ACCESSED), dirty=pte_dirty(keep))
+    )
+    if present:
+        value |= _PAGE_SWP_SOFT_DIRTY if old & _PAGE_SOFT_DIRTY else 0
+        value |= _PAGE_SWP_UFFD_WP if old & _PAGE_UFFD_WP else 0
+    else:
+        value |= old & (_PAGE_SWP_SOFT_DIRTY | _PAGE_SWP_UFFD_WP)
+    set_pte(mm, address, pte, value)
+    folio_remove_rmap_pte(host, pfn, vma)
+    put_page(host, pfn)
+    return True
+
+
+# -- unmapping ------------------------------------------------------------------------------------
+def _check_page(host: HostMm, pfn: int, fault_page: int) -> bool:
+    """migrate_vma_check_page: whether only the migration and the mappings hold it."""
+    pages = host.pages
+    flags = pages.flags[pfn]
+    extra = 1 + (pfn == fault_page) + bool(flags & PG_zone_device) + bool(flags & PG_swapcache)
+    return pages.refcount[pfn] - extra <= pages.mapcount[pfn]
+
+
+def _unmap(host: HostMm, src: list[int], fault_page: int) -> int:
+    """migrate_device_unmap: isolate and unmap the rest; what cannot is put back. How many will move."""
+    pages = host.pages
+    drained = False
+    unmapped = 0
+    host.lru.lru_add_drain()
+    for index, word in enumerate(src):
+        pfn = migrate_pfn_to_page(word)
+        if pfn < 0:
+            unmapped += bool(word & MIGRATE_PFN_MIGRATE)
+            continue
+        ram = not pages.flags[pfn] & PG_zone_device
+        if ram:
+            if not pages.flags[pfn] & PG_lru and not drained:
+                host.lru.lru_add_drain_all()
+                drained = True
+            if not host.lru.folio_isolate_lru(pfn):
+                src[index] &= ~MIGRATE_PFN_MIGRATE
+                continue
+            # The reference that collecting took.
+            put_page(host, pfn)
+        if pages.mapcount[pfn]:
+            try_to_migrate(host, pfn)
+        if pages.mapcount[pfn] or not _check_page(host, pfn, fault_page):
+            if ram:
+                get_page(host, pfn)
+                host.lru.folio_putback_lru(pfn)
+            src[index] &= ~MIGRATE_PFN_MIGRATE
+            continue
+        unmapped += 1
+    for index, word in enumerate(src):
+        pfn = migrate_pfn_to_page(word)
+        if pfn >= 0 and not word & MIGRATE_PFN_MIGRATE:
+            remove_migration_ptes(host, pfn, pfn)
+            src[index] = 0
+            if pfn != fault_page:
+                folio_unlock(host, pfn)
+            put_page(host, pfn)
+    return unmapped
+
+
+def migrate_device_range(host: HostMm, start: int, nr: int) -> list[int]:
+    """Lock and unmap the device's own pages, wherever they are mapped; their words."""
+    src: list[int] = []
+    for pfn in range(start, start + nr):
+        taken = try_get_page(host, pfn)
+        if taken and not folio_trylock(host, pfn):
+            put_page(host, pfn)
+            taken = False
+        src.append(migrate_pfn(pfn) | MIGRATE_PFN_MIGRATE if taken else 0)
+    _unmap(host, src, -1)
+    return src
+
+
+# -- the pages' identity --------------------------------------------------------------------------
+def migrate_vma_pages(args: MigrateVma) -> None:
+    """Move the struct pages; what cannot move loses MIGRATE_PFN_MIGRATE."""
+    assert args.vma is not None
+    _pages(args.vma.mm.host, args.src, args.dst, args)
+
+
+def migrate_device_pages(host: HostMm, src: list[int], dst: list[int]) -> None:
+    """The same for pages that migrate_device_range found."""
+    _pages(host, src, dst, None)
+
+
+def _pages(host: HostMm, src: list[int], dst: list[int], args: MigrateVma | None) -> None:
+    range_ = None
+    for index, word in enumerate(src):
+        new, old = migrate_pfn_to_page(dst[index]), migrate_pfn_to_page(word)
+        if new < 0:
+            src[index] &= ~MIGRATE_PFN_MIGRATE
+        elif old < 0:
+            if not word & MIGRATE_PFN_MIGRATE:
+                continue
+            assert args is not None
+            assert args.vma is not None
+            address = args.start + (index << 12)
+            if range_ is None:
+                range_ = mmu_notifier.mmu_notifier_range_init(
+                    mmu_notifier.MMU_NOTIFY_MIGRATE, args.vma.mm, address, args.end,
+                    order=mmu_notifier.ORDER_UNDER_PTL, owner=args.pgmap_owner,
+                )
+                mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+            if not _insert_page(args.vma, address, new):
+                src[index] &= ~MIGRATE_PFN_MIGRATE
+        else:
+            moved = _move_identity(host, old, new, extra=int(args is not None and args.fault_page == old))
+            if not moved:
+                src[index] &= ~MIGRATE_PFN_MIGRATE
+            if (t := host.trace.migrate_device) is not None:
+                t(old, new, moved)
+    if range_ is not None:
+        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+
+
+def _move_identity(host: HostMm, src: int, dst: int, *, extra: int) -> bool:
+    """folio_migrate_mapping and folio_migrate_flags of a page that nobody maps."""
+    pages = host.pages
+    # A page on its way to the swap file stays in the swap cache, and so in RAM.
+    if pages.flags[src] & PG_swapcache and not folio_free_swap(host, src):
+        return False
+    if pages.flags[src] & PG_writeback:
+        raise BrokenTruth("migrate", f"pfn {src:#x} under writeback moves to a device", host.stream.here())
+    if pages.refcount[src] != 1 + extra:
+        return False
+    if host.checks is not None:
+        host.checks.folio_moves(src)
+    pages.index[dst] = pages.index[src]
+    pages.mapping[dst] = pages.mapping[src]
+    folio_migrate_flags(host, dst, src)
+    return True
+
+
+def _insert_page(vma: VmArea, address: int, pfn: int) -> bool:
+    """migrate_vma_insert_page: map a device page where nothing, or the zero page, was."""
+    mm = vma.mm
+    host = mm.host
+    pmd = pmd_alloc(mm, address) if vma.ops is None else 0
+    if not pmd or not pte_alloc(mm, pmd):
+        return False
+    anon_vma_prepare(vma)
+    host.pages.flags[pfn] |= PG_uptodate
+    if host.pages.flags[pfn] & PG_zone_device:
+        entry = make_device_private_pte(pfn, writable=bool(vma.flags & VM_WRITE))
+    else:
+        entry = mk_pte(pfn, vma.page_prot)
+        if vma.flags & VM_WRITE:
+            entry = pte_mkwrite(pte_mkdirty(entry))
+    pte = pte_offset_map_lock(mm, pmd, address)
+    if not pte:
+        return False
+    ptl = pte_lockptr(mm, pte)
+    old = ptep_get(mm, pte)
+    zero = pte_present(old) and pte_pfn(old) == host.zero_pfn
+    if mm.flags & MMF_UNSTABLE or (old and not zero):
+        ptl.unlock()
+        return False
+    mm.rss[MM_ANONPAGES] += 1
+    folio_add_new_anon_rmap(host, pfn, vma, address)
+    if not host.pages.flags[pfn] & PG_zone_device:
+        host.lru.folio_add_lru_vma(pfn, vma)
+    get_page(host, pfn)
+    if zero:
+        ptep_clear_flush(mm, address, pte)
+    set_pte(mm, address, pte, entry)
+    ptl.unlock()
+    return True
+
+
+# -- the end --------------------------------------------------------------------------------------
+def migrate_vma_finalize(args: MigrateVma) -> None:
+    """Replace the migration entries, unlock, and give the pages back that are not used any more."""
+    assert args.vma is not None
+    _finalize(args.vma.mm.host, args.src, args.dst, args.fault_page)
+
+
+def migrate_device_finalize(host: HostMm, src: list[int], dst: list[int]) -> None:
+    """The same for pages that migrate_device_range found."""
+    _finalize(host, src, dst, -1)
+
+
+def _finalize(host: HostMm, src: list[int], dst: list[int], fault_page: int) -> None:
+    for word, target in zip(src, dst, strict=True):
+        new, old = migrate_pfn_to_page(target), migrate_pfn_to_page(word)
+        if old < 0 or not word & MIGRATE_PFN_MIGRATE:
+            if new >= 0:
+                folio_unlock(host, new)
+                put_page(host, new)
+            new = old
+        if old < 0:
+            continue
+        new = old if new < 0 else new
+        if not host.pages.flags[new] & PG_zone_device:
+            host.lru.folio_add_lru(new)
+        remove_migration_ptes(host, old, new)
+        if old != fault_page:
+            folio_unlock(host, old)
+        put_page(host, old)
+        if new != old:
+            folio_unlock(host, new)
+            put_page(host, new)
