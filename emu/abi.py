@@ -266,10 +266,15 @@ VMCALL_UFFD_MOVE = 0x5246_0172
 VMCALL_UFFD_END = 0x5246_0173
 VMCALL_UFFD_READ = 0x5246_0174
 VMCALL_PAGEMAP_SCAN = 0x5246_0175
+VMCALL_NUMA_BALANCE = 0x5246_0178
+VMCALL_VCPU_NODE = 0x5246_0179
+VMCALL_PAGES_ON_NODE = 0x5246_017A
 VMCALL_DUNE_READ = 0x5246_01B5
 VMCALL_DUNE_WRITE = 0x5246_01B6
 VMCALL_SVA_READ = 0x5246_01B7
 VMCALL_SVA_WRITE = 0x5246_01B8
+VMCALL_PFNMAP_CREATE = 0x5246_01B9
+VMCALL_PFNMAP_REVOKE = 0x5246_01BA
 VMCALL_DEVICE_MIGRATE = 0x5246_01BB
 VMCALL_DEVICE_READ = 0x5246_01BC
 VMCALL_DEVICE_WRITE = 0x5246_01BD
@@ -290,6 +295,15 @@ VMCALL_CLEAR_REFS = 0x5246_01D2
 VMCALL_MLOCK = 0x5246_01D3
 VMCALL_MUNLOCK = 0x5246_01D4
 VMCALL_MREMAP = 0x5246_01D5
+VMCALL_MEMFD_SLOT = 0x5246_0100
+VMCALL_FILE_SLOT = 0x5246_0101
+VMCALL_FSYNC = 0x5246_0102
+VMCALL_PUNCH_HOLE = 0x5246_0103
+VMCALL_REMOVE = 0x5246_0104
+VMCALL_TRUNCATE = 0x5246_0105
+VMCALL_FILE_WRITE = 0x5246_0106
+VMCALL_PEER_WRITE = 0x5246_0107
+VMCALL_FADVISE_DONTNEED = 0x5246_0108
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -449,6 +463,15 @@ VMCALLS: tuple[Vmcall, ...] = (
            "The engine's peer stores the low `size` bytes of `value` into the region."),
     Vmcall(VMCALL_RDMA_PEER_ADD, "rdma_peer_add", ("key", "gpa", "value"), "what was there", ("ENOENT",),
            "The engine's peer adds `value` to the 8 bytes at `gpa`, aligned to 8, at once."),
+    Vmcall(VMCALL_NUMA_BALANCE, "numa_balance", ("gpa", "pages"), "pages that will fault", (),
+           "One scan of NUMA balancing over the range: mapped pages lose their rights, and the next access "
+           "gives them back or, from another node, moves the page to it first."),
+    Vmcall(VMCALL_VCPU_NODE, "vcpu_node", ("cpu", "node"), "0", (),
+           "sched_setaffinity of vCPU `cpu`'s thread to the CPUs of NUMA node `node`. -EINVAL where one of "
+           "them does not exist."),
+    Vmcall(VMCALL_PAGES_ON_NODE, "pages_on_node", ("gpa", "pages", "node"), "pages of the range on the node",
+           (),
+           "move_pages(2) without nodes: how many pages of the range have a frame on `node`."),
     Vmcall(VMCALL_UFFD_MISSING, "uffd_missing", ("gpa", "pages"), "pages that were set aside", (),
            "Post-copy: the VMM keeps the bytes of the range's pages, drops them with MADV_DONTNEED, and a "
            "thread of its brings each when somebody touches it, by UFFDIO_COPY; pages that were never there "
@@ -479,6 +502,14 @@ VMCALLS: tuple[Vmcall, ...] = (
            "walks the VMM's own page tables."),
     Vmcall(VMCALL_SVA_WRITE, "sva_write", ("gpa", "value", "size"), "0", (),
            "That device stores the low `size` bytes of `value`."),
+    Vmcall(VMCALL_PFNMAP_CREATE, "pfnmap_create", ("gpa", "pages"), "slot number >= 1",
+           ("EEXIST", "ENOSPC"),
+           "A PCI function's memory, zeros, in a new memory slot at `gpa`: frames that no struct page "
+           "counts, mapped raw into the VMM. Reads and writes are plain accesses, no exits. The slot may be "
+           "deleted, restored and moved like slot_create's."),
+    Vmcall(VMCALL_PFNMAP_REVOKE, "pfnmap_revoke", ("slot",), "0", ("ENOENT", "ENOSPC"),
+           "The function is reset: its memory is taken from the VMM and the guest, and the next access finds "
+           "other frames, with zeros. -ENOENT for a slot that pfnmap_create did not give."),
     Vmcall(VMCALL_DEVICE_MIGRATE, "device_migrate", ("gpa", "pages"), "pages in device memory then",
            ("ENOSPC",),
            "Pages of the range go to the memory of a device, with their bytes, as far as it has room (256 "
@@ -542,6 +573,35 @@ VMCALLS: tuple[Vmcall, ...] = (
            "mremap(2) of the VMM's mapping to another place and back again. An access by another CPU that "
            "meets the hole leaves KVM_RUN with -EFAULT and waits until the memory is back. -EBUSY while "
            "another mremap is under way."),
+    Vmcall(VMCALL_MEMFD_SLOT, "memfd_slot", ("gpa", "pages"), "slot number >= 1", ("EEXIST", "ENOMEM"),
+           "A memfd of `pages` pages, mapped MAP_SHARED by the VMM, in a new memory slot at `gpa`; it is "
+           "a slot as slot_create makes them."),
+    Vmcall(VMCALL_FILE_SLOT, "file_slot", ("gpa", "pages", "private"), "slot number >= 1",
+           ("EEXIST", "ENOMEM"),
+           "As memfd_slot, with a fresh temporary file of zeros, mapped MAP_SHARED, or MAP_PRIVATE if "
+           "`private` is 1; -EINVAL for other values."),
+    Vmcall(VMCALL_FSYNC, "fsync", ("gpa",), "0", ("EBADF",),
+           "fsync(2) of the file that the VMM maps at `gpa`: its dirty pages are made clean and read- "
+           "only wherever they are mapped shared, then written. -EBADF where no file is mapped."),
+    Vmcall(VMCALL_PUNCH_HOLE, "punch_hole", ("gpa", "pages"), "0", ("EBADF",),
+           "fallocate(2) with FALLOC_FL_PUNCH_HOLE of the file's pages behind the range: they read as "
+           "zeros afterwards, but for pages that a private mapping has written."),
+    Vmcall(VMCALL_REMOVE, "remove", ("gpa", "pages"), "0", ("EACCES",),
+           "madvise(MADV_REMOVE) of the VMM's mapping: as punch_hole. -EINVAL where no file is mapped, "
+           "-EACCES where it is mapped private."),
+    Vmcall(VMCALL_TRUNCATE, "truncate", ("gpa",), "0", ("EBADF",),
+           "ftruncate(2) of the file behind `gpa` to end at `gpa`, and at once to its old size again: "
+           "memory from `gpa` to the end of the file reads as zeros, also what a private mapping had "
+           "written. An access by another CPU in between leaves KVM_RUN with -EFAULT."),
+    Vmcall(VMCALL_FILE_WRITE, "file_write", ("gpa", "value", "size"), "0", ("EBADF",),
+           "pwrite(2) of the low `size` bytes (1, 2 or 4) of `value` into the file where it is mapped at "
+           "`gpa`: seen by shared mappings, and by private ones that did not write the page yet."),
+    Vmcall(VMCALL_PEER_WRITE, "peer_write", ("gpa", "value", "size"), "0", ("EBADF", "ENOMEM"),
+           "Another process maps the file behind `gpa` MAP_SHARED, stores the low `size` bytes (1, 2 or "
+           "4) of `value` there, and ends."),
+    Vmcall(VMCALL_FADVISE_DONTNEED, "fadvise_dontneed", ("gpa", "pages"), "0", ("EBADF",),
+           "posix_fadvise(POSIX_FADV_DONTNEED) of the file's range: starts writing what is dirty and "
+           "drops what is clean and mapped by nobody. Shared memory has nothing to drop."),
 )
 
 

@@ -42,6 +42,7 @@ from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
 
 if TYPE_CHECKING:
     from emu.devices.hmm_device import HmmDevice
+    from emu.devices.pci_bar import PciBar
     from emu.devices.sva import SvaDevice
     from emu.dune import Dune
     from emu.host import Host
@@ -71,12 +72,13 @@ class Stop(msgspec.Struct):
 class _VcpuThread:
     """A vCPU's thread: whether it was started, whether it halted for good."""
 
-    __slots__ = ("error", "halted", "task", "vcpu", "wq")
+    __slots__ = ("error", "halted", "node", "task", "vcpu", "wq")
 
     def __init__(self, vcpu: Vcpu, wq: WaitQueue) -> None:
         self.vcpu = vcpu
         self.wq = wq
         self.task: Task | None = None
+        self.node = -1
         self.halted = True
         self.error: BaseException | None = None
 
@@ -112,12 +114,14 @@ class Board:
         self.moves = 0
         self.moved_back = WaitQueue(host.sched, "guest memory moved back")
         self.process = host.mm.create_process("vmm")
+        self.process.threads += config.vcpus
         self.vmm = Vmm(host.mm, self.process)
         self.rdma = RdmaDevice(host.mm, self.process)
         self.hugetlb = HugetlbMemory(self)
         self.dune: Dune | None = None
         self.sva: SvaDevice | None = None
         self.hmm_devices: dict[int, HmmDevice] = {}
+        self.bars: dict[int, PciBar] = {}
         self._make_devices()
         self.cpu = UnicornCpu(host.mm, host.sched, interpreted=interpreted, params=config.params)
         self.cpu.exit_filter = self._exit_filter
@@ -181,12 +185,20 @@ class Board:
         self.cpu.start_like(thread.vcpu, self.vcpus[max(caller, 0)], entry, stack, (arg, number))
         self._start(thread)
 
+    def set_node(self, number: int, node: int) -> None:
+        """Let vCPU `number`'s thread run on a CPU of NUMA node `node`, -1: where the VMM is at home."""
+        thread = self.threads[number]
+        thread.node = node
+        if thread.task is not None:
+            thread.task.node = node
+
     def _start(self, thread: _VcpuThread) -> None:
         thread.halted = False
         if thread.task is None:
             number = thread.vcpu.vcpu_id
             body = functools.partial(self._thread_body, thread)
             thread.task = self.host.sched.spawn(f"vcpu{number}", body, vcpu=number)
+            thread.task.node = thread.node
         else:
             thread.wq.wake_all()
 
@@ -332,6 +344,8 @@ class Board:
             self.rdma.close()
             for device in self.hmm_devices.values():
                 device.close()
+            for bar in self.bars.values():
+                bar.close()
             if self.dune is not None:
                 self.dune.close()
             if self.sva is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from emu import files
 from host_mm.kernel.errors import KernelError
 from host_mm.ram import PAGE_SIZE
 from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES
@@ -44,10 +45,21 @@ class GuestMemory:
         self.size = size
         self.regions: list[Region] = []
         low = min(size, LOW_RAM_LIMIT)
-        self._add(0, low)
+        self._add_ram(0, low, 0)
         if size > low:
-            self._add(HIGH_RAM_BASE, size - low)
+            self._add_ram(HIGH_RAM_BASE, size - low, low)
         self.first_test_slot = len(self.regions)
+
+    def _add_ram(self, gpa: int, size: int, offset: int) -> None:
+        """RAM of the board, `offset` bytes into its backend."""
+        vmm, backend = self.board.vmm, self.board.config.memory_backend
+        if backend == "anon":
+            self._add(gpa, size)
+        elif backend == "memfd":
+            self._show(gpa, size, files.mmap_memfd(vmm, size))
+        else:
+            path = backend.removeprefix("file:")
+            self._show(gpa, size, files.mmap_file(vmm, size, path, pgoff=offset >> 12))
 
     def _add(self, gpa: int, size: int, hva: int = 0) -> Region:
         return self._show(gpa, size, self.board.vmm.mmap(size, PROT_RW, hva))

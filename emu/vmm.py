@@ -236,6 +236,12 @@ class Vmm:
             move_pages(self.process, [address for address, _ in present], targets)
         return sum(1 for address, pfn in present if self.present_pfn(address) not in (pfn, -1))
 
+    def numa_scan(self, address: int, length: int) -> int:
+        """One scan of NUMA balancing, of this range: how many pages will fault to say who uses them."""
+        from host_mm.numa_balancing import task_numa_scan
+
+        return task_numa_scan(self.process, address, address + length)
+
     def test_and_clear_young(self, address: int) -> bool:
         """folio_referenced of the page at `address`: whether host or guest touched it since the last time.
 

@@ -10,6 +10,7 @@
 ; param only=99     the number of the one operation to ask for; 99 for all of them
 ; param weather=0   ns between two things the host does by itself, about; 0 for none
 ; vmcalls: swap_out migrate dontneed age reclaim fork child_exit host_read host_write dirty_log get_dirty protect slot_create slot_delete slot_restore slot_move mirror_read dma_write kvm_map_write ksm_merge ksm_unmerge weather
+; vmcalls: dune_read dune_write sva_read sva_write rdma_register rdma_deregister rdma_peer_read rdma_peer_write rdma_peer_add device_migrate device_read device_write device_add pfnmap_create pfnmap_revoke
 .include "runtime.inc"
 
 .equ OTHERS, 4                           ; pages that are looked at beside the piece
@@ -45,6 +46,7 @@ main:
     NEED_HOST "a host to ask", .end
     call take_memory
     call make_slot
+    call make_bar
     PARAM rax, "weather", 0
     test rax, rax
     jz .next
@@ -93,6 +95,11 @@ make_slot:
     mov [slot_at], rax
     mov [rax], rax
 .end:
+    ret
+
+make_bar:
+    HOST2 VMCALL_PFNMAP_CREATE, qword ptr [bar_gpa], 1
+    mov [bar_slot], rax
     ret
 
 ; One operation on one piece: rbp = its entry of the table, r12 = gpa, r13 = pages.
@@ -155,8 +162,13 @@ choose:
     mov rdi, [rbp + OP_PAGES]
     call random_below
     lea r13, [rax + 1]
+    cmp r13, [nr_pages]
+    jbe .fits
+    mov r13, [nr_pages]
+.fits:
     mov rdi, [nr_pages]
     sub rdi, r13
+    inc rdi
     call random_below
     shl rax, 12
     add rax, [region]
@@ -393,6 +405,95 @@ stored_word:
 .end:
     ret
 
+; The VMM on an EPT of its own, and a device on the VMM's page tables, each read and store.
+ask_dune:
+    HOST2 VMCALL_DUNE_READ, rdi, 4
+    call same_word
+    call rng_next
+    mov r8, rax
+    HOST3 VMCALL_DUNE_WRITE, rdi, r8, 8
+    jmp stored_word
+
+ask_sva:
+    HOST2 VMCALL_SVA_READ, rdi, 4
+    call same_word
+    call rng_next
+    mov r8, rax
+    HOST3 VMCALL_SVA_WRITE, rdi, r8, 8
+    jmp stored_word
+
+; An RDMA engine gets the piece, on demand or pinned; its peer reads, stores and adds.
+ask_rdma:
+    call rng_next
+    and eax, 1
+    HOST3 VMCALL_RDMA_REGISTER, rdi, rsi, rax
+    test rax, rax
+    js .end
+    mov [key], rax
+    HOST3 VMCALL_RDMA_PEER_READ, qword ptr [key], rdi, 4
+    call same_word
+    call rng_next
+    mov r8, rax
+    HOST4 VMCALL_RDMA_PEER_WRITE, qword ptr [key], rdi, r8, 8
+    call stored_word
+    mov r8, [rdi]
+    HOST3 VMCALL_RDMA_PEER_ADD, qword ptr [key], rdi, 1
+    call added_one
+    HOST1 VMCALL_RDMA_DEREGISTER, qword ptr [key]
+.end:
+    ret
+
+; The piece goes to a device's memory, where that reads and stores; what it adds to comes back first.
+ask_device:
+    HOST2 VMCALL_DEVICE_MIGRATE, rdi, rsi
+    test rax, rax
+    js .end
+    HOST2 VMCALL_DEVICE_READ, rdi, 4
+    call same_word
+    HOST2 VMCALL_DEVICE_MIGRATE, rdi, rsi
+    call rng_next
+    mov r8, rax
+    HOST3 VMCALL_DEVICE_WRITE, rdi, r8, 8
+    call stored_word
+    mov r8, [rdi]
+    HOST2 VMCALL_DEVICE_ADD, rdi, 1
+    call added_one
+.end:
+    ret
+
+; Somebody else added 1 to r8 at rdi and answered r8, unless that is an errno; rax = 0, or the errno.
+added_one:
+    cmp rax, r8
+    je .same
+    cmp rax, -4096
+    ja .end
+    inc qword ptr [bad_others]
+.same:
+    inc r8
+    xor eax, eax
+    cmp [rdi], r8
+    je .end
+    inc qword ptr [bad_others]
+.end:
+    ret
+
+; A function's memory has what was stored, and zeros after its reset.
+ask_bar:
+    mov rax, [bar_slot]
+    test rax, rax
+    js .end
+    mov rdx, [bar_gpa]
+    mov [rdx], rdi
+    cmp [rdx], rdi
+    jne .bad
+    HOST1 VMCALL_PFNMAP_REVOKE, qword ptr [bar_slot]
+    cmp qword ptr [rdx], 0
+    je .end
+.bad:
+    inc qword ptr [bad_slot]
+.end:
+    ret
+
 ; The log is turned on, a page written, the log fetched and turned off.
 ask_log:
     HOST2 VMCALL_DIRTY_LOG, rdi, 1
@@ -472,6 +573,7 @@ ask_ksm_equal:
 .section rodata
 .align 8
 slot_gpa:       .quad SLOT_TEST_GPA
+bar_gpa:        .quad SLOT_TEST_GPA + 0x800000
 operations:
     OPERATION n_swap_out, range, VMCALL_SWAP_OUT, 16, SAME
     OPERATION n_migrate, range, VMCALL_MIGRATE, 16, SAME
@@ -491,8 +593,13 @@ operations:
     OPERATION n_ksm_merge, ask_ksm_merge, 0, 32, SAME
     OPERATION n_ksm_equal, ask_ksm_equal, 0, 8, SAME
     OPERATION n_ksm_unmerge, range, VMCALL_KSM_UNMERGE, 64, SAME
+    OPERATION n_dune, ask_dune, 0, 1, ANYTHING
+    OPERATION n_sva, ask_sva, 0, 1, ANYTHING
+    OPERATION n_rdma, ask_rdma, 0, 16, ANYTHING
+    OPERATION n_device, ask_device, 0, 16, ANYTHING
+    OPERATION n_bar, ask_bar, 0, 1, SAME
 operations_end:
-.equ NR_OPERATIONS, 18
+.equ NR_OPERATIONS, 23
 
 n_swap_out:     .asciz "swap_out"
 n_migrate:      .asciz "migrate"
@@ -512,6 +619,11 @@ n_slot_move:    .asciz "migrate of a slot"
 n_ksm_merge:    .asciz "ksm_merge"
 n_ksm_equal:    .asciz "ksm_merge of equal pages"
 n_ksm_unmerge:  .asciz "ksm_unmerge"
+n_dune:         .asciz "dune_read, dune_write"
+n_sva:          .asciz "sva_read, sva_write"
+n_rdma:         .asciz "rdma_register, rdma_peer_*, rdma_deregister"
+n_device:       .asciz "device_migrate, device_read, device_write, device_add"
+n_bar:          .asciz "pfnmap_revoke"
 
 .section bss
 .align 8
@@ -521,6 +633,8 @@ region:         .skip 8
 seeds:          .skip 8
 slot:           .skip 8
 slot_at:        .skip 8
+bar_slot:       .skip 8
+key:            .skip 8
 told:           .skip 8
 last_name:      .skip 8
 bad_words:      .skip 8

@@ -14,7 +14,7 @@ Reading order:
     filemap_fault.py readahead.py  how a fault finds it, and what is read and mapped around it
     backing_file.py page_writeback.py  files with their bytes in a real file; how dirty pages get there
     shmem.py shmem_file.py memfd.py  shared memory
-    truncate.py                  how pages leave a file
+    filemap_rw.py madvise_file.py  read, write and advice; truncate.py: how pages leave a file
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
     userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill
@@ -28,6 +28,7 @@ Reading order:
     interval_notifier.py         the other scheme, by sequence counts
     hmm.py hmm_mirror.py         what a device learns of the tables, and a device that mirrors them
     secondary_tables.py          where the truths find what devices translate by
+    memory_pfnmap.py             mappings of raw frames
     memremap.py                  frames that are devices', not RAM
     memory_device.py             entries for pages that a device has
     migrate_device.py rmap_device.py   to a device's memory and back; a device's alone
@@ -50,6 +51,7 @@ Reading order:
     hugetlb_share.py             level-2 tables that processes share
     hugetlb_rmap.py hugetlb_fault.py hugetlb_unmap.py hugetlb_copy.py hugetlb_migrate.py   their life
     hugetlbfs.py                 files of them
+    numa_balancing.py            pages go to the node that uses them
     migrate.py oom_kill.py       to another frame; to nowhere
     compaction.py kcompactd.py   many to another place, for large blocks; and the daemon that sees to it
     compaction_scan.py           which and where to; compaction_trace.py: what is told about it

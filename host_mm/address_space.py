@@ -24,9 +24,10 @@ DAX, error sequences, directories and names.
 
 from __future__ import annotations
 
+from errno import EOPNOTSUPP
 from typing import TYPE_CHECKING, Any
 
-from host_mm.kernel.errors import BrokenTruth
+from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.locks import RwSem
 from host_mm.mm_types import VM_MAYWRITE, VM_SHARED
 from host_mm.page import PG_dirty
@@ -90,6 +91,17 @@ class AddressSpaceOperations:
         """Start reading a locked folio that is not up to date; it is unlocked when its bytes are there."""
         raise NotImplementedError
 
+    def write_begin(self, mapping: AddressSpace, index: int, inside: int, length: int) -> int:
+        """write(2) of `length` bytes from byte `inside` of page `index`: its folio, locked, with a reference.
+
+        It is up to date unless it is new and the write need not keep anything of it. A negative errno.
+        """
+        raise KernelError(EOPNOTSUPP, f"no write(2) on {mapping!r}")
+
+    def read_begin(self, mapping: AddressSpace, index: int) -> int:
+        """read(2) of page `index`: its folio, locked, up to date, with a reference; or NOT_CACHED: zeros."""
+        raise KernelError(EOPNOTSUPP, f"no read(2) on {mapping!r}")
+
     def cancel_dirty(self, mapping: AddressSpace, pfn: int) -> None:
         """A folio is on its way out of the file: what was written to it need not be kept."""
         mapping.host.pages.flags[pfn] &= ~PG_dirty
@@ -100,11 +112,11 @@ class AddressSpaceOperations:
 
     def fallocate(self, mapping: AddressSpace, mode: int, offset: int, length: int) -> None:
         """fallocate(2) with FALLOC_FL_*. KernelError."""
-        raise NotImplementedError
+        raise KernelError(EOPNOTSUPP, f"no fallocate(2) on {mapping!r}")
 
     def set_size(self, mapping: AddressSpace, size: int) -> None:
         """ftruncate(2). KernelError."""
-        raise NotImplementedError
+        raise KernelError(EOPNOTSUPP, f"no ftruncate(2) on {mapping!r}")
 
     def writepage(self, mapping: AddressSpace, pfn: int) -> None:
         """Write a locked folio that was made clean; unlocks it."""

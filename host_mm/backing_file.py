@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 __all__ = ["TRACEPOINTS", "get_block_folio", "open_file"]
 
 MAX_LFS_FILESIZE = (1 << 63) - 1
+MAX_PAGECACHE_ORDER = 9
 
 
 def _fmt(file: str, index: int, pfn: int) -> str:
@@ -151,6 +152,17 @@ class BlockOperations(AddressSpaceOperations):
 
         host.vmstat["pgpgin"] += size >> 10
         host.file_device.submit_read(pfn, index, done)
+
+    def write_begin(self, mapping: AddressSpace, index: int, inside: int, length: int) -> int:
+        """ext4_write_begin, with folios as large as the write where they are new."""
+        # Beyond the end of the file there is nothing to keep.
+        whole = not inside and (length >= PAGE_SIZE or (index << 12) + length >= mapping.i_size)
+        order = max((inside + length).bit_length() - 13, 0)
+        return get_block_folio(mapping, index, read=not whole, order=min(order, MAX_PAGECACHE_ORDER))
+
+    def read_begin(self, mapping: AddressSpace, index: int) -> int:
+        """filemap_get_pages."""
+        return get_block_folio(mapping, index, read=True)
 
     def writepage(self, mapping: AddressSpace, pfn: int) -> None:
         """Write a locked folio that was made clean; unlocks it. What lies beyond the end becomes zeros."""

@@ -9,9 +9,9 @@ it in between is given back. It never takes the zero page. Slow GUP faults under
 (FOLL_PIN) counts 1024 references at once, of a large folio one and a pin count, and must hold an exclusive
 page; a read-only long-term pin of anything else first makes one (unshare).
 
-Not modelled: more than one page in a call, FOLL_LONGTERM's migration out of movable
-zones (there are none), pages of devices, signals (FOLL_INTERRUPTIBLE never interrupts), 5.10's FOLL_COW (a
-forced write there follows any dirty entry).
+Not modelled: more than one page in a call, FOLL_LONGTERM's migration out of movable zones (there are none),
+coherent device memory, signals (FOLL_INTERRUPTIBLE never interrupts), 5.10's FOLL_COW (a forced write there
+follows any dirty entry).
 """
 
 from __future__ import annotations

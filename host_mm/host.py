@@ -9,7 +9,7 @@ HostMm, which this file, at the top of the room, passes on:
     page_alloc  ->  reclaim, wakeup_kswapd, out_of_memory, try_to_compact_pages
     vmscan      ->  wakeup_kcompactd, reset_isolation_suitable
     memcontrol  ->  reclaim_memcg, out_of_memory
-    memory      ->  do_swap_page, do_fault, wp_page_shared
+    memory      ->  do_swap_page, do_numa_page, do_fault, wp_page_shared
     swapin      ->  do_wp_page
     madvise     ->  reclaim_pages
     mmap        ->  shmem_file_setup
@@ -54,6 +54,7 @@ from host_mm import (
     migrate,
     migrate_device,
     mmu_notifier,
+    numa_balancing,
     oom_kill,
     page_alloc,
     page_io,
@@ -121,6 +122,7 @@ _MODULES = (
     migrate,
     migrate_device,
     mmu_notifier,
+    numa_balancing,
     oom_kill,
     page_alloc,
     page_io,
@@ -202,6 +204,8 @@ class HostMm:
             self.swap.free_notify.append(self.memcg.uncharge_swap)
         self.zswap = zswap.Zswap(self, self.swap)
         self.swap_readahead = SwapReadahead(self.params)
+        balancing = self.params.get("kernel.numa_balancing", "N").lower() in ("y", "1", "on", "yes", "true")
+        self.numa_balancing = numa_balancing.NumaBalancing(self.params) if balancing else None
         self.swap_device = page_io.SwapDevice(self)
         self.file_device = page_io.SwapDevice(self, "file-io")
         self.flusher = page_writeback.Flusher(self)
@@ -375,6 +379,10 @@ class HostMm:
     def wp_page_shared(self, vmf: VmFault) -> int:
         """memory -> memory_file: a write on a read-only entry of a shared mapping, its table locked."""
         return memory_file.wp_page_shared(vmf)
+
+    def do_numa_page(self, vmf: VmFault) -> tuple[str, int]:
+        """memory -> numa_balancing."""
+        return numa_balancing.do_numa_page(vmf)
 
     def do_wp_page(self, vmf: VmFault) -> tuple[str, int]:
         """swapin -> memory."""

@@ -12,7 +12,8 @@ A subscription watches [start, last]. Its user maps pages by
 
 and its `invalidate(range_, seq)` callback takes the same lock, calls mmu_interval_set_seq(sub, seq)
 whatever else it does, and drops what the range covers. It returns False only when the range is not
-blockable and it would have to sleep.
+blockable and it would have to sleep. A driver may leave out the brackets that it opens itself, by their
+owner; what they cover it then has to take back by means of its own.
 
 `invalidate_seq` of the subscriptions is odd while the tree is being walked by some bracket: the
 tree must not change then, so that adds and removes wait on the deferred list for the end of the
@@ -28,7 +29,7 @@ from __future__ import annotations
 from bisect import insort
 from errno import EAGAIN, EINVAL, EOVERFLOW
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.mmu_notifier import (
@@ -100,7 +101,12 @@ TRACEPOINTS = (
 
 
 class MmuIntervalNotifier:
-    """struct mmu_interval_notifier with its one op: a subclass defines `invalidate`."""
+    """struct mmu_interval_notifier with its one op: a subclass defines `invalidate`.
+
+    `owner`: whose brackets it may leave out.
+    """
+
+    owner: Any = None
 
     def __init__(self) -> None:
         self.mm: MmStruct | None = None
@@ -192,7 +198,8 @@ class Itree:
             if (t := host.trace.mmu_interval_invalidate) is not None:
                 t(sub.start, sub.last, seq, not done)
             if done:
-                if sub.invalidate_seq != seq and range_.owner is None:
+                ours = range_.owner is not None and range_.owner is sub.owner
+                if sub.invalidate_seq != seq and not ours:
                     raise BrokenTruth("interval-set-seq", f"{type(sub).__name__} did not set seq {seq}")
                 continue
             if not atomic:

@@ -8,9 +8,10 @@ each VMA has its own.
 COLD and PAGEOUT open no bracket of their own; PAGEOUT's reclaim brackets page by page. What these three do
 to large folios is in madvise_folios.py.
 
-MERGEABLE and UNMERGEABLE are in ksm.py.
+MERGEABLE and UNMERGEABLE are in ksm.py, REMOVE and what files do of WILLNEED in madvise_file.py. Who maps a
+file may page it out: every process here may write to every file.
 
-Not modelled: REMOVE, COLLAPSE, HWPOISON, guard pages, file pages, VMA names.
+Not modelled: COLLAPSE, HWPOISON, guard pages, VMA names.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
     PMD_SIZE,
     SWP_HWPOISON,
+    ULONG_MAX,
     non_swap_entry,
+    page_align,
     pmd_table,
     pte_dirty,
     pte_mkclean,
@@ -39,6 +42,7 @@ from host_mm.huge_memory_map import madvise_free_huge_pmd
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.ksm import ksm_madvise
+from host_mm.madvise_file import madvise_remove, madvise_willneed_file
 from host_mm.madvise_folios import cold_or_pageout_huge_pmd, deactivate_folio, walk_folios
 from host_mm.memory_zap import zap_page_range_single_batched
 from host_mm.mm_types import (
@@ -76,8 +80,8 @@ if TYPE_CHECKING:
 __all__ = [
     "MADV_COLD", "MADV_DOFORK", "MADV_DONTFORK", "MADV_DONTNEED", "MADV_FREE", "MADV_HUGEPAGE",
     "MADV_KEEPONFORK", "MADV_MERGEABLE", "MADV_NOHUGEPAGE", "MADV_NORMAL", "MADV_PAGEOUT",
-    "MADV_POPULATE_READ", "MADV_POPULATE_WRITE", "MADV_RANDOM", "MADV_SEQUENTIAL", "MADV_UNMERGEABLE",
-    "MADV_WILLNEED", "MADV_WIPEONFORK", "do_madvise",
+    "MADV_POPULATE_READ", "MADV_POPULATE_WRITE", "MADV_RANDOM", "MADV_REMOVE", "MADV_SEQUENTIAL",
+    "MADV_UNMERGEABLE", "MADV_WILLNEED", "MADV_WIPEONFORK", "do_madvise",
 ]
 
 MADV_NORMAL = 0
@@ -86,6 +90,7 @@ MADV_SEQUENTIAL = 2
 MADV_WILLNEED = 3
 MADV_DONTNEED = 4
 MADV_FREE = 8
+MADV_REMOVE = 9
 MADV_DONTFORK = 10
 MADV_DOFORK = 11
 MADV_MERGEABLE = 12
@@ -99,8 +104,8 @@ MADV_PAGEOUT = 21
 MADV_POPULATE_READ = 22
 MADV_POPULATE_WRITE = 23
 
-_READERS = frozenset({MADV_WILLNEED, MADV_DONTNEED, MADV_FREE, MADV_COLD, MADV_PAGEOUT})
-_PAGES_ONLY = _READERS - {MADV_WILLNEED}
+_READERS = frozenset({MADV_WILLNEED, MADV_DONTNEED, MADV_FREE, MADV_COLD, MADV_PAGEOUT, MADV_REMOVE})
+_PAGES_ONLY = _READERS - {MADV_WILLNEED, MADV_REMOVE}
 _VMA_FLAGS = {
     MADV_NORMAL: (0, VM_RAND_READ | VM_SEQ_READ), MADV_SEQUENTIAL: (VM_SEQ_READ, VM_RAND_READ),
     MADV_RANDOM: (VM_RAND_READ, VM_SEQ_READ), MADV_DONTFORK: (VM_DONTCOPY, 0), MADV_DOFORK: (0, VM_DONTCOPY),
@@ -114,8 +119,9 @@ _KSM = frozenset({MADV_MERGEABLE, MADV_UNMERGEABLE})
 def do_madvise(mm: MmStruct, start: int, length: int, advice: int) -> None:
     """madvise(2). KernelError: EINVAL, ENOMEM (holes; the rest is done), EFAULT, EAGAIN."""
     mm.host.sched.advance(COST_SYSCALL)
-    end = start + ((length + 4095) & ~4095)
-    if start & 4095 or end < start:
+    size = page_align(length)
+    end = start + size
+    if start & 4095 or (length and not size) or end > ULONG_MAX:
         raise KernelError(EINVAL, f"{start:#x}+{length:#x} is not a page range")
     if advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE) and mm.host.profile.madv_populate:
         _populate(mm, start, end, advice == MADV_POPULATE_WRITE)
@@ -180,7 +186,9 @@ def _vma_behavior(vma: VmArea, start: int, end: int, advice: int, tlb: MmuGather
     elif advice in (MADV_COLD, MADV_PAGEOUT):
         _cold_or_pageout(vma, start, end, pageout=advice == MADV_PAGEOUT)
     elif advice == MADV_WILLNEED:
-        _willneed(vma, start, end)
+        (_willneed if vma.file is None else madvise_willneed_file)(vma, start, end)
+    elif advice == MADV_REMOVE:
+        madvise_remove(vma, start, end)
     else:
         _set_vma_flags(vma, start, end, advice)
 

@@ -1,7 +1,7 @@
 """Page faults: from handle_mm_fault to a present entry.
 
 Source of truth: mm/memory.c (handle_mm_fault, handle_pte_fault, do_anonymous_page, do_wp_page,
-wp_can_reuse_anon_folio, wp_page_reuse, wp_page_copy, do_numa_page), mm/internal.h: vmf_anon_prepare;
+wp_can_reuse_anon_folio, wp_page_reuse, wp_page_copy), mm/internal.h: vmf_anon_prepare;
 Linux 6.18. Swap faults are in swapin.py, zapping in memory_zap.py, fork's copy in memory_copy.py.
 
 A read of an empty entry maps the zero page; a write takes a page of its own, which is exclusive and
@@ -10,7 +10,7 @@ opens, and under the page-table lock the old entry is cleared and flushed before
 
 Faults on files are in memory_file.py, on huge pages in huge_memory.py.
 
-Not modelled: NUMA balancing's migration (a hinting fault only restores the rights).
+Hinting faults of NUMA balancing are in numa_balancing.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from host_mm.arch.x86.pgtable import (
     pte_mkuffd_wp,
     pte_mkwrite,
     pte_mkyoung,
-    pte_modify,
     pte_pfn,
     pte_present,
     pte_protnone,
@@ -134,7 +133,8 @@ HOST_FAULT = Tracepoint(
 HOST_FAULT_DONE = Tracepoint(
     "refault", "host_fault_done", ("pid", "address", "kind", "result"),
     lambda pid, address, kind, result: f"pid {pid} address {address:#x} {kind} {result}",
-    doc="What that fault did: zero-page, anon, cow, reuse, swap-in, numa, userfault, marker, spurious.",
+    doc="What that fault did: zero-page, anon, cow, reuse, swap-in, numa, numa-migrate, userfault, marker, "
+        "spurious.",
 )
 TRACEPOINTS = (HOST_FAULT, HOST_FAULT_DONE)
 
@@ -233,7 +233,7 @@ def _handle_pte_fault(vmf: VmFault) -> tuple[str, int]:
     if not pte_present(entry):
         return "swap-in", mm.host.do_swap_page(vmf)
     if pte_protnone(entry) and vmf.vma.flags & VM_ACCESS_FLAGS:
-        return _do_numa_page(vmf)
+        return mm.host.do_numa_page(vmf)
     return _handle_present(vmf, entry)
 
 
@@ -347,24 +347,6 @@ def _do_anonymous_page(vmf: VmFault) -> tuple[str, int]:
     set_pte(mm, vmf.address, vmf.pte, entry)
     vmf.ptl.unlock()
     return "anon", 0
-
-
-def _do_numa_page(vmf: VmFault) -> tuple[str, int]:
-    mm, vma = vmf.mm, vmf.vma
-    vmf.ptl = pte_lockptr(mm, vmf.pte)
-    vmf.ptl.lock()
-    old = ptep_get(mm, vmf.pte)
-    if old != vmf.orig_pte:
-        vmf.ptl.unlock()
-        return "spurious", 0
-    entry = pte_mkyoung(pte_modify(old, vma.page_prot))
-    pfn = vm_normal_page(mm.host, old)
-    if pfn >= 0 and vma.flags & VM_WRITE and mm.host.pages.flags[pfn] & PG_anon_exclusive:
-        entry = pte_mkwrite(entry)
-    set_pte(mm, vmf.address, vmf.pte, entry)
-    vmf.ptl.unlock()
-    mm.host.vmstat["numa_hint_faults"] += 1
-    return "numa", 0
 
 
 # -- write faults on mapped pages -----------------------------------------------------------------

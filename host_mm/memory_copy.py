@@ -7,8 +7,7 @@ Private pages become shared: both entries lose the right to write and the page i
 that may be pinned is copied for the child instead, so that the pin and the parent keep the same page.
 The bracket is over the source mm's whole VMA; the flush comes at the end of dup_mmap, after it.
 
-Not modelled: file mappings that need no copy at fork are skipped as in Linux, device
-entries.
+Not modelled: file mappings that need no copy at fork are skipped as in Linux.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ in part, or for which there is no memory in one piece, is split and its pages ar
 
     break migrate-ignore-refs     move folios although somebody holds a reference
 
-Not modelled: movable_ops pages, devices.
+Not modelled: movable_ops pages.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
-    from host_mm.mm_types import VmArea
+    from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
     "MIGRATE_PFN_MIGRATE", "MIGRATE_PFN_VALID", "MIGRATE_PFN_WRITE", "MIGRATE_VMA_SELECT_DEVICE_PRIVATE",
@@ -370,10 +370,7 @@ def _pages(host: HostMm, src: list[int], dst: list[int], args: MigrateVma | None
             assert args.vma is not None
             address = args.start + (index << 12)
             if range_ is None:
-                range_ = mmu_notifier.mmu_notifier_range_init(
-                    mmu_notifier.MMU_NOTIFY_MIGRATE, args.vma.mm, address, args.end,
-                    order=mmu_notifier.ORDER_UNDER_PTL, owner=args.pgmap_owner,
-                )
+                range_ = _insert_range(args.vma.mm, address, args)
                 mmu_notifier.mmu_notifier_invalidate_range_start(range_)
             if not _insert_page(args.vma, address, new):
                 src[index] &= ~MIGRATE_PFN_MIGRATE
@@ -384,7 +381,15 @@ def _pages(host: HostMm, src: list[int], dst: list[int], args: MigrateVma | None
             if (t := host.trace.migrate_device) is not None:
                 t(old, new, moved)
     if range_ is not None:
-        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+        mmu_notifier.mmu_notifier_invalidate_range_only_end(range_)
+
+
+def _insert_range(mm: MmStruct, address: int, args: MigrateVma) -> mmu_notifier.MmuNotifierRange:
+    named = mm.host.profile.device_inserts_name_owner
+    return mmu_notifier.mmu_notifier_range_init(
+        mmu_notifier.MMU_NOTIFY_MIGRATE if named else mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, args.end,
+        order=mmu_notifier.ORDER_UNDER_PTL, owner=args.pgmap_owner if named else None,
+    )
 
 
 def _move_identity(host: HostMm, src: int, dst: int, *, extra: int) -> bool:
@@ -436,6 +441,7 @@ def _insert_page(vma: VmArea, address: int, pfn: int) -> bool:
     get_page(host, pfn)
     if zero:
         ptep_clear_flush(mm, address, pte)
+        mmu_notifier.mmu_notifier_invalidate_range(mm, address, address + 4096)
     set_pte(mm, address, pte, entry)
     ptl.unlock()
     return True

@@ -17,7 +17,7 @@ from __future__ import annotations
 from errno import EAGAIN, EFAULT, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import TASK_SIZE, pmd_trans_huge, pte_pfn, pte_present
+from host_mm.arch.x86.pgtable import TASK_SIZE, ULONG_MAX, page_align, pmd_trans_huge, pte_pfn, pte_present
 from host_mm.gup import mm_populate
 from host_mm.huge_memory_map import pmd_folio
 from host_mm.kernel.costs import COST_SYSCALL
@@ -88,8 +88,8 @@ def do_munlockall(mm: MmStruct) -> None:
 
 def _whole_pages(start: int, length: int) -> tuple[int, int]:
     first = start & ~4095
-    end = (start + length + 4095) & ~4095
-    if end >= 1 << 64:
+    end = first + page_align(length + (start & 4095))
+    if end > ULONG_MAX:
         raise KernelError(EINVAL, f"{start:#x}+{length:#x} wraps around")
     return first, end
 

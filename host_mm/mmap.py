@@ -12,7 +12,7 @@ from errno import EEXIST, EINVAL, ENODEV, ENOMEM, EOVERFLOW
 from typing import TYPE_CHECKING, Any
 
 from host_mm.address_space import flush_delayed_fput, fput
-from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE
+from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE, page_align
 from host_mm.gup import mm_populate
 from host_mm.hugetlbfs import hugetlb_file_setup
 from host_mm.kernel.costs import COST_SYSCALL
@@ -65,10 +65,6 @@ MAX_PGOFF = 1 << 51
 """Files have positions below 2^63."""
 
 
-def _page_align(length: int) -> int:
-    return (length + 4095) & ~4095
-
-
 def do_mmap(
     mm: MmStruct, addr: int, length: int, prot: int, flags: int, *,
     file: Any = None, ops: Any = None, pgoff: int | None = None, vm_flags: int = 0,
@@ -80,13 +76,15 @@ def do_mmap(
     ENODEV (shared, but neither anonymous nor of a file), EOVERFLOW.
     """
     mm.host.sched.advance(COST_SYSCALL)
-    size = _page_align(length)
+    size = page_align(length)
     huge = bool(flags & MAP_HUGETLB) or (file is not None and file.a_ops.is_hugetlb)
     if huge:
         _check_hugetlb(file, flags)
         size = (size + PMD_SIZE - 1) & ~(PMD_SIZE - 1)
     if length <= 0 or bool(flags & MAP_SHARED) == bool(flags & MAP_PRIVATE):
         raise KernelError(EINVAL, "length must be positive and exactly one of shared and private given")
+    if not size or size > TASK_SIZE:
+        raise KernelError(ENOMEM, f"{length:#x} bytes are more than the user address space has")
     if (pgoff or 0) + (size >> 12) > MAX_PGOFF:
         raise KernelError(EOVERFLOW, f"page {pgoff:#x} of a file and {size:#x} bytes on")
     if flags & MAP_SHARED and ops is None and file is None:
@@ -135,10 +133,10 @@ def get_unmapped_area(mm: MmStruct, addr: int, size: int, flags: int, *, huge: b
             raise KernelError(EINVAL, f"{addr:#x}+{size:#x} are not whole huge pages")
         addr = (addr + PMD_SIZE - 1) & ~(PMD_SIZE - 1)
     if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE):
-        if addr & 4095:
-            raise KernelError(EINVAL, f"{addr:#x} is not page-aligned")
         if addr + size > TASK_SIZE:
             raise KernelError(ENOMEM, f"{addr:#x}+{size:#x} is beyond the user address space")
+        if addr & 4095:
+            raise KernelError(EINVAL, f"{addr:#x} is not page-aligned")
         if flags & MAP_FIXED_NOREPLACE and mm.find_vma_intersection(addr, addr + size) is not None:
             raise KernelError(EEXIST, f"something is mapped in {addr:#x}+{size:#x}")
         return addr
@@ -201,8 +199,8 @@ def _mmap_region(
 def do_munmap(mm: MmStruct, addr: int, length: int) -> None:
     """Unmap every page of [addr, addr+length); holes are fine. KernelError(EINVAL)."""
     mm.host.sched.advance(COST_SYSCALL)
-    size = _page_align(length)
-    if addr & 4095 or not size or addr + size > TASK_SIZE:
+    size = page_align(length)
+    if addr & 4095 or addr > TASK_SIZE or length > TASK_SIZE - addr or not size:
         raise KernelError(EINVAL, f"cannot unmap {addr:#x}+{length:#x}")
     mm.mmap_lock.lock()
     if mm.find_vma_intersection(addr, addr + size) is None:

@@ -40,10 +40,12 @@ from host_mm.arch.x86.pgtable import (
     SWP_MIGRATION_READ,
     SWP_MIGRATION_READ_EXCLUSIVE,
     SWP_PFN_MASK,
+    ULONG_MAX,
     is_pte_marker,
     is_writable_device_private_entry,
     is_writable_migration_entry,
     make_pte_marker,
+    page_align,
     pmd_table,
     pte_dirty,
     pte_marker_get,
@@ -98,7 +100,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MM_CP_PROT_NUMA", "MM_CP_TRY_CHANGE_WRITABLE", "MM_CP_UFFD_WP", "MM_CP_UFFD_WP_RESOLVE",
-    "can_change_pte_writable", "change_protection", "do_mprotect",
+    "can_change_pte_writable", "change_protection", "do_mprotect", "vma_wants_manual_pte_write_upgrade",
 ]
 
 MM_CP_TRY_CHANGE_WRITABLE = 1 << 0
@@ -106,6 +108,8 @@ MM_CP_PROT_NUMA = 1 << 1
 MM_CP_UFFD_WP = 1 << 2
 MM_CP_UFFD_WP_RESOLVE = 1 << 3
 _PAGE_NONE = vm_get_page_prot(0)
+_PROT_MASK = 0xF
+"""Read, write, execute and PROT_SEM, which means nothing."""
 _FLUSH_ON_CLEAR = _PAGE_DIRTY | _PAGE_PRESENT | _PAGE_ACCESSED
 _FLUSH_ON_CHANGE = _PAGE_RW | _PAGE_USER | _PAGE_NX
 
@@ -118,16 +122,20 @@ def _pte_needs_flush(old: int, new: int) -> bool:
 
 
 def do_mprotect(mm: MmStruct, start: int, length: int, prot: int) -> None:
-    """Give [start, start+length) the rights `prot`. KernelError: EINVAL, ENOMEM (a hole), EACCES.
+    """Give [start, start+length) the rights `prot`. KernelError: EINVAL, ENOMEM (a hole, or beyond), EACCES.
 
     What lies before a hole has been changed by then, as in Linux.
     """
     mm.host.sched.advance(COST_SYSCALL)
-    end = start + ((length + 4095) & ~4095)
     if start & 4095:
         raise KernelError(EINVAL, f"{start:#x} is not page-aligned")
-    if end == start:
+    if not length:
         return
+    end = start + page_align(length)
+    if not start < end <= ULONG_MAX:
+        raise KernelError(ENOMEM, f"{start:#x}+{length:#x} wraps around")
+    if prot & ~_PROT_MASK:
+        raise KernelError(EINVAL, f"no rights {prot:#x}")
     mm.mmap_lock.lock()
     tlb = MmuGather(mm)
     try:
@@ -153,10 +161,13 @@ def _mprotect_fixup(tlb: MmuGather, vma: VmArea, start: int, end: int, flags: in
     vma = vma_modify_flags(vma, start, end, flags)
     vma.flags = flags | (vma.flags & VM_SOFTDIRTY)
     vma_set_page_prot(vma)
-    # vma_wants_manual_pte_write_upgrade: page_prot alone does not say what is writable.
-    upgrade = vma_wants_writenotify(vma) if flags & VM_SHARED else bool(flags & VM_WRITE)
-    cp = MM_CP_TRY_CHANGE_WRITABLE if upgrade else 0
+    cp = MM_CP_TRY_CHANGE_WRITABLE if vma_wants_manual_pte_write_upgrade(vma) else 0
     change_protection(tlb, vma, start, end, cp)
+
+
+def vma_wants_manual_pte_write_upgrade(vma: VmArea) -> bool:
+    """Whether the VMA's page_prot alone does not say which entries are writable."""
+    return vma_wants_writenotify(vma) if vma.flags & VM_SHARED else bool(vma.flags & VM_WRITE)
 
 
 def change_protection(tlb: MmuGather, vma: VmArea, start: int, end: int, cp_flags: int) -> int:

@@ -22,7 +22,7 @@ from errno import EFAULT, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.address_space import flush_delayed_fput
-from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE
+from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE, page_align
 from host_mm.gup import mm_populate
 from host_mm.hugetlb_resv import clear_vma_resv_huge_pages
 from host_mm.kernel.costs import COST_SYSCALL
@@ -52,7 +52,7 @@ def do_mremap(
     KernelError: EINVAL, EFAULT (not one mapping), ENOMEM (no room, or it would have to move and may not).
     """
     mm.host.sched.advance(COST_SYSCALL)
-    remap = _Remap(mm, addr, (old_len + 4095) & ~4095, (new_len + 4095) & ~4095, flags, new_addr)
+    remap = _Remap(mm, addr, page_align(old_len), page_align(new_len), flags, new_addr)
     remap.check_params()
     mm.mmap_lock.lock()
     try:

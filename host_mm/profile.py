@@ -41,7 +41,9 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     Features. `mremap_moves_level`: the highest level whose whole tables mremap moves. `mremap_realigns`: it
     extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `ksm_smart_scan`:
-    ksmd skips pages that it tried to merge in vain.
+    ksmd skips pages that it tried to merge in vain. `device_exclusive`: make_device_exclusive exists.
+    `device_inserts_name_owner`: the bracket in which holes become device memory is MIGRATE with its owner,
+    else CLEAR.
     """
 
     name: str
@@ -64,6 +66,8 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     mremap_realigns: bool = True
     madv_populate: bool = True
     ksm_smart_scan: bool = True
+    device_exclusive: bool = True
+    device_inserts_name_owner: bool = True
 
 
 LINUX_6_18 = MmProfile(name="linux-6.18")
@@ -94,5 +98,7 @@ LINUX_5_10 = MmProfile(
     mremap_realigns=False,
     madv_populate=False,
     ksm_smart_scan=False,
+    device_exclusive=False,
+    device_inserts_name_owner=False,
 )
 PROFILES = {profile.name: profile for profile in (LINUX_6_18, LINUX_5_10)}

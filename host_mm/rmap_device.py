@@ -56,10 +56,13 @@ TRACEPOINTS = (DEVICE_EXCLUSIVE,)
 def make_device_exclusive(mm: MmStruct, address: int, owner: Any) -> int:
     """The page at `address`, locked and with a reference, out of the CPU's reach; or a negative errno.
 
-    mmap_lock is held for reading. -EOPNOTSUPP: not anonymous; -EFAULT, -ENOMEM: get_user_pages's.
+    mmap_lock is held for reading. -EOPNOTSUPP: not anonymous, or a kernel that has no such entries;
+    -EFAULT, -ENOMEM: get_user_pages's.
     """
     host = mm.host
     address &= ~0xFFF
+    if not host.profile.device_exclusive:
+        return -EOPNOTSUPP
     while True:
         pfn = get_user_page_remote(mm, address, FOLL_WRITE)
         if pfn < 0:

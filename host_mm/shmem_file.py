@@ -38,6 +38,7 @@ from host_mm.page import PG_uptodate, folio_nr_pages, put_page, set_page_dirty
 from host_mm.shmem import (
     SGP_FALLOC,
     SGP_READ,
+    SGP_WRITE,
     ShmemFalloc,
     shmem_fault,
     shmem_get_folio,
@@ -222,6 +223,14 @@ class ShmemOperations(AddressSpaceOperations):
                 "dirty-dropped", f"pfn {pfn:#x} of {mapping!r} is dropped as clean with bytes in it",
                 host.stream.here(),
             )
+
+    def write_begin(self, mapping: AddressSpace, index: int, inside: int, length: int) -> int:
+        """shmem_write_begin."""
+        return shmem_get_folio(mapping, index, SGP_WRITE)
+
+    def read_begin(self, mapping: AddressSpace, index: int) -> int:
+        """shmem_file_read_iter's part."""
+        return shmem_get_folio(mapping, index, SGP_READ)
 
     def writeout(self, mapping: AddressSpace, pfn: int) -> bool:
         """shmem_writeout."""

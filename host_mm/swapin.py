@@ -11,7 +11,7 @@ written then makes the entry dirty, and the folio is written out again.
 From a synchronous device a page that only this entry holds is read past the swap cache: the slot is
 claimed as for the cache, so that nobody else reads it, and given back once the page is mapped.
 
-Not modelled: device and hardware-poison entries beyond an error, per-VMA locks, large folios.
+Not modelled: hardware-poison entries beyond an error, per-VMA locks, large folios.
 """
 
 from __future__ import annotations

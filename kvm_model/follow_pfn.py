@@ -1,10 +1,10 @@
 """From a guest frame to a host frame: KVM's use of get_user_pages.
 
 Source of truth: virt/kvm/kvm_main.c (Linux 6.18): __kvm_faultin_pfn, kvm_follow_pfn, hva_to_pfn,
-hva_to_pfn_fast, hva_to_pfn_slow, kvm_release_page_*; include/linux/kvm_host.h:
+hva_to_pfn_fast, hva_to_pfn_slow, hva_to_pfn_remapped, kvm_release_page_*; include/linux/kvm_host.h:
 kvm_release_faultin_page.
 
-Not modelled: VM_IO and VM_PFNMAP areas (they count as unmapped), pinning, async page faults.
+Not modelled: pinning, async page faults, the memory type of MMIO frames.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from host_mm.gup import (
     get_user_pages_unlocked,
 )
 from host_mm.kernel.errors import EHWPOISON
-from host_mm.mm_types import VM_READ, VM_WRITE
+from host_mm.memory_pfnmap import fixup_user_fault, follow_pfnmap_end, follow_pfnmap_start
+from host_mm.mm_types import VM_IO, VM_PFNMAP, VM_READ, VM_WRITE
 from host_mm.page import PG_reserved, put_page, set_page_dirty
 from kvm_model.memslots import KVM_MEM_READONLY, KVM_MEMSLOT_INVALID, KvmMemorySlot
 from kvm_model.mmu.mmu_internal import (
@@ -35,6 +36,7 @@ from kvm_model.mmu.mmu_internal import (
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
+    from host_mm.mm_types import VmArea
     from kvm_model.kvm_main import Kvm
 
 __all__ = [
@@ -81,6 +83,13 @@ class KvmFollowPfn:
         return pfn
 
 
+    def resolve_remapped(self, pfn: int, writable: bool) -> int:
+        """kvm_resolve_pfn of a frame without a struct page: nothing to release later."""
+        self.resolve(pfn, writable, "remapped")
+        self.refcounted_page = -1
+        return pfn
+
+
 def _hva_to_pfn_slow(kvm: Kvm, kfp: KvmFollowPfn) -> int:
     mm = kvm.mm
     flags = FOLL_HWPOISON | FOLL_HONOR_NUMA_FAULT | kfp.flags
@@ -114,10 +123,35 @@ def hva_to_pfn(kvm: Kvm, kfp: KvmFollowPfn) -> int:
     mm = kvm.mm
     mm.mmap_lock.read_lock()
     vma = mm.vma_lookup(kfp.hva)
-    need = VM_READ | VM_WRITE if kfp.flags & FOLL_WRITE else VM_READ
-    ok = vma is not None and vma.flags & need == need
+    if vma is not None and vma.flags & (VM_IO | VM_PFNMAP):
+        pfn = _hva_to_pfn_remapped(vma, kfp)
+    else:
+        need = VM_READ | VM_WRITE if kfp.flags & FOLL_WRITE else VM_READ
+        ok = vma is not None and vma.flags & need == need
+        pfn = KVM_PFN_ERR_NEEDS_IO if nowait and ok else KVM_PFN_ERR_FAULT
     mm.mmap_lock.read_unlock()
-    return KVM_PFN_ERR_NEEDS_IO if nowait and ok else KVM_PFN_ERR_FAULT
+    return pfn
+
+
+def _hva_to_pfn_remapped(vma: VmArea, kfp: KvmFollowPfn) -> int:
+    """A mapping of raw frames: what its entry says, faulted in once if need be. No reference is taken.
+
+    Only the notifier tells when the frame is taken back, and the retry check that it was not yet.
+    """
+    write = kfp.flags & FOLL_WRITE != 0
+    args = follow_pfnmap_start(vma, kfp.hva)
+    if args is None:
+        if fixup_user_fault(vma.mm, kfp.hva, write=write):
+            return KVM_PFN_ERR_FAULT
+        args = follow_pfnmap_start(vma, kfp.hva)
+        if args is None:
+            return KVM_PFN_ERR_FAULT
+    if write and not args.writable:
+        pfn = KVM_PFN_ERR_RO_FAULT
+    else:
+        pfn = kfp.resolve_remapped(args.pfn, args.writable)
+    follow_pfnmap_end(args)
+    return pfn
 
 
 def _kvm_follow_pfn(kvm: Kvm, kfp: KvmFollowPfn) -> int:

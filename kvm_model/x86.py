@@ -154,6 +154,11 @@ def _vcpu_run(vcpu: Vcpu) -> int:
             vcpu.immediate_exit = False
             vcpu.stat["signal_exits"] += 1
             return -EINTR
+        if kvm.host.numa_balancing is not None:
+            # xfer_to_guest_mode_handle_work: task work of the thread.
+            _srcu_unlock(vcpu)
+            kvm.host.numa_balancing.task_work(kvm.mm.process)
+            _srcu_lock(vcpu)
         sched = kvm.sched
         if vcpu.need_resched or sched.preempt or sched.runnable:
             _srcu_unlock(vcpu)

@@ -62,6 +62,8 @@ def make_header(vm: VM, globs: tuple[str, ...]) -> dict[str, Any]:
     from trace_events.ndjson import FORMAT, VERSION
 
     machine = msgspec.to_builtins(vm.config)
+    if vm.config.memory_backend == "anon":
+        del machine["memory_backend"]
     machine["payload"] = vm.payload
     machine.update(vm.extra)
     return {"format": FORMAT, "version": VERSION, "machine": machine, "events": list(globs)}

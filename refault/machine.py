@@ -46,8 +46,9 @@ def vm_from_header(header: dict[str, Any]) -> VM:
     """An unstarted VM as the header describes it, its payload not yet loaded."""
     config, rest = _read(header)
     vm = VM(
-        config.memory, host_ram=config.host_ram, swap=config.swap, vcpus=config.vcpus, mmu=config.mmu,
-        profile=config.profile, params=config.params, seed=config.seed, breaks=frozenset(config.breaks),
+        config.memory, memory_backend=config.memory_backend, host_ram=config.host_ram, swap=config.swap,
+        vcpus=config.vcpus, mmu=config.mmu, profile=config.profile, params=config.params, seed=config.seed,
+        breaks=frozenset(config.breaks),
         check=config.checks,
     )
     extra = {"host_script": rest.host_script, "max_insns": rest.max_insns}

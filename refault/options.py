@@ -17,6 +17,7 @@ class RunOptions(msgspec.Struct, kw_only=True):
     payload: str
     words: tuple[str, ...] = ()
     memory: int
+    memory_backend: str = "anon"
     host_ram: int
     swap: int | None
     vcpus: int = 1

@@ -26,6 +26,9 @@ class Param(msgspec.Struct, frozen=True):
 
 
 PARAMS: dict[str, Param] = {
+    "kernel.numa_balancing": Param("bool", "N", "hinting faults move pages to the node that uses them"),
+    "kernel.numa_balancing_scan_period_min_ms": Param("count", "1000", "ms between two scans of a process"),
+    "kernel.numa_balancing_scan_size_mb": Param("count", "256", "MiB of mapped memory in one scan"),
     "hugetlb.nr_hugepages": Param("count", "0", "huge pages of 2 MiB in the host's pool from the start"),
     "kvm.eager_page_split": Param(
         "bool", "Y", "split huge pages when dirty logging starts, not at the fault"

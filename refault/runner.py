@@ -83,9 +83,10 @@ def _build(options: RunOptions) -> VM:
         out.flush()
 
     return VM(
-        options.memory, host_ram=options.host_ram, swap=options.swap, vcpus=options.vcpus, mmu=options.mmu,
-        profile=options.profile, params=options.params, seed=options.seed, breaks=options.breaks,
-        check=options.check, interpreted=options.interpreted, output=output,
+        options.memory, memory_backend=options.memory_backend, host_ram=options.host_ram, swap=options.swap,
+        vcpus=options.vcpus, mmu=options.mmu, profile=options.profile, params=options.params,
+        seed=options.seed, breaks=options.breaks, check=options.check,
+        interpreted=options.interpreted, output=output,
     )
 
 

@@ -104,7 +104,9 @@ class HostCalls:
         return sorted(OPERATIONS)
 
 
-def _check(memory: int, vcpus: int, mmu: str) -> None:
+def _check(memory: int, vcpus: int, mmu: str, memory_backend: str) -> None:
+    if memory_backend not in ("anon", "memfd") and not memory_backend.removeprefix("file:") != memory_backend:
+        raise UsageError(f"memory_backend {memory_backend!r}: want 'anon', 'memfd' or 'file:PATH'")
     if memory <= 0 or memory % 4096:
         raise UsageError(f"memory {memory}: not a positive multiple of 4 KiB")
     if not 1 <= vcpus <= MAX_VCPUS:
@@ -116,15 +118,17 @@ def _check(memory: int, vcpus: int, mmu: str) -> None:
 class VM:
     """A VM. Without `on` it gets a private host of `host_ram` and `swap`.
 
-    Sizes are bytes or text such as "64M". `mmu` is "ept"; `profile` names the kernel, see
-    `refault list profiles` (default: the host's, linux-6.18 for a private one). `interpreted` runs the
-    page walk in Python: slower, the same bytes of trace. `output` gets the guest's serial bytes.
+    Sizes are bytes or text such as "64M". `memory_backend` is what the guest's RAM is to the host: "anon",
+    "memfd" (shared memory) or "file:PATH" (a file, mapped shared). `mmu` is "ept"; `profile` names the
+    kernel, see `refault list profiles` (default: the host's, linux-6.18 for a private one). `interpreted`
+    runs the page walk in Python: slower, the same bytes of trace. `output` gets the guest's serial bytes.
     """
 
     def __init__(
         self,
         memory: int | str = "64M",
         *,
+        memory_backend: str = "anon",
         host_ram: int | str | None = None,
         swap: int | str | None = "auto",
         vcpus: int = 1,
@@ -140,7 +144,7 @@ class VM:
     ) -> None:
         memory_bytes = as_bytes(memory)
         assert memory_bytes is not None
-        _check(memory_bytes, vcpus, mmu)
+        _check(memory_bytes, vcpus, mmu, memory_backend)
         if on is None:
             swap = memory_bytes if swap == "auto" else swap
             on = HostMachine(
@@ -152,8 +156,8 @@ class VM:
             raise UsageError(f"the host is a {machine.profile}, its VMs cannot be of {profile!r}")
         self._host = on
         self.config = MachineConfig(
-            memory=memory_bytes, host_ram=on.ram, swap=on.swap, vcpus=vcpus, mmu=mmu,
-            profile=machine.profile, params=dict(machine.params), seed=machine.seed,
+            memory=memory_bytes, memory_backend=memory_backend, host_ram=on.ram, swap=on.swap, vcpus=vcpus,
+            mmu=mmu, profile=machine.profile, params=dict(machine.params), seed=machine.seed,
             breaks=tuple(sorted(machine.breaks)), checks=on.check,
         )
         self.board = Board(machine, self.config, interpreted=interpreted, output=output)

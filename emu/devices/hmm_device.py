@@ -71,7 +71,7 @@ class HmmDevice(HmmMirror):
         """KernelError(ENOSPC)."""
         super().__init__(process)
         self.pgmap = memremap_pages(self.host, nr, self, self._migrate_to_ram, self._page_free)
-        self.dev_private_owner = self
+        self.dev_private_owner = self.owner = self
         self.free = list(range(self.pgmap.start + nr - 1, self.pgmap.start - 1, -1))
 
     def close(self) -> None:

@@ -4,15 +4,18 @@
 |---|---|
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
+| `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
+| `numa.py` | where vCPUs run, and pages that follow them |
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
 | `device_memory.py` | a device with memory of its own: pages there, pages its alone |
+| `pfnmap.py` | a PCI function's memory in a slot |
 | `rdma.py` | registrations with the RDMA engine, and its peer |
 | `weather.py` | random transparent operations beside the guest |
 | `instrument.py` | not Linux's: EPT entries armed for one exit, and questions about the machine |
@@ -21,11 +24,14 @@
 from emu.operations import (
     device,
     device_memory,
+    files,
     hugetlb,
     instrument,
     ksm,
     mapping,
     memory,
+    numa,
+    pfnmap,
     process,
     rdma,
     secondary,
@@ -38,11 +44,14 @@ from emu.operations import (
 __all__ = [
     "device",
     "device_memory",
+    "files",
     "hugetlb",
     "instrument",
     "ksm",
     "mapping",
     "memory",
+    "numa",
+    "pfnmap",
     "process",
     "rdma",
     "secondary",

@@ -28,6 +28,10 @@ def _configure_machine(machine: argparse._ArgumentGroup) -> None:
         "--memory", type=size, default="64M", metavar="SIZE", help="guest memory (default: 64M)"
     )
     machine.add_argument(
+        "--memory-backend", default="anon", metavar="KIND",
+        help="what the guest's RAM is to the host: anon, memfd, file:PATH (default: anon)",
+    )
+    machine.add_argument(
         "--host-ram", type=size, metavar="SIZE", help="host memory (default: twice the guest's)"
     )
     machine.add_argument(
@@ -175,6 +179,7 @@ def main(args: argparse.Namespace) -> int:
             payload=args.payload,
             words=tuple(args.words),
             memory=args.memory,
+            memory_backend=args.memory_backend,
             host_ram=args.host_ram if args.host_ram is not None else 2 * args.memory,
             swap=swap,
             vcpus=args.vcpus,

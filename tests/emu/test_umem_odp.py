@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from errno import EAGAIN
 
 import pytest
 
 from emu.devices.rdma import RdmaDevice
+from host_mm import mmu_notifier as mn
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.uaccess import copy_from_user
 from tests.emu.rdma_machine import IOVA, PAGES, at_rest, machine, swap_out
 from tests.host_mm.machine import PAGE, run
+from trace_events.stream import Listener
 
 
 def test_reading_asks_for_no_right_to_write() -> None:
@@ -108,3 +111,41 @@ def test_without_waiting_dma_lands_in_a_frame_that_is_somebody_elses() -> None:
             device, lambda: device.dma_write(key, IOVA, b"y"),
             lambda: do_madvise(process.mm, base, PAGE, MADV_DONTNEED),
         )
+
+
+def test_a_swap_out_is_told_to_the_device_before_anything_changes_and_idles_after_the_bracket() -> None:
+    """Documentation/mm/mmu_notifier.rst for interval notifiers, event by event."""
+    device, process, base = machine()
+    host = device.host
+    key = device.register(IOVA, base, PAGES * PAGE, pinned=False)
+    run(host, lambda: device.dma_write(key, IOVA, b"x"), host.lru.lru_add_drain_all)
+    log: list[str] = []
+    names = {
+        "mmu_notifier_start": "start", "mmu_notifier_end": "end", "mmu_interval_seq": "seq",
+        "mmu_interval_invalidate": "invalidate", "odp_unmap": "device table", "primary_flush": "flush",
+        "swap_write_start": "io",
+    }
+    host.stream.listen(Listener(
+        [f"refault:{name}" for name in names],
+        lambda e: log.append(f"seq {e.args['why']}" if e.name == "mmu_interval_seq" else names[e.name]),
+        ancestors=False,
+    ))
+    host.pte_hooks.append(
+        lambda mm, _, old, new: log.append("set" if new else "clear") if mm is process.mm else None
+    )
+    run(host, lambda: swap_out(process, base, 1))
+    assert log == [
+        "start", "seq invalidate", "device table", "invalidate", "clear", "set", "seq idle", "end",
+        "flush", "io",
+    ]
+
+
+def test_a_bracket_that_may_not_sleep_is_refused_and_leaves_the_device_alone() -> None:
+    device, process, base = machine()
+    key = device.register(IOVA, base, PAGES * PAGE, pinned=False)
+    run(device.host, lambda: device.dma_write(key, IOVA, b"x"))
+    region = device.region(key)
+    range_ = mn.mmu_notifier_range_init(mn.MMU_NOTIFY_UNMAP, process.mm, base, base + PAGE)
+    assert mn.mmu_notifier_invalidate_range_start_nonblock(range_) == -EAGAIN
+    assert region.umem.table.entries  # type: ignore[attr-defined]
+    assert process.mm.notifier_subscriptions.active_invalidate_ranges == 0

@@ -259,3 +259,24 @@ def test_every_move_of_the_sequence_is_an_event_and_so_are_inserts_and_removes()
         ("mmu_interval_seq", (7, 5, 1, "insert")), ("mmu_interval_insert", (0x6000, 0x6FFF, 5, False)),
     ]
     mn.mmu_notifier_invalidate_range_end(beside)
+
+
+def test_only_brackets_of_its_own_owner_may_be_left_out() -> None:
+    class Choosy(Sub):
+        owner = "me"
+
+        def invalidate(self, range_: mn.MmuNotifierRange, cur_seq: int) -> bool:
+            return True
+
+    mm = make_mm()
+    sub = Choosy()
+    assert itn.mmu_interval_notifier_insert(sub, mm, 0x1000, 0x1000) == 0
+    seq = itn.mmu_interval_read_begin(sub)
+    mine = mn.mmu_notifier_range_init(mn.MMU_NOTIFY_MIGRATE, mm, 0x1000, 0x2000, owner="me")
+    mn.mmu_notifier_invalidate_range_start(mine)
+    mn.mmu_notifier_invalidate_range_end(mine)
+    assert not itn.mmu_interval_read_retry(sub, seq), "nothing tells a reader of what was left out"
+    for owner in ("somebody else", None):
+        other = mn.mmu_notifier_range_init(mn.MMU_NOTIFY_MIGRATE, mm, 0x1000, 0x2000, owner=owner)
+        with pytest.raises(BrokenTruth, match="interval-set-seq"):
+            mn.mmu_notifier_invalidate_range_start(other)

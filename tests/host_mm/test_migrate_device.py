@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from host_mm import mmu_notifier as mn
 from host_mm.arch.x86.pgtable import decode_pte, walk_lockless
 from host_mm.host import HostMm
 from host_mm.memremap import memremap_pages, zone_device_page_init
@@ -30,6 +31,7 @@ from host_mm.mm_types import VM_PFNMAP, VmFault
 from host_mm.mmap import do_mmap
 from host_mm.page import PG_locked, PG_lru
 from host_mm.process import Process
+from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.machine import ANON, PAGE, RW, make_host, run
@@ -38,8 +40,8 @@ OWNER = object()
 
 
 class Driver:
-    def __init__(self) -> None:
-        self.host: HostMm = make_host()
+    def __init__(self, **kw: Any) -> None:
+        self.host: HostMm = make_host(**kw)
         self.process: Process = self.host.create_process("p")
         self.base = do_mmap(self.process.mm, 0, 8 * PAGE, RW, ANON)
         self.freed: list[int] = []
@@ -146,3 +148,32 @@ def test_ranges_that_are_not_of_one_ordinary_vma_are_refused() -> None:
 def test_a_word_holds_its_page(pfn: int) -> None:
     assert migrate_pfn_to_page(migrate_pfn(pfn) | MIGRATE_PFN_WRITE) == pfn
     assert migrate_pfn_to_page(MIGRATE_PFN_MIGRATE) == -1
+
+
+@pytest.mark.parametrize(("profile", "event", "owner"), [
+    (LINUX_6_18, "migrate", OWNER), (LINUX_5_10, "clear", None),
+])
+def test_the_bracket_in_which_holes_are_filled_is_the_kernels(
+    profile: MmProfile, event: str, owner: object
+) -> None:
+    driver = Driver(profile=profile)
+    seen: list[tuple[str, object]] = []
+
+    class Watch(mn.MmuNotifier):
+        def invalidate_range_start(self, range_: mn.MmuNotifierRange) -> int:
+            seen.append((mn.EVENT_NAMES[range_.event], range_.owner))
+            return 0
+
+    mn.mmu_notifier_register(Watch(), driver.process.mm)
+
+    def body() -> None:
+        args = driver.args(0, 1)
+        migrate_vma_setup(args)
+        zone_device_page_init(driver.host, driver.pgmap.start)
+        args.dst[0] = migrate_pfn(driver.pgmap.start) | MIGRATE_PFN_WRITE
+        migrate_vma_pages(args)
+        migrate_vma_finalize(args)
+
+    run(driver.host, body)
+    assert seen == [("migrate", OWNER), (event, owner)]
+    driver.audit()

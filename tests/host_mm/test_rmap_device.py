@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from errno import EFAULT
+from errno import EFAULT, EOPNOTSUPP
 
 from host_mm import mmu_notifier as mn
 from host_mm.arch.x86.pgtable import decode_pte, walk_lockless
 from host_mm.filemap import folio_unlock
 from host_mm.fork import fork_process
+from host_mm.mmap import MAP_ANONYMOUS, MAP_SHARED, do_mmap
 from host_mm.page import PG_dirty, PG_locked, put_page
+from host_mm.profile import LINUX_5_10
 from host_mm.rmap_device import make_device_exclusive
 from host_mm.truths import audit
-from tests.host_mm.machine import PAGE, Vmm, run
+from tests.host_mm.machine import PAGE, RW, Vmm, run
 
 
 def test_it_answers_with_the_page_locked_and_the_entry_exclusive() -> None:
@@ -80,6 +82,14 @@ def test_the_owner_is_in_the_bracket_of_making_and_not_in_that_of_giving_back() 
     assert owners == ["me", None]
 
 
-def test_what_is_not_mapped_or_not_writable_is_efault() -> None:
+def test_what_is_not_mapped_is_efault_and_an_older_kernel_has_no_such_entries() -> None:
     vmm = Vmm()
     assert make_device_exclusive(vmm.mm, 0x10000, None) == -EFAULT
+    vmm = Vmm(profile=LINUX_5_10)
+    assert make_device_exclusive(vmm.mm, vmm.base, None) == -EOPNOTSUPP
+
+
+def test_a_page_of_a_file_cannot_be_made_exclusive() -> None:
+    vmm = Vmm()
+    base = do_mmap(vmm.mm, 0, PAGE, RW, MAP_SHARED | MAP_ANONYMOUS)
+    assert vmm.host.sched.run_task("t", lambda: make_device_exclusive(vmm.mm, base, None)) == -EOPNOTSUPP

@@ -30,7 +30,7 @@ NOT_ASKED = {
     "cpu_count", "ept_ad", "ept_restore", "ept_set", "last_exit", "map_level", "mmio_device",
     "protect_faults", "start_cpu",
     "child_read",  # changes nothing
-    "slot_create", "weather",  # asked for once
+    "pfnmap_create", "slot_create", "weather",  # asked for once
 }
 NOT_YET = {"clear_refs", "cold", "free", "mlock", "mremap", "munlock"}
 

@@ -61,6 +61,7 @@ __all__ = [
     "SWP_PTE_MARKER",
     "SWP_TYPE_SHIFT",
     "TASK_SIZE",
+    "ULONG_MAX",
     "_KERNPG_TABLE",
     "_PAGE_ACCESSED",
     "_PAGE_DIRTY",
@@ -168,6 +169,7 @@ PTRS_PER_PTE = 512
 HPAGE_PMD_ORDER = PMD_SHIFT - 12
 HPAGE_PMD_NR = 1 << HPAGE_PMD_ORDER
 TASK_SIZE = (1 << 47) - 4096
+ULONG_MAX = (1 << 64) - 1
 
 SWP_TYPE_SHIFT = 58
 SWP_OFFSET_MASK = (1 << SWP_TYPE_SHIFT) - 1
@@ -188,6 +190,11 @@ SWP_PFN_MASK = (1 << _SWP_PFN_BITS) - 1
 SWP_MIG_YOUNG = 1 << _SWP_PFN_BITS
 SWP_MIG_DIRTY = 1 << (_SWP_PFN_BITS + 1)
 _ARCH_OFFSET_BITS = 50
+
+
+def page_align(length: int) -> int:
+    """PAGE_ALIGN of an unsigned long: what is nearly 2**64 becomes 0."""
+    return (length + 4095) & ~4095 & ULONG_MAX
 
 
 def pte_present(pte: int) -> bool:

@@ -1,0 +1,112 @@
+"""Guest memory that is a file's: shared memory, the page cache, and what happens to both.
+
+Source: mm/shmem.c, mm/filemap.c, mm/truncate.c, mm/page-writeback.c, mm/fadvise.c, mm/madvise.c
+(madvise_remove); Linux 6.18.
+
+A slot of these operations is a memory slot as slot_create makes it. Where a page is not a file's the answer
+is -EBADF.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from emu import files
+from emu.hostops import operation
+from emu.operations.memory import _scalar_size, check_range, spans
+from host_mm.kernel.errors import KernelError
+from host_mm.ram import PAGE_SHIFT
+
+if TYPE_CHECKING:
+    from emu.board import Board
+
+__all__: list[str] = []
+
+
+@operation(example="memfd_slot(gpa=0xE0000000, pages=16)")
+def memfd_slot(board: Board, gpa: int, pages: int = 1) -> int:
+    """A memfd, mapped shared, in a new memory slot at `gpa`; answers the slot's number."""
+    check_range(gpa, pages)
+    size = pages << PAGE_SHIFT
+    board.memory.check_free(gpa, size)
+    return board.memory.show(gpa, size, files.mmap_memfd(board.vmm, size)).slot
+
+
+@operation(example="file_slot(gpa=0xE0000000, pages=16)")
+def file_slot(board: Board, gpa: int, pages: int = 1, private: int = 0) -> int:
+    """A fresh temporary file, mapped shared or private, in a new slot at `gpa`; answers the slot's number."""
+    check_range(gpa, pages)
+    if private not in (0, 1):
+        raise KernelError(errno.EINVAL, f"private = {private}: want 0 or 1")
+    size = pages << PAGE_SHIFT
+    board.memory.check_free(gpa, size)
+    hva = files.mmap_file(board.vmm, size, private=bool(private))
+    return board.memory.show(gpa, size, hva).slot
+
+
+_FILE = "file_slot(gpa=0xE0000000, pages=16); vm.host.host_write(gpa=0xE0000000, value=7)"
+_MEMFD = "memfd_slot(gpa=0xE0000000, pages=16); vm.host.host_write(gpa=0xE0000000, value=7)"
+
+
+@operation("PROTECTION_PAGE", example=f"{_FILE}; vm.host.fsync(gpa=0xE0000000)")
+def fsync(board: Board, gpa: int) -> int:
+    """fsync of the file behind `gpa`: each dirty page is cleaned in every mapping, then written."""
+    files.fsync(board.vmm, board.memory.hva(gpa))
+    return 0
+
+
+@operation("CLEAR", example=f"{_MEMFD}; vm.host.punch_hole(gpa=0xE0000000, pages=4)")
+def punch_hole(board: Board, gpa: int, pages: int = 1) -> int:
+    """fallocate(PUNCH_HOLE) of the file behind the range: zeros from now on, but for private copies."""
+    for hva, length in spans(board, gpa, pages):
+        files.punch_hole(board.vmm, hva, length)
+    return 0
+
+
+@operation("CLEAR", example=f"{_MEMFD}; vm.host.remove(gpa=0xE0000000, pages=4)")
+def remove(board: Board, gpa: int, pages: int = 1) -> int:
+    """madvise(MADV_REMOVE): as punch_hole, asked for through a shared mapping."""
+    from host_mm.madvise import MADV_REMOVE
+
+    for hva, length in spans(board, gpa, pages):
+        board.vmm.madvise(hva, length, MADV_REMOVE)
+    return 0
+
+
+@operation("CLEAR", example=f"{_FILE}; vm.host.truncate(gpa=0xE0000000)")
+def truncate(board: Board, gpa: int) -> int:
+    """ftruncate of the file behind `gpa` to end there, and back to its old size: private copies go too."""
+    check_range(gpa, 1)
+    hva = board.memory.hva(gpa)
+    size = files.file_size(board.vmm, hva)
+    _, pos = files.file_at(board.vmm, hva)
+    files.ftruncate(board.vmm, hva, pos)
+    files.ftruncate(board.vmm, hva, size)
+    return 0
+
+
+@operation(example=f"{_FILE}; vm.host.file_write(gpa=0xE0000000, value=9)")
+def file_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
+    """pwrite of the low `size` bytes of `value` into the file under `gpa`; private copies keep theirs."""
+    _scalar_size(gpa, size)
+    data = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+    files.pwrite(board.vmm, board.memory.hva(gpa), data)
+    return 0
+
+
+@operation(example=f"{_MEMFD}; vm.host.peer_write(gpa=0xE0000000, value=9)")
+def peer_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
+    """Another process maps the file behind `gpa` and stores the low `size` bytes of `value` there."""
+    _scalar_size(gpa, size)
+    data = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+    files.peer_write(board.vmm, board.memory.hva(gpa), data)
+    return 0
+
+
+@operation("PROTECTION_PAGE", example=f"{_FILE}; vm.host.fadvise_dontneed(gpa=0xE0000000, pages=16)")
+def fadvise_dontneed(board: Board, gpa: int, pages: int = 1) -> int:
+    """posix_fadvise(DONTNEED): start writing what is dirty, drop what is clean and unmapped of the range."""
+    for hva, length in spans(board, gpa, pages):
+        files.fadvise_dontneed(board.vmm, hva, length)
+    return 0
