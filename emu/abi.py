@@ -221,6 +221,7 @@ WC_SUCCESS, WC_LOC_QP_OP_ERR, WC_LOC_PROT_ERR, WC_WR_FLUSH_ERR, WC_REM_ACCESS_ER
 """Statuses (enum ib_wc_status): bad request; local key or address; behind a failed one; the remote's."""
 
 ENOENT, ECHILD, ENOMEM, EFAULT, EBUSY, EEXIST, EINVAL, ENOSYS, ENODATA = 2, 10, 12, 14, 16, 17, 22, 38, 61
+EAGAIN = 11
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 
 VMCALL_SWAP_OUT = 0x5246_0001
@@ -289,6 +290,14 @@ VMCALL_HUGETLB_UNSHARE = 0x5246_0146
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
+VMCALL_MEMCG_LIMIT = 0x5246_0153
+VMCALL_MEMCG_RECLAIM = 0x5246_0154
+VMCALL_LRU_GEN_ENABLE = 0x5246_0155
+VMCALL_LRU_GEN_AGE = 0x5246_0156
+VMCALL_LRU_GEN_EVICT = 0x5246_0157
+VMCALL_ZSWAP_ENABLE = 0x5246_0158
+VMCALL_ZSWAP_WRITEBACK = 0x5246_0159
+VMCALL_OOM_KILL = 0x5246_015A
 VMCALL_COLD = 0x5246_01D0
 VMCALL_FREE = 0x5246_01D1
 VMCALL_CLEAR_REFS = 0x5246_01D2
@@ -554,6 +563,28 @@ VMCALLS: tuple[Vmcall, ...] = (
            "kdamond watches the VMM's mapping of the range for `ns` of logical time, one sample of each "
            "region every `sample_ns`; other CPUs go on meanwhile. The result is the size of the regions "
            "that the last aggregation found in use. -EINVAL unless 0 < sample_ns <= ns <= 10 s."),
+    Vmcall(VMCALL_MEMCG_LIMIT, "memcg_limit", ("pages",), "pages charged to the group", ("ENOMEM",),
+           "memory.max of the VMM's memory cgroup in pages; 0 lifts it. The first call makes the group; "
+           "pages that the VMM has by then stay uncharged. A limit that reclaim cannot reach ends the run."),
+    Vmcall(VMCALL_MEMCG_RECLAIM, "memcg_reclaim", ("pages",), "frames that came free", ("ENOENT", "EAGAIN"),
+           "A write to memory.reclaim of the VMM's memory cgroup. -ENOENT before memcg_limit, -EAGAIN when "
+           "so much cannot be had."),
+    Vmcall(VMCALL_LRU_GEN_ENABLE, "lru_gen_enable", ("on",), "the setting before: 0 or 1", (),
+           "Switches the host between the classic LRU (0) and the multi-generational one (1)."),
+    Vmcall(VMCALL_LRU_GEN_AGE, "lru_gen_age", (), "the youngest generation", ("EEXIST",),
+           "The host walks the page tables of the VMM's memory cgroup, clears accessed bits in host PTEs "
+           "and SPTEs and opens a generation. -ENOSYS with the classic LRU."),
+    Vmcall(VMCALL_LRU_GEN_EVICT, "lru_gen_evict", ("pages",), "frames that came free", (),
+           "Reclaims up to `pages` frames from all but the two youngest generations. -ENOSYS with the "
+           "classic LRU."),
+    Vmcall(VMCALL_ZSWAP_ENABLE, "zswap_enable", ("on",), "the setting before: 0 or 1", (),
+           "From now on swapped-out pages go into a compressed pool first (1), or not (0). -ENOSYS without "
+           "swap."),
+    Vmcall(VMCALL_ZSWAP_WRITEBACK, "zswap_writeback", ("pages",), "pages written", (),
+           "Writes up to `pages` pages of the compressed pool to the swap file, oldest first."),
+    Vmcall(VMCALL_OOM_KILL, "oom_kill", ("pages",), "pages reaped", ("ENOMEM",),
+           "Another process of the host with so many pages is killed as by the OOM killer; its memory is "
+           "reaped two seconds later. Other CPUs go on meanwhile."),
     Vmcall(VMCALL_COLD, "cold", ("gpa", "pages"), "0", (),
            "madvise(MADV_COLD): the range's pages are not young any more and go first when memory is short. "
            "-EINVAL where the range is locked."),

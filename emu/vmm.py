@@ -5,6 +5,7 @@ Each method is one entry into the host kernel in the name of this process, whate
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import KernelError
@@ -12,6 +13,8 @@ from host_mm.kernel.errors import KernelError
 if TYPE_CHECKING:
     from host_mm.address_space import AddressSpace
     from host_mm.host import HostMm
+    from host_mm.lru_gen import GenLruvec
+    from host_mm.memcontrol import MemCgroup
     from host_mm.pagemap import PageRegion, PmScanArg
     from host_mm.process import Process
     from host_mm.userfaultfd_k import UserfaultfdCtx
@@ -154,7 +157,10 @@ class Vmm:
         from host_mm.fork import exit_process
         from host_mm.userfaultfd import userfaultfd_release
 
+        memcg = self.process.memcg
         exit_process(self.process)
+        if memcg is not None and not memcg.processes:
+            self.mm.memcg.remove(memcg)
         if self.wp_async is not None:
             userfaultfd_release(self.wp_async)
             self.wp_async = None
@@ -325,3 +331,33 @@ class Vmm:
         self.mm.sched.sleep(ns)
         damon_stop(ctx)
         return used
+
+    def memcg(self, *, create: bool = False) -> MemCgroup:
+        """The process's memory cgroup; KernelError(ENOENT) if it is the root and none is to be made."""
+        memcg = self.process.memcg
+        if memcg is None:
+            if not create:
+                raise KernelError(errno.ENOENT, "the VMM is in no memory cgroup; memcg_limit() first")
+            memcg = self.mm.memcg.create(f"vm-{self.process.pid}")
+            self.mm.memcg.attach(self.process, memcg)
+        return memcg
+
+    def lruvecs(self) -> list[GenLruvec]:
+        """The lruvecs of its memory cgroup, one a node."""
+        from host_mm.lru_gen import GenLruvec
+
+        vecs = self.mm.lru.vecs if self.process.memcg is None else self.process.memcg.lruvecs
+        return [vec for vec in vecs if isinstance(vec, GenLruvec)]
+
+    def bystander(self, pages: int) -> Process:
+        """Another process with so many pages of its own."""
+        from host_mm.fork import mm_init
+        from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, do_mmap
+        from host_mm.uaccess import copy_to_user
+
+        process = self.mm.new_process("bystander", self.process)
+        mm = mm_init(self.mm, process)
+        start = do_mmap(mm, 0, pages << 12, 3, MAP_PRIVATE | MAP_ANONYMOUS)
+        for address in range(start, start + (pages << 12), 4096):
+            copy_to_user(process, address, b"bystander")
+        return process

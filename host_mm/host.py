@@ -195,8 +195,10 @@ class HostMm:
         self.secondary_tables = SecondaryTables()
         self.folio_waitqueues: dict[int, WaitQueue] = {}
         self.reclaim_wait = WaitQueue(sched, "reclaim_wait")
+        self.oom_victims: set[Process] = set()
+        self.oom_wait = WaitQueue(sched, "oom_wait")
         self.tlb_ubc: dict[Task, tlb.TlbUbc] = {}
-        self.lru = lru.Lru(self, lru_gen.new_lruvec)
+        self.lru = lru.Lru(self, lru_gen.GenLruvec)
         self.swap: SwapInfo | None = None
         if swap_bytes:
             device = zram.Zram(self) if self.params.get("swap.device") == "zram" else None

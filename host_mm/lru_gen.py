@@ -12,7 +12,7 @@ include/linux/mmzone.h (LRU_REFS_FLAGS), mm/swap.c (lru_gen_inc_refs, lru_gen_cl
 A folio that the page-table walk promotes gets its new generation at once and stays on its old list until
 eviction meets it there; so `place` says which list a folio is on, and only `gen` how young it is.
 
-Aging is in lru_gen_walk.py, eviction in lru_gen_evict.py. On with `--param mm.lru_gen=Y`.
+Aging is in lru_gen_walk.py, eviction in lru_gen_evict.py. On with `--param mm.lru_gen=Y`, or later.
 
 Not modelled: Bloom filters (every page table is walked), zones (one a node), the PID controller, which
 without workingset refaults never protects a tier, huge entries.
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from host_mm import mmu_notifier
 from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, _PAGE_SPECIAL, pte_dirty, pte_pfn, pte_present
 from host_mm.kernel.errors import BrokenTruth
-from host_mm.lru import Lruvec
+from host_mm.lru import LRU_UNEVICTABLE, Lruvec
 from host_mm.mm_types import VM_SPECIAL
 from host_mm.page import (
     PG_active,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ANON_AND_FILE", "LRU_REFS_WIDTH", "MAX_LRU_BATCH", "MAX_NR_GENS", "MIN_LRU_BATCH", "MIN_NR_GENS",
-    "GenLruvec", "LruGen", "MmWalk", "new_lruvec", "ptep_clear_young_notify",
+    "GenLruvec", "LruGen", "MmWalk", "lru_gen_change_state", "ptep_clear_young_notify",
 ]
 
 MIN_NR_GENS = 2
@@ -66,11 +66,6 @@ _REFS_MASK = (1 << LRU_REFS_WIDTH) - 1
 _PMD = 1 << 21
 
 
-def new_lruvec(host: HostMm, nid: int, memcg: MemCgroup | None) -> Lruvec:
-    """A lruvec of the kind that this host uses."""
-    return GenLruvec(host, nid, memcg) if host.lru_gen_enabled else Lruvec(host, nid)
-
-
 def ptep_clear_young_notify(mm: MmStruct, address: int, pte: int) -> bool:
     """Clear the accessed bit here and in secondary MMUs, none of which need flush; whether any was set."""
     young = int(ptep_test_and_clear_young(mm, address, pte))
@@ -78,7 +73,7 @@ def ptep_clear_young_notify(mm: MmStruct, address: int, pte: int) -> bool:
 
 
 class GenLruvec(Lruvec):
-    """A lruvec whose evictable folios are on lists by generation.
+    """A lruvec whose evictable folios are on lists by generation, while that is switched on.
 
     `mm_seq` is the last generation that a walk of all page tables was finished for, `mm_pending` the
     address spaces that the walk under way has not come to.
@@ -131,14 +126,14 @@ class GenLruvec(Lruvec):
 
     def add(self, pfn: int, flags: int) -> None:
         """lruvec_add_folio: into the generation that its flags say."""
-        if flags & PG_unevictable:
+        if flags & PG_unevictable or not self.host.lru_gen_enabled:
             super().add(pfn, flags)
         else:
             self._add(pfn, reclaiming=False)
 
     def add_tail(self, pfn: int, flags: int) -> None:
         """lruvec_add_folio_tail: into the oldest generation that exists, first in line."""
-        if flags & PG_unevictable:
+        if flags & PG_unevictable or not self.host.lru_gen_enabled:
             super().add_tail(pfn, flags)
         else:
             self._add(pfn, reclaiming=True)
@@ -171,6 +166,14 @@ class GenLruvec(Lruvec):
             raise BrokenTruth("lru", f"node {self.nid} counts {self.nr_pages} by generation, has {found}")
         if not all(MIN_NR_GENS <= self.nr_gens(kind) <= MAX_NR_GENS for kind in range(ANON_AND_FILE)):
             raise BrokenTruth("lru", f"node {self.nid}: generations {self.min_seq} to {self.max_seq}")
+
+    def evictable(self) -> list[int]:
+        """Every folio of the lists that reclaim takes from, oldest first."""
+        classic = [pfn for entries in self.lists[:LRU_UNEVICTABLE] for pfn in entries]
+        seqs = range(min(self.min_seq), self.max_seq + 1)
+        return classic + [
+            pfn for seq in seqs for entries in self.folios[seq % MAX_NR_GENS] for pfn in entries
+        ]
 
     # -- lists --------------------------------------------------------------------------------
 
@@ -403,6 +406,30 @@ class LruGen:
         if last >= 0:
             self.update_folio(walk, last, gen, dirty)
         return True
+
+
+def lru_gen_change_state(host: HostMm, enabled: bool) -> None:
+    """/sys/kernel/mm/lru_gen/enabled: every folio moves from the lists of one kind to those of the other."""
+    if enabled == host.lru_gen_enabled:
+        return
+    if enabled:
+        host.free_hooks.append(host.gens.forget)
+    else:
+        host.free_hooks.remove(host.gens.forget)
+    host.lru_gen_enabled = enabled
+    flags = host.pages.flags
+    for node in host.allocator.nodes:
+        for vec in host.memcg.iter(node.nid, None):
+            assert isinstance(vec, GenLruvec)
+            with vec.lock:
+                for pfn in vec.evictable():
+                    if enabled:
+                        Lruvec.remove(vec, pfn, flags[pfn])
+                    else:
+                        vec.del_folio(pfn, reclaiming=False)
+                    vec.add(pfn, flags[pfn])
+            if host.sched.preempt:
+                host.sched.point("cond_resched")
 
 
 def _window(vma: VmArea, address: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from errno import EAGAIN, EBUSY, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import KernelError
-from host_mm.lru_gen import new_lruvec
+from host_mm.lru_gen import GenLruvec
 from host_mm.page_alloc import (
     GFP_DIRECT_RECLAIM,
     GFP_HIGH,
@@ -59,7 +59,7 @@ class MemCgroup:
         self.online = True
         self.processes: list[Process] = []
         self.events: Counter[str] = Counter()
-        self.lruvecs = [new_lruvec(host, node.nid, self) for node in host.allocator.nodes]
+        self.lruvecs = [GenLruvec(host, node.nid, self) for node in host.allocator.nodes]
 
     def try_charge(self, nr: int) -> bool:
         """page_counter_try_charge."""

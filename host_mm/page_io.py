@@ -223,7 +223,7 @@ def swap_read_folio(host: HostMm, pfn: int) -> None:
             t(pfn, slot, False)
         folio_unlock(host, pfn)
         return
-    if host.zswap.enabled and host.zswap.load(pfn):
+    if (host.zswap.enabled or host.zswap.lru) and host.zswap.load(pfn):
         return
     host.vmstat["pswpin"] += 1
     if (t := host.trace.swap_read_start) is not None:

@@ -202,7 +202,8 @@ def _scan_counts(host: HostMm, vec: Lruvec, sc: ScanControl) -> list[int]:
 
 
 def _shrink_lruvec(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
-    if isinstance(vec, GenLruvec):
+    if host.lru_gen_enabled:
+        assert isinstance(vec, GenLruvec)
         lru_gen_shrink_lruvec(vec, sc)
         return
     nr = _scan_counts(host, vec, sc)

@@ -10,7 +10,7 @@ When the pool holds max_pool_percent of RAM, stores are refused, which then go t
 writes the pool back, oldest entry first, until it is down to accept_threshold_percent. An entry that was
 not there at the last look has a second chance.
 
-    --param zswap.enabled=Y                        off by default
+    --param zswap.enabled=Y                        off by default; `enabled` may change later
     --param zswap.max_pool_percent=20              of RAM
     --param zswap.accept_threshold_percent=90      of that
     --param zswap.shrinker_enabled=Y               reclaim writes the pool back, too; off by default
@@ -102,7 +102,7 @@ class Zswap:
         self.working = False
         self.nr_disk_swapins = 0
         self.deferred = 0
-        if swap is not None and self.enabled:
+        if swap is not None:
             swap.free_notify.append(self.invalidate)
 
     # -- limits -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 | `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
+| `reclaim.py` | memory cgroups, generations, zswap, the OOM killer |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
 | `numa.py` | where vCPUs run, and pages that follow them |
@@ -34,6 +35,7 @@ from emu.operations import (
     pfnmap,
     process,
     rdma,
+    reclaim,
     secondary,
     slots,
     tracking,
@@ -54,6 +56,7 @@ __all__ = [
     "pfnmap",
     "process",
     "rdma",
+    "reclaim",
     "secondary",
     "slots",
     "tracking",
