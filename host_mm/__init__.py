@@ -39,6 +39,13 @@ Reading order:
     page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
+    swap_readahead.py zram.py zsmalloc.py            more than was asked for; swap that is RAM
+    huge_mm.py huge_memory.py    transparent huge pages: who may have them, and faults on them
+    pgtable_huge.py huge_memory_pmd.py   their level-2 entries: changed as a whole, and split
+    huge_memory_map.py madvise_folios.py what the system calls do to them
+    huge_memory_split.py         the folio itself becomes small pages
+    rmap_large.py page_vma_mapped.py     how often large folios are mapped, and where
+    khugepaged_types.py          whose small pages could become huge ones
     swap_readahead.py zram.py zswap.py zsmalloc.py   more than was asked for; swap that is RAM
     hugetlb.py hugetlb_resv.py   the pool of huge pages, and who was promised some
     hugetlb_share.py             level-2 tables that processes share
@@ -52,6 +59,7 @@ Reading order:
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped
     host.py                      all of it, wired
     truths.py truths_files.py truths_hugetlb.py breaks.py   what must hold, and how to break it
+    truths.py truths_hugetlb.py truths_thp.py breaks.py   what must hold, and how to break it
     profile.py                   what differs between kernels
 
 `kernel/` holds tasks, locks, costs and the clock; `arch/x86/` what depends on the CPU.
