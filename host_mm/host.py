@@ -277,6 +277,7 @@ class HostMm:
 
     def start_daemons(self) -> None:
         """Start kswapd on every node; each sleeps until an allocation finds its node short."""
+        self.hstate.nr_overcommit = int(self.params.get("hugetlb.nr_overcommit_hugepages", "0"))
         if pages := int(self.params.get("hugetlb.nr_hugepages", "0")):
             hugetlb.set_max_huge_pages(self, pages)
         for node in self.allocator.nodes:
