@@ -267,6 +267,7 @@ VMCALL_UFFD_MOVE = 0x5246_0172
 VMCALL_UFFD_END = 0x5246_0173
 VMCALL_UFFD_READ = 0x5246_0174
 VMCALL_PAGEMAP_SCAN = 0x5246_0175
+VMCALL_UFFD_MINOR = 0x5246_0176
 VMCALL_NUMA_BALANCE = 0x5246_0178
 VMCALL_VCPU_NODE = 0x5246_0179
 VMCALL_PAGES_ON_NODE = 0x5246_017A
@@ -282,11 +283,10 @@ VMCALL_DEVICE_WRITE = 0x5246_01BD
 VMCALL_DEVICE_ADD = 0x5246_01BE
 VMCALL_NR_HUGEPAGES = 0x5246_0140
 VMCALL_HUGETLB_CREATE = 0x5246_0141
-VMCALL_HUGETLB_PUNCH = 0x5246_0142
-VMCALL_HUGETLB_PEER_READ = 0x5246_0143
-VMCALL_HUGETLB_PEER_WRITE = 0x5246_0144
-VMCALL_HUGETLB_SHARERS = 0x5246_0145
-VMCALL_HUGETLB_UNSHARE = 0x5246_0146
+VMCALL_HUGETLB_PEER_READ = 0x5246_0142
+VMCALL_HUGETLB_PEER_WRITE = 0x5246_0143
+VMCALL_HUGETLB_SHARERS = 0x5246_0144
+VMCALL_HUGETLB_UNSHARE = 0x5246_0145
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
@@ -491,6 +491,10 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_UFFD_MOVE, "uffd_move", ("gpa", "pages"), "pages that went", (),
            "UFFDIO_MOVE of the range's pages to another place of the VMM, and of each back when somebody "
            "touches it. Pages that are pinned or shared stay. Ends what an earlier one began."),
+    Vmcall(VMCALL_UFFD_MINOR, "uffd_minor", ("gpa", "pages"), "0", (),
+           "The range, which is a memfd_slot's, is unmapped; its pages stay in the memfd, and each is mapped "
+           "by UFFDIO_CONTINUE when somebody touches it. Ends what an earlier one began. -EINVAL for other "
+           "memory."),
     Vmcall(VMCALL_UFFD_END, "uffd_end", (), "pages written after uffd_wp, else faults served", ("ENOENT",),
            "Ends what uffd_missing, uffd_wp or uffd_move began: what is elsewhere comes back first. -ENOENT "
            "when nothing was begun."),
@@ -540,9 +544,6 @@ VMCALLS: tuple[Vmcall, ...] = (
            "As slot_create, but of huge pages: `gpa` and the range are whole 2 MiB (-EINVAL). `shared` 1: of "
            "a memfd, which others can map; 0: private. `reserve` 1: the pool promises every page, -ENOMEM if "
            "it cannot; 0: a fault that finds no page leaves KVM_RUN with -EFAULT. -EINVAL for other values."),
-    Vmcall(VMCALL_HUGETLB_PUNCH, "hugetlb_punch", ("gpa", "pages"), "0", (),
-           "A hole in the memfd behind a shared region of huge pages: whole huge pages go back to the pool, "
-           "parts are zeroed; the range reads as zeros. -EINVAL in other memory."),
     Vmcall(VMCALL_HUGETLB_PEER_READ, "hugetlb_peer_read", ("gpa", "size"), "the value, zero-extended", (),
            "Another process of the host maps the same memfd, on the first question about it, and reads "
            "`size` bytes (1, 2, 4 or 8) of it. Where 1 GiB of the file is mapped whole by both they use one "

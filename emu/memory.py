@@ -55,6 +55,9 @@ class GuestMemory:
         vmm, backend = self.board.vmm, self.board.config.memory_backend
         if backend == "anon":
             self._add(gpa, size)
+        elif backend == "hugetlb":
+            hva, file = self.board.hugetlb.map(size, shared=True, reserve=True)
+            self.board.hugetlb.note(self._show(gpa, size, hva), file)
         elif backend == "memfd":
             self._show(gpa, size, files.mmap_memfd(vmm, size))
         else:

@@ -68,18 +68,6 @@ class Vmm:
         flags |= 0 if reserve else MAP_NORESERVE
         return do_mmap(self.process.mm, address, length, 3, flags, file=file, pgoff=0)
 
-    def punch_hole_hugetlb(self, file: AddressSpace, offset: int, length: int) -> None:
-        """fallocate(2) with FALLOC_FL_PUNCH_HOLE."""
-        from host_mm.hugetlbfs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-
-        fallocate(self.process, file, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, length)
-
-    def truncate_hugetlb(self, file: AddressSpace, size: int) -> None:
-        """ftruncate(2)."""
-        from host_mm.hugetlbfs import truncate
-
-        truncate(file, size)
-
     def pt_share_count(self, address: int) -> int:
         """How many other processes use this one's level-2 page table of `address`."""
         from host_mm.pgtable_generic import pmd_offset

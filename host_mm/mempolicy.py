@@ -19,6 +19,7 @@ import msgspec
 
 from host_mm.arch.x86.pgtable import is_swap_pmd, pte_pfn, pte_present
 from host_mm.huge_memory_map import pmd_folio
+from host_mm.hugetlb_migrate import queue_folios_hugetlb
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.migrate import (
@@ -28,7 +29,7 @@ from host_mm.migrate import (
     migrate_pages,
     putback_movable_pages,
 )
-from host_mm.mm_types import VM_IO, VM_PFNMAP
+from host_mm.mm_types import VM_HUGETLB, VM_IO, VM_PFNMAP
 from host_mm.page import folio_maybe_mapped_shared, page_folio
 from host_mm.pgtable_generic import pmd_slots, pte_lockptr, pte_offset_map_lock
 from host_mm.pgtable_huge import pmd_trans_huge_lock, pmdp_get
@@ -75,6 +76,11 @@ def _queue_pages(
     mm = vma.mm
     host = mm.host
     failed = 0
+    if vma.flags & VM_HUGETLB:
+        return queue_folios_hugetlb(
+            vma, max(start, vma.start), min(end, vma.end), wrong, queue,
+            move=bool(flags & MPOL_MF_MOVE), move_all=bool(flags & MPOL_MF_MOVE_ALL),
+        )
     for pmd, address, following in pmd_slots(mm, max(start, vma.start), min(end, vma.end)):
         if (lock := pmd_trans_huge_lock(mm, pmd)) is not None:
             entry = pmdp_get(mm, pmd)
@@ -143,8 +149,14 @@ def do_mbind(process: Process, start: int, length: int, mode: int, node: int, fl
     try:
         mm.mmap_lock.lock()
         queue: list[int] = []
-        failed = _bind_locked(mm, start, end, policy, wrong, flags, queue)
-        mm.mmap_lock.unlock()
+        try:
+            failed = _bind_locked(mm, start, end, policy, wrong, flags, queue)
+        except KernelError:
+            # A huge page would have to be cut.
+            putback_movable_pages(host, queue)
+            raise
+        finally:
+            mm.mmap_lock.unlock()
         if queue:
             migrate_pages(host, queue, target, MR_MEMPOLICY_MBIND, MIGRATE_SYNC)
             failed += len(queue)

@@ -126,6 +126,14 @@ class Backend(Protocol):
         """ftruncate(2) of that file."""
         ...
 
+    def fsync(self) -> Any:
+        """fsync(2) of that file."""
+        ...
+
+    def pwrite(self, offset: int, data: bytes) -> Any:
+        """pwrite(2) into that file."""
+        ...
+
     def damon_on(self, offset: int) -> Any:
         """kdamond watches the frame behind D + offset, by physical address, a sample every 5 ms."""
         ...
@@ -269,6 +277,14 @@ class Scenario:
     def ftruncate(self, size: int, title: str) -> Any:
         """Another size of the file."""
         return self._step(title, "ftruncate", size)
+
+    def fsync(self) -> Any:
+        """fsync of the file."""
+        return self._step("host fsync", "fsync")
+
+    def pwrite(self, offset: int, data: bytes, title: str) -> Any:
+        """A write into the file, not through its mapping."""
+        return self._step(title, "pwrite", offset, data)
 
     def damon_on(self, offset: int) -> Any:
         """DAMON starts."""
