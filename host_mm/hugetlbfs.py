@@ -63,7 +63,16 @@ from host_mm.hugetlb_unmap import unmap_hugepage_range
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.locks import RwSem
-from host_mm.mm_types import VM_DONTEXPAND, VM_HUGETLB, VM_MAYSHARE, VM_NORESERVE, VM_SHARED, VM_WRITE, VmArea
+from host_mm.mm_types import (
+    VM_DONTEXPAND,
+    VM_HUGETLB,
+    VM_LOCKED_MASK,
+    VM_MAYSHARE,
+    VM_NORESERVE,
+    VM_SHARED,
+    VM_WRITE,
+    VmArea,
+)
 from host_mm.page import get_page, put_page
 
 if TYPE_CHECKING:
@@ -110,7 +119,8 @@ class _AOps(AddressSpaceOperations):
         """hugetlbfs_file_mmap. KernelError: EINVAL, ENOMEM (no huge pages left)."""
         if vma.pgoff & 511:
             raise KernelError(EINVAL, f"page {vma.pgoff:#x} of the file is not the first of a huge page")
-        vma.flags |= VM_HUGETLB | VM_DONTEXPAND
+        # Huge pages never leave memory, so that locking them means nothing.
+        vma.flags = (vma.flags | VM_HUGETLB | VM_DONTEXPAND) & ~VM_LOCKED_MASK
         length = vma.end - vma.start + (vma.pgoff << 12)
         mapping.i_rwsem.lock()
         ret = hugetlb_reserve_pages(mapping, vma.pgoff >> 9, length >> 21, vma, vma.flags)

@@ -227,3 +227,16 @@ def test_ram_of_huge_pages_is_whole_huge_pages_and_the_pool_must_have_them() -> 
     with pytest.raises(refault.KernelError) as caught:
         refault.VM("8M", memory_backend="hugetlb", params={"hugetlb.nr_hugepages": "1"})
     assert caught.value.errno == errno.ENOMEM
+
+
+def test_a_pool_that_may_grow_has_pages_for_who_asks_and_gives_them_up_again() -> None:
+    params = {"hugetlb.nr_overcommit_hugepages": "2"}
+    with refault.VM("4M", host_ram="48M", params=params, check=True) as machine:
+        machine.load("first-touch")
+        machine.run(max_insns=100_000)
+        machine.host.hugetlb_create(gpa=GPA, pages=2 * PAGES)
+        assert machine.board.host.mm.hstate.surplus == 2
+        with pytest.raises(refault.KernelError):
+            machine.host.hugetlb_create(gpa=GPA + 8 * HUGE, pages=PAGES)
+        machine.host.host_write(gpa=GPA, value=7)
+        assert machine.host.host_read(gpa=GPA) == 7
