@@ -176,16 +176,20 @@ class HostTruths:
         """A pte hook: whoever still has the old translation would go on with the old frame."""
         if not new & _PAGE_PRESENT or mm.tlb_flush_pending or mm.tlb_flush_batched:
             return
-        tables = [(f"pid {_pid(mm)}", mm.tlb)]
-        tables += [(who, table) for who, of, table in self.host.secondary_tables.tables if of is mm]
-        for who, table in tables:
-            cached = table.entries.get(address >> 12)
-            if cached is not None and cached >> 1 != pte_pfn(new):
-                raise BrokenTruth(
-                    "flush-before-set",
-                    f"{address:#x} gets pfn {pte_pfn(new):#x}, {who} still reaches pfn {cached >> 1:#x}",
-                    self.host.stream.here(),
-                )
+        self._still_reaches(mm.tlb, "", mm, address, pte_pfn(new))
+        for who, of, table in self.host.secondary_tables.tables:
+            if of is mm:
+                self._still_reaches(table, who, mm, address, pte_pfn(new))
+
+    def _still_reaches(self, table: HostTlb, who: str, mm: MmStruct, address: int, pfn: int) -> None:
+        cached = table.entries.get(address >> 12)
+        if cached is not None and cached >> 1 != pfn:
+            who = who or f"pid {_pid(mm)}"
+            raise BrokenTruth(
+                "flush-before-set",
+                f"{address:#x} gets pfn {pfn:#x}, {who} still reaches pfn {cached >> 1:#x}",
+                self.host.stream.here(),
+            )
 
     def pmd_set(self, mm: MmStruct, address: int, old: int, new: int) -> None:
         """A pmd hook: the same for all that a huge entry maps."""
