@@ -44,6 +44,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     ksmd skips pages that it tried to merge in vain. `device_exclusive`: make_device_exclusive exists (the
     EXCLUSIVE event). `device_inserts_name_owner`: the bracket in which holes become device memory is MIGRATE
     with its owner, else CLEAR. `uffd_move`, `pagemap_scan`: these ioctls exist.
+    `refuses_longterm_file_pins`: no long-term pin for writing of a page whose file must know of writes.
     """
 
     name: str
@@ -69,6 +70,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     device_exclusive: bool = True
     uffd_move: bool = True
     pagemap_scan: bool = True
+    refuses_longterm_file_pins: bool = True
     device_inserts_name_owner: bool = True
 
 LINUX_6_18 = MmProfile(name="linux-6.18")
@@ -102,6 +104,7 @@ LINUX_5_10 = MmProfile(
     device_exclusive=False,
     uffd_move=False,
     pagemap_scan=False,
+    refuses_longterm_file_pins=False,
     device_inserts_name_owner=False,
 )
 PROFILES = {profile.name: profile for profile in (LINUX_6_18, LINUX_5_10)}
