@@ -139,7 +139,8 @@ class AddressSpaceOperations:
 
 class AddressSpace:
     """One file. `i_size` is in bytes, `nrpages` counts the pages that have a frame, new ones
-    come from node `nid`; no page beyond `top` was ever there. `dirty` and `writeback` are the xarray's marks, by the index of the folio."""
+    come from node `nid`; no page beyond `top` was ever there. `dirty` and `writeback` are the xarray's marks,
+    by the index of the folio."""
 
     __slots__ = (
         "a_ops", "dirty", "f_count", "host", "i_mmap", "i_mmap_rwsem", "i_mmap_writable", "i_pages",
