@@ -88,6 +88,13 @@ class GuestMemory:
             raise KernelError(errno.EFAULT, f"gpa {gpa:#x} is not in a memory slot")
         return region.hva + gpa - region.gpa
 
+    def gpa(self, hva: int) -> int:
+        """Where the guest sees the VMM's `hva`, or -1."""
+        for region in self.regions:
+            if not region.deleted and region.hva <= hva < region.hva + region.size:
+                return region.gpa + hva - region.hva
+        return -1
+
     def read(self, gpa: int, length: int) -> bytes:
         """`length` bytes at `gpa`, read by the VMM."""
         board = self.board

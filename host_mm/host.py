@@ -16,7 +16,7 @@ HostMm, which this file, at the top of the room, passes on:
     page        ->  free_huge_folio, free_zone_device_folio
     mm_types    ->  free_mm
 
-Not modelled: memory hotplug, more than one zone in a node.
+Not modelled: hot-added memory, nodes without memory.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from host_mm import (
     lru_gen_walk,
     memory,
     memory_device,
+    memory_failure,
     memory_file,
     memremap,
     migrate,
@@ -56,7 +57,9 @@ from host_mm import (
     oom_kill,
     page_alloc,
     page_io,
+    page_isolation,
     page_writeback,
+    process,
     rmap_device,
     rmap_unmap,
     shmem,
@@ -71,7 +74,7 @@ from host_mm import (
     zram,
     zswap,
 )
-from host_mm.kernel.locks import Spinlock, Srcu
+from host_mm.kernel.locks import Mutex, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
 from host_mm.memcontrol import MemCgroup, MemoryController
@@ -113,6 +116,7 @@ _MODULES = (
     lru_gen_walk,
     memory,
     memory_device,
+    memory_failure,
     migrate,
     migrate_device,
     mmu_notifier,
@@ -120,6 +124,8 @@ _MODULES = (
     oom_kill,
     page_alloc,
     page_io,
+    page_isolation,
+    process,
     rmap_device,
     rmap_unmap,
     shmem,
@@ -175,8 +181,11 @@ class HostMm:
         self.mms: list[MmStruct] = []
         self.pins: Counter[int] = Counter()
         self.held: Counter[int] = Counter()
-        self.frame_holders: list[Callable[[], Mapping[int, int]]] = [self._tables_of_the_dead, self._pins]
+        self.frame_holders: list[Callable[[], Mapping[int, int]]] = [
+            self._tables_of_the_dead, self._pins, self._poisoned,
+        ]
         self.memcg = MemoryController(self)
+        self.mf_mutex = Mutex(sched, "mf_mutex")
         self.lru_gen_enabled = self.params.get("mm.lru_gen", "N").lower() in ("y", "1", "on", "yes", "true")
         self.gens = lru_gen.LruGen(self)
         if self.lru_gen_enabled:
@@ -219,6 +228,10 @@ class HostMm:
     def _tables_of_the_dead(self) -> dict[int, int]:
         """Page directories that outlive their process because a notifier still holds the mm."""
         return {mm.pgd >> 12: 1 for mm in self.mms if not mm.process.alive}
+
+    def _poisoned(self) -> dict[int, int]:
+        """Frames that memory_failure keeps for nobody."""
+        return self.allocator.hwpoisoned
 
     def _pins(self) -> dict[int, int]:
         pins = Counter({pfn: nr * GUP_PIN_COUNTING_BIAS for pfn, nr in self.pins.items() if nr})

@@ -12,12 +12,12 @@ one policy; MPOL_BIND prefers its node but does not refuse the others when it is
 
 from __future__ import annotations
 
-from errno import EFAULT, EINVAL, EIO, ENODEV
+from errno import EFAULT, EINVAL, EIO
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from host_mm.arch.x86.pgtable import pte_pfn, pte_present
+from host_mm.arch.x86.pgtable import is_migration_entry, pte_pfn, pte_present, pte_to_swp_entry
 from host_mm.hugetlb_migrate import queue_folios_hugetlb
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
@@ -48,6 +48,7 @@ MPOL_BIND = 2
 MPOL_MF_STRICT = 1
 MPOL_MF_MOVE = 2
 MPOL_MF_MOVE_ALL = 4
+_MF_VALID = MPOL_MF_STRICT | MPOL_MF_MOVE | MPOL_MF_MOVE_ALL
 
 
 class Mempolicy(msgspec.Struct, frozen=True):
@@ -63,7 +64,7 @@ class Mempolicy(msgspec.Struct, frozen=True):
 
 def _check_node(host: HostMm, nid: int) -> None:
     if not 0 <= nid < len(host.allocator.nodes):
-        raise KernelError(ENODEV, f"there is no node {nid}")
+        raise KernelError(EINVAL, f"there is no node {nid}")
 
 
 def _queue_pages(
@@ -85,7 +86,10 @@ def _queue_pages(
         ptl = pte_lockptr(mm, pte)
         count = (following - address) >> 12
         for entry in host.ram.u64[pte >> 3 : (pte >> 3) + count].tolist():
-            if not entry or not pte_present(entry):
+            if not entry:
+                continue
+            if not pte_present(entry):
+                failed += is_migration_entry(pte_to_swp_entry(entry))
                 continue
             pfn = pte_pfn(entry)
             if pfn == host.zero_pfn or host.allocator.nid_of(pfn) not in wrong or pfn in queue:
@@ -110,13 +114,16 @@ def _mbind_range(vma: VmArea, start: int, end: int, policy: Mempolicy | None) ->
 
 
 def do_mbind(process: Process, start: int, length: int, mode: int, node: int, flags: int = 0) -> None:
-    """mbind(2) with one node. KernelError: EINVAL, EFAULT (a hole), ENODEV, EIO (strict, pages stayed)."""
+    """mbind(2) with one node. KernelError: EINVAL, EFAULT (a hole), EIO (strict, pages stayed)."""
     mm = process.mm
     host = mm.host
     host.sched.advance(COST_SYSCALL)
     end = start + ((length + 4095) & ~4095)
-    if start & 4095 or end < start or mode not in (MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND):
-        raise KernelError(EINVAL, f"mode {mode} for {start:#x}+{length:#x}")
+    known = mode in (MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND) and not flags & ~_MF_VALID
+    if start & 4095 or end < start or not known:
+        raise KernelError(EINVAL, f"mode {mode}, flags {flags} for {start:#x}+{length:#x}")
+    if mode == MPOL_DEFAULT:
+        flags &= ~MPOL_MF_STRICT
     _check_node(host, node)
     if start == end:
         return
@@ -146,7 +153,7 @@ def do_mbind(process: Process, start: int, length: int, mode: int, node: int, fl
             host.lru.lru_cache_enable()
     if failed < 0:
         raise KernelError(EFAULT, f"{start:#x}+{length:#x} has holes")
-    if failed and flags & MPOL_MF_STRICT and mode != MPOL_DEFAULT:
+    if failed and flags & MPOL_MF_STRICT:
         raise KernelError(EIO, f"{failed} pages are elsewhere")
 
 
@@ -167,6 +174,10 @@ def _bind_locked(
     for vma in vmas:
         if flags and not vma.flags & (VM_IO | VM_PFNMAP):
             failed += _queue_pages(vma, start, end, wrong, flags, queue)
+    if failed and flags == MPOL_MF_STRICT:
+        # Nothing was to be moved, so that nothing is done at all.
+        return failed
+    for vma in vmas:
         _mbind_range(vma, start, end, policy)
     return failed
 

@@ -18,7 +18,8 @@ from emu.loaders.image import BOOT_GDT, Image
 from host_mm.kernel.errors import KernelError
 from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
 from refault.scenarios.emulator_files import FileSteps
-from refault.scenarios.emulator_hugetlb import SLOT0_OFFSET_HUGETLB
+from refault.scenarios.emulator_hugetlb import SLOT0_OFFSET_HUGETLB, HugetlbSteps
+from refault.scenarios.emulator_migrate import MigrateSteps
 from refault.scenarios.emulator_reclaim import ReclaimSteps
 from refault.scenarios.emulator_uffd import UffdSteps
 from refault.scenarios.guest import ENTRY, RFLAGS_IOPL3, USER_STACK, guest_memory
@@ -47,7 +48,7 @@ def _image() -> Image:
     )
 
 
-class EmulatorBackend(ReclaimSteps, UffdSteps, FileSteps):
+class EmulatorBackend(FileSteps, HugetlbSteps, MigrateSteps, ReclaimSteps, UffdSteps):
     """One machine for one scenario. `lines` is the normalised sequence, `events` the trace."""
 
     def __init__(self, **options: Any) -> None:
