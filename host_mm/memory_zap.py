@@ -6,7 +6,7 @@ zap_page_range_single_batched, free_pgtables); Linux 6.18.
 The bracket's class is mmu_gather: start, entries cleared and pages queued, end, then the flush and the
 free; but a full gather flushes and frees within the bracket.
 
-Not modelled: transparent huge pages, pte markers of userfaultfd, PT_RECLAIM, delayed rmap.
+Not modelled: transparent huge pages, PT_RECLAIM, delayed rmap.
 """
 
 from __future__ import annotations
