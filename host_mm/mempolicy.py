@@ -74,6 +74,7 @@ def _queue_pages(
     mm = vma.mm
     host = mm.host
     failed = 0
+    queued = set(queue)
     if vma.flags & VM_HUGETLB:
         return queue_folios_hugetlb(
             vma, max(start, vma.start), min(end, vma.end), wrong, queue,
@@ -92,11 +93,12 @@ def _queue_pages(
                 failed += is_migration_entry(pte_to_swp_entry(entry))
                 continue
             pfn = pte_pfn(entry)
-            if pfn == host.zero_pfn or host.allocator.nid_of(pfn) not in wrong or pfn in queue:
+            if pfn == host.zero_pfn or host.allocator.nid_of(pfn) not in wrong or pfn in queued:
                 continue
             movable = flags & MPOL_MF_MOVE_ALL or (flags & MPOL_MF_MOVE and host.pages.mapcount[pfn] == 1)
             if movable and host.lru.folio_isolate_lru(pfn):
                 queue.append(pfn)
+                queued.add(pfn)
             else:
                 failed += 1
         ptl.unlock()
