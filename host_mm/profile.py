@@ -43,7 +43,8 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `ksm_smart_scan`:
     ksmd skips pages that it tried to merge in vain. `device_exclusive`: make_device_exclusive exists (the
     EXCLUSIVE event). `device_inserts_name_owner`: the bracket in which holes become device memory is MIGRATE
-    with its owner, else CLEAR. `uffd_move`, `pagemap_scan`: these ioctls exist.
+    with its owner, else CLEAR. `pagemap_scan`: that ioctl exists. `userfaultfd_features`: the UFFD_FEATURE_*
+    that UFFDIO_API offers, with their ioctls.
     """
 
     name: str
@@ -67,9 +68,9 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     madv_populate: bool = True
     ksm_smart_scan: bool = True
     device_exclusive: bool = True
-    uffd_move: bool = True
     pagemap_scan: bool = True
     device_inserts_name_owner: bool = True
+    userfaultfd_features: int = 0x1FCA1
 
 LINUX_6_18 = MmProfile(name="linux-6.18")
 LINUX_5_10 = MmProfile(
@@ -100,8 +101,8 @@ LINUX_5_10 = MmProfile(
     madv_populate=False,
     ksm_smart_scan=False,
     device_exclusive=False,
-    uffd_move=False,
     pagemap_scan=False,
     device_inserts_name_owner=False,
+    userfaultfd_features=0xA1,
 )
 PROFILES = {profile.name: profile for profile in (LINUX_6_18, LINUX_5_10)}
