@@ -14,7 +14,7 @@
 ; vmcalls: swap_out migrate dontneed age reclaim fork child_exit host_read host_write dirty_log get_dirty protect slot_create slot_delete slot_restore slot_move weather cold free mremap mlock munlock clear_refs
 ; vmcalls: mirror_read dma_write kvm_map_write dune_read dune_write sva_read sva_write rdma_register rdma_deregister rdma_peer_read rdma_peer_write rdma_peer_add device_migrate device_read device_write device_add pfnmap_create pfnmap_revoke
 ; vmcalls: ksm_merge ksm_unmerge page_idle_set page_idle_get damon numa_balance vcpu_node pages_on_node pagemap_scan uffd_missing uffd_move uffd_wp uffd_read uffd_end
-; vmcalls: memfd_slot file_slot file_write peer_write fsync fadvise_dontneed punch_hole remove truncate nr_hugepages hugetlb_create hugetlb_peer_read hugetlb_peer_write hugetlb_sharers hugetlb_unshare
+; vmcalls: memfd_create file_create file_write peer_write fsync fadvise_dontneed punch_hole remove truncate nr_hugepages hugetlb_create hugetlb_peer_read hugetlb_peer_write hugetlb_sharers hugetlb_unshare
 ; vmcalls: compact contig_alloc contig_free mbind offline online pin unpin soft_offline memory_failure uffd_minor
 ; vmcalls: lru_gen_enable lru_gen_age lru_gen_evict memcg_limit memcg_reclaim zswap_enable zswap_writeback oom_kill
 .include "runtime.inc"
@@ -109,16 +109,16 @@ make_regions:
     mov rdi, [nr_pages]
     mov esi, ANON
     call add_region
-    HOST2 VMCALL_MEMFD_SLOT, qword ptr [gpas], FILE_PAGES
+    HOST2 VMCALL_MEMFD_CREATE, qword ptr [gpas], FILE_PAGES
     mov rdi, FILE_PAGES
     mov esi, SHMEM
     mov rcx, [gpas]
     call add_made
-    HOST3 VMCALL_FILE_SLOT, qword ptr [gpas + 8], FILE_PAGES, 0
+    HOST3 VMCALL_FILE_CREATE, qword ptr [gpas + 8], FILE_PAGES, 0
     mov esi, FILE
     mov rcx, [gpas + 8]
     call add_made
-    HOST3 VMCALL_FILE_SLOT, qword ptr [gpas + 16], FILE_PAGES, 1
+    HOST3 VMCALL_FILE_CREATE, qword ptr [gpas + 16], FILE_PAGES, 1
     mov esi, PRIVATE
     mov rcx, [gpas + 16]
     call add_made

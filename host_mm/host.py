@@ -314,10 +314,12 @@ class HostMm:
         )
 
     def shutdown(self) -> None:
-        """Every process has ended: stop ksmd, turn swap off, give up the huge pages.
+        """End every process, stop ksmd, turn swap off, give up the huge pages.
 
         What is in use after that is lost.
         """
+        for process in list(self.processes):
+            fork.exit_process(process)
         if self.ksm.mm_slots:
             ksm.run_store(self, KSM_RUN_UNMERGE)
         if self.swap is not None:

@@ -37,7 +37,7 @@ NOT_ASKED = {
     "protect_faults", "start_cpu",
     "child_read",  # changes nothing
 }
-ONCE = {"file_slot", "hugetlb_create", "memfd_slot", "pfnmap_create", "slot_create", "weather"}
+ONCE = {"file_create", "hugetlb_create", "memfd_create", "pfnmap_create", "slot_create", "weather"}
 
 
 class Hits:
