@@ -36,6 +36,7 @@
 .equ FILES, SHMEM | FILE
 .equ SMALL, ANON | FILES | PRIVATE
 .equ EVERY, SMALL | HUGE
+.equ PINNABLE, ANON | SHMEM | PRIVATE     ; no pin for long where a file must know of writes
 
 ; A region: where it is, its pages (0: there is none), a seed a page, its kind.
 .equ RG_GPA, 0
@@ -875,7 +876,7 @@ operations:
     OPERATION name_3, plain, VMCALL_COMPACT, 1, SAME, EVERY
     OPERATION name_4, ask_contig, 0, 1, SAME, ANON
     OPERATION name_5, ask_offline, 0, 1, SAME, ANON
-    OPERATION name_6, ask_pin, 0, 16, SAME, SMALL
+    OPERATION name_6, ask_pin, 0, 16, SAME, PINNABLE
     OPERATION name_7, range, VMCALL_SOFT_OFFLINE, 1, SAME, SMALL
     OPERATION name_8, ask_failure, 0, 1, ZEROS, ANON
     OPERATION name_9, range, VMCALL_DONTNEED, 16, ZEROS, ANON | PRIVATE
@@ -902,7 +903,7 @@ operations:
     OPERATION name_30, stores, VMCALL_DUNE_WRITE, 1, ANYTHING, SMALL
     OPERATION name_31, reads, VMCALL_SVA_READ, 1, SAME, SMALL
     OPERATION name_32, stores, VMCALL_SVA_WRITE, 1, ANYTHING, SMALL
-    OPERATION name_33, ask_rdma, 0, 16, ANYTHING, SMALL
+    OPERATION name_33, ask_rdma, 0, 16, ANYTHING, PINNABLE
     OPERATION name_34, ask_device, 0, 16, ANYTHING, ANON
     OPERATION name_35, ask_bar, 0, 1, SAME, ANON
     OPERATION name_36, ask_log, 0, 4, SAME, SMALL
