@@ -41,6 +41,8 @@ from host_mm import (
     hugetlb,
     interval_notifier,
     kcompactd,
+    khugepaged,
+    khugepaged_trace,
     ksm,
     ksm_merge,
     ksm_tree,
@@ -111,6 +113,8 @@ _MODULES = (
     hmm_mirror,
     huge_memory_pmd,
     huge_memory_split,
+    khugepaged,
+    khugepaged_trace,
     interval_notifier,
     ksm,
     ksm_merge,
@@ -358,9 +362,18 @@ class HostMm:
         """madvise, ksm, migrate and reclaim -> huge_memory_split: 0 or a negative errno."""
         return huge_memory_split.split_folio_to_list(self, page, folios)
 
-    def khugepaged_enter_vma(self, vma: VmArea) -> None:
-        """huge_memory -> khugepaged: the VMA may have huge pages."""
-        khugepaged_enter_vma(vma)
+    def khugepaged_enter_vma(self, vma: VmArea, vm_flags: int) -> None:
+        """huge_memory -> khugepaged: memory with these flags may have huge pages."""
+        if khugepaged_enter_vma(vma, vm_flags):
+            self.wake_khugepaged()
+
+    def wake_khugepaged(self) -> None:
+        """There is an address space to scan: start the daemon, if the host has daemons, or wake it."""
+        state = self.khugepaged
+        state.wait.wake_all()
+        if state.task is None and self.daemons:
+            state.task = self.sched.spawn("khugepaged", partial(khugepaged.khugepaged, self))
+            self.daemons.append(state.task)
 
     def do_swap_page(self, vmf: VmFault) -> int:
         """memory -> swapin."""
