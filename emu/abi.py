@@ -221,6 +221,7 @@ WC_SUCCESS, WC_LOC_QP_OP_ERR, WC_LOC_PROT_ERR, WC_WR_FLUSH_ERR, WC_REM_ACCESS_ER
 """Statuses (enum ib_wc_status): bad request; local key or address; behind a failed one; the remote's."""
 
 ENOENT, ECHILD, ENOMEM, EFAULT, EBUSY, EEXIST, EINVAL, ENOSYS, ENODATA = 2, 10, 12, 14, 16, 17, 22, 38, 61
+EIO, EHWPOISON = 5, 133
 EAGAIN = 11
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 
@@ -267,6 +268,7 @@ VMCALL_UFFD_MOVE = 0x5246_0172
 VMCALL_UFFD_END = 0x5246_0173
 VMCALL_UFFD_READ = 0x5246_0174
 VMCALL_PAGEMAP_SCAN = 0x5246_0175
+VMCALL_UFFD_MINOR = 0x5246_0176
 VMCALL_NUMA_BALANCE = 0x5246_0178
 VMCALL_VCPU_NODE = 0x5246_0179
 VMCALL_PAGES_ON_NODE = 0x5246_017A
@@ -282,14 +284,23 @@ VMCALL_DEVICE_WRITE = 0x5246_01BD
 VMCALL_DEVICE_ADD = 0x5246_01BE
 VMCALL_NR_HUGEPAGES = 0x5246_0140
 VMCALL_HUGETLB_CREATE = 0x5246_0141
-VMCALL_HUGETLB_PUNCH = 0x5246_0142
-VMCALL_HUGETLB_PEER_READ = 0x5246_0143
-VMCALL_HUGETLB_PEER_WRITE = 0x5246_0144
-VMCALL_HUGETLB_SHARERS = 0x5246_0145
-VMCALL_HUGETLB_UNSHARE = 0x5246_0146
+VMCALL_HUGETLB_PEER_READ = 0x5246_0142
+VMCALL_HUGETLB_PEER_WRITE = 0x5246_0143
+VMCALL_HUGETLB_SHARERS = 0x5246_0144
+VMCALL_HUGETLB_UNSHARE = 0x5246_0145
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
+VMCALL_COMPACT = 0x5246_0190
+VMCALL_CONTIG_ALLOC = 0x5246_0191
+VMCALL_CONTIG_FREE = 0x5246_0192
+VMCALL_OFFLINE = 0x5246_0193
+VMCALL_ONLINE = 0x5246_0194
+VMCALL_MBIND = 0x5246_0195
+VMCALL_PIN = 0x5246_0196
+VMCALL_UNPIN = 0x5246_0197
+VMCALL_SOFT_OFFLINE = 0x5246_0198
+VMCALL_MEMORY_FAILURE = 0x5246_0199
 VMCALL_MEMCG_LIMIT = 0x5246_0153
 VMCALL_MEMCG_RECLAIM = 0x5246_0154
 VMCALL_LRU_GEN_ENABLE = 0x5246_0155
@@ -491,6 +502,10 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_UFFD_MOVE, "uffd_move", ("gpa", "pages"), "pages that went", (),
            "UFFDIO_MOVE of the range's pages to another place of the VMM, and of each back when somebody "
            "touches it. Pages that are pinned or shared stay. Ends what an earlier one began."),
+    Vmcall(VMCALL_UFFD_MINOR, "uffd_minor", ("gpa", "pages"), "0", (),
+           "The range, which is a memfd_slot's, is unmapped; its pages stay in the memfd, and each is mapped "
+           "by UFFDIO_CONTINUE when somebody touches it. Ends what an earlier one began. -EINVAL for other "
+           "memory."),
     Vmcall(VMCALL_UFFD_END, "uffd_end", (), "pages written after uffd_wp, else faults served", ("ENOENT",),
            "Ends what uffd_missing, uffd_wp or uffd_move began: what is elsewhere comes back first. -ENOENT "
            "when nothing was begun."),
@@ -540,9 +555,6 @@ VMCALLS: tuple[Vmcall, ...] = (
            "As slot_create, but of huge pages: `gpa` and the range are whole 2 MiB (-EINVAL). `shared` 1: of "
            "a memfd, which others can map; 0: private. `reserve` 1: the pool promises every page, -ENOMEM if "
            "it cannot; 0: a fault that finds no page leaves KVM_RUN with -EFAULT. -EINVAL for other values."),
-    Vmcall(VMCALL_HUGETLB_PUNCH, "hugetlb_punch", ("gpa", "pages"), "0", (),
-           "A hole in the memfd behind a shared region of huge pages: whole huge pages go back to the pool, "
-           "parts are zeroed; the range reads as zeros. -EINVAL in other memory."),
     Vmcall(VMCALL_HUGETLB_PEER_READ, "hugetlb_peer_read", ("gpa", "size"), "the value, zero-extended", (),
            "Another process of the host maps the same memfd, on the first question about it, and reads "
            "`size` bytes (1, 2, 4 or 8) of it. Where 1 GiB of the file is mapped whole by both they use one "
@@ -563,6 +575,35 @@ VMCALLS: tuple[Vmcall, ...] = (
            "kdamond watches the VMM's mapping of the range for `ns` of logical time, one sample of each "
            "region every `sample_ns`; other CPUs go on meanwhile. The result is the size of the regions "
            "that the last aggregation found in use. -EINVAL unless 0 < sample_ns <= ns <= 10 s."),
+    Vmcall(VMCALL_COMPACT, "compact", (), "pages moved", (),
+           "A write to /proc/sys/vm/compact_memory: every zone of the host, from end to end."),
+    Vmcall(VMCALL_CONTIG_ALLOC, "contig_alloc", ("gpa", "pages"), "a frame number >= 2", ("EBUSY", "ENOMEM"),
+           "A device takes exactly the `pages` frames (a power of two up to 512, else -EINVAL), aligned to "
+           "their size, among which is the page at `gpa`; what is in them moves away. -EBUSY where something "
+           "cannot, -EFAULT where `gpa` has no page yet."),
+    Vmcall(VMCALL_CONTIG_FREE, "contig_free", ("pfn",), "frames", (),
+           "The device gives back what contig_alloc answered `pfn` for; -EINVAL for another."),
+    Vmcall(VMCALL_OFFLINE, "offline", ("gpa",), "a frame number >= 2", ("EBUSY",),
+           "The 2 MiB of host memory that the page at `gpa` is in go out of use; what is in them moves away. "
+           "-EBUSY where something cannot: the kernel's own memory, a page that is pinned."),
+    Vmcall(VMCALL_ONLINE, "online", ("pfn",), "0", (),
+           "The memory that offline answered `pfn` for comes back into use; -EINVAL for another."),
+    Vmcall(VMCALL_MBIND, "mbind", ("gpa", "pages", "node"), "pages of the range on the node", (),
+           "mbind(MPOL_BIND, MPOL_MF_MOVE) of the VMM's mapping of the range. -EINVAL for a node that does "
+           "not exist."),
+    Vmcall(VMCALL_PIN, "pin", ("gpa", "pages"), "0", ("ENOMEM",),
+           "A device pins the range for long and for writing, as io_uring pins a registered buffer: its "
+           "frames stay where they are. -ENOMEM where a page cannot be moved out of movable memory first."),
+    Vmcall(VMCALL_UNPIN, "unpin", ("gpa", "pages"), "0", (),
+           "The pins of an earlier call of pin with the same range, the oldest; -EINVAL without one."),
+    Vmcall(VMCALL_SOFT_OFFLINE, "soft_offline", ("gpa", "pages"), "0", ("EBUSY", "EIO"),
+           "madvise(MADV_SOFT_OFFLINE) of the range: each page moves to another frame, and its old one is "
+           "never used again. -EBUSY where a page is in use and stays, -EIO where it cannot be moved."),
+    Vmcall(VMCALL_MEMORY_FAILURE, "memory_failure", ("gpa", "recover"), "0", ("EBUSY", "EHWPOISON"),
+           "The memory of the frame behind `gpa` fails: its bytes are lost. At the next access KVM sends the "
+           "VMM a SIGBUS. With `recover` 1 the VMM maps a page of zeros there and the access is repeated; "
+           "with 0 the run ends. -EFAULT where `gpa` has no page of its own yet, -EBUSY "
+           "where the frame is in use by somebody who cannot be told."),
     Vmcall(VMCALL_MEMCG_LIMIT, "memcg_limit", ("pages",), "pages charged to the group", ("ENOMEM",),
            "memory.max of the VMM's memory cgroup in pages; 0 lifts it. The first call makes the group; "
            "pages that the VMM has by then stay uncharged. A limit that reclaim cannot reach ends the run."),

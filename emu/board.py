@@ -35,6 +35,7 @@ from emu.vmm import Vmm
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import Task, WaitQueue
+from host_mm.ram import PAGE_SIZE
 from kvm_model.kvm_main import Kvm
 from kvm_model.profile import PROFILES
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
@@ -108,6 +109,10 @@ class Board:
         self.protected: list[tuple[int, int]] = []
         self.protection_faults = 0
         self.armed: ArmedEntry | None = None
+        self.pinned: list[tuple[int, list[int]]] = []
+        self.contig: dict[int, int] = {}
+        self.offline: list[int] = []
+        self.recovers_from_sigbus = False
         self.uffd: UffdHandler | None = None
         self.uffd_control = Mutex(host.sched, "uffd control")
         self.moving = False
@@ -233,10 +238,30 @@ class Board:
         elif out.kind == "shutdown":
             rip = self.cpu.get_reg(vcpu, "rip")
             self._stop_all("shutdown", f"triple fault on vCPU {vcpu.vcpu_id} at rip {rip:#x}")
-        elif out.kind != "intr":
+        elif out.kind == "intr":
+            self._handle_sigbus()
+        else:
             name = out.kind.upper().replace("-", "_")
             why = self.cpu.unsupported or out.why
             self._stop_all("error", f"KVM_EXIT_{name} on vCPU {vcpu.vcpu_id}: {why}")
+
+    def _handle_sigbus(self) -> None:
+        """Memory of the guest has gone bad: a new page of zeros there, as qemu_ram_remap does, or the end."""
+        for hva in self.vmm.take_sigbus():
+            if not self.recovers_from_sigbus:
+                gpa = self.memory.gpa(hva)
+                self._stop_all("error", f"SIGBUS (BUS_MCEERR_AR): the memory behind gpa {gpa:#x} has failed")
+                return
+            self.vmm.mmap(PAGE_SIZE, PROT_RW, hva)
+
+    def _give_back(self) -> None:
+        """What operations took of the host and did not return."""
+        for _, pfns in self.pinned:
+            self.vmm.unpin_range(pfns)
+        for pfn, pages in self.contig.items():
+            self.vmm.free_contig(pfn, pages)
+        for pfn in self.offline:
+            self.vmm.online(pfn)
 
     def _serve_io(self, vcpu: Vcpu, out: UserExit) -> None:
         if out.write:
@@ -335,6 +360,7 @@ class Board:
                 self.child.exit()
             for mirror in self.mirrors.values():
                 mirror.close()
+            self._give_back()
             if self.uffd is not None:
                 self.uffd.stop()
             self.hugetlb.exit_peer()

@@ -14,7 +14,7 @@ __all__ = ["MachineConfig"]
 class MachineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One VM on one host. Sizes are bytes; `swap` None means no swap.
 
-    `memory_backend` is what the guest's RAM is to the host: "anon", "memfd" or "file:PATH".
+    `memory_backend` is what the guest's RAM is to the host: "anon", "memfd", "hugetlb" or "file:PATH".
 
     `params` are module parameters by the kernel's names; `breaks` protocol steps left out;
     `checks` whether the truths are checked (a broken one ends the run).

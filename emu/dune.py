@@ -30,7 +30,7 @@ from host_mm.gup import FOLL_WRITE, get_user_page_fast_only, get_user_pages_unlo
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.locks import Spinlock
 from host_mm.mmu_notifier import MmuNotifier, mmu_notifier_register, mmu_notifier_unregister
-from host_mm.page import put_page, set_page_dirty
+from host_mm.page import page_folio, put_page, set_page_dirty
 from host_mm.page_alloc import GFP_KERNEL, GFP_ZERO
 from host_mm.tlb import HostTlb
 from kvm_model.vmx.ept import (
@@ -152,7 +152,7 @@ class Dune(MmuNotifier):
         pfn = (entry & EPT_ADDR_MASK) >> 12
         host.ram.u64[at] = 0
         self.mapped.drop(address >> 12)
-        host.held[pfn] -= 1
+        host.held[page_folio(host.pages, pfn)] -= 1
         if entry & EPT_WRITABLE:
             set_page_dirty(host, pfn)
         put_page(host, pfn)
@@ -234,7 +234,7 @@ class Dune(MmuNotifier):
             self._clear_epte(address, at)
         rights = EPT_WRITABLE | EPT_DIRTY if write else 0
         host.ram.u64[at] = pfn << 12 | _LEAF | rights
-        host.held[pfn] += 1
+        host.held[page_folio(host.pages, pfn)] += 1
         self.mapped.fill(address, pfn, write)
         if (t := self.trace.dune_map) is not None:
             t(address, pfn, write, seq)

@@ -56,18 +56,27 @@ class HugetlbMemory:
         """A new region at `gpa`; its slot. KernelError: EINVAL, EEXIST, ENOMEM (no huge pages left)."""
         if gpa % HPAGE_SIZE or size % HPAGE_SIZE or size <= 0:
             raise KernelError(errno.EINVAL, f"gpa {gpa:#x}+{size:#x} is not made of huge pages")
-        vmm, memory = self.board.vmm, self.board.memory
+        memory = self.board.memory
         memory.check_free(gpa, size)
+        hva, file = self.map(size, shared=shared, reserve=reserve)
+        region = memory.show(gpa, size, hva)
+        self.note(region, file)
+        return region.slot
+
+    def map(self, size: int, *, shared: bool, reserve: bool) -> tuple[int, AddressSpace | None]:
+        """Huge pages in the VMM: the address, and the file; to be noted. KernelError(ENOMEM)."""
+        vmm = self.board.vmm
         file = vmm.memfd_hugetlb(size) if shared else None
         try:
-            hva = vmm.mmap_hugetlb(size, self._place(size), file, reserve=reserve)
+            return vmm.mmap_hugetlb(size, self._place(size), file, reserve=reserve), file
         except KernelError:
             if file is not None:
                 vmm.close_file(file)
             raise
-        region = memory.show(gpa, size, hva)
+
+    def note(self, region: Region, file: AddressSpace | None) -> None:
+        """A region shows what map() made."""
         self.mappings.append(_Mapping(region, file))
-        return region.slot
 
     def _at(self, gpa: int) -> _Mapping:
         for mapping in self.mappings:

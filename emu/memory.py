@@ -55,6 +55,9 @@ class GuestMemory:
         vmm, backend = self.board.vmm, self.board.config.memory_backend
         if backend == "anon":
             self._add(gpa, size)
+        elif backend == "hugetlb":
+            hva, file = self.board.hugetlb.map(size, shared=True, reserve=True)
+            self.board.hugetlb.note(self._show(gpa, size, hva), file)
         elif backend == "memfd":
             self._show(gpa, size, files.mmap_memfd(vmm, size))
         else:
@@ -84,6 +87,13 @@ class GuestMemory:
         if region is None:
             raise KernelError(errno.EFAULT, f"gpa {gpa:#x} is not in a memory slot")
         return region.hva + gpa - region.gpa
+
+    def gpa(self, hva: int) -> int:
+        """Where the guest sees the VMM's `hva`, or -1."""
+        for region in self.regions:
+            if not region.deleted and region.hva <= hva < region.hva + region.size:
+                return region.gpa + hva - region.hva
+        return -1
 
     def read(self, gpa: int, length: int) -> bytes:
         """`length` bytes at `gpa`, read by the VMM."""

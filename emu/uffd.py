@@ -1,7 +1,7 @@
-"""A VMM's userfaultfds: a thread that serves the faults of a part of guest memory, in three ways.
+"""A VMM's userfaultfds: a thread that serves the faults of a part of guest memory, in four ways.
 
 Source: what VMMs do with Documentation/admin-guide/mm/userfaultfd.rst: post-copy migration, a snapshot of
-a running guest, pages that are lent out; Linux 6.18.
+a running guest, pages that are lent out, shared memory that is mapped on demand; Linux 6.18.
 
 Each may begin while vCPUs run. What they write until then is in the pages that are set aside; from then on
 their accesses wait in the host's fault handler until the thread has answered.
@@ -22,9 +22,11 @@ from host_mm.ram import PAGE_SIZE
 from host_mm.userfaultfd import (
     UFFDIO_COPY_MODE_WP,
     UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES,
+    UFFDIO_REGISTER_MODE_MINOR,
     UFFDIO_REGISTER_MODE_MISSING,
     UFFDIO_REGISTER_MODE_WP,
     UFFDIO_WRITEPROTECT_MODE_WP,
+    userfaultfd_continue,
     userfaultfd_copy,
     userfaultfd_move,
     userfaultfd_register,
@@ -44,7 +46,7 @@ from host_mm.userfaultfd_k import (
 if TYPE_CHECKING:
     from emu.board import Board
 
-__all__ = ["Lend", "PostCopy", "Snapshot", "UffdHandler"]
+__all__ = ["Lend", "Minor", "PostCopy", "Snapshot", "UffdHandler"]
 
 RETRY = 20_000
 """ns until an ioctl that found no memory, or a page in somebody's hands, is tried again."""
@@ -315,7 +317,7 @@ class Lend(UffdHandler):
         try:
             userfaultfd_move(self.ctx, hva, place, PAGE_SIZE)
         except KernelError as exc:
-            if exc.errno == errno.ENOENT:
+            if exc.errno == errno.ENOENT or not self.populated(place, PAGE_SIZE):
                 self.give(hva, 0)
             elif exc.errno == errno.EEXIST:
                 userfaultfd_wake(self.ctx, hva, PAGE_SIZE)
@@ -350,4 +352,34 @@ class Lend(UffdHandler):
         self.stop()
         for hva, length in self.pieces:
             self.vmm.munmap(self.lent_to[hva], length)
+        return self.served
+
+
+class Minor(UffdHandler):
+    """Shared memory that is in its file but not mapped: each page is mapped when it is touched."""
+
+    def begin(self) -> int:
+        """Register the range and unmap it; its pages stay in the file."""
+        from host_mm.madvise import MADV_DONTNEED
+
+        self.start()
+        self.register(UFFDIO_REGISTER_MODE_MINOR)
+        for hva, length in self.pieces:
+            self.vmm.madvise(hva, length, MADV_DONTNEED)
+        return 0
+
+    def answer(self, msg: UffdMsg) -> bool:
+        """UFFDIO_CONTINUE. A page that left the file meanwhile is just tried again."""
+        try:
+            userfaultfd_continue(self.ctx, msg.address, PAGE_SIZE)
+        except KernelError as exc:
+            if exc.errno not in (errno.EEXIST, errno.EFAULT, errno.ENOENT, errno.ENOMEM):
+                raise
+            userfaultfd_wake(self.ctx, msg.address, PAGE_SIZE)
+            return False
+        return True
+
+    def finish(self) -> int:
+        """How many pages were mapped on demand."""
+        self.stop()
         return self.served

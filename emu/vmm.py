@@ -68,18 +68,6 @@ class Vmm:
         flags |= 0 if reserve else MAP_NORESERVE
         return do_mmap(self.process.mm, address, length, 3, flags, file=file, pgoff=0)
 
-    def punch_hole_hugetlb(self, file: AddressSpace, offset: int, length: int) -> None:
-        """fallocate(2) with FALLOC_FL_PUNCH_HOLE."""
-        from host_mm.hugetlbfs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-
-        fallocate(self.process, file, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, length)
-
-    def truncate_hugetlb(self, file: AddressSpace, size: int) -> None:
-        """ftruncate(2)."""
-        from host_mm.hugetlbfs import truncate
-
-        truncate(file, size)
-
     def pt_share_count(self, address: int) -> int:
         """How many other processes use this one's level-2 page table of `address`."""
         from host_mm.pgtable_generic import pmd_offset
@@ -221,6 +209,71 @@ class Vmm:
         from host_mm.gup import unpin_user_page
 
         unpin_user_page(self.mm, pfn, dirty=True)
+
+    def pin_range(self, address: int, pages: int) -> list[int]:
+        """Long-term pins for writing of up to `pages` pages: their frames; KernelError if there is none."""
+        from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE
+        from host_mm.gup_range import pin_user_pages
+
+        return pin_user_pages(self.process.mm, address, pages, FOLL_WRITE | FOLL_LONGTERM)
+
+    def unpin_range(self, pfns: list[int]) -> None:
+        """Give these pins back; the pages were written."""
+        from host_mm.gup_range import unpin_user_pages
+
+        unpin_user_pages(self.mm, pfns, dirty=True)
+
+    def compact_memory(self) -> int:
+        """Write to /proc/sys/vm/compact_memory; how many pages of the host moved."""
+        from host_mm.compaction import compact_nodes
+
+        before = self.mm.vmstat["pgmigrate_success"]
+        compact_nodes(self.mm)
+        return self.mm.vmstat["pgmigrate_success"] - before
+
+    def mbind(self, address: int, length: int, node: int) -> None:
+        """mbind(2) with MPOL_BIND and MPOL_MF_MOVE."""
+        from host_mm.mempolicy import MPOL_BIND, MPOL_MF_MOVE, do_mbind
+
+        do_mbind(self.process, address, length, MPOL_BIND, node, MPOL_MF_MOVE)
+
+    def alloc_contig(self, pfn: int, pages: int) -> None:
+        """A driver takes exactly these frames."""
+        from host_mm.contig import alloc_contig_range
+
+        alloc_contig_range(self.mm, pfn, pfn + pages)
+
+    def free_contig(self, pfn: int, pages: int) -> None:
+        """It gives them back."""
+        from host_mm.contig import free_contig_range
+
+        free_contig_range(self.mm, pfn, pages)
+
+    def offline(self, pfn: int) -> None:
+        """Write `offline` to the state of the memory block of 2 MiB that begins with this frame."""
+        from host_mm.memory_hotplug import offline_pages
+        from host_mm.mmzone import PAGEBLOCK_NR_PAGES
+
+        offline_pages(self.mm, pfn, PAGEBLOCK_NR_PAGES)
+
+    def online(self, pfn: int) -> None:
+        """Write `online` to it."""
+        from host_mm.memory_hotplug import online_pages
+        from host_mm.mmzone import PAGEBLOCK_NR_PAGES
+
+        online_pages(self.mm, pfn, PAGEBLOCK_NR_PAGES)
+
+    def hard_offline(self, pfn: int) -> None:
+        """Write to /sys/devices/system/memory/hard_offline_page: the memory of this frame has failed."""
+        from host_mm.memory_failure import memory_failure
+
+        if err := memory_failure(self.mm, pfn):
+            raise KernelError(-err, f"frame {pfn:#x} cannot be taken out of use")
+
+    def take_sigbus(self) -> list[int]:
+        """The handler of SIGBUS: the addresses whose memory failed since the last call, each once."""
+        signals, self.process.signals = self.process.signals, []
+        return list(dict.fromkeys(signal.address for signal in signals))
 
     def present_pfn(self, address: int) -> int:
         """The frame that maps `address`, or -1: what /proc/PID/pagemap says."""

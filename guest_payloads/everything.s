@@ -9,13 +9,11 @@
 ; param pages=1024  the region, which begins at a multiple of 2 MiB
 ; param only=99     the number of the one operation to ask for; 99 for all of them
 ; param weather=0   ns between two things the host does by itself, about; 0 for none
-; vmcalls: swap_out migrate dontneed age reclaim fork child_exit host_read host_write dirty_log get_dirty protect slot_create slot_delete slot_restore slot_move mirror_read dma_write kvm_map_write ksm_merge ksm_unmerge weather
-; vmcalls: dune_read dune_write sva_read sva_write rdma_register rdma_deregister rdma_peer_read rdma_peer_write rdma_peer_add device_migrate device_read device_write device_add pfnmap_create pfnmap_revoke
+; vmcalls: swap_out migrate dontneed age reclaim fork child_exit host_read host_write dirty_log get_dirty protect slot_create slot_delete slot_restore slot_move mirror_read dma_write kvm_map_write ksm_merge ksm_unmerge weather dune_read dune_write sva_read sva_write rdma_register rdma_deregister rdma_peer_read rdma_peer_write rdma_peer_add device_migrate device_read device_write device_add pfnmap_create pfnmap_revoke
 .include "runtime.inc"
 
 .equ OTHERS, 4                           ; pages that are looked at beside the piece
 .equ SLOT_PAGES, 2
-.equ EAGAIN, 11
 
 ; What an operation leaves in the pages of its piece.
 .equ SAME, 0
@@ -443,8 +441,17 @@ ask_rdma:
 .end:
     ret
 
-; The piece goes to a device's memory, where that reads and stores; what it adds to comes back first.
+; A device reads and stores, first in RAM, then in its own memory, where the piece goes; what it adds to
+; comes back before that.
 ask_device:
+    HOST2 VMCALL_DEVICE_READ, rdi, 4
+    call same_word
+    test rax, rax
+    js .end
+    call rng_next
+    mov r8, rax
+    HOST3 VMCALL_DEVICE_WRITE, rdi, r8, 8
+    call stored_word
     HOST2 VMCALL_DEVICE_MIGRATE, rdi, rsi
     test rax, rax
     js .end

@@ -7,8 +7,7 @@
 ; param pages=4          pages of each of three buffers, at most 16
 ; param rounds=3         of each kind of request, calm; and of all kinds in a storm
 ; param weather=200000   ns between two things the host does in the storm, about; 0 for no storm
-; vmcalls: rdma_register rdma_deregister rdma_peer_read rdma_peer_write rdma_peer_add swap_out migrate fork
-; vmcalls: child_read child_exit weather
+; vmcalls: rdma_register rdma_deregister rdma_peer_read rdma_peer_write rdma_peer_add swap_out migrate fork child_read child_exit weather
 .include "runtime.inc"
 
 .equ PATIENCE, 1 << 20

@@ -18,6 +18,9 @@ Reading order:
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
     userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill
+                                 (userfaultfd_mfill.py) and register and protect (userfaultfd_wp.py)
+    gup.py gup_range.py          pages for others than the CPU; gup_longterm.py: and for long
+    uaccess.py            memory for others than the CPU, and for the process itself
                                  (userfaultfd_mfill.py), register and protect (userfaultfd_wp.py) and move
                                  (userfaultfd_move.py) pages
     pagemap.py                   what each page is, and scans that protect what they find
@@ -55,6 +58,8 @@ Reading order:
     migrate.py oom_kill.py       to another frame; to nowhere
     compaction.py kcompactd.py   many to another place, for large blocks; and the daemon that sees to it
     compaction_scan.py           which and where to; compaction_trace.py: what is told about it
+    page_isolation.py contig.py  a range for one who wants just these frames
+    memory_hotplug.py            memory out of use and back; memory_failure.py: and never back
     ksm.py ksm_merge.py          equal pages become one; ksm_break.py: and are parted again
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped
     host.py                      all of it, wired

@@ -174,8 +174,7 @@ def _migrate_isolated(cc: CompactControl) -> int:
     nr = cc.nr_migratepages
     before = host.vmstat["pgmigrate_success"]
     err = migrate_pages(
-        host, cc.migratepages, cc.zone.nid, MR_COMPACTION, cc.mode,
-        get_new_folio=cc.compaction_alloc, put_new_folio=cc.compaction_free,
+        host, cc.migratepages, cc.compaction_alloc, MR_COMPACTION, cc.mode, cc.compaction_free
     )
     if (t := host.trace.mm_compaction_migratepages) is not None:
         moved = host.vmstat["pgmigrate_success"] - before

@@ -32,11 +32,13 @@ from host_mm.page import (
     PG_anon,
     PG_buddy,
     PG_head,
+    PG_hwpoison,
     PG_ksm,
     PG_lru,
     PG_swapcache,
     PG_writeback,
     folio_mapcount,
+    put_page,
 )
 from host_mm.page_alloc import GFP_KERNEL
 
@@ -111,6 +113,9 @@ class CompactControl:
         pages = self.host.pages
         order = pages.order[dst]
         self.nr_migratepages += 1 << order
+        if pages.flags[dst] & PG_hwpoison:
+            put_page(self.host, dst)
+            return
         pages.refcount[dst] -= 1
         if not pages.refcount[dst]:
             self.host.allocator.free_pages_prepare(dst, order)

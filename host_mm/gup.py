@@ -9,13 +9,16 @@ it in between is given back. It never takes the zero page. Slow GUP faults under
 (FOLL_PIN) counts 1024 references at once, of a large folio one and a pin count, and must hold an exclusive
 page; a read-only long-term pin of anything else first makes one (unshare).
 
-Not modelled: more than one page in a call, FOLL_LONGTERM's migration out of movable zones (there are none),
-coherent device memory, signals (FOLL_INTERRUPTIBLE never interrupts), 5.10's FOLL_COW (a forced write there
+Several pages in a call are in gup_range.py, where long-term pins may be in gup_longterm.py.
+
+Not modelled: coherent device memory, signals (FOLL_INTERRUPTIBLE never interrupts), callers that hold
+mmap_lock and must keep it (all are FOLL_UNLOCKABLE), 5.10's FOLL_COW (a forced write there
 follows any dirty entry).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from errno import EAGAIN, EBUSY, EFAULT, EINVAL, EMLINK, ENOENT, ENOMEM
 from typing import TYPE_CHECKING
 
@@ -37,6 +40,7 @@ from host_mm.arch.x86.pgtable import (
     pte_write,
     walk_lockless,
 )
+from host_mm.gup_longterm import folio_is_longterm_pinnable, gup_longterm_locked
 from host_mm.huge_mm import is_huge_zero_pfn
 from host_mm.hugetlb_share import hugetlb_vma_lock_read, hugetlb_vma_unlock_read
 from host_mm.kernel.costs import COST_WALK
@@ -89,11 +93,11 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
-    "FOLL_FORCE", "FOLL_GET", "FOLL_HONOR_NUMA_FAULT", "FOLL_HWPOISON", "FOLL_INTERRUPTIBLE",
-    "FOLL_LONGTERM", "FOLL_NOFAULT", "FOLL_NOWAIT", "FOLL_PIN", "FOLL_WRITE", "TRACEPOINTS",
-    "faultin_page_range", "get_user_page_fast_only", "get_user_page_remote",
-    "get_user_pages_unlocked", "mm_populate",
-    "pin_user_page", "unpin_user_page",
+    "FOLL_ANON", "FOLL_FORCE", "FOLL_GET", "FOLL_HONOR_NUMA_FAULT", "FOLL_HWPOISON",
+    "FOLL_INTERRUPTIBLE", "FOLL_LONGTERM", "FOLL_NOFAULT", "FOLL_NOWAIT", "FOLL_PIN", "FOLL_TOUCH",
+    "FOLL_WRITE", "TRACEPOINTS", "faultin_page_range", "get_user_page_fast_only", "get_user_page_remote",
+    "get_user_pages_unlocked", "gup_fast", "gup_longterm", "gup_slow", "mm_populate", "note_pins",
+    "pin_user_page", "trace_gup", "unpin_user_page",
 ]
 
 FOLL_WRITE = 1 << 0
@@ -102,6 +106,7 @@ FOLL_FORCE = 1 << 3
 FOLL_NOWAIT = 1 << 4
 FOLL_NOFAULT = 1 << 5
 FOLL_HWPOISON = 1 << 6
+FOLL_ANON = 1 << 7
 FOLL_LONGTERM = 1 << 8
 FOLL_INTERRUPTIBLE = 1 << 11
 FOLL_HONOR_NUMA_FAULT = 1 << 12
@@ -130,7 +135,8 @@ GUP = Tracepoint(
 TRACEPOINTS = (GUP,)
 
 
-def _trace(mm: MmStruct, address: int, flags: int, path: str, answer: int) -> int:
+def trace_gup(mm: MmStruct, address: int, flags: int, path: str, answer: int) -> int:
+    """Tell what was answered, and answer it."""
     if (t := mm.host.trace.gup) is not None:
         t(mm.process.pid, address & ~0xFFF, _flag_names(flags), path, answer, answer == mm.host.zero_pfn)
     return answer
@@ -184,10 +190,11 @@ def _must_unshare(host: HostMm, vma: VmArea | None, flags: int, pfn: int) -> boo
 # -- fast -----------------------------------------------------------------------------------------
 def get_user_page_fast_only(mm: MmStruct, addr: int, gup_flags: int) -> int:
     """The frame at `addr` with a reference, or -1, without locks, faults or sleep."""
-    return _trace(mm, addr, gup_flags, "fast", _gup_fast(mm, addr, gup_flags))
+    return trace_gup(mm, addr, gup_flags, "fast", gup_fast(mm, addr, gup_flags))
 
 
-def _gup_fast(mm: MmStruct, addr: int, flags: int) -> int:
+def gup_fast(mm: MmStruct, addr: int, flags: int) -> int:
+    """The frame with its reference, or -1: ask gup_slow."""
     host = mm.host
     host.sched.advance(COST_WALK)
     seq = mm.write_protect_seq
@@ -202,6 +209,8 @@ def _gup_fast(mm: MmStruct, addr: int, flags: int) -> int:
         pfn += (addr >> 12) & (HPAGE_PMD_NR - 1)
     if host.sched.preempt:
         host.sched.point("gup-fast")
+    if flags & FOLL_LONGTERM and not folio_is_longterm_pinnable(host, pfn):
+        return -1
     if not _grab(host, pfn, flags):
         return -1
     if walk_lockless(host.ram, mm.pgd, addr) != (entry, level):
@@ -223,7 +232,7 @@ def get_user_pages_unlocked(mm: MmStruct, addr: int, gup_flags: int) -> int:
 
     -EAGAIN is what the kernel answers with 0 pages: FOLL_NOWAIT and the fault would have to wait.
     """
-    return _trace(mm, addr, gup_flags, "slow", _gup_slow(mm, addr, gup_flags | FOLL_TOUCH))
+    return trace_gup(mm, addr, gup_flags, "slow", _gup_slow(mm, addr, gup_flags | FOLL_TOUCH))
 
 
 def get_user_page_remote(mm: MmStruct, addr: int, flags: int) -> int:
@@ -235,25 +244,40 @@ def get_user_page_remote(mm: MmStruct, addr: int, flags: int) -> int:
     while True:
         pfn, locked = _get_user_page(mm, addr, flags)
         if locked:
-            return _trace(mm, addr, flags, "slow", pfn)
+            return trace_gup(mm, addr, flags, "slow", pfn)
         mm.mmap_lock.read_lock()
 
 
 def _gup_slow(mm: MmStruct, addr: int, flags: int) -> int:
+    pfns, err = gup_slow(mm, addr, 1, flags)
+    return pfns[0] if pfns else err
+
+
+def gup_slow(mm: MmStruct, addr: int, nr_pages: int, flags: int) -> tuple[list[int], int]:
+    """__get_user_pages_locked: (frames with a reference each, what ended it before `nr_pages` or 0)."""
+    pfns: list[int] = []
     mm.mmap_lock.read_lock()
-    while True:
-        answer, locked = _get_user_page(mm, addr, flags)
-        if locked:
-            mm.mmap_lock.read_unlock()
-            return answer
-        # The fault dropped mmap_lock to wait. From now on it waits for folios with the lock held; for a
-        # userfaultfd it drops it every time.
-        flags |= FOLL_TRIED
-        mm.mmap_lock.read_lock()
+    tried = 0
+    err = 0
+    while len(pfns) < nr_pages:
+        answer, locked = _get_user_page(mm, addr + (len(pfns) << 12), flags | tried)
+        if not locked:
+            # The fault dropped mmap_lock to wait. From now on it waits for folios with the lock held; for a
+            # userfaultfd it drops it every time.
+            tried = FOLL_TRIED
+            mm.mmap_lock.read_lock()
+            continue
+        tried = 0
+        if answer < 0:
+            err = answer
+            break
+        pfns.append(answer)
+    mm.mmap_lock.read_unlock()
+    return pfns, err
 
 
 def _check_vma_flags(vma: VmArea, flags: int) -> bool:
-    if vma.flags & (VM_IO | VM_PFNMAP):
+    if vma.flags & (VM_IO | VM_PFNMAP) or (flags & FOLL_ANON and vma.file is not None):
         return False
     if flags & FOLL_WRITE:
         return bool(vma.flags & VM_WRITE or (flags & FOLL_FORCE and is_cow_mapping(vma.flags)))
@@ -466,14 +490,31 @@ def pin_user_page(mm: MmStruct, addr: int, flags: int) -> int:
     """Pin the page at `addr` (fast, then slow); its frame or a negative errno. See unpin_user_page."""
     flags |= FOLL_PIN
     mm.flags |= MMF_HAS_PINNED
-    pfn = _gup_fast(mm, addr, flags)
+    pfn = gup_fast(mm, addr, flags)
     path = "fast"
     if pfn < 0:
         path = "slow"
-        pfn = _gup_slow(mm, addr, flags | FOLL_TOUCH)
-    if pfn >= 0 and not _never_pinned(mm.host, pfn):
-        mm.host.pins[page_folio(mm.host.pages, pfn)] += 1
-    return _trace(mm, addr, flags, path, pfn)
+        pfns, err = gup_longterm(mm.host, flags, lambda: gup_slow(mm, addr, 1, flags | FOLL_TOUCH))
+        pfn = pfns[0] if pfns else err
+    if pfn >= 0:
+        note_pins(mm.host, [pfn])
+    return trace_gup(mm, addr, flags, path, pfn)
+
+
+def note_pins(host: HostMm, pfns: list[int]) -> None:
+    """Account for pins that their caller keeps."""
+    for pfn in pfns:
+        if not _never_pinned(host, pfn):
+            host.pins[page_folio(host.pages, pfn)] += 1
+
+
+def gup_longterm(
+    host: HostMm, flags: int, pin: Callable[[], tuple[list[int], int]]
+) -> tuple[list[int], int]:
+    """`pin()`, and again until what it pinned may stay pinned, if that is for long."""
+    if not flags & FOLL_LONGTERM:
+        return pin()
+    return gup_longterm_locked(host, pin, lambda pfn: _ungrab(host, pfn, FOLL_PIN))
 
 
 def unpin_user_page(host: HostMm, pfn: int, *, dirty: bool = False) -> None:

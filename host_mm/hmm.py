@@ -13,8 +13,7 @@ A word a page, in and out:
 The tables are read without their locks, so that what is found may be old already: the caller publishes
 it under a lock of its own, and only if mmu_interval_read_retry says no.
 
-Not modelled: huge swap and migration entries (faulted like empty ones), hugetlb's own walk, peer-to-peer
-DMA addresses.
+Not modelled: huge swap and migration entries (faulted like empty ones), peer-to-peer DMA addresses.
 """
 
 from __future__ import annotations

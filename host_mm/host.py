@@ -16,7 +16,7 @@ HostMm, which this file, at the top of the room, passes on:
     page        ->  free_huge_folio, free_zone_device_folio
     mm_types    ->  free_mm
 
-Not modelled: memory hotplug, more than one zone in a node.
+Not modelled: hot-added memory, nodes without memory.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from host_mm import (
     lru_gen_walk,
     memory,
     memory_device,
+    memory_failure,
     memory_file,
     memremap,
     migrate,
@@ -60,7 +61,9 @@ from host_mm import (
     oom_kill,
     page_alloc,
     page_io,
+    page_isolation,
     page_writeback,
+    process,
     rmap_device,
     rmap_unmap,
     shmem,
@@ -76,7 +79,7 @@ from host_mm import (
     zswap,
 )
 from host_mm.huge_mm import Thp
-from host_mm.kernel.locks import Spinlock, Srcu
+from host_mm.kernel.locks import Mutex, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.khugepaged_types import Khugepaged, khugepaged_enter_vma
 from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
@@ -123,6 +126,7 @@ _MODULES = (
     lru_gen_walk,
     memory,
     memory_device,
+    memory_failure,
     migrate,
     migrate_device,
     mmu_notifier,
@@ -130,6 +134,8 @@ _MODULES = (
     oom_kill,
     page_alloc,
     page_io,
+    page_isolation,
+    process,
     rmap_device,
     rmap_unmap,
     shmem,
@@ -185,8 +191,11 @@ class HostMm:
         self.mms: list[MmStruct] = []
         self.pins: Counter[int] = Counter()
         self.held: Counter[int] = Counter()
-        self.frame_holders: list[Callable[[], Mapping[int, int]]] = [self._tables_of_the_dead, self._pins]
+        self.frame_holders: list[Callable[[], Mapping[int, int]]] = [
+            self._tables_of_the_dead, self._pins, self._poisoned,
+        ]
         self.memcg = MemoryController(self)
+        self.mf_mutex = Mutex(sched, "mf_mutex")
         self.lru_gen_enabled = self.params.get("mm.lru_gen", "N").lower() in ("y", "1", "on", "yes", "true")
         self.gens = lru_gen.LruGen(self)
         if self.lru_gen_enabled:
@@ -233,6 +242,10 @@ class HostMm:
     def _tables_of_the_dead(self) -> dict[int, int]:
         """Page directories that outlive their process because a notifier still holds the mm."""
         return {mm.pgd >> 12: 1 for mm in self.mms if not mm.process.alive}
+
+    def _poisoned(self) -> dict[int, int]:
+        """Frames that memory_failure keeps for nobody."""
+        return self.allocator.hwpoisoned
 
     def _pins(self) -> dict[int, int]:
         pages = self.pages
@@ -281,6 +294,7 @@ class HostMm:
 
     def start_daemons(self) -> None:
         """Start kswapd on every node; each sleeps until an allocation finds its node short."""
+        self.hstate.nr_overcommit = int(self.params.get("hugetlb.nr_overcommit_hugepages", "0"))
         if pages := int(self.params.get("hugetlb.nr_hugepages", "0")):
             hugetlb.set_max_huge_pages(self, pages)
         for node in self.allocator.nodes:

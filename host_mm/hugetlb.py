@@ -429,12 +429,15 @@ def huge_node(vma: VmArea) -> int:
     return nid
 
 
-def dequeue_hugetlb_folio_vma(host: HostMm, vma: VmArea, *, reserved: bool) -> int:
-    """A free page with one reference, a promised one only if `reserved`; or -1. The lock is held."""
+def dequeue_hugetlb_folio_vma(host: HostMm, nid: int, *, reserved: bool) -> int:
+    """A free page with one reference, of that node if it has one; or -1. The lock is held.
+
+    Without `reserved` none that was promised.
+    """
     h = host.hstate
     if not reserved and not h.available:
         return -1
-    return h.dequeue_nodemask(huge_node(vma))
+    return h.dequeue_nodemask(nid)
 
 
 def alloc_hugetlb_folio_nodemask(host: HostMm, nid: int) -> int:

@@ -183,7 +183,9 @@ def _copy_migration(
 def move_hugetlb_page_tables(vma: VmArea, new_vma: VmArea, old: int, new: int, length: int) -> int:
     """Move the entries of `length` bytes; how many bytes are done, fewer only if there was no memory.
 
-    What a shared table maps is not moved: faults at the new place find it in the file.
+    What a shared table maps is not moved: faults at the new place find it in the file. The new place has a
+    table of its own; Linux 6.18 looks for one to share there, too, for which it takes i_mmap_rwsem, that it
+    holds: moving an unshared 1 GiB of a shared mapping to another multiple of 1 GiB never ends.
     """
     mm = vma.mm
     end = old + length
@@ -206,7 +208,7 @@ def move_hugetlb_page_tables(vma: VmArea, new_vma: VmArea, old: int, new: int, l
                 shared = True
                 address = last_huge_page(address) + PMD_SIZE
                 continue
-            dst = huge_pte_alloc(new_vma, address + offset)
+            dst = huge_pte_alloc(new_vma, address + offset, share=False)
             if not dst:
                 break
             _move_one(vma, src, dst, address, address + offset)

@@ -1,8 +1,8 @@
 """Migration of huge pages.
 
 Source of truth: mm/migrate.c (unmap_and_move_huge_page, migrate_hugetlbs, migrate_huge_page_move_mapping,
-alloc_migration_target), mm/rmap.c: try_to_migrate_one's huge-page half, fs/hugetlbfs/inode.c:
-hugetlbfs_migrate_folio; Linux 6.18.
+alloc_migration_target), mm/mempolicy.c: queue_folios_hugetlb, mm/rmap.c: try_to_migrate_one's huge-page
+half, fs/hugetlbfs/inode.c: hugetlbfs_migrate_folio; Linux 6.18.
 
 Each page is unmapped and moved by itself. A bracket (CLEAR) per mapping, widened to 1 GiB where its table
 may be shared; entries are flushed one by one, inside it. Where a table is shared the whole table is unhooked
@@ -51,7 +51,12 @@ from host_mm.arch.x86.pgtable import (
     swp_type,
 )
 from host_mm.filemap import folio_lock, folio_trylock, folio_unlock
-from host_mm.hugetlb import alloc_hugetlb_folio_nodemask, folio_putback_hugetlb, move_hugetlb_state
+from host_mm.hugetlb import (
+    alloc_hugetlb_folio_nodemask,
+    folio_isolate_hugetlb,
+    folio_putback_hugetlb,
+    move_hugetlb_state,
+)
 from host_mm.hugetlb_rmap import (
     copy_huge_folio,
     hugetlb_add_anon_rmap,
@@ -63,7 +68,9 @@ from host_mm.hugetlb_share import (
     adjust_range_if_pmd_sharing_possible,
     flush_hugetlb_tlb_range,
     huge_pmd_unshare,
+    hugetlb_vma_lock_read,
     hugetlb_vma_trylock_write,
+    hugetlb_vma_unlock_read,
     hugetlb_vma_unlock_write,
     hugetlb_walk,
 )
@@ -81,7 +88,7 @@ from host_mm.page import (
     put_page,
     set_page_dirty,
 )
-from host_mm.pgtable_generic import pmd_lock, set_pmd
+from host_mm.pgtable_generic import pmd_lock, pmd_slots, set_pmd
 from host_mm.rmap import rmap_walk
 
 if TYPE_CHECKING:
@@ -90,10 +97,42 @@ if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.mm_types import AnonVma, VmArea
 
-__all__ = ["migrate_hugetlbs"]
+__all__ = ["migrate_hugetlbs", "queue_folios_hugetlb"]
 
 NR_MAX_MIGRATE_PAGES_RETRY = 10
 _COPIED_FLAGS = PG_uptodate | PG_referenced | PG_swapbacked | PG_anon
+
+
+def queue_folios_hugetlb(
+    vma: VmArea, start: int, end: int, wrong: frozenset[int], queue: list[int], *, move: bool, move_all: bool
+) -> int:
+    """Isolate the huge pages of [start, end) that are on the `wrong` nodes; how many could not be.
+
+    Pages that others may map too are left, and not counted, without `move_all`.
+    """
+    host = vma.mm.host
+    failed = 0
+    hugetlb_vma_lock_read(vma)
+    for pmd, _, _ in pmd_slots(vma.mm, start, end):
+        lock = pmd_lock(vma.mm, pmd)
+        entry = host.ram.u64[pmd >> 3]
+        if pte_present(entry):
+            pfn = pmd_pfn(entry)
+            shared = host.pages.large_mapcount[pfn] > 1 or host.pages.private[pmd >> 12]
+            if host.allocator.nid_of(pfn) not in wrong or pfn in queue:
+                pass
+            elif not move and not move_all:
+                failed += 1
+            elif move_all or not shared:
+                if folio_isolate_hugetlb(host, pfn):
+                    queue.append(pfn)
+                else:
+                    failed += 1
+        elif entry:
+            failed += 1
+        lock.unlock()
+    hugetlb_vma_unlock_read(vma)
+    return failed
 
 
 def migrate_hugetlbs(host: HostMm, folios: list[int], nid: int, *, sync: bool) -> tuple[int, int, list[int]]:

@@ -264,7 +264,7 @@ def vma_add_reservation(vma: VmArea, address: int) -> None:
 
 def restore_reserve_on_error(vma: VmArea, address: int, pfn: int) -> None:
     """The page that alloc_hugetlb_folio gave is not used: make the map say what it said before."""
-    private = vma.mm.host.pages.private
+    private = vma.file.host.pages.private
     needed = vma_needs_reservation(vma, address)
     if private[pfn] & HPG_restore_reserve:
         if needed:
@@ -277,19 +277,23 @@ def restore_reserve_on_error(vma: VmArea, address: int, pfn: int) -> None:
         _reservation(vma, address, _DEL)
 
 
-def alloc_hugetlb_folio(vma: VmArea, address: int, *, cow_from_owner: bool = False) -> int:
+def alloc_hugetlb_folio(
+    vma: VmArea, address: int, *, cow_from_owner: bool = False, nid: int | None = None
+) -> int:
     """A huge page for `address` with one reference, or -ENOSPC; a promised one if there is a promise.
 
-    `cow_from_owner`: the owner copies a page for which the promise was used already.
+    `cow_from_owner`: the owner copies a page for which the promise was used already. `nid`: from where
+    first, if not from where the VMA's policy says.
     """
-    host = vma.mm.host
+    host = vma.file.host
+    nid = huge_node(vma) if nid is None else nid
     h = host.hstate
     needed = cow_from_owner or bool(vma_needs_reservation(vma, address))
     h.lock.lock()
-    pfn = dequeue_hugetlb_folio_vma(host, vma, reserved=not needed)
+    pfn = dequeue_hugetlb_folio_vma(host, nid, reserved=not needed)
     if pfn < 0:
         h.lock.unlock()
-        pfn = alloc_surplus_hugetlb_folio(host, huge_node(vma))
+        pfn = alloc_surplus_hugetlb_folio(host, nid)
         if pfn < 0:
             if not cow_from_owner:
                 vma_end_reservation(vma, address)

@@ -97,13 +97,16 @@ def last_huge_page(address: int) -> int:
     return address | (PUD_SIZE - PMD_SIZE)
 
 
-def huge_pte_alloc(vma: VmArea, address: int) -> int:
-    """The entry of `address`, its tables shared or made if they are missing; 0: no memory."""
+def huge_pte_alloc(vma: VmArea, address: int, *, share: bool = True) -> int:
+    """The entry of `address`, its tables shared or made if they are missing; 0: no memory.
+
+    i_mmap_rwsem is not held, but without `share`.
+    """
     mm = vma.mm
     pud = pud_alloc(mm, address)
     if not pud:
         return 0
-    if want_pmd_share(vma, address) and not mm.host.ram.u64[pud >> 3]:
+    if share and want_pmd_share(vma, address) and not mm.host.ram.u64[pud >> 3]:
         return _huge_pmd_share(vma, address, pud)
     return pmd_alloc(mm, address)
 

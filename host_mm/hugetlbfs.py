@@ -11,7 +11,7 @@ folio lock; one that somebody faulted in again meanwhile, or whose VMA was busy 
 A fault that had looked at the file's size before a truncation, and puts its page into the file after it,
 leaves that page beyond the end until the file goes, and with it a promise less than none; so does Linux.
 
-Not modelled: mounts and their limits, names, read(2), seals, poisoned pages.
+Not modelled: mounts and their limits, names, seals, poisoned pages.
 """
 
 from __future__ import annotations
@@ -19,10 +19,18 @@ from __future__ import annotations
 from errno import EINVAL, ENOMEM, ENOSPC, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
-from host_mm.address_space import AddressSpace, AddressSpaceOperations, VmOperations, fput, vmas_of_pages
+from host_mm.address_space import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    AddressSpace,
+    AddressSpaceOperations,
+    VmOperations,
+    fput,
+    vmas_of_pages,
+)
 from host_mm.arch.x86.pgtable import PMD_SIZE, pmd_pfn, pte_present
 from host_mm.filemap import folio_lock, folio_unlock
-from host_mm.filemap_cache import filemap_lock_folio
+from host_mm.filemap_cache import NOT_CACHED, filemap_lock_folio
 from host_mm.hugetlb import HPG_migratable, hugetlb_acct_memory
 from host_mm.hugetlb_resv import (
     HPAGE_RESV_OWNER,
@@ -55,17 +63,22 @@ from host_mm.hugetlb_unmap import unmap_hugepage_range
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.locks import RwSem
-from host_mm.mm_types import VM_DONTEXPAND, VM_HUGETLB, VM_MAYSHARE, VM_NORESERVE, VM_SHARED, VM_WRITE, VmArea
+from host_mm.mm_types import (
+    VM_DONTEXPAND,
+    VM_HUGETLB,
+    VM_LOCKED_MASK,
+    VM_MAYSHARE,
+    VM_NORESERVE,
+    VM_SHARED,
+    VM_WRITE,
+    VmArea,
+)
 from host_mm.page import get_page, put_page
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
-    from host_mm.process import Process
 
-__all__ = ["FALLOC_FL_KEEP_SIZE", "FALLOC_FL_PUNCH_HOLE", "fallocate", "hugetlb_file_setup", "truncate"]
-
-FALLOC_FL_KEEP_SIZE = 1
-FALLOC_FL_PUNCH_HOLE = 2
+__all__ = ["hugetlb_file_setup"]
 
 
 class _VmOps(VmOperations):
@@ -106,7 +119,8 @@ class _AOps(AddressSpaceOperations):
         """hugetlbfs_file_mmap. KernelError: EINVAL, ENOMEM (no huge pages left)."""
         if vma.pgoff & 511:
             raise KernelError(EINVAL, f"page {vma.pgoff:#x} of the file is not the first of a huge page")
-        vma.flags |= VM_HUGETLB | VM_DONTEXPAND
+        # Huge pages never leave memory, so that locking them means nothing.
+        vma.flags = (vma.flags | VM_HUGETLB | VM_DONTEXPAND) & ~VM_LOCKED_MASK
         length = vma.end - vma.start + (vma.pgoff << 12)
         mapping.i_rwsem.lock()
         ret = hugetlb_reserve_pages(mapping, vma.pgoff >> 9, length >> 21, vma, vma.flags)
@@ -115,6 +129,40 @@ class _AOps(AddressSpaceOperations):
         mapping.i_rwsem.unlock()
         if ret:
             raise KernelError(ENOMEM, f"{(vma.end - vma.start) >> 21} huge pages cannot be reserved")
+
+    def fallocate(self, mapping: AddressSpace, mode: int, offset: int, length: int) -> None:
+        """hugetlbfs_fallocate. KernelError: EINVAL, EOPNOTSUPP, ENOSPC (no huge page left)."""
+        mapping.host.sched.advance(COST_SYSCALL)
+        if offset < 0 or length <= 0:
+            raise KernelError(EINVAL, f"[{offset:#x}, +{length:#x}) is no range of a file")
+        punch = mode & FALLOC_FL_PUNCH_HOLE
+        known = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+        if mode & ~known or (punch and not mode & FALLOC_FL_KEEP_SIZE):
+            raise KernelError(EOPNOTSUPP, f"fallocate mode {mode:#x}")
+        if punch:
+            _punch_hole(mapping, offset, offset + length)
+            return
+        with mapping.i_rwsem:
+            _preallocate(mapping, offset >> 21, (offset + length + PMD_SIZE - 1) >> 21)
+            if not mode & FALLOC_FL_KEEP_SIZE:
+                mapping.i_size = max(mapping.i_size, offset + length)
+
+    def set_size(self, mapping: AddressSpace, size: int) -> None:
+        """hugetlbfs_setattr. KernelError(EINVAL): not whole huge pages."""
+        mapping.host.sched.advance(COST_SYSCALL)
+        if size < 0 or size & (PMD_SIZE - 1):
+            raise KernelError(EINVAL, f"a file of huge pages cannot have {size:#x} bytes")
+        with mapping.i_rwsem:
+            _vmtruncate(mapping, size)
+
+    def read_begin(self, mapping: AddressSpace, index: int) -> int:
+        """hugetlbfs_read_iter: a hole reads as zeros and stays one."""
+        pfn = filemap_lock_folio(mapping, index)
+        return pfn if pfn >= 0 else NOT_CACHED
+
+    def write_begin(self, mapping: AddressSpace, index: int, inside: int, length: int) -> int:
+        """write(2) does not exist here."""
+        raise KernelError(EINVAL, f"no write(2) on {mapping!r}")
 
     def evict_inode(self, mapping: AddressSpace) -> None:
         """hugetlbfs_evict_inode."""
@@ -147,29 +195,10 @@ def hugetlb_file_setup(host: HostMm, name: str, size: int, *, noreserve: bool = 
 
 
 # -- holes ----------------------------------------------------------------------------------------
-def fallocate(process: Process, mapping: AddressSpace, mode: int, offset: int, length: int) -> None:
-    """fallocate(2). KernelError: EINVAL, EOPNOTSUPP, ENOSPC (no huge page left)."""
-    mapping.host.sched.advance(COST_SYSCALL)
-    if offset < 0 or length <= 0:
-        raise KernelError(EINVAL, f"[{offset:#x}, +{length:#x}) is no range of a file")
-    punch = mode & FALLOC_FL_PUNCH_HOLE
-    if mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE) or (punch and not mode & FALLOC_FL_KEEP_SIZE):
-        raise KernelError(EOPNOTSUPP, f"fallocate mode {mode:#x}")
-    if punch:
-        _punch_hole(mapping, offset, offset + length)
-        return
-    mapping.i_rwsem.lock()
-    try:
-        _preallocate(process, mapping, offset >> 21, (offset + length + PMD_SIZE - 1) >> 21)
-        if not mode & FALLOC_FL_KEEP_SIZE:
-            mapping.i_size = max(mapping.i_size, offset + length)
-    finally:
-        mapping.i_rwsem.unlock()
-
-
-def _preallocate(process: Process, mapping: AddressSpace, first: int, last: int) -> None:
+def _preallocate(mapping: AddressSpace, first: int, last: int) -> None:
     host = mapping.host
-    vma = VmArea(process.mm, 0, last << 21, VM_HUGETLB | VM_MAYSHARE | VM_SHARED, 0)
+    # No process maps these pages: they are the file's.
+    vma = VmArea(None, 0, last << 21, VM_HUGETLB | VM_MAYSHARE | VM_SHARED, 0)  # type: ignore[arg-type]
     vma.file = mapping
     for index in range(first, last):
         if host.sched.preempt:
@@ -179,7 +208,7 @@ def _preallocate(process: Process, mapping: AddressSpace, first: int, last: int)
         if index << 9 in mapping.i_pages:
             mutex.unlock()
             continue
-        pfn = alloc_hugetlb_folio(vma, index << 21)
+        pfn = alloc_hugetlb_folio(vma, index << 21, nid=mapping.nid)
         if pfn < 0:
             mutex.unlock()
             raise KernelError(ENOSPC, f"no huge page for {index << 21:#x}")
@@ -226,18 +255,13 @@ def _zero_partial(mapping: AddressSpace, start: int, end: int) -> None:
     put_page(host, pfn)
 
 
-def truncate(mapping: AddressSpace, size: int) -> None:
-    """ftruncate(2). KernelError(EINVAL): not whole huge pages."""
-    mapping.host.sched.advance(COST_SYSCALL)
-    if size < 0 or size & (PMD_SIZE - 1):
-        raise KernelError(EINVAL, f"a file of huge pages cannot have {size:#x} bytes")
-    mapping.i_rwsem.lock()
+def _vmtruncate(mapping: AddressSpace, size: int) -> None:
+    """hugetlb_vmtruncate."""
     mapping.i_size = size
     mapping.i_mmap_rwsem.lock()
     _vmdelete_list(mapping, size >> 12, 0)
     mapping.i_mmap_rwsem.unlock()
     _remove_pages(mapping, size, LONG_MAX)
-    mapping.i_rwsem.unlock()
 
 
 # -- unmapping by the file ------------------------------------------------------------------------

@@ -11,7 +11,9 @@ to large folios is in madvise_folios.py.
 MERGEABLE and UNMERGEABLE are in ksm.py, COLLAPSE is in khugepaged.py, REMOVE and what files do of WILLNEED
 in madvise_file.py. Who maps a file may page it out: every process here may write to every file.
 
-Not modelled: HWPOISON, guard pages, VMA names.
+HWPOISON and SOFT_OFFLINE do to each page of the range what a memory error would.
+
+Not modelled: guard pages, VMA names.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.gup import faultin_page_range
+from host_mm.gup_range import get_user_pages
 from host_mm.huge_memory_map import madvise_free_huge_pmd
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
@@ -45,6 +48,12 @@ from host_mm.khugepaged import madvise_collapse
 from host_mm.ksm import ksm_madvise
 from host_mm.madvise_file import madvise_remove, madvise_willneed_file
 from host_mm.madvise_folios import cold_or_pageout_huge_pmd, deactivate_folio, walk_folios
+from host_mm.memory_failure import (
+    MF_ACTION_REQUIRED,
+    MF_COUNT_INCREASED,
+    memory_failure,
+    soft_offline_page,
+)
 from host_mm.memory_zap import zap_page_range_single_batched
 from host_mm.mm_types import (
     MM_SWAPENTS,
@@ -80,8 +89,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MADV_COLD", "MADV_COLLAPSE", "MADV_DOFORK", "MADV_DONTFORK", "MADV_DONTNEED", "MADV_FREE",
-    "MADV_HUGEPAGE", "MADV_KEEPONFORK", "MADV_MERGEABLE", "MADV_NOHUGEPAGE", "MADV_NORMAL", "MADV_PAGEOUT",
+    "MADV_HUGEPAGE", "MADV_HWPOISON", "MADV_KEEPONFORK", "MADV_MERGEABLE", "MADV_NOHUGEPAGE", "MADV_NORMAL",
+    "MADV_PAGEOUT",
     "MADV_POPULATE_READ", "MADV_POPULATE_WRITE", "MADV_RANDOM", "MADV_REMOVE", "MADV_SEQUENTIAL",
+    "MADV_SOFT_OFFLINE",
     "MADV_UNMERGEABLE", "MADV_WILLNEED", "MADV_WIPEONFORK", "do_madvise",
 ]
 
@@ -105,6 +116,8 @@ MADV_PAGEOUT = 21
 MADV_POPULATE_READ = 22
 MADV_POPULATE_WRITE = 23
 MADV_COLLAPSE = 25
+MADV_HWPOISON = 100
+MADV_SOFT_OFFLINE = 101
 
 _READERS = frozenset({MADV_WILLNEED, MADV_DONTNEED, MADV_FREE, MADV_COLD, MADV_PAGEOUT, MADV_REMOVE})
 _PAGES_ONLY = _READERS - {MADV_WILLNEED, MADV_REMOVE}
@@ -119,7 +132,10 @@ _KSM = frozenset({MADV_MERGEABLE, MADV_UNMERGEABLE})
 
 
 def do_madvise(mm: MmStruct, start: int, length: int, advice: int) -> None:
-    """madvise(2). KernelError: EINVAL, ENOMEM (holes; the rest is done), EFAULT, EAGAIN."""
+    """madvise(2). KernelError: EINVAL, ENOMEM (holes; the rest is done), EFAULT, EAGAIN.
+
+    HWPOISON and SOFT_OFFLINE also EBUSY and EIO (memory_failure.py); pages before that one are done.
+    """
     mm.host.sched.advance(COST_SYSCALL)
     size = page_align(length)
     end = start + size
@@ -127,6 +143,9 @@ def do_madvise(mm: MmStruct, start: int, length: int, advice: int) -> None:
         raise KernelError(EINVAL, f"{start:#x}+{length:#x} is not a page range")
     if advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE) and mm.host.profile.madv_populate:
         _populate(mm, start, end, advice == MADV_POPULATE_WRITE)
+        return
+    if advice in (MADV_HWPOISON, MADV_SOFT_OFFLINE):
+        _inject_error(mm, start, end, advice)
         return
     collapse = advice == MADV_COLLAPSE and mm.host.profile.madv_collapse
     if advice not in _READERS | _KSM and advice not in _VMA_FLAGS and not collapse:
@@ -149,6 +168,18 @@ def do_madvise(mm: MmStruct, start: int, length: int, advice: int) -> None:
             mm.mmap_lock.read_unlock()
         else:
             mm.mmap_lock.unlock()
+
+
+def _inject_error(mm: MmStruct, start: int, end: int, advice: int) -> None:
+    """madvise_inject_error: page by page, without mmap_lock; our reference goes to memory_failure."""
+    for address in range(start, end, 4096):
+        (pfn,) = get_user_pages(mm, address, 1)
+        if advice == MADV_SOFT_OFFLINE:
+            err = soft_offline_page(mm.host, pfn, MF_COUNT_INCREASED)
+        else:
+            err = memory_failure(mm.host, pfn, MF_ACTION_REQUIRED | MF_COUNT_INCREASED, mm.process)
+        if err:
+            raise KernelError(-err, f"the page at {address:#x} cannot be taken out of use")
 
 
 def _walk_vmas(mm: MmStruct, start: int, end: int, advice: int, tlb: MmuGather | None) -> None:

@@ -346,14 +346,17 @@ def unmap_mapping_folio(mapping: AddressSpace, head: int, nr: int) -> None:
     """Unmap a locked folio that truncation found still mapped; copies of it stay."""
     index = mapping.host.pages.index[head]
     mapping.i_mmap_rwsem.read_lock()
-    _unmap_mapping_range_tree(mapping, index, index + nr - 1, False)
+    _unmap_mapping_range_tree(mapping, index, index + nr - 1, False, drop_markers=True)
     mapping.i_mmap_rwsem.read_unlock()
 
 
-def _unmap_mapping_range_tree(mapping: AddressSpace, first: int, last: int, even_cows: bool) -> None:
+def _unmap_mapping_range_tree(
+    mapping: AddressSpace, first: int, last: int, even_cows: bool, *, drop_markers: bool = False
+) -> None:
     for vma in vmas_of_pages(mapping, first, last):
         begin = max(first, vma.pgoff) - vma.pgoff
         end = min(last - vma.pgoff + 1, (vma.end - vma.start) >> 12)
         zap_page_range_single(
-            vma, vma.start + (begin << 12), (end - begin) << 12, even_cows=even_cows
+            vma, vma.start + (begin << 12), (end - begin) << 12, even_cows=even_cows,
+            drop_markers=drop_markers,
         )

@@ -36,7 +36,7 @@ from host_mm.hugetlb_unmap import hugetlb_zap_begin, hugetlb_zap_end, unmap_huge
 from host_mm.ksm_types import ksm_might_unmap_zero_page
 from host_mm.memory import vm_normal_page
 from host_mm.memory_device import device_entry_pfn, zap_device_entry
-from host_mm.mm_types import MM_SWAPENTS, VM_HUGETLB, VM_RAND_READ, VM_SEQ_READ
+from host_mm.mm_types import MM_SWAPENTS, VM_HUGETLB, VM_RAND_READ, VM_SEQ_READ, VM_UFFD_WP
 from host_mm.mmu_gather import MmuGather
 from host_mm.page import PG_anon, mm_counter, page_folio, set_page_dirty
 from host_mm.pgtable_generic import (
@@ -50,6 +50,7 @@ from host_mm.pgtable_generic import (
 from host_mm.pgtable_huge import pmdp_get
 from host_mm.rmap import folio_remove_rmap_pte, unlink_anon_vmas
 from host_mm.swap_state import free_swap_and_cache
+from host_mm.userfaultfd_k import pte_install_uffd_wp_if_needed
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -61,8 +62,13 @@ __all__ = [
 ]
 
 
-def unmap_page_range(tlb: MmuGather, vma: VmArea, start: int, end: int, *, even_cows: bool = True) -> None:
-    """Clear every entry of [start, end), inside the caller's bracket; without `even_cows` no private copy."""
+def unmap_page_range(
+    tlb: MmuGather, vma: VmArea, start: int, end: int, *, even_cows: bool = True, drop_markers: bool = False
+) -> None:
+    """Clear every entry of [start, end), inside the caller's bracket; without `even_cows` no private copy.
+
+    Write-protections of userfaultfd in a file's mapping stay behind as markers, unless `drop_markers`.
+    """
     mm = vma.mm
     sched = mm.host.sched
     for pmd, address, following in pmd_slots(mm, start, end):
@@ -70,7 +76,7 @@ def unmap_page_range(tlb: MmuGather, vma: VmArea, start: int, end: int, *, even_
             continue
         at = address
         while at < following:
-            at = _zap_pte_range(tlb, vma, pmd, at, following, even_cows)
+            at = _zap_pte_range(tlb, vma, pmd, at, following, even_cows, drop_markers)
             if sched.preempt:
                 sched.point("cond_resched")
 
@@ -84,7 +90,7 @@ def _zap_huge(tlb: MmuGather, vma: VmArea, pmd: int, address: int, following: in
 
 
 def _zap_pte_range(
-    tlb: MmuGather, vma: VmArea, pmd: int, address: int, end: int, even_cows: bool
+    tlb: MmuGather, vma: VmArea, pmd: int, address: int, end: int, even_cows: bool, drop_markers: bool
 ) -> int:
     """Clear entries until `end` or until the gather is full; returns the first address not done."""
     mm = vma.mm
@@ -95,6 +101,7 @@ def _zap_pte_range(
     _tlb.flush_tlb_batched_pending(mm)
     force_flush = False
     u64 = mm.host.ram.u64
+    keep_wp = not drop_markers and bool(vma.flags & VM_UFFD_WP)
     while address < end:
         entry = u64[pte >> 3]
         if entry and (even_cows or _should_zap(mm.host, entry)):
@@ -102,6 +109,8 @@ def _zap_pte_range(
                 force_flush = _zap_present(tlb, vma, address, pte)
             else:
                 _zap_nonpresent(vma, address, pte, entry)
+            if keep_wp:
+                pte_install_uffd_wp_if_needed(vma, address, pte, entry)
         pte += 8
         address += 4096
         if force_flush:
@@ -182,21 +191,24 @@ def unmap_vmas(tlb: MmuGather, vmas: list[VmArea], start: int, end: int) -> None
             unmap_hugepages(tlb, vma, first, last)
             hugetlb_zap_end(vma, final=True)
         elif first < last:
-            unmap_page_range(tlb, vma, first, last)
+            unmap_page_range(tlb, vma, first, last, drop_markers=True)
     if late:
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
     mmu_notifier.mmu_notifier_invalidate_range_end(range_)
 
 
-def zap_page_range_single(vma: VmArea, address: int, size: int, *, even_cows: bool = True) -> None:
+def zap_page_range_single(
+    vma: VmArea, address: int, size: int, *, even_cows: bool = True, drop_markers: bool = False
+) -> None:
     """Clear a part of one VMA in a bracket, with a gather of its own."""
     tlb = MmuGather(vma.mm)
-    zap_page_range_single_batched(tlb, vma, address, size, even_cows=even_cows)
+    zap_page_range_single_batched(tlb, vma, address, size, even_cows=even_cows, drop_markers=drop_markers)
     tlb.finish()
 
 
 def zap_page_range_single_batched(
-    tlb: MmuGather, vma: VmArea, address: int, size: int, *, even_cows: bool = True
+    tlb: MmuGather, vma: VmArea, address: int, size: int, *, even_cows: bool = True,
+    drop_markers: bool = False,
 ) -> None:
     """Clear a part of one VMA inside a bracket, into the caller's gather."""
     mm = vma.mm
@@ -217,7 +229,8 @@ def zap_page_range_single_batched(
     if huge:
         unmap_hugepages(tlb, vma, address, address + size)
     else:
-        unmap_page_range(tlb, vma, address, address + size, even_cows=even_cows)
+        end = address + size
+        unmap_page_range(tlb, vma, address, end, even_cows=even_cows, drop_markers=drop_markers)
     if late:
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
     mmu_notifier.mmu_notifier_invalidate_range_end(range_)

@@ -12,13 +12,20 @@ one policy; MPOL_BIND prefers its node but does not refuse the others when it is
 
 from __future__ import annotations
 
-from errno import EFAULT, EINVAL, EIO, ENODEV
+from errno import EFAULT, EINVAL, EIO
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from host_mm.arch.x86.pgtable import is_swap_pmd, pte_pfn, pte_present
+from host_mm.arch.x86.pgtable import (
+    is_migration_entry,
+    is_swap_pmd,
+    pte_pfn,
+    pte_present,
+    pte_to_swp_entry,
+)
 from host_mm.huge_memory_map import pmd_folio
+from host_mm.hugetlb_migrate import queue_folios_hugetlb
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.migrate import (
@@ -28,7 +35,7 @@ from host_mm.migrate import (
     migrate_pages,
     putback_movable_pages,
 )
-from host_mm.mm_types import VM_IO, VM_PFNMAP
+from host_mm.mm_types import VM_HUGETLB, VM_IO, VM_PFNMAP
 from host_mm.page import folio_maybe_mapped_shared, page_folio
 from host_mm.pgtable_generic import pmd_slots, pte_lockptr, pte_offset_map_lock
 from host_mm.pgtable_huge import pmd_trans_huge_lock, pmdp_get
@@ -50,6 +57,7 @@ MPOL_BIND = 2
 MPOL_MF_STRICT = 1
 MPOL_MF_MOVE = 2
 MPOL_MF_MOVE_ALL = 4
+_MF_VALID = MPOL_MF_STRICT | MPOL_MF_MOVE | MPOL_MF_MOVE_ALL
 
 
 class Mempolicy(msgspec.Struct, frozen=True):
@@ -65,7 +73,7 @@ class Mempolicy(msgspec.Struct, frozen=True):
 
 def _check_node(host: HostMm, nid: int) -> None:
     if not 0 <= nid < len(host.allocator.nodes):
-        raise KernelError(ENODEV, f"there is no node {nid}")
+        raise KernelError(EINVAL, f"there is no node {nid}")
 
 
 def _queue_pages(
@@ -75,6 +83,11 @@ def _queue_pages(
     mm = vma.mm
     host = mm.host
     failed = 0
+    if vma.flags & VM_HUGETLB:
+        return queue_folios_hugetlb(
+            vma, max(start, vma.start), min(end, vma.end), wrong, queue,
+            move=bool(flags & MPOL_MF_MOVE), move_all=bool(flags & MPOL_MF_MOVE_ALL),
+        )
     for pmd, address, following in pmd_slots(mm, max(start, vma.start), min(end, vma.end)):
         if (lock := pmd_trans_huge_lock(mm, pmd)) is not None:
             entry = pmdp_get(mm, pmd)
@@ -91,7 +104,10 @@ def _queue_pages(
         ptl = pte_lockptr(mm, pte)
         count = (following - address) >> 12
         for entry in host.ram.u64[pte >> 3 : (pte >> 3) + count].tolist():
-            if not entry or not pte_present(entry):
+            if not entry:
+                continue
+            if not pte_present(entry):
+                failed += is_migration_entry(pte_to_swp_entry(entry))
                 continue
             pfn = pte_pfn(entry)
             if pfn != host.zero_pfn:
@@ -124,13 +140,16 @@ def _mbind_range(vma: VmArea, start: int, end: int, policy: Mempolicy | None) ->
 
 
 def do_mbind(process: Process, start: int, length: int, mode: int, node: int, flags: int = 0) -> None:
-    """mbind(2) with one node. KernelError: EINVAL, EFAULT (a hole), ENODEV, EIO (strict, pages stayed)."""
+    """mbind(2) with one node. KernelError: EINVAL, EFAULT (a hole), EIO (strict, pages stayed)."""
     mm = process.mm
     host = mm.host
     host.sched.advance(COST_SYSCALL)
     end = start + ((length + 4095) & ~4095)
-    if start & 4095 or end < start or mode not in (MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND):
-        raise KernelError(EINVAL, f"mode {mode} for {start:#x}+{length:#x}")
+    known = mode in (MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND) and not flags & ~_MF_VALID
+    if start & 4095 or end < start or not known:
+        raise KernelError(EINVAL, f"mode {mode}, flags {flags} for {start:#x}+{length:#x}")
+    if mode == MPOL_DEFAULT:
+        flags &= ~MPOL_MF_STRICT
     _check_node(host, node)
     if start == end:
         return
@@ -143,8 +162,14 @@ def do_mbind(process: Process, start: int, length: int, mode: int, node: int, fl
     try:
         mm.mmap_lock.lock()
         queue: list[int] = []
-        failed = _bind_locked(mm, start, end, policy, wrong, flags, queue)
-        mm.mmap_lock.unlock()
+        try:
+            failed = _bind_locked(mm, start, end, policy, wrong, flags, queue)
+        except KernelError:
+            # A huge page would have to be cut.
+            putback_movable_pages(host, queue)
+            raise
+        finally:
+            mm.mmap_lock.unlock()
         if queue:
             migrate_pages(host, queue, target, MR_MEMPOLICY_MBIND, MIGRATE_SYNC)
             failed += len(queue)
@@ -154,7 +179,7 @@ def do_mbind(process: Process, start: int, length: int, mode: int, node: int, fl
             host.lru.lru_cache_enable()
     if failed < 0:
         raise KernelError(EFAULT, f"{start:#x}+{length:#x} has holes")
-    if failed and flags & MPOL_MF_STRICT and mode != MPOL_DEFAULT:
+    if failed and flags & MPOL_MF_STRICT:
         raise KernelError(EIO, f"{failed} pages are elsewhere")
 
 
@@ -175,6 +200,10 @@ def _bind_locked(
     for vma in vmas:
         if flags and not vma.flags & (VM_IO | VM_PFNMAP):
             failed += _queue_pages(vma, start, end, wrong, flags, queue)
+    if failed and flags == MPOL_MF_STRICT:
+        # Nothing was to be moved, so that nothing is done at all.
+        return failed
+    for vma in vmas:
         _mbind_range(vma, start, end, policy)
     return failed
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from errno import EACCES, EAGAIN, EBUSY, EFAULT, ENODEV, ENOENT, ENOMEM
+from functools import partial
 from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import HPAGE_PMD_NR, pmd_pfn, pmd_trans_huge, pte_pfn, pte_present
@@ -35,6 +36,7 @@ from host_mm.kernel.costs import COST_COPY_HUGE_PAGE, COST_MIGRATE_PAGE, COST_SY
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.ksm_types import folio_migrate_ksm
 from host_mm.mm_types import VM_HUGETLB, VM_IO, VM_PFNMAP
+from host_mm.mmzone import ZONE_MOVABLE
 from host_mm.page import (
     PG_active,
     PG_anon,
@@ -61,7 +63,15 @@ from host_mm.page import (
     page_folio,
     put_page,
 )
-from host_mm.page_alloc import GFP_COMP, GFP_HIGHUSER_MOVABLE, GFP_THISNODE, alloc_pages
+from host_mm.page_alloc import (
+    GFP_COMP,
+    GFP_DIRECT_RECLAIM,
+    GFP_HIGHMEM,
+    GFP_HIGHUSER_MOVABLE,
+    GFP_KSWAPD_RECLAIM,
+    GFP_THISNODE,
+    alloc_pages,
+)
 from host_mm.pgtable_generic import pmd_lock, pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get
 from host_mm.pgtable_huge import pmd_trans_huge_lock, pmdp_get
 from host_mm.rmap_unmap import TTU_BATCH_FLUSH, remove_migration_ptes, try_to_migrate
@@ -79,11 +89,15 @@ __all__ = [
     "MIGRATE_SYNC",
     "MIGRATE_SYNC_LIGHT",
     "MR_COMPACTION",
+    "MR_CONTIG_RANGE",
     "MR_LONGTERM_PIN",
+    "MR_MEMORY_FAILURE",
+    "MR_MEMORY_HOTPLUG",
     "MR_MEMPOLICY_MBIND",
     "MR_NUMA_MISPLACED",
     "MR_SYSCALL",
     "TRACEPOINTS",
+    "MigrationTarget",
     "folio_migrate_flags",
     "migrate_pages",
     "move_pages",
@@ -96,9 +110,12 @@ MIGRATE_SYNC = 2
 _MODES = ("MIGRATE_ASYNC", "MIGRATE_SYNC_LIGHT", "MIGRATE_SYNC")
 
 MR_COMPACTION = 0
+MR_MEMORY_FAILURE = 1
+MR_MEMORY_HOTPLUG = 2
 MR_SYSCALL = 3
 MR_MEMPOLICY_MBIND = 4
 MR_NUMA_MISPLACED = 5
+MR_CONTIG_RANGE = 6
 MR_LONGTERM_PIN = 7
 _REASONS = (
     "compaction", "memory_failure", "memory_hotplug", "syscall_or_cpuset", "mempolicy_mbind",
@@ -139,6 +156,17 @@ MIGRATE_FOLIO = Tracepoint(
     doc="One attempt to move one folio, after it was unmapped: moved, again (extra references), undone.",
 )
 TRACEPOINTS = (MM_MIGRATE_PAGES, MM_MIGRATE_PAGES_START, MIGRATE_FOLIO)
+
+class MigrationTarget:
+    """struct migration_target_control: a node (-1: the page's own), request flags, the nodes allowed."""
+
+    __slots__ = ("gfp", "nid", "nodes")
+
+    def __init__(self, nid: int, gfp: int, nodes: frozenset[int] | None = None) -> None:
+        self.nid = nid
+        self.gfp = gfp
+        self.nodes = nodes
+
 
 NewFolio = Callable[[int], int]
 """From the source pfn to a new frame with one reference, or -1."""
@@ -328,8 +356,13 @@ class _Batch:
         folio_unlock(host, src)
         self.nr_succeeded += folio_nr_pages(host.pages, src)
         self.nr_thp_succeeded += folio_test_large(host.pages, src)
-        put_page(host, src)
+        self._done(src)
         return 0
+
+    def _done(self, src: int) -> None:
+        """migrate_folio_done: the old frame goes, or is left to who wants it for nobody (memory_failure)."""
+        if self.reason != MR_MEMORY_FAILURE:
+            put_page(self.host, src)
 
     # -- batches ------------------------------------------------------------------------------
 
@@ -348,7 +381,7 @@ class _Batch:
                 if host.pages.refcount[src] == 1:
                     # Freed from under us: only the isolation's reference is left.
                     host.pages.flags[src] &= ~(PG_active | PG_unevictable)
-                    put_page(host, src)
+                    self._done(src)
                     self.nr_succeeded += 1
                     continue
                 if src in host.thp.partially_mapped and self.try_split(src):
@@ -454,7 +487,7 @@ class _Batch:
         host = self.host
         if host.pages.refcount[src] == 1:
             host.pages.flags[src] &= ~(PG_active | PG_unevictable)
-            put_page(host, src)
+            self._done(src)
             self.nr_succeeded += 1
             return 0
         item = self.unmap(src, mode, force=force)
@@ -474,11 +507,27 @@ def folio_migrate_flags(host: HostMm, dst: int, src: int) -> None:
     host.memcg.migrate(src, dst)
 
 
-def alloc_migration_target(host: HostMm, src: int, nid: int) -> int:
-    """A folio of the size of `src` on exactly this node, or -1; no process dies for it."""
+def alloc_migration_target(host: HostMm, src: int, target: MigrationTarget) -> int:
+    """A frame for the page `src`, or -1; no process dies for it."""
+    allocator = host.allocator
+    nid = target.nid if target.nid >= 0 else allocator.nid_of(src)
+    gfp = target.gfp | GFP_COMP
+    order = 0
     if folio_test_large(host.pages, src):
-        return alloc_pages(host, GFP_TRANSHUGE | GFP_THISNODE, host.pages.order[src], nid)
-    return alloc_pages(host, GFP_HIGHUSER_MOVABLE | GFP_THISNODE | GFP_COMP, 0, nid)
+        gfp = (gfp & ~(GFP_DIRECT_RECLAIM | GFP_KSWAPD_RECLAIM)) | GFP_TRANSHUGE
+        order = host.pages.order[src]
+    if allocator.zone_of(src).idx == ZONE_MOVABLE:
+        gfp |= GFP_HIGHMEM
+    if target.nodes is None:
+        return alloc_pages(host, gfp, order, nid)
+    for node in (nid, *(node.nid for node in allocator.nodes if node.nid != nid)):
+        if node in target.nodes and (pfn := alloc_pages(host, gfp | GFP_THISNODE, order, node)) >= 0:
+            return pfn
+    return -1
+
+
+def _new_folio(host: HostMm, target: MigrationTarget, src: int) -> int:
+    return alloc_migration_target(host, src, target)
 
 
 def putback_movable_pages(host: HostMm, pfns: list[int]) -> None:
@@ -492,27 +541,31 @@ def putback_movable_pages(host: HostMm, pfns: list[int]) -> None:
 
 
 def migrate_pages(
-    host: HostMm, pfns: list[int], target_nid: int, reason: int, mode: int, *,
-    get_new_folio: NewFolio | None = None, put_new_folio: PutFolio | None = None,
+    host: HostMm, pfns: list[int], target: int | MigrationTarget | NewFolio, reason: int, mode: int,
+    put_new_folio: PutFolio | None = None,
 ) -> int:
-    """Move isolated folios to a node. How many stayed, or -ENOMEM; those are left in `pfns`.
+    """Move isolated folios to a `target`. How many stayed, or -ENOMEM; those are left in `pfns`.
 
-    The caller isolated them from the LRU and gives what stays to putback_movable_pages. New frames come
-    from `get_new_folio` and unused ones go to `put_new_folio`; by default the node's and the allocator.
+    The caller isolated them from the LRU and gives what stays to putback_movable_pages. A target is exactly
+    one node, or a MigrationTarget, or who gives new frames; unused ones then go to `put_new_folio`.
     """
     ctx = host.stream.ctx
     saved = ctx.cause
     if (t := host.trace.mm_migrate_pages_start) is not None:
         ctx.cause = t(mode, reason)
-    batch = _Batch(
-        host, get_new_folio or (lambda src: alloc_migration_target(host, src, target_nid)),
-        put_new_folio or (lambda dst: put_page(host, dst)), reason,
-    )
+    if isinstance(target, int):
+        target = MigrationTarget(target, GFP_HIGHUSER_MOVABLE | GFP_THISNODE)
+    if isinstance(target, MigrationTarget):
+        get_new_folio: NewFolio = partial(_new_folio, host, target)
+    else:
+        get_new_folio = target
+    batch = _Batch(host, get_new_folio, put_new_folio or partial(put_page, host), reason)
     rc_gather = 0
     todo = [pfn for pfn in pfns if not host.pages.flags[pfn] & PG_hugetlb]
     if len(todo) < len(pfns):
         huge = [pfn for pfn in pfns if host.pages.flags[pfn] & PG_hugetlb]
-        rc_gather = batch.hugetlbs(huge, target_nid, mode)
+        nid = target.nid if isinstance(target, MigrationTarget) else -1
+        rc_gather = batch.hugetlbs(huge, nid if nid >= 0 else host.allocator.nid_of(huge[0]), mode)
         if rc_gather < 0:
             batch.ret_folios += todo
             todo = []

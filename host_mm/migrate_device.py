@@ -442,6 +442,7 @@ def _insert_page(vma: VmArea, address: int, pfn: int) -> bool:
     if zero:
         ptep_clear_flush(mm, address, pte)
         mmu_notifier.mmu_notifier_invalidate_range(mm, address, address + 4096)
+        mmu_notifier.mmu_notifier_change_pte(mm, address, entry)
     set_pte(mm, address, pte, entry)
     ptl.unlock()
     return True

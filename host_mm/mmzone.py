@@ -192,7 +192,7 @@ class Zone:
     # -- taking -------------------------------------------------------------------------------
 
     def rmqueue(self, order: int, migratetype: int) -> int:
-        """__rmqueue: a block of 2**order frames for this type of request, or -1."""
+        """__rmqueue: a block of 2**order frames for this type of request, never an isolated one, or -1."""
         pfn = self._rmqueue_smallest(order, migratetype)
         if pfn < 0:
             pfn = self._rmqueue_claim(order, migratetype)
@@ -205,9 +205,17 @@ class Zone:
         return pfn
 
     def _rmqueue_smallest(self, order: int, migratetype: int) -> int:
-        for lists in self.free_list[order:]:
-            if lists[migratetype]:
-                return self._take(next(reversed(lists[migratetype])), order, migratetype)
+        for size in range(order, MAX_ORDER + 1):
+            blocks = self.free_list[size][migratetype]
+            if blocks:
+                pfn, _ = blocks.popitem()
+                pages = self.pages
+                pages.flags[pfn] = 0
+                pages.order[pfn] = 0
+                self.nr_free -= 1 << size
+                if size > order:
+                    self.expand(pfn, order, size, migratetype)
+                return pfn
         return -1
 
     def find_suitable_fallback(self, order: int, migratetype: int, *, claimable: bool) -> int:
@@ -284,6 +292,24 @@ class Zone:
             for block in range(pfn >> PAGEBLOCK_ORDER, (pfn + (1 << order) - 1 >> PAGEBLOCK_ORDER) + 1):
                 self.blocks.type[block] = MIGRATE_MOVABLE
         return order
+
+
+    def take_page_off_buddy(self, pfn: int) -> bool:
+        """Take one frame out of the free block that it is in; false if it is in none."""
+        head = self.buddy_of(pfn)
+        if head < 0:
+            return False
+        migratetype = self.blocks.migratetype(head)
+        order = self.del_from_free_list(head, migratetype)
+        while order:
+            order -= 1
+            upper = head + (1 << order)
+            if pfn < upper:
+                self.add_to_free_list(upper, order, migratetype)
+            else:
+                self.add_to_free_list(head, order, migratetype)
+                head = upper
+        return True
 
 
 class PgData:

@@ -26,7 +26,13 @@ from typing import TYPE_CHECKING
 from host_mm.arch.x86.pgtable import PMD_SIZE, pte_mkwrite, pte_mkyoung, pte_modify, pte_write
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.memory import vm_normal_page
-from host_mm.migrate import MIGRATE_ASYNC, MR_NUMA_MISPLACED, migrate_pages, putback_movable_pages
+from host_mm.migrate import (
+    MIGRATE_ASYNC,
+    MR_NUMA_MISPLACED,
+    MigrationTarget,
+    migrate_pages,
+    putback_movable_pages,
+)
 from host_mm.mm_types import (
     VM_ACCESS_FLAGS,
     VM_EXEC,
@@ -53,7 +59,6 @@ from host_mm.page_alloc import (
     GFP_NORETRY,
     GFP_NOWARN,
     GFP_THISNODE,
-    alloc_pages,
 )
 from host_mm.pgtable_generic import pte_lockptr, pte_offset_map_lock, ptep_get, ptep_get_and_clear, set_pte
 
@@ -231,10 +236,8 @@ def _migrate_misplaced_folio_prepare(host: HostMm, pfn: int, vma: VmArea, nid: i
 def _migrate_misplaced_folio(host: HostMm, pfn: int, nid: int) -> bool:
     """Move the isolated folio without waiting for anybody, or put it back."""
     left = [pfn]
-    remaining = migrate_pages(
-        host, left, nid, MR_NUMA_MISPLACED, MIGRATE_ASYNC,
-        get_new_folio=lambda src: alloc_pages(host, _MISPLACED_GFP, 0, nid),
-    )
+    target = MigrationTarget(nid, _MISPLACED_GFP)
+    remaining = migrate_pages(host, left, target, MR_NUMA_MISPLACED, MIGRATE_ASYNC)
     putback_movable_pages(host, left)
     if remaining:
         return False

@@ -111,6 +111,7 @@ GFP_NOWAIT = GFP_KSWAPD_RECLAIM | GFP_NOWARN
 GFP_KERNEL = GFP_DIRECT_RECLAIM | GFP_KSWAPD_RECLAIM | GFP_IO | GFP_FS
 GFP_KERNEL_ACCOUNT = GFP_KERNEL | GFP_ACCOUNT
 GFP_PGTABLE_USER = GFP_KERNEL_ACCOUNT | GFP_ZERO
+GFP_USER = GFP_KERNEL | GFP_HARDWALL
 GFP_HIGHUSER_MOVABLE = GFP_KERNEL | GFP_HARDWALL | GFP_HIGHMEM | GFP_MOVABLE
 
 # enum compact_priority, lower is harder, and what of enum compact_result the allocator asks about.
@@ -139,14 +140,17 @@ def _memparse(text: str) -> int:
 class PageAllocator:
     """The buddy system of one host. `reserved` frames at the bottom are never handed out.
 
-    `hwpoisoned` frames and `offline` blocks (first frame to number of frames) are out of it for now.
+    Out of it are `hwpoisoned` frames (to the number of references that memory_failure keeps on each) and
+    `offline` memory (first frame to number of frames). A task in `memalloc` may eat the reserves, one in
+    `memalloc_pin` gets nothing movable.
     """
 
     def __init__(self, host: HostMm, nr_frames: int, nr_nodes: int, reserved: int) -> None:
         self.host = host
         self.memalloc: set[Task] = set()
+        self.memalloc_pin: set[Task] = set()
         self.blocks = PageBlocks(nr_frames)
-        self.hwpoisoned: set[int] = set()
+        self.hwpoisoned: dict[int, int] = {}
         self.offline: dict[int, int] = {}
         self.page_group_by_mobility = host.params.get("mm.page_group_by_mobility", "N").lower() in _YES
         self.nodes: list[PgData] = []
@@ -163,6 +167,8 @@ class PageAllocator:
             zones = [Zone(host.pages, self.blocks, nid, idx, first, last) for idx, first, last in bounds]
             self.nodes.append(PgData(nid, zones))
         self._per_node = per_node
+        self._zonelists: dict[tuple[int, int, int], list[Zone]] = {}
+        self.highest_zoneidx = max(zone.idx for zone in self.zones)
         for zone in self.zones:
             self._release_boot_memory(zone, max(zone.start, reserved))
         self.setup_per_zone_wmarks()
@@ -229,18 +235,14 @@ class PageAllocator:
         if pages.flags[pfn] & PG_hwpoison and not order:
             # Whoever found the error keeps the frame out of the lists for good.
             self.free_pages_prepare(pfn, 0)
-            self.take_off_poisoned(pfn)
+            pages.flags[pfn] = PG_hwpoison
+            self.hwpoisoned.setdefault(pfn, 0)
             return
         self.free_pages_prepare(pfn, order)
         if (t := host.trace.frame_free) is not None:
             t(pfn, order, self.nid_of(pfn))
         host.vmstat["pgfree"] += 1 << order
         self.zone_of(pfn).free_one_page(pfn, order, self.blocks.migratetype(pfn))
-
-    def take_off_poisoned(self, pfn: int) -> None:
-        """take_page_off_buddy: the frame is nobody's and never will be anybody's again."""
-        self.host.pages.flags[pfn] = PG_hwpoison
-        self.hwpoisoned.add(pfn)
 
     def free_pages_prepare(self, pfn: int, order: int) -> None:
         """free_pages_prepare: 2**order frames lose what they were. Whoever watches frees is told."""
@@ -282,9 +284,13 @@ class PageAllocator:
 
     def zonelist(self, nid: int, gfp: int) -> list[Zone]:
         """The zones that a request may take from, the best first."""
-        nodes = [self.nodes[nid]] if gfp & GFP_THISNODE else self.nodes[nid:] + self.nodes[:nid]
         highest = gfp_zone(gfp)
-        return [zone for node in nodes for zone in reversed(node.zones) if zone.idx <= highest]
+        known = self._zonelists.get((nid, gfp & GFP_THISNODE, highest))
+        if known is None:
+            nodes = [self.nodes[nid]] if gfp & GFP_THISNODE else self.nodes[nid:] + self.nodes[:nid]
+            known = [zone for node in nodes for zone in reversed(node.zones) if zone.idx <= highest]
+            self._zonelists[nid, gfp & GFP_THISNODE, highest] = known
+        return known
 
     def _get_page_from_freelist(self, gfp: int, order: int, zonelist: list[Zone], mark: str | None) -> int:
         migratetype = self.gfp_migratetype(gfp)
@@ -298,6 +304,8 @@ class PageAllocator:
 
     def alloc_pages(self, gfp: int, order: int = 0, nid: int = 0) -> int:
         """2**order frames with one reference, or -1. The first frame's pfn is aligned to the order."""
+        if self.host.sched.current in self.memalloc_pin:
+            gfp &= ~GFP_MOVABLE
         zonelist = self.zonelist(max(nid, 0), gfp)
         pfn = self._get_page_from_freelist(gfp, order, zonelist, "wmark_low")
         if pfn < 0:

@@ -24,7 +24,7 @@ capability that shows frame numbers, fatal signals.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from errno import EFAULT, EINVAL, ENOSPC, EPERM
+from errno import EFAULT, EINVAL, ENOSPC, ENOTTY, EPERM
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -189,7 +189,12 @@ class PmScanArg(msgspec.Struct):
 
 
 def do_pagemap_scan(mm: MmStruct, arg: PmScanArg) -> list[PageRegion]:
-    """PAGEMAP_SCAN: the regions that match. KernelError: EINVAL, EFAULT, EPERM (CHECK_WPASYNC)."""
+    """PAGEMAP_SCAN: the regions that match. KernelError: EINVAL, EFAULT, EPERM (CHECK_WPASYNC).
+
+    ENOTTY: this kernel has no such ioctl.
+    """
+    if not mm.host.profile.pagemap_scan:
+        raise KernelError(ENOTTY, "/proc/PID/pagemap takes no ioctl")
     if arg.flags & ~(PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC) or arg.start & 4095:
         raise KernelError(EINVAL, f"flags {arg.flags:#x}, start {arg.start:#x}")
     masks = arg.category_inverted | arg.category_mask | arg.category_anyof_mask | arg.return_mask

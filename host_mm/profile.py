@@ -6,7 +6,8 @@ Not modelled: generations other than these two. Of 5.10: that clear_refs flushes
 mlock without counts, and munlock by a walk of the reverse map; that a COW drops the old page under the
 page-table lock; KSM's zero pages without a mark and its merged pages that an mremap parts; limits of
 MREMAP_DONTUNMAP; a fork that gives its locks up every 32 entries; clear_refs under mmap_lock for reading
-only; the print formats where a tracepoint's text differs.
+only; a NUMA hint that remembers the right to write; that userfaultfd has neither minor faults nor poison
+and write-protects anonymous memory only; the print formats where a tracepoint's text differs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import msgspec
 
 __all__ = ["LINUX_5_10", "LINUX_6_18", "PROFILES", "MmProfile"]
-
 
 class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     """One kernel's mm. The defaults are those of 6.18.
@@ -42,8 +42,8 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     Features. `mremap_moves_level`: the highest level whose whole tables mremap moves. `mremap_realigns`: it
     extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `madv_collapse`: so does
     MADV_COLLAPSE. `ksm_smart_scan`: ksmd skips pages that it tried to merge in vain. `device_exclusive`:
-    make_device_exclusive exists. `device_inserts_name_owner`: the bracket in which holes become device
-    memory is MIGRATE with its owner, else CLEAR.
+    make_device_exclusive exists (the EXCLUSIVE event). `device_inserts_name_owner`: the bracket in which holes
+    become device memory is MIGRATE with its owner, else CLEAR. `uffd_move`, `pagemap_scan`: these ioctls exist.
     """
 
     name: str
@@ -68,8 +68,9 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     madv_collapse: bool = True
     ksm_smart_scan: bool = True
     device_exclusive: bool = True
+    uffd_move: bool = True
+    pagemap_scan: bool = True
     device_inserts_name_owner: bool = True
-
 
 LINUX_6_18 = MmProfile(name="linux-6.18")
 LINUX_5_10 = MmProfile(
@@ -101,6 +102,8 @@ LINUX_5_10 = MmProfile(
     madv_collapse=False,
     ksm_smart_scan=False,
     device_exclusive=False,
+    uffd_move=False,
+    pagemap_scan=False,
     device_inserts_name_owner=False,
 )
 PROFILES = {profile.name: profile for profile in (LINUX_6_18, LINUX_5_10)}

@@ -88,6 +88,7 @@ from host_mm.rmap import (
     folio_try_share_anon_rmap_pte,
     rmap_walk,
 )
+from host_mm.userfaultfd_k import pte_install_uffd_wp_if_needed
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -225,6 +226,7 @@ class _Unmap:
             mm.rss[mm_counter(pages, pfn)] -= 1
         elif not flags & PG_anon:
             # The folio is locked, so that nothing else can be mapped here before the bracket ends.
+            pte_install_uffd_wp_if_needed(vma, address, pte, old)
             mm.rss[mm_counter(pages, pfn)] -= 1
         elif bool(flags & PG_swapbacked) != bool(flags & PG_swapcache):
             set_pte(mm, address, pte, old)

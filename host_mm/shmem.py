@@ -41,6 +41,8 @@ from host_mm.mm_types import (
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
+    VM_UFFD_MINOR,
+    VM_UFFD_MISSING,
 )
 from host_mm.page import (
     PG_referenced,
@@ -59,6 +61,7 @@ from host_mm.swap_state import (
     swap_cache_del_folio,
     swap_cache_get_folio,
 )
+from host_mm.userfaultfd_k import handle_userfault
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -110,7 +113,8 @@ def shmem_mapping(mapping: AddressSpace) -> bool:
 def shmem_get_folio(mapping: AddressSpace, index: int, sgp: int, vmf: VmFault | None = None) -> int:
     """The folio of page `index`, locked and with a reference; made or swapped in if `sgp` allows it.
 
-    SGP_READ on a hole: NOT_CACHED. A negative errno: -EINVAL beyond the end of the file, -ENOMEM,
+    SGP_READ on a hole: NOT_CACHED; so too where a fault was put to a userfaultfd, with its answer in
+    `vmf.fault_type`. A negative errno: -EINVAL beyond the end of the file, -ENOMEM,
     -ENOENT for SGP_NOALLOC on a hole. For a fault, `vmf.fault_type` says if the page had to be read.
     """
     host = mapping.host
@@ -118,6 +122,12 @@ def shmem_get_folio(mapping: AddressSpace, index: int, sgp: int, vmf: VmFault | 
         if sgp <= SGP_CACHE and index << 12 >= mapping.i_size:
             return -EINVAL
         head = filemap_get_entry(mapping, index)
+        if head != NOT_CACHED and vmf is not None and vmf.vma.flags & VM_UFFD_MINOR:
+            # The page is known, but this mapping may have it only when its userfaultfd says so.
+            if head >= 0:
+                put_page(host, head)
+            vmf.fault_type = handle_userfault(vmf, VM_UFFD_MINOR)
+            return NOT_CACHED
         if NOT_CACHED < head < 0:
             head = _swapin_folio(mapping, index, ~head, sgp, vmf)
             if head != -EEXIST:
@@ -139,6 +149,9 @@ def shmem_get_folio(mapping: AddressSpace, index: int, sgp: int, vmf: VmFault | 
             return NOT_CACHED
         if sgp == SGP_NOALLOC:
             return -ENOENT
+        if vmf is not None and vmf.vma.flags & VM_UFFD_MISSING:
+            vmf.fault_type = handle_userfault(vmf, VM_UFFD_MISSING)
+            return NOT_CACHED
         head = _alloc_and_add_folio(mapping, index, vmf.mm if vmf is not None else None)
         if head == -EEXIST:
             continue
@@ -286,6 +299,8 @@ def shmem_fault(vmf: VmFault) -> int:
     if mapping.private_data is not None and (ret := _falloc_wait(vmf, mapping.private_data)):
         return ret
     head = shmem_get_folio(mapping, vmf.pgoff, SGP_CACHE, vmf)
+    if head == NOT_CACHED:
+        return vmf.fault_type
     if head < 0:
         return VM_FAULT_OOM if head == -ENOMEM else VM_FAULT_SIGBUS
     vmf.page = filemap_page(mapping, head, vmf.pgoff)

@@ -59,6 +59,7 @@ from host_mm.mm_types import (
 )
 from host_mm.page import (
     PG_anon,
+    PG_hwpoison,
     PG_ksm,
     PG_locked,
     PG_lru,
@@ -120,6 +121,10 @@ def do_swap_page(vmf: VmFault) -> int:
     ret = 0
     pfn = swap_cache_get_folio(host, entry)
     if pfn >= 0:
+        if host.pages.flags[pfn] & PG_hwpoison:
+            # Kept for this: whoever wants the bytes must not get older ones.
+            put_page(host, pfn)
+            return VM_FAULT_HWPOISON
         swap_update_readahead(host, pfn, vmf.vma, vmf.address)
     else:
         if swap.zram is not None and swap.swap_count(swp_offset(entry)) == 1:

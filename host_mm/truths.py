@@ -21,6 +21,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     page-cache, i-mmap       ... and files find their pages and mappings, which have nobody else
     uffd-wp                  ... and only where userfaultfd write-protects do entries say so, and not writable
     lru                      ... and PG_lru says where the folio is
+    hwpoison, offline        ... and what is out of use is nobody's, and all that is marked so is out of use
     free-count               ... and a zone's free pages are those on its lists
     tlb-stale                ... and every host TLB entry and device's translation is what the tables say
     leak                     when the host goes down, every frame and swap slot is free
@@ -65,6 +66,7 @@ from host_mm.page import (
     PG_buddy,
     PG_head,
     PG_hugetlb,
+    PG_hwpoison,
     PG_ksm,
     PG_lru,
     PG_reserved,
@@ -174,16 +176,20 @@ class HostTruths:
         """A pte hook: whoever still has the old translation would go on with the old frame."""
         if not new & _PAGE_PRESENT or mm.tlb_flush_pending or mm.tlb_flush_batched:
             return
-        tables = [(f"pid {_pid(mm)}", mm.tlb)]
-        tables += [(who, table) for who, of, table in self.host.secondary_tables.tables if of is mm]
-        for who, table in tables:
-            cached = table.entries.get(address >> 12)
-            if cached is not None and cached >> 1 != pte_pfn(new):
-                raise BrokenTruth(
-                    "flush-before-set",
-                    f"{address:#x} gets pfn {pte_pfn(new):#x}, {who} still reaches pfn {cached >> 1:#x}",
-                    self.host.stream.here(),
-                )
+        self._still_reaches(mm.tlb, "", mm, address, pte_pfn(new))
+        for who, of, table in self.host.secondary_tables.tables:
+            if of is mm:
+                self._still_reaches(table, who, mm, address, pte_pfn(new))
+
+    def _still_reaches(self, table: HostTlb, who: str, mm: MmStruct, address: int, pfn: int) -> None:
+        cached = table.entries.get(address >> 12)
+        if cached is not None and cached >> 1 != pfn:
+            who = who or f"pid {_pid(mm)}"
+            raise BrokenTruth(
+                "flush-before-set",
+                f"{address:#x} gets pfn {pfn:#x}, {who} still reaches pfn {cached >> 1:#x}",
+                self.host.stream.here(),
+            )
 
     def pmd_set(self, mm: MmStruct, address: int, old: int, new: int) -> None:
         """A pmd hook: the same for all that a huge entry maps."""
@@ -366,7 +372,7 @@ class _Audit:
                     free += 1 << pages.order[pfn]
                     pfn += 1 << pages.order[pfn]
                     continue
-                if not flags & PG_reserved:
+                if not flags & PG_reserved and (pages.refcount[pfn] or pfn not in host.allocator.hwpoisoned):
                     self._frame(pfn, flags)
                 pfn += 1
             if free != zone.nr_free + zone.nr_isolated:
@@ -378,6 +384,21 @@ class _Audit:
             for pfn in range(pgmap.start, pgmap.start + pgmap.nr):
                 if pages.refcount[pfn] or refs[pfn]:
                     self._frame(pfn, pages.flags[pfn])
+
+    def out_of_use(self) -> None:
+        """Memory that is offline and frames that have failed are nobody's."""
+        allocator, pages = self.host.allocator, self.host.pages
+        for start, nr in allocator.offline.items():
+            for pfn in range(start, start + nr):
+                if pages.flags[pfn] & PG_hwpoison:
+                    continue
+                if not pages.flags[pfn] & PG_reserved or pages.refcount[pfn] or self.maps[pfn]:
+                    raise BrokenTruth("offline", f"pfn {pfn:#x} is offline and somebody's")
+        for pfn, held in allocator.hwpoisoned.items():
+            flags = pages.flags[pfn]
+            if not flags & PG_hwpoison or flags & (PG_buddy | PG_lru) or pages.refcount[pfn] < held:
+                who = decode_page_flags(flags)
+                raise BrokenTruth("hwpoison", f"pfn {pfn:#x} has failed and is {who}, {pages.refcount[pfn]}")
 
     def page_cache(self) -> None:
         """Every page of a file is its folio's, found at its index; the cache holds it once."""
@@ -472,10 +493,11 @@ def nothing_left(host: HostMm) -> None:
     """After HostMm.shutdown: no frame and no swap slot is anybody's. Raises BrokenTruth."""
     pages = host.pages
     for zone in host.zones:
-        if zone.nr_free == zone.managed:
+        lost = sum(1 for pfn in host.allocator.hwpoisoned if zone.start <= pfn < zone.end)
+        if zone.nr_free == zone.managed - lost:
             continue
         pfn = zone.start
-        while pages.flags[pfn] & (PG_buddy | PG_reserved):
+        while pages.flags[pfn] & (PG_buddy | PG_reserved | PG_hwpoison):
             pfn += 1 << pages.order[pfn] if pages.flags[pfn] & PG_buddy else 1
         who = f"pfn {pfn:#x} ({decode_page_flags(pages.flags[pfn])})"
         raise BrokenTruth("leak", f"{zone.managed - zone.nr_free} frames were not given back, {who} first")
@@ -496,6 +518,7 @@ def audit(host: HostMm) -> None:
     if linked != check.linked:
         raise BrokenTruth("i-mmap", f"{linked} VMAs are linked to files, {check.linked} exist")
     check.frames()
+    check.out_of_use()
     check.hugetlb.finish()
     check.thp.finish()
     check.memcg()

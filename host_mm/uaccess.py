@@ -15,6 +15,7 @@ from host_mm.arch.x86.fault import translate, translate_nofault
 from host_mm.arch.x86.pgtable import TASK_SIZE
 from host_mm.kernel.errors import KernelError
 from host_mm.mm_types import VM_FAULT_BADMAP, VM_FAULT_HWPOISON, VM_FAULT_OOM, VM_FAULT_SIGBUS
+from host_mm.process import BUS_MCEERR_AR
 
 if TYPE_CHECKING:
     from host_mm.process import Process
@@ -30,6 +31,8 @@ _WHY = (
 def _frame(process: Process, hva: int, write: bool) -> int:
     pfn = translate(process.mm, hva, write=write) if 0 <= hva < TASK_SIZE else -VM_FAULT_BADMAP
     if pfn < 0:
+        if -pfn & VM_FAULT_HWPOISON:
+            process.send_sig_mceerr(BUS_MCEERR_AR, hva)
         why = next((text for bit, text in _WHY if -pfn & bit), "refused")
         raise KernelError(EFAULT, f"{'write' if write else 'read'} at {hva:#x}: {why}")
     return pfn

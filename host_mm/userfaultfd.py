@@ -1,9 +1,10 @@
 """The userfaultfd system call and its ioctls.
 
 Source of truth: fs/userfaultfd.c (userfaultfd_api, userfaultfd_register, userfaultfd_unregister,
-userfaultfd_wake, userfaultfd_copy, userfaultfd_zeropage, userfaultfd_writeprotect, userfaultfd_move,
-userfaultfd_poison, userfaultfd_release); Linux 6.18. Waiting and reading are in userfaultfd_k.py, what the
-ioctls do to the tables in userfaultfd_mfill.py, userfaultfd_move.py and userfaultfd_wp.py.
+userfaultfd_wake, userfaultfd_copy, userfaultfd_zeropage, userfaultfd_writeprotect, userfaultfd_continue,
+userfaultfd_move, userfaultfd_poison, userfaultfd_release); Linux 6.18. Waiting and reading are in
+userfaultfd_k.py, what the ioctls do to the tables in userfaultfd_mfill.py, userfaultfd_move.py and
+userfaultfd_wp.py.
 
 An ioctl that fills answers how many bytes it did, Linux's output field. Fewer than asked is what the ioctl
 itself answers -EAGAIN for; the caller goes on behind them. What it did it wakes.
@@ -30,6 +31,7 @@ from host_mm.userfaultfd_k import (
     wake_userfault,
 )
 from host_mm.userfaultfd_mfill import (
+    MFILL_ATOMIC_CONTINUE,
     MFILL_ATOMIC_COPY,
     MFILL_ATOMIC_POISON,
     MFILL_ATOMIC_ZEROPAGE,
@@ -48,26 +50,28 @@ if TYPE_CHECKING:
     from host_mm.process import Process
 
 __all__ = [
-    "MODE_DONTWAKE", "UFFDIO_COPY_MODE_WP", "UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES",
+    "MODE_DONTWAKE", "UFFDIO_CONTINUE_MODE_WP", "UFFDIO_COPY_MODE_WP", "UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES",
     "UFFDIO_REGISTER_MODE_MINOR", "UFFDIO_REGISTER_MODE_MISSING", "UFFDIO_REGISTER_MODE_WP",
     "UFFDIO_WRITEPROTECT_MODE_DONTWAKE", "UFFDIO_WRITEPROTECT_MODE_WP", "UFFD_FEATURES", "userfaultfd",
-    "userfaultfd_api", "userfaultfd_copy", "userfaultfd_move", "userfaultfd_poison", "userfaultfd_register",
-    "userfaultfd_release", "userfaultfd_unregister", "userfaultfd_wake", "userfaultfd_writeprotect",
-    "userfaultfd_zeropage",
+    "userfaultfd_api", "userfaultfd_continue", "userfaultfd_copy", "userfaultfd_move", "userfaultfd_poison",
+    "userfaultfd_register", "userfaultfd_release", "userfaultfd_unregister", "userfaultfd_wake",
+    "userfaultfd_writeprotect", "userfaultfd_zeropage",
 ]
 
 UFFD_FEATURES = (
     1 << 0 | UFFD_FEATURE_SIGBUS | UFFD_FEATURE_EXACT_ADDRESS | UFFD_FEATURE_WP_UNPOPULATED | 1 << 14
-    | UFFD_FEATURE_WP_ASYNC | 1 << 16
+    | UFFD_FEATURE_WP_ASYNC | 1 << 5 | 1 << 10 | 1 << 12 | 1 << 16
 )
-"""What UFFDIO_API offers: bit 0 write-protect faults, bit 14 POISON, bit 16 MOVE."""
+"""What UFFDIO_API offers: bit 0 write-protect faults, 5, 10 and 12 shared memory missing, minor and
+write-protected, 14 POISON, 16 MOVE."""
 
 UFFDIO_REGISTER_MODE_MISSING = 1 << 0
 UFFDIO_REGISTER_MODE_WP = 1 << 1
 UFFDIO_REGISTER_MODE_MINOR = 1 << 2
 MODE_DONTWAKE = 1 << 0
-"""UFFDIO_COPY_MODE_DONTWAKE, and that of ZEROPAGE and POISON."""
+"""UFFDIO_COPY_MODE_DONTWAKE, and that of ZEROPAGE, CONTINUE, MOVE and POISON."""
 UFFDIO_COPY_MODE_WP = 1 << 1
+UFFDIO_CONTINUE_MODE_WP = 1 << 1
 UFFDIO_WRITEPROTECT_MODE_WP = 1 << 0
 UFFDIO_WRITEPROTECT_MODE_DONTWAKE = 1 << 1
 
@@ -237,6 +241,19 @@ def userfaultfd_zeropage(ctx: UserfaultfdCtx, start: int, length: int, mode: int
     _check_mode(mode, MODE_DONTWAKE)
     _mmget_not_zero(ctx)
     done = mfill_atomic(ctx, start, 0, length, MFILL_ATOMIC_ZEROPAGE)
+    return _filled(ctx, start, done, wake=not mode & MODE_DONTWAKE)
+
+
+def userfaultfd_continue(ctx: UserfaultfdCtx, start: int, length: int, mode: int = 0) -> int:
+    """UFFDIO_CONTINUE: map pages of shared memory that are in the file; bytes done.
+
+    KernelError as userfaultfd_copy; EFAULT for a page that is not in the file, EINVAL for other memory.
+    """
+    _enter(ctx)
+    validate_range(start, length)
+    _check_mode(mode, MODE_DONTWAKE | UFFDIO_CONTINUE_MODE_WP)
+    _mmget_not_zero(ctx)
+    done = mfill_atomic(ctx, start, 0, length, MFILL_ATOMIC_CONTINUE, wp=bool(mode & UFFDIO_CONTINUE_MODE_WP))
     return _filled(ctx, start, done, wake=not mode & MODE_DONTWAKE)
 
 

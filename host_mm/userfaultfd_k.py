@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from host_mm.arch.x86.pgtable import _PAGE_UFFD_WP, pte_none_mostly, pte_present, pte_write
+from host_mm.arch.x86.pgtable import (
+    _PAGE_UFFD_WP,
+    PTE_MARKER_UFFD_WP,
+    make_pte_marker,
+    pte_none_mostly,
+    pte_present,
+    pte_swp_uffd_wp_any,
+    pte_write,
+)
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.locks import Spinlock
 from host_mm.kernel.sched import WaitQueue
@@ -31,11 +39,13 @@ from host_mm.mm_types import (
     FAULT_FLAG_WRITE,
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
+    VM_SHARED,
     VM_UFFD_FLAGS,
     VM_UFFD_MINOR,
     VM_UFFD_WP,
 )
-from host_mm.pgtable_generic import pmd_offset, pte_offset_map
+from host_mm.pgtable_generic import pmd_offset, pte_offset_map, set_pte
+from host_mm.vma import vma_set_page_prot
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -45,9 +55,9 @@ __all__ = [
     "TRACEPOINTS", "UFFD_EVENT_PAGEFAULT", "UFFD_FEATURE_EXACT_ADDRESS", "UFFD_FEATURE_SIGBUS",
     "UFFD_FEATURE_WP_ASYNC", "UFFD_FEATURE_WP_UNPOPULATED", "UFFD_PAGEFAULT_FLAG_MINOR",
     "UFFD_PAGEFAULT_FLAG_WP", "UFFD_PAGEFAULT_FLAG_WRITE", "UffdMsg", "UserfaultfdCtx", "dup_userfaultfd",
-    "handle_userfault", "mremap_userfaultfd_prep", "userfaultfd_armed", "userfaultfd_ctx_read",
-    "userfaultfd_poll", "userfaultfd_pte_wp", "userfaultfd_reset_ctx", "userfaultfd_wp_async",
-    "userfaultfd_wp_use_markers",
+    "handle_userfault", "mremap_userfaultfd_prep", "pte_install_uffd_wp_if_needed", "userfaultfd_armed",
+    "userfaultfd_ctx_read", "userfaultfd_poll", "userfaultfd_pte_wp", "userfaultfd_reset_ctx",
+    "userfaultfd_set_ctx", "userfaultfd_wp_async", "userfaultfd_wp_use_markers",
     "vma_has_uffd_without_event_remap", "wake_userfault",
 ]
 
@@ -165,15 +175,31 @@ def userfaultfd_wp_use_markers(vma: VmArea) -> bool:
     return bool(vma.userfaultfd_ctx.features & UFFD_FEATURE_WP_UNPOPULATED)
 
 
+def pte_install_uffd_wp_if_needed(vma: VmArea, address: int, pte: int, old: int) -> None:
+    """A file's page that leaves its entry is still to be found write-protected when it is back."""
+    if vma.ops is None or not vma.flags & VM_UFFD_WP:
+        return
+    if old & _PAGE_UFFD_WP if pte_present(old) else pte_swp_uffd_wp_any(old):
+        set_pte(vma.mm, address, pte, make_pte_marker(PTE_MARKER_UFFD_WP))
+
+
 def vma_has_uffd_without_event_remap(vma: VmArea) -> bool:
     """Whether mremap takes the VMA's registration away."""
     return vma.userfaultfd_ctx is not None
 
 
+def userfaultfd_set_ctx(vma: VmArea, ctx: UserfaultfdCtx | None, flags: int) -> None:
+    """Register the VMA in modes VM_UFFD_*. Write-protection of a shared mapping wants write faults."""
+    changed = (vma.flags ^ flags) & VM_UFFD_WP
+    vma.userfaultfd_ctx = ctx
+    vma.flags = (vma.flags & ~VM_UFFD_FLAGS) | flags
+    if changed and vma.flags & VM_SHARED:
+        vma_set_page_prot(vma)
+
+
 def userfaultfd_reset_ctx(vma: VmArea) -> None:
     """The VMA is not registered any more."""
-    vma.userfaultfd_ctx = None
-    vma.flags &= ~VM_UFFD_FLAGS
+    userfaultfd_set_ctx(vma, None, 0)
 
 
 def dup_userfaultfd(vma: VmArea) -> None:

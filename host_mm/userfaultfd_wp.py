@@ -15,15 +15,16 @@ from __future__ import annotations
 from errno import ENOENT
 from typing import TYPE_CHECKING
 
-from host_mm.mm_types import VM_HUGETLB, VM_SHARED, VM_UFFD_FLAGS, VM_UFFD_MINOR, VM_UFFD_WP, VM_WRITE
+from host_mm.mm_types import VM_HUGETLB, VM_UFFD_FLAGS, VM_UFFD_MINOR, VM_UFFD_WP
 from host_mm.mmu_gather import MmuGather
 from host_mm.mprotect import (
     MM_CP_TRY_CHANGE_WRITABLE,
     MM_CP_UFFD_WP,
     MM_CP_UFFD_WP_RESOLVE,
     change_protection,
+    vma_wants_manual_pte_write_upgrade,
 )
-from host_mm.userfaultfd_k import userfaultfd_reset_ctx
+from host_mm.userfaultfd_k import userfaultfd_reset_ctx, userfaultfd_set_ctx
 from host_mm.vma import vma_modify_flags_uffd
 
 if TYPE_CHECKING:
@@ -32,22 +33,27 @@ if TYPE_CHECKING:
 
 __all__ = [
     "mwriteprotect_range", "uffd_wp_range", "userfaultfd_clear_vma", "userfaultfd_register_range",
-    "userfaultfd_release_all", "vma_can_userfault",
+    "userfaultfd_release_all", "vma_can_userfault", "vma_is_shmem",
 ]
+
+
+def vma_is_shmem(vma: VmArea) -> bool:
+    """Whether the VMA maps shared memory: a memfd, or shared anonymous memory."""
+    return vma.file is not None and bool(vma.file.a_ops.is_shmem)
 
 
 def vma_can_userfault(vma: VmArea, vm_flags: int, *, wp_async: bool) -> bool:
     """Whether a VMA of this kind can be registered in these modes."""
     modes = vm_flags & VM_UFFD_FLAGS
-    if modes & VM_UFFD_MINOR or vma.flags & VM_HUGETLB:
+    if vma.flags & VM_HUGETLB or (modes & VM_UFFD_MINOR and not vma_is_shmem(vma)):
         return False
-    return (wp_async and modes == VM_UFFD_WP) or vma.ops is None
+    return (wp_async and modes == VM_UFFD_WP) or vma.ops is None or vma_is_shmem(vma)
 
 
 def uffd_wp_range(vma: VmArea, start: int, end: int, *, enable_wp: bool) -> int:
     """Write-protect a part of a VMA, or lift that; how many entries changed, or a negative errno."""
     flags = MM_CP_UFFD_WP if enable_wp else MM_CP_UFFD_WP_RESOLVE
-    if not enable_wp and vma.flags & VM_WRITE and not vma.flags & VM_SHARED:
+    if not enable_wp and vma_wants_manual_pte_write_upgrade(vma):
         flags |= MM_CP_TRY_CHANGE_WRITABLE
     tlb = MmuGather(vma.mm)
     changed = change_protection(tlb, vma, start, end, flags)
@@ -81,8 +87,7 @@ def userfaultfd_register_range(
         first, last = max(vma.start, start), min(vma.end, end)
         new_flags = (vma.flags & ~VM_UFFD_FLAGS) | flags
         vma = vma_modify_flags_uffd(vma, first, last, new_flags, ctx)
-        vma.userfaultfd_ctx = ctx
-        vma.flags = new_flags
+        userfaultfd_set_ctx(vma, ctx, flags)
 
 
 def userfaultfd_clear_vma(vma: VmArea, start: int, end: int) -> None:

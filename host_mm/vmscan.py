@@ -93,11 +93,21 @@ def _isolate_lru_folios(
     source = vec.lists[lru]
     flags = host.pages.flags
     taken: list[int] = []
-    scanned = 0
-    nr_taken = 0
+    scanned = skipped = nr_taken = 0
+    zone_of = host.allocator.zone_of if sc.reclaim_idx < host.allocator.highest_zoneidx else None
+    left = len(source)
     while scanned < nr_to_scan and source:
         pfn = next(iter(source))
         nr_pages = folio_nr_pages(host.pages, pfn)
+        if zone_of is not None:
+            if not left:
+                break
+            left -= 1
+            if zone_of(pfn).idx > sc.reclaim_idx:
+                # A frame there would be of no use to this request.
+                skipped += nr_pages
+                source.move_to_end(pfn)
+                continue
         scanned += nr_pages
         if not try_get_page(host, pfn):
             # On its way to be freed: whoever frees it takes it off the list.
@@ -109,7 +119,7 @@ def _isolate_lru_folios(
         nr_taken += nr_pages
     sc.nr_taken += nr_taken
     if (t := host.trace.mm_vmscan_lru_isolate) is not None:
-        t(sc.reclaim_idx, sc.order, nr_to_scan, scanned, 0, nr_taken, LRU_NAMES[lru])
+        t(sc.reclaim_idx, sc.order, nr_to_scan, scanned + skipped, skipped, nr_taken, LRU_NAMES[lru])
     if lru & 1:
         host.vmstat["pgrefill"] += scanned
     else:
@@ -409,9 +419,10 @@ class Kswapd:
         self.cause: int | None = None
 
 
-def _balanced(host: HostMm, nid: int, order: int) -> bool:
-    zone = host.allocator.nodes[nid].zone
-    return bool(zone.watermark_ok(zone.wmark_high, order))
+def _balanced(host: HostMm, nid: int, order: int, zoneidx: int) -> bool:
+    """pgdat_balanced: one zone that such a request may use has enough."""
+    zones = host.allocator.nodes[nid].zones
+    return any(zone.watermark_ok(zone.wmark_high, order) for zone in zones if zone.idx <= zoneidx)
 
 
 def wakeup_kswapd(host: HostMm, nid: int, order: int, gfp: int) -> None:
@@ -423,7 +434,7 @@ def wakeup_kswapd(host: HostMm, nid: int, order: int, gfp: int) -> None:
     state.highest_zoneidx = max(state.highest_zoneidx, gfp_zone(gfp))
     if state.woken or not state.wait.waiters:
         return
-    if state.failures >= MAX_RECLAIM_RETRIES or _balanced(host, nid, order):
+    if state.failures >= MAX_RECLAIM_RETRIES or _balanced(host, nid, order, gfp_zone(gfp)):
         # There may be enough of it, in pieces.
         if not gfp & GFP_DIRECT_RECLAIM:
             host.wakeup_kcompactd(nid, order, gfp_zone(gfp))
@@ -443,7 +454,7 @@ def _balance_pgdat(host: HostMm, nid: int, state: Kswapd, order: int, zoneidx: i
     sc.is_kswapd = True
     host.vmstat["pageoutrun"] += 1
     while sc.priority >= 1:
-        if _balanced(host, nid, order):
+        if _balanced(host, nid, order, zoneidx):
             return
         for vec in host.memcg.iter(nid, None) if not host.lru_gen_enabled else ():
             _age_anon(host, vec, sc)
@@ -478,7 +489,7 @@ def kswapd(host: HostMm, nid: int) -> None:
     alloc_order = 0
     while True:
         # prepare_kswapd_sleep: a node that is still short gets another round unless that is hopeless.
-        if _balanced(host, nid, order) or state.failures >= MAX_RECLAIM_RETRIES:
+        if _balanced(host, nid, order, zoneidx) or state.failures >= MAX_RECLAIM_RETRIES:
             host.reset_isolation_suitable(nid)
             host.wakeup_kcompactd(nid, alloc_order, zoneidx)
             if (t := host.trace.mm_vmscan_kswapd_sleep) is not None:

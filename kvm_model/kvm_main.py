@@ -118,7 +118,6 @@ class Kvm:
         self._init_mmu()
         self.vcpus: list[Vcpu] = []
         self.gpc_list: list[GfnToPfnCache] = []
-        self.hwpoison_signals: list[int] = []
         self.truths: KvmTruths | None = KvmTruths(self) if checks else None
         self.mmu_notifier = mmu_notifier.KvmMmuNotifier(self)
         mmu_notifier_register(self.mmu_notifier, self.mm)

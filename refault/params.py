@@ -30,6 +30,9 @@ PARAMS: dict[str, Param] = {
     "kernel.numa_balancing_scan_period_min_ms": Param("count", "1000", "ms between two scans of a process"),
     "kernel.numa_balancing_scan_size_mb": Param("count", "256", "MiB of mapped memory in one scan"),
     "hugetlb.nr_hugepages": Param("count", "0", "huge pages of 2 MiB in the host's pool from the start"),
+    "hugetlb.nr_overcommit_hugepages": Param(
+        "count", "0", "huge pages that the pool may grow by while they are asked for"
+    ),
     "kvm.eager_page_split": Param(
         "bool", "Y", "split huge pages when dirty logging starts, not at the fault"
     ),

@@ -104,9 +104,15 @@ class HostCalls:
         return sorted(OPERATIONS)
 
 
+BACKENDS = ("anon", "memfd", "hugetlb")
+HPAGE_SIZE = 2 << 20
+
+
 def _check(memory: int, vcpus: int, mmu: str, memory_backend: str) -> None:
-    if memory_backend not in ("anon", "memfd") and not memory_backend.removeprefix("file:") != memory_backend:
-        raise UsageError(f"memory_backend {memory_backend!r}: want 'anon', 'memfd' or 'file:PATH'")
+    if memory_backend not in BACKENDS and not memory_backend.removeprefix("file:") != memory_backend:
+        raise UsageError(f"memory_backend {memory_backend!r}: want {', '.join(BACKENDS)} or file:PATH")
+    if memory_backend == "hugetlb" and memory % HPAGE_SIZE:
+        raise UsageError(f"memory {memory}: not a multiple of 2 MiB, as huge pages are")
     if memory <= 0 or memory % 4096:
         raise UsageError(f"memory {memory}: not a positive multiple of 4 KiB")
     if not 1 <= vcpus <= MAX_VCPUS:
@@ -119,9 +125,10 @@ class VM:
     """A VM. Without `on` it gets a private host of `host_ram` and `swap`.
 
     Sizes are bytes or text such as "64M". `memory_backend` is what the guest's RAM is to the host: "anon",
-    "memfd" (shared memory) or "file:PATH" (a file, mapped shared). `mmu` is "ept"; `profile` names the
-    kernel, see `refault list profiles` (default: the host's, linux-6.18 for a private one). `interpreted`
-    runs the page walk in Python: slower, the same bytes of trace. `output` gets the guest's serial bytes.
+    "memfd" (shared memory), "hugetlb" (a memfd of huge pages; a private host's pool has enough of them) or
+    "file:PATH" (a file, mapped shared). `mmu` is "ept"; `profile` names the kernel, see `refault list
+    profiles` (default: the host's, linux-6.18 for a private one). `interpreted` runs the page walk in
+    Python: slower, the same bytes of trace. `output` gets the guest's serial bytes.
     """
 
     def __init__(
@@ -147,6 +154,8 @@ class VM:
         _check(memory_bytes, vcpus, mmu, memory_backend)
         if on is None:
             swap = memory_bytes if swap == "auto" else swap
+            if memory_backend == "hugetlb":
+                params = {"hugetlb.nr_hugepages": str(memory_bytes // HPAGE_SIZE)} | (params or {})
             on = HostMachine(
                 host_ram or 2 * memory_bytes, swap, seed=seed, profile=profile or "linux-6.18", params=params,
                 breaks=breaks, check=check,

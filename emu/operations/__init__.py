@@ -4,6 +4,7 @@
 |---|---|
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
+| `migration.py` | compaction, exact frames, memory offline, mbind, long-term pins, bad memory |
 | `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
@@ -31,6 +32,7 @@ from emu.operations import (
     ksm,
     mapping,
     memory,
+    migration,
     numa,
     pfnmap,
     process,
@@ -52,6 +54,7 @@ __all__ = [
     "ksm",
     "mapping",
     "memory",
+    "migration",
     "numa",
     "pfnmap",
     "process",

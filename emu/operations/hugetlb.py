@@ -3,7 +3,7 @@
 Source: Documentation/admin-guide/mm/hugetlbpage.rst, fs/hugetlbfs/inode.c, mm/hugetlb.c; Linux 6.18.
 
 A region of huge pages is taken down with the VM. Its pages are the pool's: they are not swapped, and what
-would cut one of them is refused with EINVAL.
+would cut one of them is refused with EINVAL. punch_hole, remove and truncate work on a shared one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from emu.hostops import LEAVES_ZEROS, operation
+from emu.hostops import operation
 from emu.operations.memory import _scalar_size, check_range
 from host_mm.kernel.errors import KernelError
 from host_mm.ram import PAGE_SHIFT
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 MAX_HUGE_PAGES = 1 << 20
-_READY = "nr_hugepages(2); vm.host.hugetlb_create(gpa=0x80000000, pages=512); "
+_READY = "nr_hugepages(2); vm.host.hugetlb_create(gpa=0x80000000, pages=512)"
 _GIB = "nr_hugepages(2); vm.host.hugetlb_create(gpa=0x80000000, pages=0x40000, reserve=0); "
 _SHARED = _GIB + "vm.host.host_write(0x80000000, 7); vm.host.hugetlb_peer_read(gpa=0x80000000)"
 
@@ -37,25 +37,13 @@ def nr_hugepages(board: Board, count: int) -> int:
     return set_max_huge_pages(board.host.mm, count)
 
 
-@operation(example=_READY.removesuffix("; "))
+@operation(example=_READY)
 def hugetlb_create(board: Board, gpa: int, pages: int, shared: int = 1, reserve: int = 1) -> int:
     """Fresh memory of huge pages, of a memfd or private, in a new memory slot; answers its number."""
     check_range(gpa, pages)
     if shared not in (0, 1) or reserve not in (0, 1):
         raise KernelError(errno.EINVAL, f"shared = {shared}, reserve = {reserve}: want 0 or 1 each")
     return board.hugetlb.create(gpa, pages << PAGE_SHIFT, shared=bool(shared), reserve=bool(reserve))
-
-
-@operation(
-    "CLEAR", leaves=LEAVES_ZEROS,
-    example=_READY + "vm.host.host_write(0x80000000, 7); vm.host.hugetlb_punch(gpa=0x80000000, pages=512)",
-)
-def hugetlb_punch(board: Board, gpa: int, pages: int = 512) -> int:
-    """fallocate(FALLOC_FL_PUNCH_HOLE) in the file behind the range: whole huge pages go, parts are zeroed."""
-    check_range(gpa, pages)
-    file, offset = board.hugetlb.file_at(gpa)
-    board.vmm.punch_hole_hugetlb(file, offset, pages << PAGE_SHIFT)
-    return 0
 
 
 @operation(example=_SHARED)

@@ -68,6 +68,19 @@ def uffd_move(board: Board, gpa: int, pages: int = 1) -> int:
     return _begin(board, spans(board, gpa, pages), Lend)
 
 
+@operation(
+    "CLEAR", example="memfd_slot(gpa=0xE0000000, pages=16); vm.host.uffd_minor(gpa=0xE0000000, pages=16)"
+)
+def uffd_minor(board: Board, gpa: int, pages: int = 1) -> int:
+    """Unmap a range of a memfd_slot; each page is mapped by UFFDIO_CONTINUE when it is touched.
+
+    Where the range is not shared memory: KernelError(EINVAL).
+    """
+    from emu.uffd import Minor
+
+    return _begin(board, spans(board, gpa, pages), Minor)
+
+
 @operation("PROTECTION_VMA", example="uffd_wp(gpa=0x200000, pages=16); vm.host.uffd_end()")
 def uffd_end(board: Board) -> int:
     """End the userfaultfd; what is elsewhere comes back. Answers pages written (wp), else faults served."""

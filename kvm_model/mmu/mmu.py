@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_PSE, lookup_address_in_mm
 from host_mm.gup import FOLL_INTERRUPTIBLE, FOLL_NOWAIT, FOLL_WRITE
+from host_mm.process import BUS_MCEERR_AR
 from kvm_model.follow_pfn import kvm_faultin_pfn, kvm_release_faultin_page
 from kvm_model.memslots import (
     KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS,
@@ -128,7 +129,9 @@ def _kvm_handle_error_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
         return RET_PF_EMULATE
     if fault.pfn == KVM_PFN_ERR_HWPOISON:
         assert fault.slot is not None
-        vcpu.kvm.hwpoison_signals.append(fault.slot.gfn_to_hva(fault.gfn))
+        # kvm_send_hwpoison_signal: it is pending when the vCPU wants to enter again.
+        vcpu.kvm.process.send_sig_mceerr(BUS_MCEERR_AR, fault.slot.gfn_to_hva(fault.gfn))
+        vcpu.kvm.request_exit(vcpu)
         return _retry(vcpu.kvm, fault, "hwpoison")
     vcpu.fault_gpa = fault.addr
     return -EFAULT

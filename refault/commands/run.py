@@ -29,7 +29,7 @@ def _configure_machine(machine: argparse._ArgumentGroup) -> None:
     )
     machine.add_argument(
         "--memory-backend", default="anon", metavar="KIND",
-        help="what the guest's RAM is to the host: anon, memfd, file:PATH (default: anon)",
+        help="what the guest's RAM is to the host: anon, memfd, hugetlb, file:PATH (default: anon)",
     )
     machine.add_argument(
         "--host-ram", type=size, metavar="SIZE", help="host memory (default: twice the guest's)"

@@ -5,11 +5,15 @@
 | `api.py` | what a scenario can do: guest accesses, host operations, steps |
 | `emulator.py` | the back end that runs it here |
 | `emulator_reclaim.py`, `emulator_hugetlb.py` | its steps for reclaim and for huge pages |
+| `emulator_migrate.py` | its steps for migration and compaction |
+| `emulator_files.py` | its steps for files and shared memory |
 | `recordings.py` | what the real kernel did |
 | `normal.py` | the form in which the two are compared |
 | `guest.py` | the guest, the same for both |
 | `live/` | the back end that runs it on this machine's `/dev/kvm` |
 | `linux_mm.py` | the scenarios of host memory management |
+| `linux_mm_migrate.py` | those of migration and compaction |
+| `linux_mm_files.py` | those of files and shared memory |
 | `linux_mm_hugetlb.py` | those of huge pages |
 | `linux_mm_reclaim.py` | those of reclaim and access tracking |
 | `linux_mm_uffd.py` | those of userfaultfd; `emulator_uffd.py` has their steps |

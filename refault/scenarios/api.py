@@ -9,6 +9,7 @@ A step has a title, which is part of what is compared, and a result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 __all__ = ["DATA_GPA", "DATA_SIZE", "PAGE", "PROT_NONE", "PROT_READ", "PROT_RW", "Backend", "Scenario"]
@@ -110,6 +111,35 @@ class Backend(Protocol):
         """What was before is no part of the event sequence."""
         ...
 
+    def arrange(self, blocks: Sequence[Sequence[int]]) -> None:
+        """Put the pages of each list into a page block near the bottom of memory, the first highest, and
+        every other page of both slots near the top. Offsets from D."""
+        ...
+
+    def bring_in(self, offset: int, byte: int) -> None:
+        """A page of another mapping, filled, is moved to D + offset (mremap)."""
+        ...
+
+    def frames(self, offsets: Sequence[int]) -> list[int]:
+        """Which frame each page is in."""
+        ...
+
+    def compact_memory(self) -> Any:
+        """A write to /proc/sys/vm/compact_memory."""
+        ...
+
+    def move_pages(self, offset: int, node: int) -> Any:
+        """move_pages(2) of one page with MPOL_MF_MOVE_ALL."""
+        ...
+
+    def mbind(self, offset: int, length: int, node: int) -> Any:
+        """mbind(2) with MPOL_BIND and MPOL_MF_MOVE."""
+        ...
+
+    def nothing(self) -> Any:
+        """A step that only says what was found."""
+        ...
+
     def slow_load(self, offset: int, ns: int) -> Any:
         """A guest load after which the VMM's thread loses the CPU for `ns`."""
         ...
@@ -124,6 +154,14 @@ class Backend(Protocol):
 
     def ftruncate(self, size: int) -> Any:
         """ftruncate(2) of that file."""
+        ...
+
+    def fsync(self) -> Any:
+        """fsync(2) of that file."""
+        ...
+
+    def pwrite(self, offset: int, data: bytes) -> Any:
+        """pwrite(2) into that file."""
         ...
 
     def damon_on(self, offset: int) -> Any:
@@ -247,6 +285,41 @@ class Scenario:
         else:
             self.backend.mergeable(offset, length)
 
+    def arrange(self, *blocks: Sequence[int]) -> None:
+        """Where the frames of pages lie; no step."""
+        self.backend.arrange(blocks)
+
+    def bring_in(self, offset: int, byte: int) -> None:
+        """A page from elsewhere; no step."""
+        self.backend.bring_in(offset, byte)
+
+    def compact_memory(self, watch: int) -> Any:
+        """Compaction; whether the page at `watch` moved."""
+        before = self.backend.frames([watch])
+        self.backend.mark(">> echo 1 > compact_memory")
+        self.backend.compact_memory()
+        result = "moved" if self.backend.frames([watch]) != before else "NOT moved"
+        self.backend.mark(f"<< echo 1 > compact_memory: {result}")
+        return result
+
+    def compact_memory_under(self, offsets: Sequence[int]) -> list[int]:
+        """Compaction; which of the pages moved."""
+        before = self.backend.frames(offsets)
+        self._step("echo 1 > compact_memory", "compact_memory")
+        after = self.backend.frames(offsets)
+        moved = [at for at, old, new in zip(offsets, before, after, strict=True) if old != new]
+        numbers = [at // PAGE for at in moved[:8]]
+        self._step(f"moved {len(moved)} of {len(offsets)}: {numbers}", "nothing")
+        return moved
+
+    def move_pages(self, offset: int, node: int, title: str) -> Any:
+        """move_pages."""
+        return self._step(title, "move_pages", offset, node)
+
+    def mbind(self, offset: int, length: int, node: int, title: str) -> Any:
+        """mbind."""
+        return self._step(title, "mbind", offset, length, node)
+
     def begin(self) -> None:
         """The event sequence begins here."""
         self.backend.begin()
@@ -269,6 +342,14 @@ class Scenario:
     def ftruncate(self, size: int, title: str) -> Any:
         """Another size of the file."""
         return self._step(title, "ftruncate", size)
+
+    def fsync(self) -> Any:
+        """fsync of the file."""
+        return self._step("host fsync", "fsync")
+
+    def pwrite(self, offset: int, data: bytes, title: str) -> Any:
+        """A write into the file, not through its mapping."""
+        return self._step(title, "pwrite", offset, data)
 
     def damon_on(self, offset: int) -> Any:
         """DAMON starts."""

@@ -17,7 +17,9 @@ from emu.hostops import OPERATIONS, perform
 from emu.loaders.image import BOOT_GDT, Image
 from host_mm.kernel.errors import KernelError
 from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
+from refault.scenarios.emulator_files import FileSteps
 from refault.scenarios.emulator_hugetlb import SLOT0_OFFSET_HUGETLB, HugetlbSteps
+from refault.scenarios.emulator_migrate import MigrateSteps
 from refault.scenarios.emulator_reclaim import ReclaimSteps
 from refault.scenarios.emulator_uffd import UffdSteps
 from refault.scenarios.guest import ENTRY, RFLAGS_IOPL3, USER_STACK, guest_memory
@@ -46,18 +48,18 @@ def _image() -> Image:
     )
 
 
-class EmulatorBackend(ReclaimSteps, UffdSteps, HugetlbSteps):
+class EmulatorBackend(FileSteps, HugetlbSteps, MigrateSteps, ReclaimSteps, UffdSteps):
     """One machine for one scenario. `lines` is the normalised sequence, `events` the trace."""
 
     def __init__(self, **options: Any) -> None:
-        hugetlb = options.pop("hugetlb", "")
+        hugetlb, file = options.pop("hugetlb", ""), options.pop("file", "")
         params = {"kvm_intel.eptad": "0", **options.pop("params", {})}
         self.vm = VM("2M", params=params, **{"host_ram": "64M", "swap": "64M", **options})
         board = self.board = self.vm.board
         slot0 = board.memory.regions[0]
         self.slot0_offset = SLOT0_OFFSET_HUGETLB if hugetlb else SLOT0_OFFSET
         self.data_hva = slot0.hva - self.slot0_offset
-        self.vm.host._board.host.sched.run_task("vmm", lambda: self._create_data(hugetlb))
+        self.vm.host._board.host.sched.run_task("vmm", lambda: self._create_data(hugetlb, file))
         board.load(_image())
         self.vm.run()
         self._run("nop")
@@ -67,9 +69,11 @@ class EmulatorBackend(ReclaimSteps, UffdSteps, HugetlbSteps):
         self.pinned: list[int] = []
         board.host.stream.listen(Listener(("*",), self._note))
 
-    def _create_data(self, hugetlb: str) -> None:
+    def _create_data(self, hugetlb: str, file: str) -> None:
         if hugetlb:
             self.create_hugetlb(hugetlb)
+        elif file:
+            self.create_file(file)
         else:
             self.board.memory.create(DATA_GPA, DATA_SIZE, self.data_hva)
 

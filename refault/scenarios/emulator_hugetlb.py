@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from emu import files
 from refault.scenarios.api import DATA_GPA, DATA_SIZE
 
 if TYPE_CHECKING:
@@ -42,12 +43,8 @@ class HugetlbSteps:
 
     def punch_hole(self, offset: int, length: int) -> Any:
         """A hole in the file: 0."""
-        memfd = self.memfd
-        assert memfd is not None
-        return self._host(lambda: self.board.vmm.punch_hole_hugetlb(memfd, offset, length)) or 0
+        return self._host(lambda: files.punch_hole(self.board.vmm, self.data_hva + offset, length)) or 0
 
     def ftruncate(self, size: int) -> Any:
         """The file gets another size."""
-        memfd = self.memfd
-        assert memfd is not None
-        return self._host(lambda: self.board.vmm.truncate_hugetlb(memfd, size))
+        return self._host(lambda: files.ftruncate(self.board.vmm, self.data_hva, size))

@@ -62,5 +62,7 @@ def normal_recorded(text: str) -> list[str]:
 def _result(line: str) -> str:
     # "OSError 14 EFAULT; exit=('UNKNOWN',)": what the exit record held is the ioctl's, not mm's.
     line = re.sub(r"OSError \d+ (E\w+);.*", r"\1", line).rstrip()
+    # What errno an earlier call left is no part of an answer of 0.
+    line = re.sub(r": rc 0 errno \d+", ": rc 0", line)
     # pages_sharing counts the pages of every process of the recording machine.
     return re.sub(r": pages_sharing \d+$", ": pages_sharing", line)

@@ -19,6 +19,7 @@ from host_mm.migrate import move_pages
 from host_mm.mmap import do_mmap
 from host_mm.mmu_notifier import mmu_notifier_test_young
 from host_mm.process import Process
+from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
 from host_mm.rmap import folio_referenced
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
@@ -188,8 +189,8 @@ def test_a_process_may_exit_with_its_ept_filled() -> None:
     assert not host.mms
 
 
-def storm(seed: int, *breaks: str) -> HostMm:
-    dune, process, base = machine(breaks=frozenset(breaks))
+def storm(seed: int, *breaks: str, profile: MmProfile = LINUX_6_18) -> HostMm:
+    dune, process, base = machine(breaks=frozenset(breaks), profile=profile)
     host = dune.host
     host.sched.set_strategy(RandomStrategy(seed, period=2))
     left = [2]
@@ -239,9 +240,10 @@ def storm(seed: int, *breaks: str) -> HostMm:
     return host
 
 
+@pytest.mark.parametrize("profile", [LINUX_6_18, LINUX_5_10], ids=lambda profile: profile.name)
 @pytest.mark.parametrize("seed", range(12))
-def test_the_two_memories_are_one_in_any_order(seed: int) -> None:
-    at_rest(storm(seed))
+def test_the_two_memories_are_one_in_any_order(seed: int, profile: MmProfile) -> None:
+    at_rest(storm(seed, profile=profile))
 
 
 def test_a_missing_retry_breaks_a_truth() -> None:

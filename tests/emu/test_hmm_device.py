@@ -22,6 +22,7 @@ from host_mm.migrate import move_pages
 from host_mm.mmap import PROT_READ, do_mmap, do_munmap
 from host_mm.mprotect import do_mprotect
 from host_mm.process import Process
+from host_mm.profile import LINUX_5_10
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.machine import ANON, PAGE, RW, Recorder, make_host, run
@@ -86,6 +87,33 @@ def recorded(device: HmmDevice, process: Process, operation: Callable[[], object
     run(device.host, operation)
     mn.mmu_notifier_unregister(recorder, process.mm)
     return [event for event in recorder.take() if event[0] != "release"]
+
+
+def test_in_5_10_holes_are_filled_in_a_bracket_that_is_nobodys_and_ends_short() -> None:
+    device, process, base = machine(profile=LINUX_5_10)
+    run(device.host, lambda: (copy_to_user(process, base, b"x"), copy_from_user(process, base + PAGE, 1)))
+    log: list[Any] = []
+
+    class Old(mn.MmuNotifier):
+        def invalidate_range_start(self, range_: mn.MmuNotifierRange) -> int:
+            log.append((mn.EVENT_NAMES[range_.event], range_.owner))
+            return 0
+
+        def invalidate_range_end(self, range_: mn.MmuNotifierRange) -> None:
+            log.append("end")
+
+        def invalidate_range(self, mm: object, start: int, end: int) -> None:
+            log.append("range")
+
+        def change_pte(self, mm: object, address: int, pte: int) -> None:
+            log.append("change")
+
+    mn.mmu_notifier_register(Old(), process.mm)
+    run(device.host, lambda: device.migrate_to_device(base, 3))
+    collected = [("migrate", device), "range", "end"]
+    # The zero page is taken away and its place told; where nothing was nothing is.
+    assert log == [*collected, ("clear", None), "range", "change", "end"]
+    device.close()
 
 
 def test_the_brackets_bear_the_migration_and_its_owner() -> None:

@@ -53,7 +53,6 @@ def test_a_region_is_promised_its_pages_and_gives_them_back_with_the_vm(vm: refa
     (lambda host: host.hugetlb_create(gpa=GPA, pages=5 * PAGES), errno.ENOMEM),
     (lambda host: host.hugetlb_create(gpa=GPA, pages=5 * PAGES, shared=0), errno.ENOMEM),
     (lambda host: host.hugetlb_create(gpa=0, pages=PAGES), errno.EEXIST),
-    (lambda host: host.hugetlb_punch(gpa=0, pages=1), errno.EINVAL),
     (lambda host: host.hugetlb_peer_read(gpa=0), errno.EINVAL),
     (lambda host: host.hugetlb_sharers(gpa=0), errno.EINVAL),
     (lambda host: host.hugetlb_unshare(gpa=GPA), errno.EINVAL),
@@ -69,11 +68,12 @@ def test_what_cannot_be_is_refused_and_nothing_is_left_of_it(
     assert not vm.board.host.mm.mappings
 
 
-def test_a_private_region_has_no_file_to_punch_and_no_peer(vm: refault.VM) -> None:
+def test_a_private_region_has_no_file_to_cut_holes_into_and_no_peer(vm: refault.VM) -> None:
     vm.host.hugetlb_create(gpa=GPA, pages=PAGES, shared=0)
-    for call in (vm.host.hugetlb_punch, vm.host.hugetlb_peer_read):
-        with pytest.raises(refault.KernelError):
-            call(gpa=GPA)
+    with pytest.raises(refault.KernelError):
+        vm.host.hugetlb_peer_read(gpa=GPA)
+    with pytest.raises(refault.KernelError):
+        vm.host.remove(gpa=GPA, pages=PAGES)
     assert vm.host.hugetlb_sharers(gpa=GPA) == 0
     assert vm.host.hugetlb_unshare(gpa=GPA) == 0
 
@@ -82,9 +82,9 @@ def test_a_hole_gives_whole_pages_back_and_zeroes_the_rest(vm: refault.VM) -> No
     vm.host.hugetlb_create(gpa=GPA, pages=2 * PAGES)
     for gpa in (GPA, GPA + 0x3000, GPA + HUGE):
         vm.host.host_write(gpa=gpa, value=7)
-    vm.host.hugetlb_punch(gpa=GPA + 0x3000, pages=1)
+    vm.host.punch_hole(gpa=GPA + 0x3000, pages=1)
     assert [vm.host.host_read(gpa=gpa) for gpa in (GPA, GPA + 0x3000)] == [7, 0]
-    vm.host.hugetlb_punch(gpa=GPA, pages=2 * PAGES)
+    vm.host.punch_hole(gpa=GPA, pages=2 * PAGES)
     assert pool(vm) == (4, 0)
     assert vm.host.host_read(gpa=GPA + HUGE) == 0
 
@@ -193,3 +193,50 @@ def test_telling_of_the_dropped_page_only_leaves_sptes_to_memory_that_is_not_map
     with pytest.raises(BrokenTruth):
         drop_one_page_of_a_shared_table(machine)
     machine.vm.abandon()
+
+
+def test_a_guest_whose_ram_is_huge_pages_runs_on_sptes_of_2_mib() -> None:
+    with refault.VM("8M", memory_backend="hugetlb", host_ram="32M", vcpus=2, seed=2, check=True) as machine:
+        machine.load("smp")
+        stop = machine.run(max_insns=3_000_000)
+        assert (stop.kind, stop.status) == ("exit", 0), machine.serial
+        assert machine.host.map_level(0x100000) == 2
+        free, reserved = pool(machine)
+        assert free == reserved < 4
+        machine.finish()
+
+
+def test_huge_ram_moves_and_forks_under_a_running_guest() -> None:
+    params = {"hugetlb.nr_hugepages": "8"}
+    with refault.VM("4M", memory_backend="hugetlb", host_ram="48M", params=params, check=True) as machine:
+        machine.load("guest-paging")
+        for _ in range(6):
+            machine.run(max_insns=20_000)
+            machine.host.migrate(gpa=0, pages=1024)
+            machine.host.fork()
+            machine.host.child_exit()
+            machine.host.punch_hole(gpa=0x3FF000, pages=1)
+        stop = machine.run(max_insns=5_000_000)
+        assert (stop.kind, stop.status) == ("exit", 0), machine.serial
+        machine.finish()
+
+
+def test_ram_of_huge_pages_is_whole_huge_pages_and_the_pool_must_have_them() -> None:
+    with pytest.raises(refault.UsageError, match="2 MiB"):
+        refault.VM("3M", memory_backend="hugetlb")
+    with pytest.raises(refault.KernelError) as caught:
+        refault.VM("8M", memory_backend="hugetlb", params={"hugetlb.nr_hugepages": "1"})
+    assert caught.value.errno == errno.ENOMEM
+
+
+def test_a_pool_that_may_grow_has_pages_for_who_asks_and_gives_them_up_again() -> None:
+    params = {"hugetlb.nr_overcommit_hugepages": "2"}
+    with refault.VM("4M", host_ram="48M", params=params, check=True) as machine:
+        machine.load("first-touch")
+        machine.run(max_insns=100_000)
+        machine.host.hugetlb_create(gpa=GPA, pages=2 * PAGES)
+        assert machine.board.host.mm.hstate.surplus == 2
+        with pytest.raises(refault.KernelError):
+            machine.host.hugetlb_create(gpa=GPA + 8 * HUGE, pages=PAGES)
+        machine.host.host_write(gpa=GPA, value=7)
+        assert machine.host.host_read(gpa=GPA) == 7

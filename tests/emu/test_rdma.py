@@ -16,6 +16,7 @@ from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.process import Process
+from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.emu.rdma_machine import IOVA, PAGES, at_rest, drain, machine, swap_out
@@ -144,9 +145,9 @@ def test_the_registers_read_as_the_abi_says(queue: Queue) -> None:
 
 
 # -- races ----------------------------------------------------------------------------------------
-def storm(seed: int, *breaks: str) -> RdmaDevice:
+def storm(seed: int, *breaks: str, profile: MmProfile = LINUX_6_18) -> RdmaDevice:
     """A device, a process and a kernel at work on the same pages; every byte is known to an oracle."""
-    device, process, base = machine(breaks=frozenset(breaks))
+    device, process, base = machine(breaks=frozenset(breaks), profile=profile)
     host = device.host
     key = device.register(IOVA, base, PAGES * PAGE, pinned=False)
     host.sched.set_strategy(RandomStrategy(seed, period=2))
@@ -208,9 +209,10 @@ def storm(seed: int, *breaks: str) -> RdmaDevice:
     return device
 
 
+@pytest.mark.parametrize("profile", [LINUX_6_18, LINUX_5_10], ids=lambda profile: profile.name)
 @pytest.mark.parametrize("seed", range(12))
-def test_no_byte_is_lost_in_any_order(seed: int) -> None:
-    device = storm(seed)
+def test_no_byte_is_lost_in_any_order(seed: int, profile: MmProfile) -> None:
+    device = storm(seed, profile=profile)
     at_rest(device)
     device.close()
     at_rest(device)

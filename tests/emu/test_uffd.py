@@ -231,3 +231,36 @@ def test_operations_beside_each_other_wait_for_each_other(seed: int) -> None:
         assert [vm.host.host_read(GPA + page * 4096) for page in range(8)] == list(range(1, 9))
         assert [vm.host.child_read(GPA + page * 4096) for page in range(8)] == list(range(1, 9))
         vm.host.child_exit()
+
+
+def test_shared_memory_is_mapped_page_by_page_when_it_is_touched() -> None:
+    gpa = 0xE000_0000
+    with refault.VM("4M", host_ram="16M", check=True) as vm:
+        vm.host.memfd_slot(gpa, 16)
+        for page in range(4):
+            vm.host.host_write(gpa + page * 4096, page + 1)
+        assert vm.host.uffd_minor(gpa, 16) == 0
+        vmm, hva = vm.board.vmm, vm.board.memory.hva(gpa)
+        assert vmm.present_pfn(hva) == -1
+        assert [vm.host.host_read(gpa + page * 4096) for page in range(6)] == [1, 2, 3, 4, 0, 0]
+        assert vm.host.uffd_end() == 4
+        with pytest.raises(KernelError, match="EINVAL"):
+            vm.host.uffd_minor(GPA, 1)
+        assert vm.host.host_read(gpa) == 1
+
+
+@pytest.mark.parametrize("name", ["uffd_missing", "uffd_wp", "uffd_move", "pagemap_scan"])
+def test_shared_memory_takes_the_other_uses_as_well(name: str) -> None:
+    gpa = 0xE000_0000
+    with refault.VM("4M", host_ram="16M", check=True) as vm:
+        vm.host.memfd_slot(gpa, 16)
+        for page in range(4):
+            vm.host.host_write(gpa + page * 4096, page + 1)
+        getattr(vm.host, name)(gpa, 16)
+        vm.host.host_write(gpa, 9)
+        assert [vm.host.host_read(gpa + page * 4096) for page in range(4)] == [9, 2, 3, 4]
+        if name == "pagemap_scan":
+            assert vm.host.pagemap_scan(gpa, 16) == 1
+        else:
+            vm.host.uffd_end()
+        assert [vm.host.host_read(gpa + page * 4096) for page in range(6)] == [9, 2, 3, 4, 0, 0]

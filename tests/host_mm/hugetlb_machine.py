@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from host_mm import mmu_notifier as mn
-from host_mm.address_space import AddressSpace, fput
+from host_mm.address_space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, AddressSpace, fput
 from host_mm.arch.x86.pgtable import pte_present, pte_write, walk_lockless
 from host_mm.host import HostMm
 from host_mm.hugetlb import set_max_huge_pages
@@ -33,6 +33,19 @@ GIB = 1 << 30
 BASE = 0x40000000
 """A multiple of 1 GiB, so that a mapping there can share its table."""
 PRIVATE = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_FIXED
+
+
+PUNCH_HOLE = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+
+
+def fallocate(file: AddressSpace, mode: int, offset: int, length: int) -> None:
+    """fallocate(2)."""
+    file.a_ops.fallocate(file, mode, offset, length)
+
+
+def truncate(file: AddressSpace, size: int) -> None:
+    """ftruncate(2)."""
+    file.a_ops.set_size(file, size)
 
 
 class Witness(mn.MmuNotifier):

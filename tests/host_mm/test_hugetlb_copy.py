@@ -118,6 +118,21 @@ def test_a_move_of_a_mapping_with_a_shared_table_leaves_it_to_the_others() -> No
     m.close()
 
 
+def test_a_move_of_a_table_that_nobody_shares_moves_its_entries_to_a_table_of_its_own() -> None:
+    m = Machine()
+    p, q = m.process(), m.process()
+    file = m.file(GIB // HUGE)
+    m.shared(p, file, GIB // HUGE)
+    m.write(p, BASE + HUGE, b"x")
+    pfn = pmd_pfn(m.entry(p, BASE + HUGE))
+    m.do(lambda: do_mremap(p.mm, BASE, GIB, GIB, MOVE, AWAY))
+    assert pmd_pfn(m.entry(p, AWAY + HUGE)) == pfn
+    m.shared(q, file, GIB // HUGE)
+    assert m.read(q, BASE + HUGE) == b"x"
+    assert m.host.pages.large_mapcount[pfn] == 1, "from then on the table is shared"
+    m.close()
+
+
 def test_shrinking_frees_the_end_and_its_promises() -> None:
     m = Machine()
     p = m.process()

@@ -17,7 +17,9 @@ from host_mm.gup import (
     unpin_user_page,
 )
 from host_mm.kernel.errors import KernelError
-from host_mm.mmap import MAP_NORESERVE, MAP_PRIVATE, PROT_READ, do_mmap, do_munmap
+from host_mm.madvise import MADV_DONTNEED, do_madvise
+from host_mm.mm_types import VM_LOCKED
+from host_mm.mmap import MAP_LOCKED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, do_mmap, do_munmap
 from host_mm.page import put_page
 from host_mm.profile import LINUX_5_10
 from host_mm.uaccess import copy_from_user, copy_to_user
@@ -245,8 +247,6 @@ def test_a_pinned_page_that_is_unmapped_keeps_its_promise_until_it_is_freed() ->
     m.private(p, 2)
     m.write(p, BASE, b"x")
     pfn = m.host.sched.run_task("pin", lambda: pin_user_page(p.mm, BASE, FOLL_WRITE))
-    from host_mm.madvise import MADV_DONTNEED, do_madvise
-
     m.do(lambda: do_madvise(p.mm, BASE, HUGE, MADV_DONTNEED))
     assert m.pool == (1, 1, 0)
     unpin_user_page(m.host, pfn)
@@ -312,4 +312,28 @@ def test_a_map_of_less_than_a_huge_page_is_rounded_up() -> None:
     at = m.do(lambda: do_mmap(p.mm, 0, 4096, RW, PRIVATE & ~0x10))
     assert at % HUGE == 0
     assert m.vma(p, at).end == at + HUGE
+    m.close()
+
+
+def test_a_mapping_asked_to_be_locked_is_faulted_in_and_has_no_lock_to_be_in_the_way() -> None:
+    m = Machine()
+    p = m.process()
+    m.private(p, 2, flags=MAP_LOCKED)
+    assert m.pool == (6, 0, 0)
+    assert not m.vma(p).flags & VM_LOCKED
+    m.do(lambda: do_madvise(p.mm, BASE, HUGE, MADV_DONTNEED))
+    assert m.pool == (7, 1, 0)
+    m.close()
+
+
+def test_overcommit_lets_the_pool_grow_while_a_mapping_lives() -> None:
+    m = Machine(1)
+    m.host.hstate.nr_overcommit = 2
+    p = m.process()
+    m.private(p, 3)
+    assert m.pool == (3, 3, 2)
+    for page in range(3):
+        m.write(p, BASE + page * HUGE, b"x")
+    m.do(lambda: do_munmap(p.mm, BASE, 3 * HUGE))
+    assert m.pool == (1, 0, 0)
     m.close()

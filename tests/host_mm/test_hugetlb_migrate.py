@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errno import EACCES, EBUSY, ENOENT
+from errno import EACCES, EBUSY, EINVAL, EIO, ENOENT
 from typing import Any
 
 import pytest
@@ -11,8 +11,15 @@ from host_mm.arch.x86.pgtable import pmd_pfn, pte_write
 from host_mm.fork import exit_process, fork_process
 from host_mm.gup import FOLL_WRITE, get_user_pages_unlocked, pin_user_page, unpin_user_page
 from host_mm.hugetlb import set_max_huge_pages
-from host_mm.hugetlbfs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from host_mm.kernel.errors import BrokenTruth
+from host_mm.kernel.errors import BrokenTruth, KernelError
+from host_mm.mempolicy import (
+    MPOL_BIND,
+    MPOL_MF_MOVE,
+    MPOL_MF_STRICT,
+    MPOL_PREFERRED,
+    do_mbind,
+    do_migrate_pages,
+)
 from host_mm.migrate import move_pages
 from host_mm.mm_types import MmStruct
 from host_mm.mmap import do_munmap
@@ -20,7 +27,7 @@ from host_mm.page import put_page
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10
 from host_mm.uaccess import copy_from_user, copy_to_user
-from tests.host_mm.hugetlb_machine import BASE, GIB, HUGE, Machine, Witness
+from tests.host_mm.hugetlb_machine import BASE, GIB, HUGE, PUNCH_HOLE, Machine, Witness, fallocate
 from tests.host_mm.machine import run
 
 OTHER = BASE + 4 * GIB
@@ -143,6 +150,38 @@ def test_where_a_table_is_shared_it_is_unhooked_and_the_last_user_is_unmapped() 
     m.close()
 
 
+def test_mbind_moves_huge_pages_and_faults_the_next_ones_in_where_it_says() -> None:
+    m, p, there = ready()
+    m.do(lambda: do_mbind(p, BASE, 2 * HUGE, MPOL_BIND, there, MPOL_MF_MOVE))
+    assert node(m, p) == there
+    m.write(p, BASE + HUGE, b"y")
+    assert node(m, p, BASE + HUGE) == there
+    assert m.read(p, BASE + 0x3000) == b"x"
+    m.close()
+
+
+def test_strict_mbind_says_so_if_a_page_stays_and_a_shared_one_stays_uncounted() -> None:
+    m, p, there = ready()
+    with pytest.raises(KernelError) as caught:
+        m.do(lambda: do_mbind(p, BASE, HUGE, MPOL_BIND, there, MPOL_MF_STRICT))
+    assert caught.value.errno == EIO
+    m.do(lambda: fork_process(p))
+    m.do(lambda: do_mbind(p, BASE, HUGE, MPOL_PREFERRED, there, MPOL_MF_MOVE | MPOL_MF_STRICT))
+    assert node(m, p) != there
+    m.do(lambda: do_migrate_pages(p, 1 - there, there, move_all=True))
+    assert node(m, p) == there
+    m.close()
+
+
+def test_mbind_of_a_part_of_a_huge_page_is_einval_and_leaves_nothing_isolated() -> None:
+    m, p, there = ready()
+    with pytest.raises(KernelError) as caught:
+        m.do(lambda: do_mbind(p, BASE, 0x1000, MPOL_BIND, there, MPOL_MF_MOVE))
+    assert caught.value.errno == EINVAL
+    assert m.do(lambda: move_pages(p, [BASE], [there])) == [there]
+    m.close()
+
+
 @pytest.mark.parametrize("seed", range(16))
 def test_writes_forks_and_holes_beside_a_migration_lose_no_byte(seed: int) -> None:
     m = Machine(6, seed=seed)
@@ -171,7 +210,7 @@ def test_writes_forks_and_holes_beside_a_migration_lose_no_byte(seed: int) -> No
 
     run(
         m.host, migrate, write, fork,
-        lambda: fallocate(q, file, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, HUGE, HUGE),
+        lambda: fallocate(file, PUNCH_HOLE, HUGE, HUGE),
     )
     assert m.read(p, OTHER + 8, 4) == b"wwww"
     assert m.read(p, BASE + 8, 4) == b"ssss"

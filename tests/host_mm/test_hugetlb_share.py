@@ -10,7 +10,6 @@ from host_mm.address_space import AddressSpace
 from host_mm.arch.x86.pgtable import PFN_MASK, pmd_pfn
 from host_mm.fork import exit_process, fork_process
 from host_mm.hugetlb_share import adjust_range_if_pmd_sharing_possible, hugetlb_unshare_all_pmds
-from host_mm.hugetlbfs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate, truncate
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.madvise import MADV_DONTNEED, do_madvise
 from host_mm.mmap import MAP_NORESERVE, MAP_PRIVATE, PROT_READ, do_munmap
@@ -19,10 +18,9 @@ from host_mm.pgtable_generic import pmd_offset
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10
 from host_mm.uaccess import copy_from_user, copy_to_user
-from tests.host_mm.hugetlb_machine import BASE, GIB, HUGE, Machine, Witness
+from tests.host_mm.hugetlb_machine import BASE, GIB, HUGE, PUNCH_HOLE, Machine, Witness, fallocate, truncate
 from tests.host_mm.machine import run
 
-PUNCH = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 PAGES = GIB // HUGE
 OTHER = BASE + 4 * GIB
 
@@ -189,7 +187,7 @@ def test_a_hole_takes_the_page_from_all_who_share_its_table() -> None:
     m.write(p, BASE + HUGE, b"x")
     m.read(q, OTHER + HUGE)
     mine, theirs = Witness(m.host, p.mm), Witness(m.host, q.mm)
-    m.do(lambda: fallocate(p, file, PUNCH, HUGE, HUGE))
+    m.do(lambda: fallocate(file, PUNCH_HOLE, HUGE, HUGE))
     assert [r[:3] for r in mine.take()[1]] == [("clear", BASE, BASE + GIB)]
     assert [r[:3] for r in theirs.take()[1]] == [("clear", OTHER, OTHER + GIB)]
     assert m.pool == (8, 0, 0)
@@ -234,7 +232,7 @@ def _stale(switch: frozenset[str]) -> None:
     m.read(q, OTHER + 5 * HUGE)
     copy_from_user(p, BASE + 5 * HUGE, 1)
     m.host.sched.run_task("drop", lambda: do_madvise(p.mm, BASE, HUGE, MADV_DONTNEED))
-    m.host.sched.run_task("hole", lambda: fallocate(q, file, PUNCH, 5 * HUGE, HUGE))
+    m.host.sched.run_task("hole", lambda: fallocate(file, PUNCH_HOLE, 5 * HUGE, HUGE))
 
 
 def test_flushing_what_was_asked_for_only_leaves_translations_to_a_page_that_is_freed() -> None:
@@ -264,7 +262,7 @@ def test_unsharing_beside_faults_leaves_every_byte_and_count_right(seed: int) ->
     run(
         m.host, lambda: touch(p, BASE, b"p"), lambda: touch(q, OTHER, b"q"), unshare,
         lambda: do_madvise(p.mm, BASE + HUGE, HUGE, MADV_DONTNEED),
-        lambda: fallocate(q, file, PUNCH, 2 * HUGE, HUGE),
+        lambda: fallocate(file, PUNCH_HOLE, 2 * HUGE, HUGE),
     )
     for page in range(2):
         assert m.read(p, BASE + page * HUGE + ord("p"), 2) == b"pq"

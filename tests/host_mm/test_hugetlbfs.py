@@ -6,25 +6,17 @@ from errno import EINVAL, ENOMEM, ENOSPC, EOPNOTSUPP
 
 import pytest
 
-from host_mm.address_space import fput
+from host_mm.address_space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fput
 from host_mm.fork import exit_process
 from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
-from host_mm.hugetlbfs import (
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
-    fallocate,
-    hugetlb_file_setup,
-    truncate,
-)
+from host_mm.hugetlbfs import hugetlb_file_setup
 from host_mm.kernel.errors import KernelError
 from host_mm.mmap import MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, do_mmap, do_munmap
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10
 from host_mm.uaccess import copy_from_user, copy_to_user
-from tests.host_mm.hugetlb_machine import BASE, HUGE, Machine, Witness
+from tests.host_mm.hugetlb_machine import BASE, HUGE, PUNCH_HOLE, Machine, Witness, fallocate, truncate
 from tests.host_mm.machine import RW, run
-
-PUNCH = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 
 
 def test_a_hole_unmaps_everybody_in_a_bracket_each_and_frees_the_page_when_it_leaves_the_file() -> None:
@@ -36,7 +28,7 @@ def test_a_hole_unmaps_everybody_in_a_bracket_each_and_frees_the_page_when_it_le
     m.write(p, BASE + HUGE, b"x")
     m.read(q, BASE + 9 * HUGE)
     mine, theirs = Witness(m.host, p.mm), Witness(m.host, q.mm)
-    m.do(lambda: fallocate(p, file, PUNCH, HUGE, HUGE))
+    m.do(lambda: fallocate(file, PUNCH_HOLE, HUGE, HUGE))
     log, ranges = mine.take()
     assert log[:4] == ["start", "clear", "end", "flush"]
     assert log[-1] == "free"
@@ -54,7 +46,7 @@ def test_a_hole_smaller_than_a_page_zeroes_it_and_tells_nobody() -> None:
     m.shared(p, file, 2)
     m.write(p, BASE + 0x2FFF, b"abc")
     witness = Witness(m.host, p.mm)
-    m.do(lambda: fallocate(p, file, PUNCH, 0x3000, 0x1000))
+    m.do(lambda: fallocate(file, PUNCH_HOLE, 0x3000, 0x1000))
     assert witness.take() == ([], [])
     assert m.read(p, BASE + 0x2FFF, 3) == b"a\0\0"
     m.close()
@@ -69,7 +61,7 @@ def test_a_hole_across_pages_zeroes_its_ends_and_frees_what_lies_between() -> No
         m.write(p, BASE + page * HUGE, b"a")
         m.write(p, BASE + page * HUGE + HUGE - 1, b"z")
     witness = Witness(m.host, p.mm)
-    m.do(lambda: fallocate(p, file, PUNCH, HUGE // 2, 2 * HUGE))
+    m.do(lambda: fallocate(file, PUNCH_HOLE, HUGE // 2, 2 * HUGE))
     assert [r[:3] for r in witness.take()[1]] == [("clear", BASE + HUGE, BASE + 2 * HUGE)]
     assert m.pool == (6, 0, 0)
     assert m.read(p, BASE) + m.read(p, BASE + HUGE - 1) == b"a\0"
@@ -84,7 +76,7 @@ def test_a_bracket_of_a_hole_is_an_unmap_in_linux_5_10() -> None:
     m.shared(p, file, 1)
     m.write(p, BASE, b"x")
     witness = Witness(m.host, p.mm)
-    m.do(lambda: fallocate(p, file, PUNCH, 0, HUGE))
+    m.do(lambda: fallocate(file, PUNCH_HOLE, 0, HUGE))
     assert [r[:3] for r in witness.take()[1]] == [("unmap", BASE, BASE + HUGE)]
     m.close()
 
@@ -126,7 +118,7 @@ def test_a_pinned_page_leaves_the_file_but_is_not_free_before_it_is_unpinned() -
     m.shared(p, file, 1)
     m.write(p, BASE, b"x")
     pfn = m.host.sched.run_task("pin", lambda: pin_user_page(p.mm, BASE + 0x3000, FOLL_WRITE))
-    m.do(lambda: fallocate(p, file, PUNCH, 0, HUGE))
+    m.do(lambda: fallocate(file, PUNCH_HOLE, 0, HUGE))
     assert m.host.ram.read((pfn - 3) << 12, 1) == b"x"
     assert m.pool == (7, 0, 0)
     unpin_user_page(m.host, pfn, dirty=True)
@@ -140,13 +132,13 @@ def test_preallocation_uses_the_files_promises_and_grows_the_file() -> None:
     file = m.file(2)
     m.shared(p, file, 2, flags=0)
     assert m.pool == (8, 2, 0)
-    m.do(lambda: fallocate(p, file, 0, 0, 3 * HUGE))
+    m.do(lambda: fallocate(file, 0, 0, 3 * HUGE))
     assert m.pool == (5, 0, 0)
     assert file.i_size == 3 * HUGE
-    m.do(lambda: fallocate(p, file, 0, HUGE, 1))
+    m.do(lambda: fallocate(file, 0, HUGE, 1))
     assert m.pool == (5, 0, 0)
     with pytest.raises(KernelError) as caught:
-        m.do(lambda: fallocate(p, file, FALLOC_FL_KEEP_SIZE, 0, 20 * HUGE))
+        m.do(lambda: fallocate(file, FALLOC_FL_KEEP_SIZE, 0, 20 * HUGE))
     assert caught.value.errno == ENOSPC
     assert file.i_size == 3 * HUGE
     m.close()
@@ -172,10 +164,10 @@ def test_the_file_keeps_its_pages_until_its_last_user_is_gone() -> None:
 
 @pytest.mark.parametrize(("call", "errno"), [
     (lambda m, p, f: truncate(f, 0x1000), EINVAL),
-    (lambda m, p, f: fallocate(p, f, PUNCH, -1, HUGE), EINVAL),
-    (lambda m, p, f: fallocate(p, f, PUNCH, 0, 0), EINVAL),
-    (lambda m, p, f: fallocate(p, f, FALLOC_FL_PUNCH_HOLE, 0, HUGE), EOPNOTSUPP),
-    (lambda m, p, f: fallocate(p, f, 0x10, 0, HUGE), EOPNOTSUPP),
+    (lambda m, p, f: fallocate(f, PUNCH_HOLE, -1, HUGE), EINVAL),
+    (lambda m, p, f: fallocate(f, PUNCH_HOLE, 0, 0), EINVAL),
+    (lambda m, p, f: fallocate(f, FALLOC_FL_PUNCH_HOLE, 0, HUGE), EOPNOTSUPP),
+    (lambda m, p, f: fallocate(f, 0x10, 0, HUGE), EOPNOTSUPP),
     (lambda m, p, f: hugetlb_file_setup(m.host, "g", 0x1000), EINVAL),
     (lambda m, p, f: hugetlb_file_setup(m.host, "g", 9 * HUGE, noreserve=False), ENOMEM),
     (lambda m, p, f: do_mmap(p.mm, BASE, HUGE, RW, MAP_SHARED | MAP_FIXED, file=f, pgoff=1), EINVAL),
@@ -218,7 +210,7 @@ def test_faults_beside_a_hole_see_the_old_byte_or_zero_and_no_page_is_lost(seed:
 
     def punch() -> None:
         for _ in range(3):
-            fallocate(p, file, PUNCH, 0, HUGE)
+            fallocate(file, PUNCH_HOLE, 0, HUGE)
 
     def touch(who: object, at: int) -> None:
         for n in range(4):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errno import EFAULT, EIO
+from errno import EFAULT, EINVAL, EIO
 
 import pytest
 
@@ -91,6 +91,32 @@ def test_a_hole_is_refused_and_strict_tells_of_pages_that_stayed() -> None:
     put_page(host, pfn)
     do_mbind(process, BASE, PAGE, MPOL_DEFAULT, 0)
     audit(host)
+
+
+def test_strict_without_move_refuses_and_changes_nothing() -> None:
+    host, process = make()
+    policies = [vma.policy for vma in process.mm.vmas]
+    with pytest.raises(KernelError) as caught:
+        do_mbind(process, BASE, PAGE, MPOL_BIND, 1, MPOL_MF_STRICT)
+    assert caught.value.errno == EIO
+    assert [vma.policy for vma in process.mm.vmas] == policies
+    do_mbind(process, BASE, PAGE, MPOL_BIND, 0, MPOL_MF_STRICT)
+    assert len(process.mm.vmas) == len(policies) + 1
+    audit(host)
+
+
+def test_bad_arguments_are_einval() -> None:
+    _, process = make()
+    for start, length, mode, node_, flags in (
+        (BASE + 1, PAGE, MPOL_BIND, 0, 0), (BASE, -PAGE, MPOL_BIND, 0, 0), (BASE, PAGE, 9, 0, 0),
+        (BASE, PAGE, MPOL_BIND, 7, 0), (BASE, PAGE, MPOL_BIND, 0, 8),
+    ):
+        with pytest.raises(KernelError) as caught:
+            do_mbind(process, start, length, mode, node_, flags)
+        assert caught.value.errno == EINVAL
+    with pytest.raises(KernelError) as caught:
+        do_migrate_pages(process, 0, 7)
+    assert caught.value.errno == EINVAL
 
 
 def test_migrate_pages_empties_a_node_of_the_process() -> None:

@@ -288,7 +288,7 @@ def test_without_memory_only_pages_that_were_tried_count_as_failed(monkeypatch: 
     host, process = make(8)
     run(host, lambda: fill(process, 8))
     pfns = [pfn_of(process, page) for page in range(8)]
-    monkeypatch.setattr("host_mm.migrate.alloc_migration_target", lambda host, src, nid: -1)
+    monkeypatch.setattr("host_mm.migrate.alloc_migration_target", lambda host, src, target: -1)
 
     def body() -> None:
         host.lru.lru_add_drain_all()

@@ -18,7 +18,8 @@ from host_mm.mmzone import (
 from host_mm.page import PG_buddy, put_page
 from host_mm.page_alloc import GFP_COMP, GFP_HIGHUSER_MOVABLE, GFP_KERNEL, GFP_NORETRY, alloc_pages
 from host_mm.truths import audit
-from tests.host_mm.machine import make_host
+from tests.host_mm.machine import PAGE, Vmm, make_host
+from trace_events.stream import Listener
 
 MOVABLE = GFP_HIGHUSER_MOVABLE | GFP_NORETRY
 GROUPED = {"mm.page_group_by_mobility": "Y"}
@@ -99,6 +100,29 @@ def test_isolated_blocks_are_neither_counted_nor_handed_out_nor_merged() -> None
     for other in others:
         put_page(host, other)
     assert all(order < 10 for head, order in zone.free_blocks(0, 1024) if head // PAGEBLOCK_NR_PAGES == block)
+
+
+def test_reclaim_for_an_unmovable_request_leaves_zone_movable_alone() -> None:
+    vmm = Vmm(make_host(ram=8 << 20, nodes=1, params={"mm.movablecore": "4M"}))
+    host = vmm.host
+    for page in range(1200):
+        vmm.host_write(page * PAGE, page)
+    host.lru.lru_add_drain_all()
+    movable, normal = host.zones[1].nr_free, host.zones[0].nr_free
+    skipped: list[int] = []
+    host.stream.listen(Listener(
+        ["vmscan:mm_vmscan_lru_isolate"], lambda e: skipped.append(e.args["nr_skipped"]), ancestors=False
+    ))
+    for _ in range(4):
+        host.sched.run_task("reclaim", lambda: host.reclaim(0, 0, GFP_KERNEL))
+    assert host.zones[0].nr_free > normal
+    assert host.zones[1].nr_free == movable
+    assert sum(skipped) > 0
+    host.sched.run_task("reclaim", lambda: host.reclaim(0, 0, GFP_HIGHUSER_MOVABLE))
+    host.sched.run_task("reclaim", lambda: host.reclaim(0, 0, GFP_HIGHUSER_MOVABLE))
+    assert host.zones[1].nr_free > movable
+    host.sched.run_task("rest", host.quiesce)
+    audit(host)
 
 
 @pytest.mark.parametrize("seed", range(6))

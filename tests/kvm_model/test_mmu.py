@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
-from host_mm.mmap import PROT_READ, do_munmap
+from host_mm.memory_failure import memory_failure
+from host_mm.mmap import (
+    MAP_ANONYMOUS,
+    MAP_FIXED,
+    MAP_PRIVATE,
+    PROT_READ,
+    PROT_WRITE,
+    do_mmap,
+    do_munmap,
+)
 from host_mm.mmu_notifier import (
     MMU_NOTIFY_CLEAR,
     mmu_notifier_invalidate_range_end,
@@ -13,6 +22,7 @@ from host_mm.mmu_notifier import (
     mmu_notifier_range_init,
 )
 from host_mm.mprotect import do_mprotect
+from host_mm.process import BUS_MCEERR_AR
 from kvm_model.mmu.mmu import kvm_mmu_max_mapping_level
 from kvm_model.mmu.mmu_internal import KvmPageFault
 from kvm_model.mmu.spte import PG_LEVEL_4K, spte_to_pfn
@@ -148,6 +158,21 @@ def test_a_store_to_memory_the_vmm_may_only_read_is_a_memory_fault() -> None:
     assert m.run(("r", 0x3000)) == [1]
     assert not m.leaf(3) >> 57 & 3
     assert m.run_raw(("w", 0x3000, 2)).kind == "memory-fault"
+
+
+def test_failed_memory_is_a_signal_to_the_vmm_and_the_access_waits_for_what_it_does() -> None:
+    m = Machine()
+    m.run(("w", 0x3000, 7), ("w", 0x4000, 8))
+    pfn = spte_to_pfn(m.leaf(3))
+    assert m.do(lambda: memory_failure(m.host, pfn)) == 0
+    assert not m.leaf(3) & 7, "unmapped by its notifier"
+    exit_ = m.run_raw(("r", 0x3000), ("r", 0x4000))
+    assert exit_.kind == "intr"
+    (signal,) = m.process.signals
+    assert (signal.code, signal.address) == (BUS_MCEERR_AR, BASE + 3 * PAGE)
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED
+    m.do(lambda: do_mmap(m.mm, BASE + 3 * PAGE, PAGE, PROT_READ | PROT_WRITE, flags))
+    assert m.run() == [0, 8]
 
 
 def test_dropped_pages_come_back_zero() -> None:

@@ -1,0 +1,49 @@
+"""What the emulator does for the scenarios of files: D is a memfd, or a file, mapped shared or private."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from emu import files
+from refault.scenarios.api import DATA_GPA, DATA_SIZE
+from refault.scenarios.emulator_hugetlb import HugetlbSteps
+
+__all__ = ["FILE_BYTES", "FileSteps"]
+
+FILE_BYTES = b"\x11" * 0x10000
+"""What a private file holds at first; a shared one is a hole."""
+
+
+class FileSteps(HugetlbSteps):
+    """The steps, for a back end that has `board`, `data_hva` and can enter the host."""
+
+    def create_file(self, kind: str) -> None:
+        """The data slot: `kind` is memfd, shared (a file) or private (a file with FILE_BYTES in it)."""
+        vmm, at = self.board.vmm, self.data_hva
+        if kind == "memfd":
+            files.mmap_memfd(vmm, DATA_SIZE, at)
+        else:
+            private = kind == "private"
+            data = FILE_BYTES if private else b""
+            files.mmap_file(vmm, DATA_SIZE, address=at, private=private, data=data)
+        self.board.memory.show(DATA_GPA, DATA_SIZE, at)
+
+    def fsync(self) -> Any:
+        """fsync(2) of the file."""
+        return self._host(lambda: files.fsync(self.board.vmm, self.data_hva))
+
+    def pwrite(self, offset: int, data: bytes) -> Any:
+        """pwrite(2): how many bytes."""
+        return self._host(lambda: files.pwrite(self.board.vmm, self.data_hva + offset, data))
+
+    def punch_hole(self, offset: int, length: int) -> Any:
+        """A hole in the file: 0."""
+        if self.memfd is not None:
+            return super().punch_hole(offset, length)
+        return self._host(lambda: files.punch_hole(self.board.vmm, self.data_hva + offset, length)) or 0
+
+    def ftruncate(self, size: int) -> Any:
+        """The file gets another size."""
+        if self.memfd is not None:
+            return super().ftruncate(size)
+        return self._host(lambda: files.ftruncate(self.board.vmm, self.data_hva, size))

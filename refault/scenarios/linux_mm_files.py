@@ -1,0 +1,34 @@
+"""Scenarios of files and shared memory, as they were run on a real Linux 6.18."""
+
+from __future__ import annotations
+
+from refault.scenarios import scenario
+from refault.scenarios.api import PAGE, Scenario
+
+__all__: list[str] = []
+
+
+@scenario(file="shared")
+def pageout_file(s: Scenario) -> None:
+    """fsync brackets each dirty page, reclaim a clean one; a file that is cut unmaps what is behind twice."""
+    s.st(0x3000, 1)
+    s.ld(0x4000)
+    s.st(0x4000, 2, "page_mkwrite")
+    s.fsync()
+    s.st(0x3000, 2, "after writeback")
+    s.fsync()
+    s.madv(0x3000, PAGE, "PAGEOUT")
+    s.ld(0x3000)
+    s.ftruncate(0x3000, "host msync/fdatasync+ftruncate")
+    s.ld(0x3000, "beyond EOF")
+
+
+@scenario(file="memfd")
+def memfd_punch(s: Scenario) -> None:
+    """A hole in a memfd unmaps it in one bracket, however it is asked for."""
+    s.st(0x3000, 1)
+    s.st(0x4000, 1)
+    s.punch_hole(0x3000, PAGE, "fallocate PUNCH_HOLE 0x3000")
+    s.ld(0x3000)
+    s.madv(0x4000, PAGE, "REMOVE")
+    s.st(0x4000, 2)
