@@ -42,8 +42,9 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     Features. `mremap_moves_level`: the highest level whose whole tables mremap moves. `mremap_realigns`: it
     extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `madv_collapse`: so does
     MADV_COLLAPSE. `ksm_smart_scan`: ksmd skips pages that it tried to merge in vain. `device_exclusive`:
-    make_device_exclusive exists (the EXCLUSIVE event). `device_inserts_name_owner`: the bracket in which holes
-    become device memory is MIGRATE with its owner, else CLEAR. `uffd_move`, `pagemap_scan`: these ioctls exist.
+    make_device_exclusive exists (the EXCLUSIVE event). `device_inserts_name_owner`: the bracket in which
+    holes become device memory is MIGRATE with its owner, else CLEAR. `uffd_move`, `pagemap_scan`: these
+    ioctls exist.
     """
 
     name: str
