@@ -387,6 +387,7 @@ class HostMm:
         state.wait.wake_all()
         if state.task is None and self.daemons:
             state.task = self.sched.spawn("khugepaged", partial(khugepaged.khugepaged, self))
+            state.task.ctx.cause = None
             self.daemons.append(state.task)
 
     def do_swap_page(self, vmf: VmFault) -> int:
