@@ -234,7 +234,8 @@ class Snapshot(UffdHandler):
     """The range as it was: a page is saved before the first write to it goes on."""
 
     def __init__(self, board: Board, pieces: list[tuple[int, int]]) -> None:
-        super().__init__(board, pieces, UFFD_FEATURE_WP_UNPOPULATED)
+        offered = board.host.mm.profile.userfaultfd_features
+        super().__init__(board, pieces, UFFD_FEATURE_WP_UNPOPULATED & offered)
         self.saved: dict[int, bytes] = {}
 
     def begin(self) -> int:

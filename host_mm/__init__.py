@@ -14,7 +14,8 @@ Reading order:
     filemap_fault.py readahead.py  how a fault finds it, and what is read and mapped around it
     backing_file.py page_writeback.py  files with their bytes in a real file; how dirty pages get there
     shmem.py shmem_file.py memfd.py  shared memory
-    filemap_rw.py madvise_file.py  read, write and advice; truncate.py: how pages leave a file
+    filemap_rw.py madvise_file.py  read, write and advice
+    truncate.py filemap_split.py  how pages leave a file, and how large folios are cut for it
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
     userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill
@@ -64,6 +65,7 @@ Reading order:
     ksm.py ksm_merge.py          equal pages become one; ksm_break.py: and are parted again
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped
     host.py                      all of it, wired
+    truths.py truths_files.py truths_hugetlb.py breaks.py   what must hold, and how to break it
     truths.py truths_hugetlb.py truths_thp.py breaks.py   what must hold, and how to break it
     profile.py                   what differs between kernels
 

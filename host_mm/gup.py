@@ -86,6 +86,7 @@ from host_mm.page import (
     try_get_page,
 )
 from host_mm.pgtable_generic import pmd_lock, pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get, set_pmd
+from host_mm.vma import vma_needs_dirty_tracking
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -187,6 +188,20 @@ def _must_unshare(host: HostMm, vma: VmArea | None, flags: int, pfn: int) -> boo
     return not page_flags & PG_anon_exclusive
 
 
+def _pins_for_long(host: HostMm, flags: int) -> bool:
+    """A pin whose holder may write at any time, unknown to a file system that wants to know."""
+    wanted = FOLL_PIN | FOLL_LONGTERM
+    return flags & wanted == wanted and host.profile.refuses_longterm_file_pins
+
+
+def _fast_folio_allowed(host: HostMm, head: int, flags: int) -> bool:
+    """gup_fast_folio_allowed: not such a pin of a file's page that needs dirty tracking."""
+    if not flags & FOLL_WRITE or not _pins_for_long(host, flags) or host.pages.flags[head] & PG_anon:
+        return True
+    mapping = host.pages.mapping.get(head)
+    return mapping is not None and not mapping.a_ops.can_writeback
+
+
 # -- fast -----------------------------------------------------------------------------------------
 def get_user_page_fast_only(mm: MmStruct, addr: int, gup_flags: int) -> int:
     """The frame at `addr` with a reference, or -1, without locks, faults or sleep."""
@@ -216,7 +231,8 @@ def gup_fast(mm: MmStruct, addr: int, flags: int) -> int:
     if walk_lockless(host.ram, mm.pgd, addr) != (entry, level):
         _ungrab(host, pfn, flags)
         return -1
-    if not pte_write(entry) and _must_unshare(host, None, flags, head):
+    unshare = not pte_write(entry) and _must_unshare(host, None, flags, head)
+    if unshare or not _fast_folio_allowed(host, page_folio(host.pages, pfn), flags):
         _ungrab(host, pfn, flags)
         return -1
     if flags & FOLL_PIN and mm.write_protect_seq != seq:
@@ -280,6 +296,8 @@ def _check_vma_flags(vma: VmArea, flags: int) -> bool:
     if vma.flags & (VM_IO | VM_PFNMAP) or (flags & FOLL_ANON and vma.file is not None):
         return False
     if flags & FOLL_WRITE:
+        if vma.file is not None and _pins_for_long(vma.mm.host, flags) and vma_needs_dirty_tracking(vma):
+            return False
         return bool(vma.flags & VM_WRITE or (flags & FOLL_FORCE and is_cow_mapping(vma.flags)))
     if vma.flags & VM_READ:
         return True

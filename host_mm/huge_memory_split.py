@@ -79,8 +79,8 @@ if TYPE_CHECKING:
     from host_mm.mm_types import AnonVma, MmStruct
 
 __all__ = [
-    "TRACEPOINTS", "can_split_folio", "deferred_split_count", "deferred_split_scan", "split_folio_to_list",
-    "split_huge_pages",
+    "SPLIT_COPIED", "TRACEPOINTS", "can_split_folio", "deferred_split_count", "deferred_split_scan",
+    "split_folio_to_list", "split_huge_pages", "unmap_folio",
 ]
 
 SPLIT_FOLIO = Tracepoint(
@@ -90,10 +90,11 @@ SPLIT_FOLIO = Tracepoint(
 )
 TRACEPOINTS = (SPLIT_FOLIO,)
 
-_COPIED = (
+SPLIT_COPIED = (
     PG_referenced | PG_swapbacked | PG_mlocked | PG_uptodate | PG_active | PG_workingset | PG_locked
     | PG_unevictable | PG_dirty | PG_anon | PG_young | PG_idle
 )
+"""What each piece of a folio that is split has of its flags."""
 
 
 def _cached(host: HostMm, folio: int) -> int:
@@ -152,7 +153,7 @@ def _split_locked(
     nr = folio_nr_pages(pages, folio)
     if not can_split_folio(host, folio, 1):
         return -EAGAIN
-    _unmap_folio(host, folio)
+    unmap_folio(host, folio)
     if host.sched.preempt:
         host.sched.point("ref-freeze")
     frozen = folio_ref_freeze(pages, folio, 1 + _cached(host, folio))
@@ -171,7 +172,8 @@ def _split_locked(
     return 0
 
 
-def _unmap_folio(host: HostMm, folio: int) -> None:
+def unmap_folio(host: HostMm, folio: int) -> None:
+    """Take a locked folio out of every page table, in a bracket per VMA, and flush; rmap is locked."""
     flags = TTU_RMAP_LOCKED | TTU_SYNC | TTU_BATCH_FLUSH | TTU_SPLIT_HUGE_PMD
     if host.pages.flags[folio] & PG_anon:
         try_to_migrate(host, folio, flags)
@@ -188,13 +190,14 @@ def _split_to_order_0(
     flags = pages.flags
     vec = host.lru.lruvec(folio)
     cached = 1 if mapping is not None else 0
+    dirty = mapping is not None and flags[folio] & PG_dirty and mapping.a_ops.can_writeback
     vec.lock.lock()
     listed = flags[folio] & PG_lru
     if listed:
         vec.remove(folio, flags[folio])
     flags[folio] &= ~PG_head
     pages.order[folio] = 0
-    copied = flags[folio] & _COPIED
+    copied = flags[folio] & SPLIT_COPIED
     owner = pages.mapping.get(folio)
     index = pages.index[folio]
     for distance in range(1, nr):
@@ -215,6 +218,8 @@ def _split_to_order_0(
             flags[page] |= PG_lru
         if mapping is not None and pages.index[page] < mapping.file_end:
             mapping.i_pages[pages.index[page]] = page
+            if dirty:
+                mapping.dirty[pages.index[page]] = None
         elif mapping is not None:
             _drop_beyond_end(host, mapping, page)
     if listed:

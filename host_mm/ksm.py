@@ -95,7 +95,7 @@ def ksm_madvise(vma: VmArea, start: int, end: int, *, mergeable: bool) -> tuple[
     """
     mm = vma.mm
     if mergeable:
-        if vma.flags & (VM_MERGEABLE | _INCOMPATIBLE) or vma.file is not None:
+        if vma.flags & (VM_MERGEABLE | _INCOMPATIBLE):
             return 0, vma.flags
         if not mm.flags & MMF_VM_MERGEABLE:
             _ksm_enter(mm)

@@ -8,7 +8,7 @@ free; but a full gather flushes and frees within the bracket.
 
 A huge page that is zapped in part is split first, in a bracket of its own within.
 
-Not modelled: pte markers of userfaultfd, PT_RECLAIM, delayed rmap.
+Not modelled: PT_RECLAIM, delayed rmap.
 """
 
 from __future__ import annotations

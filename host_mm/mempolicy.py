@@ -83,6 +83,7 @@ def _queue_pages(
     mm = vma.mm
     host = mm.host
     failed = 0
+    queued = dict.fromkeys(queue)
     if vma.flags & VM_HUGETLB:
         return queue_folios_hugetlb(
             vma, max(start, vma.start), min(end, vma.end), wrong, queue,
@@ -95,7 +96,7 @@ def _queue_pages(
             if is_swap_pmd(entry):
                 failed += 1
             elif folio >= 0:
-                failed += not _queue_folio(host, folio, wrong, flags, queue)
+                failed += not _queue_folio(host, folio, wrong, flags, queued)
             lock.unlock()
             continue
         pte = pte_offset_map_lock(mm, pmd, address)
@@ -111,21 +112,24 @@ def _queue_pages(
                 continue
             pfn = pte_pfn(entry)
             if pfn != host.zero_pfn:
-                failed += not _queue_folio(host, page_folio(host.pages, pfn), wrong, flags, queue)
+                failed += not _queue_folio(host, page_folio(host.pages, pfn), wrong, flags, queued)
         ptl.unlock()
+    queue[:] = queued
     return failed
 
 
-def _queue_folio(host: HostMm, folio: int, wrong: frozenset[int], flags: int, queue: list[int]) -> bool:
+def _queue_folio(
+    host: HostMm, folio: int, wrong: frozenset[int], flags: int, queued: dict[int, None]
+) -> bool:
     """migrate_folio_add for a folio that is where it should not be; false: it cannot be moved."""
-    if host.allocator.nid_of(folio) not in wrong or folio in queue:
+    if host.allocator.nid_of(folio) not in wrong or folio in queued:
         return True
     shared = folio_maybe_mapped_shared(host.pages, folio)
     if not (flags & MPOL_MF_MOVE_ALL or (flags & MPOL_MF_MOVE and not shared)):
         return False
     if not host.lru.folio_isolate_lru(folio):
         return False
-    queue.append(folio)
+    queued[folio] = None
     return True
 
 

@@ -28,6 +28,7 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_NX,
     _PAGE_PRESENT,
     _PAGE_RW,
+    _PAGE_SOFT_DIRTY,
     _PAGE_SWP_SOFT_DIRTY,
     _PAGE_SWP_UFFD_WP,
     _PAGE_UFFD_WP,
@@ -392,6 +393,8 @@ def can_change_pte_writable(vma: VmArea, entry: int) -> bool:
     Private: an exclusive page needs no COW. Shared: a dirty entry was told to the file system before.
     """
     if not vma.flags & VM_WRITE or pte_protnone(entry) or userfaultfd_pte_wp(vma, entry):
+        return False
+    if not vma.flags & VM_SOFTDIRTY and not entry & _PAGE_SOFT_DIRTY:
         return False
     if vma.flags & VM_SHARED:
         return pte_dirty(entry)

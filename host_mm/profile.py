@@ -43,8 +43,9 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `madv_collapse`: so does
     MADV_COLLAPSE. `ksm_smart_scan`: ksmd skips pages that it tried to merge in vain. `device_exclusive`:
     make_device_exclusive exists (the EXCLUSIVE event). `device_inserts_name_owner`: the bracket in which
-    holes become device memory is MIGRATE with its owner, else CLEAR. `uffd_move`, `pagemap_scan`: these
-    ioctls exist.
+    holes become device memory is MIGRATE with its owner, else CLEAR. `pagemap_scan`: that ioctl exists.
+    `userfaultfd_features`: the UFFD_FEATURE_* that UFFDIO_API offers, with their ioctls.
+    `refuses_longterm_file_pins`: no long-term pin for writing of a page whose file must know of writes.
     """
 
     name: str
@@ -69,9 +70,10 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     madv_collapse: bool = True
     ksm_smart_scan: bool = True
     device_exclusive: bool = True
-    uffd_move: bool = True
     pagemap_scan: bool = True
+    refuses_longterm_file_pins: bool = True
     device_inserts_name_owner: bool = True
+    userfaultfd_features: int = 0x1FCA1
 
 LINUX_6_18 = MmProfile(name="linux-6.18")
 LINUX_5_10 = MmProfile(
@@ -103,8 +105,9 @@ LINUX_5_10 = MmProfile(
     madv_collapse=False,
     ksm_smart_scan=False,
     device_exclusive=False,
-    uffd_move=False,
     pagemap_scan=False,
+    refuses_longterm_file_pins=False,
     device_inserts_name_owner=False,
+    userfaultfd_features=0xA1,
 )
 PROFILES = {profile.name: profile for profile in (LINUX_6_18, LINUX_5_10)}

@@ -18,7 +18,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     memcg-charge             ... and a memory cgroup counts the folios and slots that are its own
     swap-count, swap-cache   ... and a swap slot the entries and the cache that hold it
     ksm-writable             ... and no entry grants writing to a KSM page
-    page-cache, i-mmap       ... and files find their pages and mappings, which have nobody else
+    page-cache, i-mmap, file-dirty  ... and files know their pages, mappings and dirt (truths_files.py)
     uffd-wp                  ... and only where userfaultfd write-protects do entries say so, and not writable
     lru                      ... and PG_lru says where the folio is
     hwpoison, offline        ... and what is out of use is nobody's, and all that is marked so is out of use
@@ -72,7 +72,6 @@ from host_mm.page import (
     PG_reserved,
     PG_swapcache,
     decode_page_flags,
-    folio_nr_pages,
     folio_test_large,
     mm_counter,
     page_folio,
@@ -80,6 +79,7 @@ from host_mm.page import (
 from host_mm.pgtable_generic import pmd_slots
 from host_mm.ram import PAGE_SIZE
 from host_mm.swapfile import SWAP_MAP_BAD
+from host_mm.truths_files import check_file_entry, check_mappings, check_page_cache
 from host_mm.truths_hugetlb import HugetlbAudit
 from host_mm.truths_thp import ThpAudit
 
@@ -274,7 +274,6 @@ class _Audit:
         self.maps: Counter[int] = Counter()
         self.refs: Counter[int] = Counter()
         self.slots: Counter[int] = Counter()
-        self.linked = 0
         self.thp = ThpAudit(host)
         self.hugetlb = HugetlbAudit(host)
 
@@ -333,6 +332,7 @@ class _Audit:
         self.maps[pfn] += 1
         if self.host.pages.flags[pfn] & PG_ksm and entry & _PAGE_RW:
             raise BrokenTruth("ksm-writable", f"KSM page {pfn:#x} is mapped by writable entry {entry:#x}")
+        check_file_entry(self.host, pfn, entry)
         folio = page_folio(self.host.pages, pfn)
         rss[mm_counter(self.host.pages, folio)] += 1
         if folio_test_large(self.host.pages, folio):
@@ -362,7 +362,7 @@ class _Audit:
             for pfn, count in holder().items():
                 refs[page_folio(pages, pfn)] += count
         refs.update(host.lru.batched())
-        self.page_cache()
+        check_page_cache(host, refs, self.slots)
         for zone in host.zones:
             free = 0
             pfn = zone.start
@@ -399,32 +399,6 @@ class _Audit:
             if not flags & PG_hwpoison or flags & (PG_buddy | PG_lru) or pages.refcount[pfn] < held:
                 who = decode_page_flags(flags)
                 raise BrokenTruth("hwpoison", f"pfn {pfn:#x} has failed and is {who}, {pages.refcount[pfn]}")
-
-    def page_cache(self) -> None:
-        """Every page of a file is its folio's, found at its index; the cache holds it once."""
-        pages = self.host.pages
-        for mapping in self.host.mappings:
-            cached = 0
-            for index, head in mapping.i_pages.items():
-                if head < 0:
-                    self.slots[swp_offset(~head)] += 1
-                    continue
-                cached += 1
-                self.refs[head] += 1
-                offset = index - pages.index[head]
-                if pages.mapping.get(head) is not mapping or not 0 <= offset < folio_nr_pages(pages, head):
-                    raise BrokenTruth("page-cache", f"{mapping!r} page {index:#x} is not in pfn {head:#x}")
-            if mapping.nrpages != cached:
-                raise BrokenTruth("page-cache", f"{mapping!r} counts {mapping.nrpages} pages, has {cached}")
-            if not mapping.f_count and not mapping.i_mmap:
-                raise BrokenTruth("page-cache", f"{mapping!r} has no user and was not evicted")
-
-    def mappings(self, mm: MmStruct) -> None:
-        """i_mmap has each VMA of a file once, and no others."""
-        for vma in mm.vmas:
-            if vma.file is not None and vma.file.i_mmap.count(vma) != 1:
-                raise BrokenTruth("i-mmap", f"{vma!r} is linked {vma.file.i_mmap.count(vma)} times")
-            self.linked += vma.file is not None
 
     def _frame(self, pfn: int, flags: int) -> None:
         pages = self.host.pages
@@ -513,10 +487,7 @@ def audit(host: HostMm) -> None:
         check.entries(mm)
         check.tlb(mm)
         check.hugetlb.vmas(mm)
-        check.mappings(mm)
-    linked = sum(len(mapping.i_mmap) for mapping in host.mappings)
-    if linked != check.linked:
-        raise BrokenTruth("i-mmap", f"{linked} VMAs are linked to files, {check.linked} exist")
+    check_mappings(host)
     check.frames()
     check.out_of_use()
     check.hugetlb.finish()

@@ -23,8 +23,6 @@ from host_mm.kernel.errors import KernelError
 from host_mm.mm_types import VM_MAYWRITE, VM_UFFD_MINOR, VM_UFFD_MISSING, VM_UFFD_WP
 from host_mm.mmap import MMAP_MIN_ADDR
 from host_mm.userfaultfd_k import (
-    UFFD_FEATURE_EXACT_ADDRESS,
-    UFFD_FEATURE_SIGBUS,
     UFFD_FEATURE_WP_ASYNC,
     UFFD_FEATURE_WP_UNPOPULATED,
     UserfaultfdCtx,
@@ -52,18 +50,20 @@ if TYPE_CHECKING:
 __all__ = [
     "MODE_DONTWAKE", "UFFDIO_CONTINUE_MODE_WP", "UFFDIO_COPY_MODE_WP", "UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES",
     "UFFDIO_REGISTER_MODE_MINOR", "UFFDIO_REGISTER_MODE_MISSING", "UFFDIO_REGISTER_MODE_WP",
-    "UFFDIO_WRITEPROTECT_MODE_DONTWAKE", "UFFDIO_WRITEPROTECT_MODE_WP", "UFFD_FEATURES", "userfaultfd",
-    "userfaultfd_api", "userfaultfd_continue", "userfaultfd_copy", "userfaultfd_move", "userfaultfd_poison",
+    "UFFDIO_WRITEPROTECT_MODE_DONTWAKE", "UFFDIO_WRITEPROTECT_MODE_WP", "UFFD_FEATURE_MINOR_SHMEM",
+    "UFFD_FEATURE_MISSING_SHMEM", "UFFD_FEATURE_MOVE", "UFFD_FEATURE_PAGEFAULT_FLAG_WP",
+    "UFFD_FEATURE_POISON", "UFFD_FEATURE_WP_HUGETLBFS_SHMEM", "userfaultfd", "userfaultfd_api",
+    "userfaultfd_continue", "userfaultfd_copy", "userfaultfd_move", "userfaultfd_poison",
     "userfaultfd_register", "userfaultfd_release", "userfaultfd_unregister", "userfaultfd_wake",
     "userfaultfd_writeprotect", "userfaultfd_zeropage",
 ]
 
-UFFD_FEATURES = (
-    1 << 0 | UFFD_FEATURE_SIGBUS | UFFD_FEATURE_EXACT_ADDRESS | UFFD_FEATURE_WP_UNPOPULATED | 1 << 14
-    | UFFD_FEATURE_WP_ASYNC | 1 << 5 | 1 << 10 | 1 << 12 | 1 << 16
-)
-"""What UFFDIO_API offers: bit 0 write-protect faults, 5, 10 and 12 shared memory missing, minor and
-write-protected, 14 POISON, 16 MOVE."""
+UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
+UFFD_FEATURE_MISSING_SHMEM = 1 << 5
+UFFD_FEATURE_MINOR_SHMEM = 1 << 10
+UFFD_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
+UFFD_FEATURE_POISON = 1 << 14
+UFFD_FEATURE_MOVE = 1 << 16
 
 UFFDIO_REGISTER_MODE_MISSING = 1 << 0
 UFFDIO_REGISTER_MODE_WP = 1 << 1
@@ -98,21 +98,26 @@ def userfaultfd_release(ctx: UserfaultfdCtx) -> None:
 
 def userfaultfd_api(ctx: UserfaultfdCtx, features: int = 0) -> int:
     """UFFDIO_API: the features there are. KernelError(EINVAL): one that is not, or asked twice."""
+    offered = ctx.mm.host.profile.userfaultfd_features
     if features & UFFD_FEATURE_WP_ASYNC:
         features |= UFFD_FEATURE_WP_UNPOPULATED
-    if features & ~UFFD_FEATURES:
-        raise KernelError(EINVAL, f"no feature {features & ~UFFD_FEATURES:#x}")
+    if features & ~offered:
+        raise KernelError(EINVAL, f"no feature {features & ~offered:#x}")
     if ctx.features >= 0:
         raise KernelError(EINVAL, "UFFDIO_API was called before")
     ctx.features = features
-    return UFFD_FEATURES
+    return offered
 
 
 # -- arguments ------------------------------------------------------------------------------------
-def _enter(ctx: UserfaultfdCtx) -> None:
-    ctx.mm.host.sched.advance(COST_SYSCALL)
+def _enter(ctx: UserfaultfdCtx, feature: int = 0) -> None:
+    """Every ioctl's first lines; `feature` is what this kernel must have to know it at all."""
+    host = ctx.mm.host
+    host.sched.advance(COST_SYSCALL)
     if ctx.features < 0:
         raise KernelError(EINVAL, "UFFDIO_API comes first")
+    if feature & ~host.profile.userfaultfd_features:
+        raise KernelError(EINVAL, f"{host.profile.name} has no such ioctl")
 
 
 def validate_unaligned_range(start: int, length: int) -> None:
@@ -249,7 +254,7 @@ def userfaultfd_continue(ctx: UserfaultfdCtx, start: int, length: int, mode: int
 
     KernelError as userfaultfd_copy; EFAULT for a page that is not in the file, EINVAL for other memory.
     """
-    _enter(ctx)
+    _enter(ctx, UFFD_FEATURE_MINOR_SHMEM)
     validate_range(start, length)
     _check_mode(mode, MODE_DONTWAKE | UFFDIO_CONTINUE_MODE_WP)
     _mmget_not_zero(ctx)
@@ -259,7 +264,7 @@ def userfaultfd_continue(ctx: UserfaultfdCtx, start: int, length: int, mode: int
 
 def userfaultfd_move(ctx: UserfaultfdCtx, dst: int, src: int, length: int, mode: int = 0) -> int:
     """UFFDIO_MOVE within the process; bytes done. KernelError: see move_pages, and ESRCH."""
-    _enter(ctx)
+    _enter(ctx, UFFD_FEATURE_MOVE)
     validate_range(dst, length)
     validate_range(src, length)
     _check_mode(mode, MODE_DONTWAKE | UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES)
@@ -270,7 +275,7 @@ def userfaultfd_move(ctx: UserfaultfdCtx, dst: int, src: int, length: int, mode:
 
 def userfaultfd_poison(ctx: UserfaultfdCtx, start: int, length: int, mode: int = 0) -> int:
     """UFFDIO_POISON: accesses get what they would get of a broken frame; bytes done."""
-    _enter(ctx)
+    _enter(ctx, UFFD_FEATURE_POISON)
     validate_range(start, length)
     _check_mode(mode, MODE_DONTWAKE)
     _mmget_not_zero(ctx)

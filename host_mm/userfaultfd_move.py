@@ -73,11 +73,9 @@ def move_pages(ctx: UserfaultfdCtx, dst: int, src: int, length: int, mode: int) 
     """Move [src, src + length) to `dst`; how many bytes were, or a negative errno if none.
 
     -ENOENT: a hole in the source or no mapping; -EEXIST: something is at the destination; -EBUSY: a page
-    that others know; -EINVAL: mappings that do not fit, or a kernel that has no such ioctl; -EFAULT, -ENOMEM.
+    that others know; -EINVAL: mappings that do not fit; -EFAULT, -ENOMEM.
     """
     mm = ctx.mm
-    if not mm.host.profile.uffd_move:
-        return -EINVAL
     mm.mmap_lock.read_lock()
     moved = err = 0
     dst_vma = mm.vma_lookup(dst)

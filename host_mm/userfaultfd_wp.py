@@ -37,6 +37,11 @@ __all__ = [
 ]
 
 
+_MINOR_SHMEM = 1 << 10
+_WP_SHMEM = 1 << 12
+"""UFFD_FEATURE_MINOR_SHMEM and UFFD_FEATURE_WP_HUGETLBFS_SHMEM: what kernels without them refuse."""
+
+
 def vma_is_shmem(vma: VmArea) -> bool:
     """Whether the VMA maps shared memory: a memfd, or shared anonymous memory."""
     return vma.file is not None and bool(vma.file.a_ops.is_shmem)
@@ -46,6 +51,10 @@ def vma_can_userfault(vma: VmArea, vm_flags: int, *, wp_async: bool) -> bool:
     """Whether a VMA of this kind can be registered in these modes."""
     modes = vm_flags & VM_UFFD_FLAGS
     if vma.flags & VM_HUGETLB or (modes & VM_UFFD_MINOR and not vma_is_shmem(vma)):
+        return False
+    offered = vma.mm.host.profile.userfaultfd_features
+    needed = (_MINOR_SHMEM if modes & VM_UFFD_MINOR else 0) | (_WP_SHMEM if modes & VM_UFFD_WP else 0)
+    if vma_is_shmem(vma) and needed & ~offered:
         return False
     return (wp_async and modes == VM_UFFD_WP) or vma.ops is None or vma_is_shmem(vma)
 

@@ -57,6 +57,7 @@ __all__ = [
     "vma_merge_new_range",
     "vma_modify_flags",
     "vma_modify_flags_uffd",
+    "vma_needs_dirty_tracking",
     "vma_open",
     "vma_set_page_prot",
     "vma_wants_writenotify",
@@ -86,6 +87,13 @@ def vma_wants_writenotify(vma: VmArea) -> bool:
     if vma.flags & VM_UFFD_WP:
         return True
     return vma.file is not None and bool(vma.file.a_ops.can_writeback) and not vma.flags & VM_PFNMAP
+
+
+def vma_needs_dirty_tracking(vma: VmArea) -> bool:
+    """Whether the file must be told of each page that is written through this mapping."""
+    if vma.flags & (VM_SHARED | VM_WRITE) != VM_SHARED | VM_WRITE or vma.file is None:
+        return False
+    return vma.ops.page_mkwrite is not None or bool(vma.file.a_ops.can_writeback)
 
 
 def vma_set_page_prot(vma: VmArea) -> None:

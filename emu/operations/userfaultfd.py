@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 __all__ = ["end_uffd"]
 
 
+def _need(board: Board, feature: int) -> None:
+    profile = board.host.mm.profile
+    if not profile.userfaultfd_features & feature:
+        raise KernelError(errno.ENOSYS, f"{profile.name} cannot do this")
+
+
 def _begin(board: Board, pieces: list[tuple[int, int]], kind: type[UffdHandler]) -> int:
     with board.uffd_control:
         end_uffd(board)
@@ -64,7 +70,9 @@ def uffd_wp(board: Board, gpa: int, pages: int = 1) -> int:
 def uffd_move(board: Board, gpa: int, pages: int = 1) -> int:
     """UFFDIO_MOVE of the range's pages elsewhere, and of each back when it is touched; answers how many."""
     from emu.uffd import Lend
+    from host_mm.userfaultfd import UFFD_FEATURE_MOVE
 
+    _need(board, UFFD_FEATURE_MOVE)
     return _begin(board, spans(board, gpa, pages), Lend)
 
 
@@ -77,7 +85,9 @@ def uffd_minor(board: Board, gpa: int, pages: int = 1) -> int:
     Where the range is not shared memory: KernelError(EINVAL).
     """
     from emu.uffd import Minor
+    from host_mm.userfaultfd import UFFD_FEATURE_MINOR_SHMEM
 
+    _need(board, UFFD_FEATURE_MINOR_SHMEM)
     return _begin(board, spans(board, gpa, pages), Minor)
 
 
@@ -115,7 +125,9 @@ def pagemap_scan(board: Board, gpa: int, pages: int = 1, protect: int = 1) -> in
         PM_SCAN_WP_MATCHING,
         PmScanArg,
     )
+    from host_mm.userfaultfd_k import UFFD_FEATURE_WP_ASYNC
 
+    _need(board, UFFD_FEATURE_WP_ASYNC)
     if protect not in (0, 1):
         raise KernelError(errno.EINVAL, f"protect {protect}: want 0 or 1")
     pieces = spans(board, gpa, pages)

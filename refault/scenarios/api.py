@@ -172,6 +172,26 @@ class Backend(Protocol):
         """kdamond ends."""
         ...
 
+    def memcg_enter(self) -> Any:
+        """The VMM's process moves to a memory cgroup of its own."""
+        ...
+
+    def memcg_leave(self) -> Any:
+        """It moves back to the root; what it has stays charged."""
+        ...
+
+    def memcg_limit(self, pages: int) -> Any:
+        """memory.limit_in_bytes of the group becomes `pages` less than its usage."""
+        ...
+
+    def own_pages(self, pages: int) -> Any:
+        """The VMM writes so many fresh pages of its own, of no slot."""
+        ...
+
+    def pages_gone(self, pages: int) -> Any:
+        """Whether any of the first pages of D has no frame."""
+        ...
+
     def uffd_api(self) -> Any:
         """userfaultfd(2) and UFFDIO_API; 0."""
         ...
@@ -342,6 +362,14 @@ class Scenario:
     def ftruncate(self, size: int, title: str) -> Any:
         """Another size of the file."""
         return self._step(title, "ftruncate", size)
+
+    def memcg_limit(self, pages: int, title: str) -> Any:
+        """A memory cgroup's limit falls below its usage."""
+        return self._step(title, "memcg_limit", pages)
+
+    def pages_gone(self, pages: int) -> Any:
+        """Were pages reclaimed?"""
+        return self._step("pages gone", "pages_gone", pages)
 
     def fsync(self) -> Any:
         """fsync of the file."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from emu.board import Board
     from host_mm.damon.core import DamonCtx
+    from host_mm.memcontrol import MemCgroup
 
 __all__ = ["ReclaimSteps"]
 
@@ -18,6 +19,7 @@ class ReclaimSteps:
     board: Board
     data_hva: int
     damon: DamonCtx | None = None
+    memcg: MemCgroup | None = None
 
     def _host(self, call: Callable[[], Any]) -> Any:
         raise NotImplementedError
@@ -64,3 +66,33 @@ class ReclaimSteps:
         assert ctx is not None
         self._host(lambda: damon_stop(ctx))
         return 3
+
+    def memcg_enter(self) -> Any:
+        """Into a memory cgroup of its own."""
+        self.memcg = self.board.vmm.memcg(create=True)
+        return 0
+
+    def memcg_leave(self) -> Any:
+        """Back to the root."""
+        self.board.host.mm.memcg.attach(self.board.process, None)
+        return 0
+
+    def memcg_limit(self, pages: int) -> Any:
+        """v1's limit file, as the recordings wrote it."""
+        memcg = self.memcg
+        assert memcg is not None
+        return self._host(lambda: self.board.host.mm.memcg.resize_max(memcg, memcg.usage - pages))
+
+    def own_pages(self, pages: int) -> Any:
+        """Fresh pages of the VMM's."""
+
+        def use() -> None:
+            start = self.board.vmm.mmap(pages << 12, 3)
+            for address in range(start, start + (pages << 12), 4096):
+                self.board.vmm.write(address, b"own")
+
+        return self._host(use)
+
+    def pages_gone(self, pages: int) -> Any:
+        """Were pages of D reclaimed?"""
+        return any(self.board.vmm.present_pfn(self.data_hva + (page << 12)) < 0 for page in range(pages))

@@ -264,3 +264,19 @@ def test_shared_memory_takes_the_other_uses_as_well(name: str) -> None:
         else:
             vm.host.uffd_end()
         assert [vm.host.host_read(gpa + page * 4096) for page in range(6)] == [9, 2, 3, 4, 0, 0]
+
+
+def test_linux_5_10_has_missing_and_write_protect_faults_only() -> None:
+    with refault.VM("4M", host_ram="16M", check=True, profile="linux-5.10") as vm:
+        for page in range(4):
+            vm.host.host_write(GPA + page * 4096, page + 1)
+        for call in (vm.host.uffd_move, vm.host.uffd_minor, vm.host.pagemap_scan):
+            with pytest.raises(KernelError, match="ENOSYS"):
+                call(GPA, 4)
+        assert vm.host.uffd_wp(GPA, 8) == 0
+        vm.host.host_write(GPA, 9)
+        assert vm.host.uffd_read(GPA) == 1
+        assert vm.host.uffd_end() == 1
+        assert vm.host.uffd_missing(GPA, 8) == 4
+        assert vm.host.host_read(GPA) == 9
+        vm.host.uffd_end()

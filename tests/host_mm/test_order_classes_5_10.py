@@ -203,18 +203,21 @@ def test_populate_is_no_advice_of_5_10() -> None:
 
 def test_what_5_10_has_not_is_refused() -> None:
     from errno import EINVAL, ENOTTY, EOPNOTSUPP
-    from types import SimpleNamespace
 
     from host_mm.kernel.errors import KernelError
     from host_mm.pagemap import PmScanArg, do_pagemap_scan
     from host_mm.rmap_device import make_device_exclusive
-    from host_mm.userfaultfd_move import move_pages as uffd_move_pages
+    from host_mm.userfaultfd import userfaultfd, userfaultfd_api, userfaultfd_move, userfaultfd_release
 
     def operation(process: Process) -> None:
         mm = process.mm
         assert make_device_exclusive(mm, BASE, "me") == -EOPNOTSUPP
-        ctx: Any = SimpleNamespace(mm=mm)
-        assert uffd_move_pages(ctx, ELSEWHERE, BASE, PAGE, 0) == -EINVAL
+        ctx = userfaultfd(process)
+        userfaultfd_api(ctx)
+        with pytest.raises(KernelError) as refused:
+            userfaultfd_move(ctx, ELSEWHERE, BASE, PAGE)
+        assert refused.value.errno == EINVAL
+        userfaultfd_release(ctx)
         with pytest.raises(KernelError) as refused:
             do_pagemap_scan(mm, PmScanArg(BASE, BASE + PAGE))
         assert refused.value.errno == ENOTTY

@@ -8,6 +8,8 @@ import pytest
 
 from host_mm.mm_types import VM_MAYWRITE, VM_UFFD_MISSING, VM_UFFD_WP
 from host_mm.mmap import do_mmap, do_munmap
+from host_mm.pagemap import PmScanArg, do_pagemap_scan
+from host_mm.profile import LINUX_5_10
 from host_mm.userfaultfd import (
     UFFDIO_COPY_MODE_WP,
     UFFDIO_REGISTER_MODE_MINOR,
@@ -17,7 +19,9 @@ from host_mm.userfaultfd import (
     UFFDIO_WRITEPROTECT_MODE_WP,
     userfaultfd,
     userfaultfd_api,
+    userfaultfd_continue,
     userfaultfd_copy,
+    userfaultfd_move,
     userfaultfd_poison,
     userfaultfd_register,
     userfaultfd_release,
@@ -26,6 +30,7 @@ from host_mm.userfaultfd import (
     userfaultfd_writeprotect,
     userfaultfd_zeropage,
 )
+from host_mm.userfaultfd_k import UFFD_FEATURE_WP_ASYNC
 from tests.host_mm.machine import ANON, PAGE, RW, SLOT
 from tests.host_mm.uffd_machine import UffdVmm, errno_of
 
@@ -164,4 +169,22 @@ def test_a_poisoned_page_gives_efault_for_good() -> None:
     assert userfaultfd_poison(vm.ctx, vm.base, PAGE) == PAGE
     assert errno_of(lambda: vm.host_read(0)) == "EFAULT"
     assert errno_of(lambda: userfaultfd_poison(vm.ctx, vm.base, PAGE)) == "ok", "a marker may be replaced"
+    vm.close()
+
+
+def test_linux_5_10_offers_less() -> None:
+    vm = UffdVmm(0, profile=LINUX_5_10)
+    other = userfaultfd(vm.process)
+    assert errno_of(lambda: userfaultfd_api(other, UFFD_FEATURE_WP_ASYNC)) == "EINVAL"
+    userfaultfd_api(other)
+    userfaultfd_register(other, vm.base, 4 * PAGE, MISSING | WP)
+    for ioctl in (
+        lambda: userfaultfd_move(other, vm.base, vm.source, PAGE),
+        lambda: userfaultfd_poison(other, vm.base, PAGE),
+        lambda: userfaultfd_continue(other, vm.base, PAGE),
+    ):
+        assert errno_of(ioctl) == "EINVAL"
+    assert errno_of(lambda: do_pagemap_scan(vm.mm, PmScanArg(vm.base, vm.base + PAGE))) == "ENOTTY"
+    assert userfaultfd_copy(other, vm.base, vm.source, PAGE) == PAGE
+    userfaultfd_release(other)
     vm.close()

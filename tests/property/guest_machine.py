@@ -39,9 +39,11 @@ SLOT_GPAS = [0x2000_0000 + n * 0x10_0000 for n in range(4)]
 SLOT_PAGES = 4
 OWN_RULES = {"get_dirty", "mlock", "munlock", "protect", "slot_create"}
 """Operations on a range that have a rule of their own below, as more than bytes depends on them."""
+SHARED_ONLY = {"fadvise_dontneed", "punch_hole", "remove", "uffd_minor"}
+"""Operations that only memory of a file can have."""
 RANGES = sorted(
     name for name, op in OPERATIONS.items()
-    if op.takes_a_range and op.leaves != LEAVES_GIVEN and name not in OWN_RULES
+    if op.takes_a_range and op.leaves != LEAVES_GIVEN and name not in OWN_RULES | SHARED_ONLY
 )
 TRANSPARENT = tuple(name for name in RANGES if OPERATIONS[name].leaves == LEAVES_SAME)
 BESIDE = (*TRANSPARENT, "reclaim", "clear_refs")
