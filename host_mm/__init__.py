@@ -37,7 +37,7 @@ Reading order:
     memory_device.py             entries for pages that a device has
     migrate_device.py rmap_device.py   to a device's memory and back; a device's alone
     lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
-    shrink_folio_list.py         and how
+    shrink_folio_list.py         and how; shrinker.py: caches that shrink meanwhile
     lru_gen.py lru_gen_walk.py lru_gen_evict.py  by generations: the lists, aging by page tables, eviction
     memcontrol.py                whose pages they are, and how many a group may have
     page_idle.py damon/          which pages are used at all

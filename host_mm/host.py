@@ -68,6 +68,7 @@ from host_mm import (
     rmap_unmap,
     shmem,
     shmem_file,
+    shrinker,
     swap_state,
     swapin,
     tlb,
@@ -78,7 +79,7 @@ from host_mm import (
     zram,
     zswap,
 )
-from host_mm.huge_mm import Thp
+from host_mm.huge_mm import Thp, shrink_huge_zero_folio
 from host_mm.kernel.locks import Mutex, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.khugepaged_types import Khugepaged, khugepaged_enter_vma
@@ -318,7 +319,7 @@ class HostMm:
         )
 
     def shutdown(self) -> None:
-        """Every process has ended: stop ksmd, turn swap off, give up the huge pages.
+        """Every process has ended: stop ksmd, turn swap off, give up the huge pages and the one of zeros.
 
         What is in use after that is lost.
         """
@@ -329,6 +330,7 @@ class HostMm:
         self.hstate.nr_overcommit = 0
         hugetlb.set_max_huge_pages(self, 0)
         self.quiesce()
+        shrink_huge_zero_folio(self)
 
     def close(self) -> None:
         """Give up what the machine underneath holds for us: the swap file and others."""
@@ -380,6 +382,10 @@ class HostMm:
         """huge_memory -> khugepaged: memory with these flags may have huge pages."""
         if khugepaged_enter_vma(vma, vm_flags):
             self.wake_khugepaged()
+
+    def shrink_slab(self, nid: int, priority: int) -> None:
+        """vmscan -> shrinker."""
+        shrinker.shrink_slab(self, nid, priority)
 
     def wake_khugepaged(self) -> None:
         """There is an address space to scan: start the daemon, if the host has daemons, or wake it."""
