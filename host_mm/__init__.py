@@ -50,6 +50,7 @@ Reading order:
     huge_memory_split.py         the folio itself becomes small pages
     rmap_large.py page_vma_mapped.py     how often large folios are mapped, and where
     khugepaged.py khugepaged_collapse.py   small pages become huge ones; khugepaged_trace.py: what is told
+    khugepaged_file.py huge_memory_file.py   and of shared memory
     khugepaged_types.py          whose small pages could
     swap_readahead.py zram.py zswap.py zsmalloc.py   more than was asked for; swap that is RAM
     hugetlb.py hugetlb_resv.py   the pool of huge pages, and who was promised some

@@ -150,8 +150,7 @@ def thp_vma_allowable_order(vma: VmArea, vm_flags: int, tva: int) -> bool:
         if vm_flags & _VM_NO_KHUGEPAGED or not thp_vma_suitable_order(vma, vma.end - PMD_SIZE):
             return False
     if not anonymous:
-        allows = getattr(vma.ops, "allowable_huge_order", None)
-        return allows is not None and bool(allows(vma, tva))
+        return vma.ops is not None and bool(vma.ops.allowable_huge_order(vma, forced))
     return vma.anon_vma is not None or tva == TVA_PAGEFAULT
 
 

@@ -6,7 +6,7 @@ khugepaged_wait_work, madvise_collapse, madvise_collapse_errno, hugepage_madvise
 The daemon starts with the first address space that may have huge pages. A round looks at pages_to_scan
 entries, then it sleeps. It collapses 2 MiB in which something was used of late and not too much is
 missing, swapped out or shared (max_ptes_*); MADV_COLLAPSE asks for none of that. The collapse itself is in
-khugepaged_collapse.py.
+khugepaged_collapse.py, that of shared memory in khugepaged_file.py.
 
 Not modelled: recommended min_free_kbytes, changing the policy while the machine runs.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 from errno import EAGAIN, EBUSY, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
+from host_mm.address_space import fput, get_file
 from host_mm.arch.x86.pgtable import (
     _PAGE_UFFD_WP,
     HPAGE_PMD_NR,
@@ -24,7 +25,7 @@ from host_mm.arch.x86.pgtable import (
     pte_pfn,
     pte_swp_uffd_wp_any,
 )
-from host_mm.huge_mm import TVA_FORCED_COLLAPSE, TVA_KHUGEPAGED, thp_vma_allowable_order
+from host_mm.huge_mm import TVA_FORCED_COLLAPSE, TVA_KHUGEPAGED, thp_vma_allowable_order, vma_is_anonymous
 from host_mm.kernel.costs import COST_SCAN_PAGE
 from host_mm.khugepaged_collapse import (
     CollapseControl,
@@ -35,6 +36,7 @@ from host_mm.khugepaged_collapse import (
     hugepage_vma_revalidate,
     pte_is_young,
 )
+from host_mm.khugepaged_file import collapse_pte_mapped_thp, hpage_collapse_scan_file
 from host_mm.khugepaged_trace import (
     SCAN_ALLOC_HUGE_PAGE_FAIL,
     SCAN_CGROUP_CHARGE_FAIL,
@@ -45,6 +47,7 @@ from host_mm.khugepaged_trace import (
     SCAN_FAIL,
     SCAN_LACK_REFERENCED_PAGE,
     SCAN_PAGE_ANON,
+    SCAN_PAGE_COMPOUND,
     SCAN_PAGE_COUNT,
     SCAN_PAGE_FILLED,
     SCAN_PAGE_LOCK,
@@ -52,6 +55,7 @@ from host_mm.khugepaged_trace import (
     SCAN_PAGE_NULL,
     SCAN_PMD_MAPPED,
     SCAN_PMD_NULL,
+    SCAN_PTE_MAPPED_HUGEPAGE,
     SCAN_PTE_NON_PRESENT,
     SCAN_PTE_UFFD_WP,
     SCAN_SUCCEED,
@@ -73,7 +77,7 @@ __all__ = [
 _MSEC = 1_000_000
 _GOES_ON = frozenset({
     SCAN_PMD_NULL, SCAN_PTE_NON_PRESENT, SCAN_PTE_UFFD_WP, SCAN_LACK_REFERENCED_PAGE, SCAN_PAGE_NULL,
-    SCAN_PAGE_COUNT, SCAN_PAGE_LOCK, SCAN_PAGE_LRU, SCAN_DEL_PAGE_LRU,
+    SCAN_PAGE_COUNT, SCAN_PAGE_LOCK, SCAN_PAGE_LRU, SCAN_DEL_PAGE_LRU, SCAN_PAGE_COMPOUND,
 })
 """MADV_COLLAPSE does the rest of its range after one of these."""
 _ERRNO = {
@@ -218,7 +222,23 @@ def _scan_mm(mm: MmStruct, pages: int, cc: CollapseControl) -> tuple[int, str, b
 
 
 def _scan_one(vma: VmArea, address: int, cc: CollapseControl) -> tuple[str, bool]:
-    return hpage_collapse_scan_pmd(vma, address, cc)
+    """(SCAN_*, whether mmap_lock is still held)."""
+    if vma_is_anonymous(vma):
+        return hpage_collapse_scan_pmd(vma, address, cc)
+    mm, mapping = vma.mm, vma.file
+    index = vma.pgoff + ((address - vma.start) >> 12)
+    get_file(mapping)
+    mm.mmap_lock.read_unlock()
+    result = hpage_collapse_scan_file(mm, address, mapping, index, cc)
+    fput(mapping)
+    if result == SCAN_PTE_MAPPED_HUGEPAGE:
+        mm.mmap_lock.read_lock()
+        if not (cc.is_khugepaged and collapse_test_exit(mm)):
+            result = collapse_pte_mapped_thp(mm, address, install=not cc.is_khugepaged)
+            if cc.is_khugepaged and result == SCAN_PMD_MAPPED:
+                result = SCAN_SUCCEED
+        mm.mmap_lock.read_unlock()
+    return result, False
 
 
 def _khugepaged_scan_mm_slot(host: HostMm, pages: int, cc: CollapseControl) -> tuple[int, str]:

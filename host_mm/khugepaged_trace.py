@@ -10,7 +10,8 @@ from trace_events.tracepoint import Tracepoint
 __all__ = [
     "SCAN_ADDRESS_RANGE", "SCAN_ALLOC_HUGE_PAGE_FAIL", "SCAN_ANY_PROCESS", "SCAN_CGROUP_CHARGE_FAIL",
     "SCAN_DEL_PAGE_LRU", "SCAN_EXCEED_NONE_PTE", "SCAN_EXCEED_SHARED_PTE", "SCAN_EXCEED_SWAP_PTE",
-    "SCAN_FAIL", "SCAN_LACK_REFERENCED_PAGE", "SCAN_PAGE_ANON", "SCAN_PAGE_COUNT", "SCAN_PAGE_FILLED",
+    "SCAN_FAIL", "SCAN_LACK_REFERENCED_PAGE", "SCAN_PAGE_ANON", "SCAN_PAGE_COMPOUND", "SCAN_PAGE_COUNT",
+    "SCAN_PAGE_FILLED",
     "SCAN_PAGE_LOCK", "SCAN_PAGE_LRU", "SCAN_PAGE_NULL", "SCAN_PMD_MAPPED", "SCAN_PMD_NONE",
     "SCAN_PMD_NULL", "SCAN_PTE_MAPPED_HUGEPAGE", "SCAN_PTE_NON_PRESENT", "SCAN_PTE_UFFD_WP", "SCAN_SUCCEED",
     "SCAN_TRUNCATED", "SCAN_VMA_CHECK", "SCAN_VMA_NULL", "TRACEPOINTS",
@@ -33,6 +34,7 @@ SCAN_PAGE_COUNT = "not_suitable_page_count"
 SCAN_PAGE_LRU = "page_not_in_lru"
 SCAN_PAGE_LOCK = "page_locked"
 SCAN_PAGE_ANON = "page_not_anon"
+SCAN_PAGE_COMPOUND = "page_compound"
 SCAN_ANY_PROCESS = "no_process_for_page"
 SCAN_VMA_NULL = "vma_null"
 SCAN_VMA_CHECK = "vma_check_failed"
@@ -74,4 +76,21 @@ SWAPIN = Tracepoint(
     ),
     doc=_MM_DOC,
 )
-TRACEPOINTS = (SCAN_PMD, COLLAPSE, ISOLATE, SWAPIN)
+SCAN_FILE = Tracepoint(
+    "huge_memory", "mm_khugepaged_scan_file", ("mm", "pfn", "file", "present", "swap", "status"),
+    lambda mm, pfn, file, present, swap, status: (
+        f"mm={mm:016x}, scan_pfn=0x{pfn & _FOLIO:x}, filename={file}, present={present}, swap={swap}, "
+        f"result={status}"
+    ),
+    doc=_MM_DOC,
+)
+COLLAPSE_FILE = Tracepoint(
+    "huge_memory", "mm_khugepaged_collapse_file",
+    ("mm", "pfn", "index", "address", "is_shmem", "file", "nr", "status"),
+    lambda mm, pfn, index, address, is_shmem, file, nr, status: (
+        f"mm={mm:016x}, hpage_pfn=0x{pfn & _FOLIO:x}, index={index}, addr={address:x}, "
+        f"is_shmem={is_shmem:d}, filename={file}, nr={nr}, result={status}"
+    ),
+    doc=_MM_DOC,
+)
+TRACEPOINTS = (SCAN_PMD, COLLAPSE, ISOLATE, SWAPIN, SCAN_FILE, COLLAPSE_FILE)

@@ -46,3 +46,24 @@ def collapse(s: Scenario) -> None:
     s.madv(0, HUGE, "COLLAPSE")
     s.ld(0x3000)
     s.st(0x5000, 6)
+
+
+@scenario(file="memfd", params={"thp.shmem_enabled": "always"})
+def shmem_thp(s: Scenario) -> None:
+    """A hole of 4 KiB splits a huge page of a file into pieces as large as can be; COLLAPSE joins them."""
+    s.ld(0x3000, "first touch read")
+    s.st(0x3000, 1)
+    s.st(0x5000, 2, "same 2M")
+    s.st(0x203000, 3, "first touch write")
+    s.punch_hole(0x3000, PAGE, "PUNCH_HOLE 4K at 0x3000")
+    s.ld(0x4000, "neighbour")
+    s.ld(0x3000, "hole")
+    s.st(0x3000, 4)
+    s.madv(0, HUGE, "COLLAPSE")
+    s.ld(0x4000)
+    s.st(0x3000, 5)
+    s.mprotect(0x203000, PAGE, PROT_READ)
+    s.ld(0x204000)
+    s.ld(0x203000)
+    s.madv(HUGE, HUGE, "DONTNEED")
+    s.ld(0x204000, "still in page cache")
