@@ -46,7 +46,6 @@ from host_mm.mm_types import (
     VM_UFFD_MISSING,
 )
 from host_mm.page import (
-    PG_dirty,
     PG_referenced,
     PG_swapbacked,
     PG_swapcache,
@@ -273,12 +272,6 @@ def shmem_writeout(mapping: AddressSpace, head: int) -> bool:
             set_page_dirty(host, head)
             return False
         shmem_clear_folio(host, head)
-    if folio_nr_pages(host.pages, head) > 1 and host.swap is not None:
-        # The pieces are still dirty; the first one goes out now.
-        set_page_dirty(host, head)
-        if host.split_folio(head):
-            return False
-        host.pages.flags[head] &= ~PG_dirty
     if host.swap is None or folio_alloc_swap(host, head):
         set_page_dirty(host, head)
         return False
