@@ -16,6 +16,7 @@ import msgspec
 
 __all__ = ["LINUX_5_10", "LINUX_6_18", "PROFILES", "MmProfile"]
 
+
 class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     """One kernel's mm. The defaults are those of 6.18.
 
@@ -74,6 +75,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     refuses_longterm_file_pins: bool = True
     device_inserts_name_owner: bool = True
     userfaultfd_features: int = 0x1FCA1
+
 
 LINUX_6_18 = MmProfile(name="linux-6.18")
 LINUX_5_10 = MmProfile(
