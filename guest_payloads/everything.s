@@ -16,6 +16,7 @@
 ; vmcalls: ksm_merge ksm_unmerge page_idle_set page_idle_get damon numa_balance vcpu_node pages_on_node pagemap_scan uffd_missing uffd_move uffd_wp uffd_read uffd_end
 ; vmcalls: memfd_create file_create file_write peer_write fsync fadvise_dontneed punch_hole remove truncate nr_hugepages hugetlb_create hugetlb_peer_read hugetlb_peer_write hugetlb_sharers hugetlb_unshare
 ; vmcalls: compact contig_alloc contig_free mbind offline online pin unpin soft_offline memory_failure uffd_minor
+; vmcalls: thp_enable collapse thp_split khugepaged
 ; vmcalls: lru_gen_enable lru_gen_age lru_gen_evict memcg_limit memcg_reclaim zswap_enable zswap_writeback oom_kill
 .include "runtime.inc"
 
@@ -850,6 +851,22 @@ ask_memcg_reclaim:
 .end:
     ret
 
+; Memory that huge pages fit.
+ask_huge:
+    and r12, -PAGE_2M
+    mov r13d, 512
+    HOST2 dword ptr [rbp + OP_NR], r12, r13
+    ret
+
+; What cannot be collapsed as it is now is EINVAL, too.
+ask_collapse:
+    call ask_huge
+    cmp rax, -EINVAL
+    jne .end
+    mov rax, -EBUSY
+.end:
+    ret
+
 ; A whole huge page at a time, as hugetlbfs wants it.
 ask_huge_punch:
     and r12, -PAGE_2M
@@ -912,33 +929,37 @@ operations:
     OPERATION name_39, ask_ksm_merge, 0, 32, SAME, SMALL
     OPERATION name_40, ask_ksm_equal, 0, 8, SAME, SMALL
     OPERATION name_41, range, VMCALL_KSM_UNMERGE, 64, SAME, SMALL
-    OPERATION name_42, range, VMCALL_UFFD_MISSING, 16, SAME, ANON
-    OPERATION name_43, range, VMCALL_UFFD_MOVE, 16, SAME, ANON
-    OPERATION name_44, ask_uffd_wp, 0, 16, ANYTHING, ANON
-    OPERATION name_45, range, VMCALL_UFFD_MINOR, 16, SAME, SHMEM
-    OPERATION name_46, ask_uffd_end, 0, 1, SAME, ANON
-    OPERATION name_47, stores, VMCALL_FILE_WRITE, 1, ANYTHING, FILES
-    OPERATION name_48, stores, VMCALL_PEER_WRITE, 1, ANYTHING, FILES
-    OPERATION name_49, one_argument, VMCALL_FSYNC, 1, SAME, FILES | PRIVATE
-    OPERATION name_50, range, VMCALL_FADVISE_DONTNEED, 16, SAME, FILES | PRIVATE
-    OPERATION name_51, range, VMCALL_PUNCH_HOLE, 16, ZEROS, FILES
-    OPERATION name_52, range, VMCALL_PUNCH_HOLE, 16, SAME, PRIVATE
-    OPERATION name_53, range, VMCALL_REMOVE, 16, ZEROS, FILES
-    OPERATION name_54, ask_truncate, 0, 1, ZEROS, FILES | PRIVATE
-    OPERATION name_55, ask_huge_punch, 0, 1, ZEROS, HUGE
-    OPERATION name_56, reads, VMCALL_HUGETLB_PEER_READ, 1, SAME, HUGE
-    OPERATION name_57, stores, VMCALL_HUGETLB_PEER_WRITE, 1, ANYTHING, HUGE
-    OPERATION name_58, one_argument, VMCALL_HUGETLB_SHARERS, 1, SAME, HUGE
-    OPERATION name_59, one_argument, VMCALL_HUGETLB_UNSHARE, 1, SAME, HUGE
-    OPERATION name_60, ask_nr_hugepages, 0, 1, SAME, EVERY
-    OPERATION name_61, switch, VMCALL_LRU_GEN_ENABLE, 1, SAME, EVERY
-    OPERATION name_62, plain, VMCALL_LRU_GEN_AGE, 1, SAME, EVERY
-    OPERATION name_63, count, VMCALL_LRU_GEN_EVICT, 32, SAME, EVERY
-    OPERATION name_64, ask_memcg_limit, 0, 1, SAME, EVERY
-    OPERATION name_65, ask_memcg_reclaim, 0, 32, SAME, EVERY
-    OPERATION name_66, switch, VMCALL_ZSWAP_ENABLE, 1, SAME, EVERY
-    OPERATION name_67, count, VMCALL_ZSWAP_WRITEBACK, 32, SAME, EVERY
-    OPERATION name_68, count, VMCALL_OOM_KILL, 64, SAME, EVERY
+    OPERATION name_42, ask_huge, VMCALL_THP_ENABLE, 1, SAME, ANON
+    OPERATION name_43, ask_collapse, VMCALL_COLLAPSE, 1, SAME, ANON
+    OPERATION name_44, ask_huge, VMCALL_THP_SPLIT, 1, SAME, ANON
+    OPERATION name_45, plain, VMCALL_KHUGEPAGED, 1, SAME, EVERY
+    OPERATION name_46, range, VMCALL_UFFD_MISSING, 16, SAME, ANON
+    OPERATION name_47, range, VMCALL_UFFD_MOVE, 16, SAME, ANON
+    OPERATION name_48, ask_uffd_wp, 0, 16, ANYTHING, ANON
+    OPERATION name_49, range, VMCALL_UFFD_MINOR, 16, SAME, SHMEM
+    OPERATION name_50, ask_uffd_end, 0, 1, SAME, ANON
+    OPERATION name_51, stores, VMCALL_FILE_WRITE, 1, ANYTHING, FILES
+    OPERATION name_52, stores, VMCALL_PEER_WRITE, 1, ANYTHING, FILES
+    OPERATION name_53, one_argument, VMCALL_FSYNC, 1, SAME, FILES | PRIVATE
+    OPERATION name_54, range, VMCALL_FADVISE_DONTNEED, 16, SAME, FILES | PRIVATE
+    OPERATION name_55, range, VMCALL_PUNCH_HOLE, 16, ZEROS, FILES
+    OPERATION name_56, range, VMCALL_PUNCH_HOLE, 16, SAME, PRIVATE
+    OPERATION name_57, range, VMCALL_REMOVE, 16, ZEROS, FILES
+    OPERATION name_58, ask_truncate, 0, 1, ZEROS, FILES | PRIVATE
+    OPERATION name_59, ask_huge_punch, 0, 1, ZEROS, HUGE
+    OPERATION name_60, reads, VMCALL_HUGETLB_PEER_READ, 1, SAME, HUGE
+    OPERATION name_61, stores, VMCALL_HUGETLB_PEER_WRITE, 1, ANYTHING, HUGE
+    OPERATION name_62, one_argument, VMCALL_HUGETLB_SHARERS, 1, SAME, HUGE
+    OPERATION name_63, one_argument, VMCALL_HUGETLB_UNSHARE, 1, SAME, HUGE
+    OPERATION name_64, ask_nr_hugepages, 0, 1, SAME, EVERY
+    OPERATION name_65, switch, VMCALL_LRU_GEN_ENABLE, 1, SAME, EVERY
+    OPERATION name_66, plain, VMCALL_LRU_GEN_AGE, 1, SAME, EVERY
+    OPERATION name_67, count, VMCALL_LRU_GEN_EVICT, 32, SAME, EVERY
+    OPERATION name_68, ask_memcg_limit, 0, 1, SAME, EVERY
+    OPERATION name_69, ask_memcg_reclaim, 0, 32, SAME, EVERY
+    OPERATION name_70, switch, VMCALL_ZSWAP_ENABLE, 1, SAME, EVERY
+    OPERATION name_71, count, VMCALL_ZSWAP_WRITEBACK, 32, SAME, EVERY
+    OPERATION name_72, count, VMCALL_OOM_KILL, 64, SAME, EVERY
 operations_end:
 .equ NR_OPERATIONS, (operations_end - operations) / OP_SIZE
 
@@ -984,33 +1005,37 @@ name_38:        .asciz "migrate of a slot"
 name_39:        .asciz "ksm_merge"
 name_40:        .asciz "ksm_merge of equal pages"
 name_41:        .asciz "ksm_unmerge"
-name_42:        .asciz "uffd_missing"
-name_43:        .asciz "uffd_move"
-name_44:        .asciz "uffd_wp, uffd_read"
-name_45:        .asciz "uffd_minor"
-name_46:        .asciz "uffd_end"
-name_47:        .asciz "file_write"
-name_48:        .asciz "peer_write"
-name_49:        .asciz "fsync"
-name_50:        .asciz "fadvise_dontneed"
-name_51:        .asciz "punch_hole"
-name_52:        .asciz "punch_hole under private pages"
-name_53:        .asciz "remove"
-name_54:        .asciz "truncate"
-name_55:        .asciz "punch_hole of huge pages"
-name_56:        .asciz "hugetlb_peer_read"
-name_57:        .asciz "hugetlb_peer_write"
-name_58:        .asciz "hugetlb_sharers"
-name_59:        .asciz "hugetlb_unshare"
-name_60:        .asciz "nr_hugepages"
-name_61:        .asciz "lru_gen_enable"
-name_62:        .asciz "lru_gen_age"
-name_63:        .asciz "lru_gen_evict"
-name_64:        .asciz "memcg_limit"
-name_65:        .asciz "memcg_reclaim"
-name_66:        .asciz "zswap_enable"
-name_67:        .asciz "zswap_writeback"
-name_68:        .asciz "oom_kill"
+name_42:        .asciz "thp_enable"
+name_43:        .asciz "collapse"
+name_44:        .asciz "thp_split"
+name_45:        .asciz "khugepaged"
+name_46:        .asciz "uffd_missing"
+name_47:        .asciz "uffd_move"
+name_48:        .asciz "uffd_wp, uffd_read"
+name_49:        .asciz "uffd_minor"
+name_50:        .asciz "uffd_end"
+name_51:        .asciz "file_write"
+name_52:        .asciz "peer_write"
+name_53:        .asciz "fsync"
+name_54:        .asciz "fadvise_dontneed"
+name_55:        .asciz "punch_hole"
+name_56:        .asciz "punch_hole under private pages"
+name_57:        .asciz "remove"
+name_58:        .asciz "truncate"
+name_59:        .asciz "punch_hole of huge pages"
+name_60:        .asciz "hugetlb_peer_read"
+name_61:        .asciz "hugetlb_peer_write"
+name_62:        .asciz "hugetlb_sharers"
+name_63:        .asciz "hugetlb_unshare"
+name_64:        .asciz "nr_hugepages"
+name_65:        .asciz "lru_gen_enable"
+name_66:        .asciz "lru_gen_age"
+name_67:        .asciz "lru_gen_evict"
+name_68:        .asciz "memcg_limit"
+name_69:        .asciz "memcg_reclaim"
+name_70:        .asciz "zswap_enable"
+name_71:        .asciz "zswap_writeback"
+name_72:        .asciz "oom_kill"
 
 .section bss
 .align 8

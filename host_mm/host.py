@@ -323,8 +323,8 @@ class HostMm:
 
         What is in use after that is lost.
         """
-        for process in list(self.processes):
-            fork.exit_process(process)
+        for left in list(self.processes):
+            fork.exit_process(left)
         if self.ksm.mm_slots:
             ksm.run_store(self, KSM_RUN_UNMERGE)
         if self.swap is not None:
