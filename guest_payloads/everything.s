@@ -858,8 +858,15 @@ ask_huge:
     HOST2 dword ptr [rbp + OP_NR], r12, r13
     ret
 
-; What cannot be collapsed as it is now is EINVAL, too.
+; In one piece again, whatever advice and policies its parts got. What cannot be collapsed as it is now is
+; EINVAL, too.
 ask_collapse:
+    and r12, -PAGE_2M
+    HOST2 VMCALL_UFFD_MISSING, r12, 1    ; ends what pagemap_scan has registered
+    HOST0 VMCALL_UFFD_END
+    HOST2 VMCALL_KSM_UNMERGE, r12, 512
+    HOST2 VMCALL_THP_ENABLE, r12, 512
+    HOST3 VMCALL_MBIND, r12, 512, 0
     call ask_huge
     cmp rax, -EINVAL
     jne .end
