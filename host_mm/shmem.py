@@ -142,9 +142,13 @@ def shmem_get_folio(mapping: AddressSpace, index: int, sgp: int, vmf: VmFault | 
                 continue
             if sgp == SGP_WRITE:
                 host.lru.folio_mark_accessed(head)
-            if not host.pages.flags[head] & PG_uptodate and sgp != SGP_READ:
+            if host.pages.flags[head] & PG_uptodate:
+                return head
+            if sgp != SGP_READ:
                 return _initialise(mapping, head, index, sgp)
-            return head
+            # Allocated, but nobody wrote to it: reads as the hole that it was.
+            folio_unlock(host, head)
+            put_page(host, head)
         if sgp == SGP_READ:
             return NOT_CACHED
         if sgp == SGP_NOALLOC:
