@@ -124,6 +124,8 @@ def ept_ad(board: Board, on: int) -> int:
     _ept_only(board)
     if on not in (0, 1):
         raise KernelError(errno.EINVAL, f"on = {on}: want 0 or 1")
+    if not on and board.kvm.cpu_dirty_log_size:
+        raise KernelError(errno.EINVAL, "page-modification logging needs the dirty flags")
     before = board.cpu.ept_ad
     board.cpu.ept_ad = bool(on)
     board.flush_all()

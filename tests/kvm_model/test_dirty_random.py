@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from host_mm.fork import exit_process, fork_process
-from host_mm.madvise import MADV_COLLAPSE, MADV_HUGEPAGE, MADV_PAGEOUT, do_madvise
+from host_mm.madvise import MADV_HUGEPAGE, MADV_PAGEOUT, do_madvise
 from host_mm.mmap import PROT_READ, PROT_WRITE
 from host_mm.mprotect import do_mprotect
 from host_mm.task_mmu import clear_refs_write
@@ -173,10 +173,6 @@ def _huge(form: str) -> tuple[Machine, Harvester, Callable[[], int]]:
     m.do(lambda: do_madvise(m.mm, BASE, pages * PAGE, MADV_HUGEPAGE))
     for n in (0, 512):
         m.run(("w", n * PAGE, 1))
-    if not m.kvm.stat["pages_2m"]:
-        m.do(lambda: do_madvise(m.mm, BASE, pages * PAGE, MADV_COLLAPSE))
-        for n in (0, 512):
-            m.run(("w", n * PAGE, 1))
     return m, Harvester(m, manual), lambda: m.kvm.stat["pages_2m"]
 
 
