@@ -291,6 +291,10 @@ VMCALL_HUGETLB_PEER_READ = 0x5246_0142
 VMCALL_HUGETLB_PEER_WRITE = 0x5246_0143
 VMCALL_HUGETLB_SHARERS = 0x5246_0144
 VMCALL_HUGETLB_UNSHARE = 0x5246_0145
+VMCALL_THP_ENABLE = 0x5246_0120
+VMCALL_COLLAPSE = 0x5246_0121
+VMCALL_THP_SPLIT = 0x5246_0122
+VMCALL_KHUGEPAGED = 0x5246_0123
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
@@ -582,6 +586,20 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_HUGETLB_UNSHARE, "hugetlb_unshare", ("gpa",), "0", (),
            "The VMM gives up every page table that it shares for the region of `gpa`, as registering "
            "userfaultfd there does. Faults may share them again. -EINVAL outside huge pages."),
+    Vmcall(VMCALL_THP_ENABLE, "thp_enable", ("gpa", "pages"), "0", (),
+           "madvise(MADV_HUGEPAGE) of the range: the VMM's faults there map 2 MiB where 2 MiB fit, and "
+           "khugepaged makes huge pages of small ones."),
+    Vmcall(VMCALL_COLLAPSE, "collapse", ("gpa", "pages"), "pages of the range that are parts of huge ones",
+           ("ENOMEM", "EBUSY", "EAGAIN"),
+           "madvise(MADV_COLLAPSE): every aligned 2 MiB of the VMM's mapping in the range becomes one page. "
+           "-ENOMEM without 2 MiB of free memory in one piece, -EAGAIN while somebody holds a page, -EINVAL "
+           "where huge pages are not allowed or nothing was ever mapped. -ENOSYS on a kernel without it."),
+    Vmcall(VMCALL_THP_SPLIT, "thp_split", ("gpa", "pages"), "huge pages that were split", (),
+           "A write to /sys/kernel/debug/split_huge_pages: the huge pages of the range become small ones, "
+           "but for those that somebody holds."),
+    Vmcall(VMCALL_KHUGEPAGED, "khugepaged", (), "collapses", (),
+           "Wakes khugepaged and waits until it has been through all memory that may have huge pages; 0 at "
+           "once if there is none."),
     Vmcall(VMCALL_PAGE_IDLE_SET, "page_idle_set", ("gpa", "pages"), "frames made idle", (),
            "Sets the idle bits of the range's frames; accessed bits of host and guest are cleared. Frames "
            "on no LRU list, and pages without a frame, do not count."),

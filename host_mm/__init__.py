@@ -37,7 +37,7 @@ Reading order:
     memory_device.py             entries for pages that a device has
     migrate_device.py rmap_device.py   to a device's memory and back; a device's alone
     lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
-    shrink_folio_list.py         and how
+    shrink_folio_list.py         and how; shrinker.py: caches that shrink meanwhile
     lru_gen.py lru_gen_walk.py lru_gen_evict.py  by generations: the lists, aging by page tables, eviction
     memcontrol.py                whose pages they are, and how many a group may have
     page_idle.py damon/          which pages are used at all
@@ -49,7 +49,9 @@ Reading order:
     huge_memory_map.py madvise_folios.py what the system calls do to them
     huge_memory_split.py         the folio itself becomes small pages
     rmap_large.py page_vma_mapped.py     how often large folios are mapped, and where
-    khugepaged_types.py          whose small pages could become huge ones
+    khugepaged.py khugepaged_collapse.py   small pages become huge ones; khugepaged_trace.py: what is told
+    khugepaged_file.py huge_memory_file.py   and of shared memory
+    khugepaged_types.py          whose small pages could
     swap_readahead.py zram.py zswap.py zsmalloc.py   more than was asked for; swap that is RAM
     hugetlb.py hugetlb_resv.py   the pool of huge pages, and who was promised some
     hugetlb_share.py             level-2 tables that processes share

@@ -62,6 +62,10 @@ class VmOperations:
     may_split: Any = None
     """(vma, address) -> bool: whether the VMA can be cut there."""
 
+    def allowable_huge_order(self, vma: VmArea, forced: bool) -> bool:
+        """Whether the file may be mapped by huge pages there; `forced`: whatever the policy."""
+        return False
+
     def fault(self, vmf: VmFault) -> int:
         """Find the page: vmf.page with a reference, locked with VM_FAULT_LOCKED."""
         raise NotImplementedError

@@ -41,6 +41,8 @@ from host_mm import (
     hugetlb,
     interval_notifier,
     kcompactd,
+    khugepaged,
+    khugepaged_trace,
     ksm,
     ksm_merge,
     ksm_tree,
@@ -66,6 +68,7 @@ from host_mm import (
     rmap_unmap,
     shmem,
     shmem_file,
+    shrinker,
     swap_state,
     swapin,
     tlb,
@@ -76,7 +79,7 @@ from host_mm import (
     zram,
     zswap,
 )
-from host_mm.huge_mm import Thp
+from host_mm.huge_mm import Thp, shrink_huge_zero_folio
 from host_mm.kernel.locks import Mutex, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.khugepaged_types import Khugepaged, khugepaged_enter_vma
@@ -114,6 +117,8 @@ _MODULES = (
     hmm_mirror,
     huge_memory_pmd,
     huge_memory_split,
+    khugepaged,
+    khugepaged_trace,
     interval_notifier,
     ksm,
     ksm_merge,
@@ -314,7 +319,7 @@ class HostMm:
         )
 
     def shutdown(self) -> None:
-        """Every process has ended: stop ksmd, turn swap off, give up the huge pages.
+        """Every process has ended: stop ksmd, turn swap off, give up the huge pages and the one of zeros.
 
         What is in use after that is lost.
         """
@@ -325,6 +330,7 @@ class HostMm:
         self.hstate.nr_overcommit = 0
         hugetlb.set_max_huge_pages(self, 0)
         self.quiesce()
+        shrink_huge_zero_folio(self)
 
     def close(self) -> None:
         """Give up what the machine underneath holds for us: the swap file and others."""
@@ -372,9 +378,23 @@ class HostMm:
         """madvise, ksm, migrate and reclaim -> huge_memory_split: 0 or a negative errno."""
         return huge_memory_split.split_folio_to_list(self, page, folios)
 
-    def khugepaged_enter_vma(self, vma: VmArea) -> None:
-        """huge_memory -> khugepaged: the VMA may have huge pages."""
-        khugepaged_enter_vma(vma)
+    def khugepaged_enter_vma(self, vma: VmArea, vm_flags: int) -> None:
+        """huge_memory -> khugepaged: memory with these flags may have huge pages."""
+        if khugepaged_enter_vma(vma, vm_flags):
+            self.wake_khugepaged()
+
+    def shrink_slab(self, nid: int, priority: int) -> None:
+        """vmscan -> shrinker."""
+        shrinker.shrink_slab(self, nid, priority)
+
+    def wake_khugepaged(self) -> None:
+        """There is an address space to scan: start the daemon, if the host has daemons, or wake it."""
+        state = self.khugepaged
+        state.wait.wake_all()
+        if state.task is None and self.daemons:
+            state.task = self.sched.spawn("khugepaged", partial(khugepaged.khugepaged, self))
+            state.task.ctx.cause = None
+            self.daemons.append(state.task)
 
     def do_swap_page(self, vmf: VmFault) -> int:
         """memory -> swapin."""

@@ -156,7 +156,6 @@ def map_anon_folio_pmd(vma: VmArea, base: int, pmd: int, folio: int) -> None:
     mm.host.lru.folio_add_lru_vma(folio, vma)
     set_pmd(mm, base, pmd, entry)
     mm.rss[MM_ANONPAGES] += HPAGE_PMD_NR
-    mm.host.vmstat["thp_fault_alloc"] += 1
 
 
 def _do_huge_pmd_anonymous_page(vmf: VmFault) -> _Outcome:
@@ -164,7 +163,7 @@ def _do_huge_pmd_anonymous_page(vmf: VmFault) -> _Outcome:
     if not thp_vma_suitable_order(vma, vmf.address) or vma.flags & VM_SHARED:
         return "", VM_FAULT_FALLBACK
     anon_vma_prepare(vma)
-    vma.mm.host.khugepaged_enter_vma(vma)
+    vma.mm.host.khugepaged_enter_vma(vma, vma.flags)
     if not vmf.flags & FAULT_FLAG_WRITE and vma.mm.host.thp.use_zero_page:
         return _map_huge_zero(vmf)
     return _map_new_folio(vmf)
@@ -223,6 +222,7 @@ def _map_new_folio(vmf: VmFault) -> _Outcome:
         return stopped
     pgtable_trans_huge_deposit(mm, vmf.pmd, table)
     map_anon_folio_pmd(vma, vmf.address & ~(PMD_SIZE - 1), vmf.pmd, folio)
+    host.vmstat["thp_fault_alloc"] += 1
     mm.pgtables_bytes += 4096
     deferred_split_folio(host, folio, partially_mapped=False)
     ptl.unlock()
@@ -347,6 +347,7 @@ def _do_huge_zero_wp_pmd(vmf: VmFault) -> _Outcome:
     if same and not ret:
         pmdp_huge_clear_flush(mm, base, vmf.pmd)
         map_anon_folio_pmd(vma, base, vmf.pmd, folio)
+        mm.host.vmstat["thp_fault_alloc"] += 1
     else:
         put_page(mm.host, folio)
     ptl.unlock()

@@ -84,7 +84,8 @@ class Thp:
     """
 
     __slots__ = (
-        "defrag", "deposited", "enabled", "host", "huge_zero_pfn", "huge_zero_refcount", "partially_mapped",
+        "defrag", "deposited", "enabled", "host", "huge_zero_pfn", "huge_zero_refcount", "nr_deferred",
+        "partially_mapped",
         "shmem_enabled", "split_queue_lock", "split_queues", "use_zero_page",
     )
 
@@ -98,6 +99,7 @@ class Thp:
         self.deposited: dict[int, list[int]] = {}
         self.huge_zero_pfn = -1
         self.huge_zero_refcount = 0
+        self.nr_deferred: dict[str, int] = {}
         self.split_queue_lock = Spinlock(host.sched, "split_queue_lock")
         self.split_queues: list[OrderedDict[int, None]] = [OrderedDict() for _ in host.allocator.nodes]
         self.partially_mapped: set[int] = set()
@@ -148,8 +150,7 @@ def thp_vma_allowable_order(vma: VmArea, vm_flags: int, tva: int) -> bool:
         if vm_flags & _VM_NO_KHUGEPAGED or not thp_vma_suitable_order(vma, vma.end - PMD_SIZE):
             return False
     if not anonymous:
-        allows = getattr(vma.ops, "allowable_huge_order", None)
-        return allows is not None and bool(allows(vma, tva))
+        return vma.ops is not None and bool(vma.ops.allowable_huge_order(vma, forced))
     return vma.anon_vma is not None or tva == TVA_PAGEFAULT
 
 
@@ -218,10 +219,15 @@ def mm_put_huge_zero_folio(mm: MmStruct) -> None:
         mm.host.thp.huge_zero_refcount -= 1
 
 
+def huge_zero_freeable(host: HostMm) -> int:
+    """How many pages shrink_huge_zero_folio would free."""
+    return 1 << HPAGE_PMD_ORDER if host.thp.huge_zero_refcount == 1 else 0
+
+
 def shrink_huge_zero_folio(host: HostMm) -> int:
     """Under memory pressure: free the huge zero page if no address space has it; pages freed."""
     thp = host.thp
-    if thp.huge_zero_refcount != 1:
+    if not huge_zero_freeable(host):
         return 0
     pfn, thp.huge_zero_pfn, thp.huge_zero_refcount = thp.huge_zero_pfn, -1, 0
     put_page(host, pfn)

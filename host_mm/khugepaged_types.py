@@ -41,7 +41,7 @@ class Khugepaged:
     __slots__ = (
         "address", "alloc_sleep_millisecs", "full_scans", "max_ptes_none", "max_ptes_shared", "max_ptes_swap",
         "mm", "mm_lock", "mms", "pages_collapsed", "pages_to_scan", "scan_sleep_millisecs", "scanning",
-        "task", "wait",
+        "sleep_expire", "task", "wait",
     )
 
     def __init__(self, host: HostMm) -> None:
@@ -62,12 +62,16 @@ class Khugepaged:
         self.pages_collapsed = 0
         self.task: Task | None = None
         self.scanning = False
+        self.sleep_expire = 0
 
 
-def khugepaged_enter_vma(vma: VmArea) -> bool:
-    """Put the VMA's address space on the round; true if it is the first on it, so that somebody must scan."""
+def khugepaged_enter_vma(vma: VmArea, vm_flags: int) -> bool:
+    """Put the VMA's address space on the round if memory with these flags is to be collapsed.
+
+    True if it is the first there, so that somebody must scan.
+    """
     mm = vma.mm
-    if mm.flags & MMF_VM_HUGEPAGE or not thp_vma_allowable_order(vma, vma.flags, TVA_KHUGEPAGED):
+    if mm.flags & MMF_VM_HUGEPAGE or not thp_vma_allowable_order(vma, vm_flags, TVA_KHUGEPAGED):
         return False
     return _khugepaged_enter(mm)
 

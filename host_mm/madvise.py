@@ -8,12 +8,12 @@ each VMA has its own.
 COLD and PAGEOUT open no bracket of their own; PAGEOUT's reclaim brackets page by page. What these three do
 to large folios is in madvise_folios.py.
 
-MERGEABLE and UNMERGEABLE are in ksm.py, REMOVE and what files do of WILLNEED in madvise_file.py. Who maps a
-file may page it out: every process here may write to every file.
+MERGEABLE and UNMERGEABLE are in ksm.py, COLLAPSE is in khugepaged.py, REMOVE and what files do of WILLNEED
+in madvise_file.py. Who maps a file may page it out: every process here may write to every file.
 
 HWPOISON and SOFT_OFFLINE do to each page of the range what a memory error would.
 
-Not modelled: COLLAPSE, guard pages, VMA names.
+Not modelled: guard pages, VMA names.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from host_mm.gup_range import get_user_pages
 from host_mm.huge_memory_map import madvise_free_huge_pmd
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
+from host_mm.khugepaged import madvise_collapse
 from host_mm.ksm import ksm_madvise
 from host_mm.madvise_file import madvise_remove, madvise_willneed_file
 from host_mm.madvise_folios import cold_or_pageout_huge_pmd, deactivate_folio, walk_folios
@@ -87,8 +88,9 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
-    "MADV_COLD", "MADV_DOFORK", "MADV_DONTFORK", "MADV_DONTNEED", "MADV_FREE", "MADV_HUGEPAGE",
-    "MADV_HWPOISON", "MADV_KEEPONFORK", "MADV_MERGEABLE", "MADV_NOHUGEPAGE", "MADV_NORMAL", "MADV_PAGEOUT",
+    "MADV_COLD", "MADV_COLLAPSE", "MADV_DOFORK", "MADV_DONTFORK", "MADV_DONTNEED", "MADV_FREE",
+    "MADV_HUGEPAGE", "MADV_HWPOISON", "MADV_KEEPONFORK", "MADV_MERGEABLE", "MADV_NOHUGEPAGE", "MADV_NORMAL",
+    "MADV_PAGEOUT",
     "MADV_POPULATE_READ", "MADV_POPULATE_WRITE", "MADV_RANDOM", "MADV_REMOVE", "MADV_SEQUENTIAL",
     "MADV_SOFT_OFFLINE",
     "MADV_UNMERGEABLE", "MADV_WILLNEED", "MADV_WIPEONFORK", "do_madvise",
@@ -113,6 +115,7 @@ MADV_COLD = 20
 MADV_PAGEOUT = 21
 MADV_POPULATE_READ = 22
 MADV_POPULATE_WRITE = 23
+MADV_COLLAPSE = 25
 MADV_HWPOISON = 100
 MADV_SOFT_OFFLINE = 101
 
@@ -144,11 +147,12 @@ def do_madvise(mm: MmStruct, start: int, length: int, advice: int) -> None:
     if advice in (MADV_HWPOISON, MADV_SOFT_OFFLINE):
         _inject_error(mm, start, end, advice)
         return
-    if advice not in _READERS | _KSM and advice not in _VMA_FLAGS:
+    collapse = advice == MADV_COLLAPSE and mm.host.profile.madv_collapse
+    if advice not in _READERS | _KSM and advice not in _VMA_FLAGS and not collapse:
         raise KernelError(EINVAL, f"no advice {advice}")
     if start == end:
         return
-    reader = advice in _READERS
+    reader = advice in _READERS or collapse
     if reader:
         mm.mmap_lock.read_lock()
     else:
@@ -219,6 +223,9 @@ def _vma_behavior(vma: VmArea, start: int, end: int, advice: int, tlb: MmuGather
         (_willneed if vma.file is None else madvise_willneed_file)(vma, start, end)
     elif advice == MADV_REMOVE:
         madvise_remove(vma, start, end)
+    elif advice == MADV_COLLAPSE:
+        if err := madvise_collapse(vma, start, end):
+            raise KernelError(-err, f"{start:#x}+{end - start:#x} cannot become huge pages")
     else:
         _set_vma_flags(vma, start, end, advice)
 
@@ -235,6 +242,8 @@ def _set_vma_flags(vma: VmArea, start: int, end: int, advice: int) -> None:
     else:
         add, drop = _VMA_FLAGS[advice]
         flags = (vma.flags | add) & ~drop
+        if advice == MADV_HUGEPAGE:
+            vma.mm.host.khugepaged_enter_vma(vma, flags)
     if flags != vma.flags:
         vma = vma_modify_flags(vma, start, end, flags)
         vma.flags = flags

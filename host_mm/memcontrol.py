@@ -30,6 +30,7 @@ from host_mm.page_alloc import (
     GFP_KERNEL,
     GFP_NORETRY,
     MAX_RECLAIM_RETRIES,
+    PAGE_ALLOC_COSTLY_ORDER,
 )
 
 if TYPE_CHECKING:
@@ -201,6 +202,9 @@ class MemoryController:
             retries -= 1
             if retries >= 0:
                 continue
+            if nr > 1 << PAGE_ALLOC_COSTLY_ORDER:
+                # Nobody dies for a huge page.
+                return -ENOMEM
             memcg.events["oom"] += 1
             if not host.out_of_memory(0, memcg):
                 return -ENOMEM

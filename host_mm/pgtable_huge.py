@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "pgtable_trans_huge_deposit", "pgtable_trans_huge_withdraw", "pmd_populate", "pmd_trans_huge_lock",
-    "pmdp_collapse_flush", "pmdp_get", "pmdp_huge_clear_flush", "pmdp_huge_get_and_clear",
-    "pmdp_invalidate", "pmdp_set_access_flags", "pmdp_test_and_clear_young",
+    "pmdp_clear_young_notify", "pmdp_collapse_flush", "pmdp_get", "pmdp_huge_clear_flush",
+    "pmdp_huge_get_and_clear", "pmdp_invalidate", "pmdp_set_access_flags", "pmdp_test_and_clear_young",
     "zap_deposited_table",
 ]
 
@@ -126,6 +127,12 @@ def pmdp_test_and_clear_young(mm: MmStruct, address: int, pmd: int) -> bool:
         return False
     set_pmd(mm, address, pmd, entry & ~_PAGE_ACCESSED)
     return True
+
+
+def pmdp_clear_young_notify(mm: MmStruct, address: int, pmd: int) -> bool:
+    """Clear the accessed bit here and in secondary MMUs, none of which need flush; whether any was set."""
+    young = int(pmdp_test_and_clear_young(mm, address, pmd))
+    return bool(young | mmu_notifier.mmu_notifier_clear_young(mm, address, address + PMD_SIZE))
 
 
 def pmd_trans_huge_lock(mm: MmStruct, pmd: int) -> Spinlock | None:

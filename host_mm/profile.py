@@ -41,12 +41,12 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     and dirty bits over.
 
     Features. `mremap_moves_level`: the highest level whose whole tables mremap moves. `mremap_realigns`: it
-    extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `ksm_smart_scan`:
-    ksmd skips pages that it tried to merge in vain. `device_exclusive`: make_device_exclusive exists (the
-    EXCLUSIVE event). `device_inserts_name_owner`: the bracket in which holes become device memory is MIGRATE
-    with its owner, else CLEAR. `pagemap_scan`: that ioctl exists. `userfaultfd_features`: the UFFD_FEATURE_*
-    that UFFDIO_API offers, with their ioctls. `refuses_longterm_file_pins`: no long-term pin for writing of a
-    page whose file must know of writes.
+    extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `madv_collapse`: so does
+    MADV_COLLAPSE. `ksm_smart_scan`: ksmd skips pages that it tried to merge in vain. `device_exclusive`:
+    make_device_exclusive exists (the EXCLUSIVE event). `device_inserts_name_owner`: the bracket in which
+    holes become device memory is MIGRATE with its owner, else CLEAR. `pagemap_scan`: that ioctl exists.
+    `userfaultfd_features`: the UFFD_FEATURE_* that UFFDIO_API offers, with their ioctls.
+    `refuses_longterm_file_pins`: no long-term pin for writing of a page whose file must know of writes.
     """
 
     name: str
@@ -68,6 +68,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     mremap_moves_level: int = 3
     mremap_realigns: bool = True
     madv_populate: bool = True
+    madv_collapse: bool = True
     ksm_smart_scan: bool = True
     device_exclusive: bool = True
     pagemap_scan: bool = True
@@ -103,6 +104,7 @@ LINUX_5_10 = MmProfile(
     mremap_moves_level=2,
     mremap_realigns=False,
     madv_populate=False,
+    madv_collapse=False,
     ksm_smart_scan=False,
     device_exclusive=False,
     pagemap_scan=False,

@@ -222,10 +222,13 @@ class _Shrink:
             return _KEPT_LOCKED
         if not host.breaks & {"skip-batched-flush", "no-flush-before-io"}:
             try_to_unmap_flush_dirty(host)
-        # is_page_cache_freeable: the isolation's reference and the swap cache's.
+        # is_page_cache_freeable: the isolation's reference and those of the page or swap cache.
         mapping = None if pages.flags[pfn] & PG_anon else pages.mapping.get(pfn)
-        if pages.refcount[pfn] != 2 or (mapping is None and not pages.flags[pfn] & PG_swapcache):
+        freeable = pages.refcount[pfn] == 1 + folio_nr_pages(pages, pfn)
+        if not freeable or (mapping is None and not pages.flags[pfn] & PG_swapcache):
             return _KEPT_LOCKED
+        if folio_test_large(pages, pfn) and host.split_folio(pfn, self.todo):
+            return _ACTIVATED
         pages.flags[pfn] = (pages.flags[pfn] & ~PG_dirty) | PG_reclaim
         if mapping is None:
             swap_writeout(host, pfn)

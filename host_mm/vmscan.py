@@ -12,8 +12,9 @@ A reclaimer that made no progress while I/O is in flight waits for some of it to
 kernel's VMSCAN_THROTTLE_WRITEBACK), so that out of memory means that nothing is left.
 
 Not modelled: kswapd's short first sleep, swappiness and the anon/file cost balance (the file
-lists hold only MADV_FREE pages and go first), workingset refaults, compaction, watermark boost,
-slab shrinkers other than zswap's, too_many_isolated, pfmemalloc throttling, node reclaim.
+lists hold only MADV_FREE pages and go first), workingset refaults, compaction, watermark boost, slab
+shrinkers other than those of shrinker.py and zswap.py, too_many_isolated, pfmemalloc throttling, node
+reclaim.
 """
 
 from __future__ import annotations
@@ -255,6 +256,7 @@ def _shrink_node(host: HostMm, nid: int, sc: ScanControl) -> None:
         _shrink_node_memcgs(host, nid, sc)
     if host.zswap.shrinker_enabled:
         host.zswap.shrink_slab(sc.priority)
+    host.shrink_slab(nid, sc.priority)
     state = host.allocator.nodes[nid].vmscan
     if sc.nr_reclaimed > before and isinstance(state, Kswapd):
         state.failures = 0

@@ -13,6 +13,7 @@ from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.mremap import MREMAP_FIXED, MREMAP_MAYMOVE, do_mremap
 from host_mm.page import PG_head, put_page
+from host_mm.shrinker import shrink_slab
 from tests.host_mm.machine import PAGE
 from tests.host_mm.thp_machine import HUGE, Order, ThpVmm
 
@@ -132,6 +133,17 @@ def test_what_is_mostly_zeros_is_split_under_pressure_if_khugepaged_would_not_fi
     assert vm.task(lambda: deferred_split_scan(vm.host, 0, 32)) == 1
     assert (vm.level(0), vm.level(HUGE)) == (2, 1)
     assert vm.host.vmstat["thp_underused_split_page"] == 1
+    vm.audit()
+
+
+def test_reclaim_that_tries_hard_splits_and_frees_and_one_that_does_not_leaves_all() -> None:
+    vm, _ = filled()
+    vm.task(lambda: do_madvise(vm.mm, vm.base, 4 * PAGE, MADV_DONTNEED))
+    vm.task(lambda: shrink_slab(vm.host, 0, 12))
+    assert vm.host.thp.partially_mapped
+    vm.task(lambda: shrink_slab(vm.host, 0, 0))
+    assert not vm.host.thp.partially_mapped
+    assert vm.host.vmstat["thp_split_page"] == 1
     vm.audit()
 
 
