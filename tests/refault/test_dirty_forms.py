@@ -37,7 +37,8 @@ def test_the_compiled_walk_logs_what_the_interpreted_one_does(tmp_path: Path) ->
     traces = []
     for name, how in (("compiled", []), ("interpreted", ["--interpreted"])):
         path = tmp_path / name
-        assert main(["run", "dirty-log", *options("ring-pml"), *how, "--trace", str(path), "--events", "kvm*:*"]) == 0
+        how += ["--trace", str(path), "--events", "kvm*:*"]
+        assert main(["run", "dirty-log", *options("ring-pml"), *how]) == 0
         traces.append(path.read_text().splitlines()[1:])
     assert any('"kvm:kvm_dirty_ring_push"' in line for line in traces[0])
     assert traces[0] == traces[1]
