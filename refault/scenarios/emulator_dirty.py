@@ -31,7 +31,7 @@ class DirtySteps:
     def log_dirty(self, on: bool) -> Any:
         """KVM_MEM_LOG_DIRTY_PAGES of the data slot."""
         memory = self.board.memory
-        return self._ioctl(lambda: memory.set_logging(memory.region_at(DATA_GPA), on))  # type: ignore[arg-type]
+        return self._ioctl(lambda: memory.set_logging(memory.region_of(DATA_GPA), on))
 
     def get_dirty_log(self) -> Any:
         """KVM_GET_DIRTY_LOG of the data slot."""
