@@ -38,6 +38,10 @@ PARAMS: dict[str, Param] = {
     ),
     "kvm.mmio_caching": Param("bool", "Y", "remember MMIO pages as misconfigured EPT entries"),
     "kvm.nx_huge_pages": Param("bool", "N", "no huge page is executable"),
+    "kvm.nx_huge_pages_recovery_period_ms": Param(
+        "count", "0", "ms between two recoveries of huge pages split for code; 0: an hour by the ratio"
+    ),
+    "kvm.nx_huge_pages_recovery_ratio": Param("count", "60", "1 in so many is recovered each time; 0: none"),
     "kvm.tdp_mmu": Param("bool", "Y", "the TDP MMU; N is refused, as there is no other yet"),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
     "kvm_intel.pml": Param("bool", "N", "the CPU logs what it dirties; Linux has Y, see dirty_log"),
