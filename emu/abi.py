@@ -319,8 +319,8 @@ VMCALL_CLEAR_REFS = 0x5246_01D2
 VMCALL_MLOCK = 0x5246_01D3
 VMCALL_MUNLOCK = 0x5246_01D4
 VMCALL_MREMAP = 0x5246_01D5
-VMCALL_MEMFD_SLOT = 0x5246_0100
-VMCALL_FILE_SLOT = 0x5246_0101
+VMCALL_MEMFD_CREATE = 0x5246_0100
+VMCALL_FILE_CREATE = 0x5246_0101
 VMCALL_FSYNC = 0x5246_0102
 VMCALL_PUNCH_HOLE = 0x5246_0103
 VMCALL_REMOVE = 0x5246_0104
@@ -507,7 +507,7 @@ VMCALLS: tuple[Vmcall, ...] = (
            "UFFDIO_MOVE of the range's pages to another place of the VMM, and of each back when somebody "
            "touches it. Pages that are pinned or shared stay. Ends what an earlier one began."),
     Vmcall(VMCALL_UFFD_MINOR, "uffd_minor", ("gpa", "pages"), "0", (),
-           "The range, which is a memfd_slot's, is unmapped; its pages stay in the memfd, and each is mapped "
+           "The range, which is memfd_create's, is unmapped; its pages stay in the memfd, and each is mapped "
            "by UFFDIO_CONTINUE when somebody touches it. Ends what an earlier one began. -EINVAL for other "
            "memory."),
     Vmcall(VMCALL_UFFD_END, "uffd_end", (), "pages written after uffd_wp, else faults served", ("ENOENT",),
@@ -663,12 +663,12 @@ VMCALLS: tuple[Vmcall, ...] = (
            "mremap(2) of the VMM's mapping to another place and back again. An access by another CPU that "
            "meets the hole leaves KVM_RUN with -EFAULT and waits until the memory is back. -EBUSY while "
            "another mremap is under way."),
-    Vmcall(VMCALL_MEMFD_SLOT, "memfd_slot", ("gpa", "pages"), "slot number >= 1", ("EEXIST", "ENOMEM"),
+    Vmcall(VMCALL_MEMFD_CREATE, "memfd_create", ("gpa", "pages"), "slot number >= 1", ("EEXIST", "ENOMEM"),
            "A memfd of `pages` pages, mapped MAP_SHARED by the VMM, in a new memory slot at `gpa`; it is "
            "a slot as slot_create makes them."),
-    Vmcall(VMCALL_FILE_SLOT, "file_slot", ("gpa", "pages", "private"), "slot number >= 1",
+    Vmcall(VMCALL_FILE_CREATE, "file_create", ("gpa", "pages", "private"), "slot number >= 1",
            ("EEXIST", "ENOMEM"),
-           "As memfd_slot, with a fresh temporary file of zeros, mapped MAP_SHARED, or MAP_PRIVATE if "
+           "As memfd_create, with a fresh temporary file of zeros, mapped MAP_SHARED, or MAP_PRIVATE if "
            "`private` is 1; -EINVAL for other values."),
     Vmcall(VMCALL_FSYNC, "fsync", ("gpa",), "0", ("EBADF",),
            "fsync(2) of the file that the VMM maps at `gpa`: its dirty pages are made clean and read- "

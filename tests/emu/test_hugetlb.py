@@ -263,3 +263,18 @@ def test_the_end_of_the_log_puts_huge_sptes_back_while_something_else_is_in_a_br
         board.host.sched.run_task("elsewhere", lambda: mmu_notifier_invalidate_range_end(elsewhere))
         assert machine.host.map_level(0x100000) == 2
         machine.finish()
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_no_page_of_the_pool_is_a_devices_alone_or_the_devices_at_all(vm: refault.VM, shared: int) -> None:
+    vm.host.hugetlb_create(gpa=GPA, pages=PAGES, shared=shared)
+    vm.host.host_write(gpa=GPA, value=5)
+    for gpa in (GPA, GPA + 0x3000):
+        with pytest.raises(refault.KernelError) as caught:
+            vm.host.device_add(gpa=gpa, value=1)
+        assert caught.value.errno == errno.EOPNOTSUPP
+        with pytest.raises(refault.KernelError) as caught:
+            vm.host.device_migrate(gpa=gpa)
+        assert caught.value.errno == errno.EINVAL
+    assert vm.host.host_read(gpa=GPA) == 5
+    vm.finish()
