@@ -19,6 +19,12 @@ from typing import TYPE_CHECKING
 from host_mm.kernel.errors import KernelError
 from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_USER_MEM_SLOTS, KvmMemorySlot
 from kvm_model.mmu.mmu import kvm_mmu_max_mapping_level
+from kvm_model.mmu.rmap_log import (
+    kvm_rmap_write_protect_gfn,
+    kvm_rmap_write_protect_pt_masked,
+    kvm_rmap_wrprot_slot,
+    kvm_rmap_zap_collapsible_sptes,
+)
 from kvm_model.mmu.spte import PG_LEVEL_2M, PG_LEVEL_4K
 from kvm_model.mmu.tdp_log import (
     kvm_tdp_mmu_clear_dirty_pt_masked,
@@ -41,6 +47,9 @@ def kvm_mmu_slot_apply_flags(
     """Make the SPTEs of a slot fit its new logging flag."""
     if change != "flags-only" or new.flags & KVM_MEM_READONLY:
         return
+    if not kvm.tdp_mmu_enabled:
+        _apply_flags_by_rmap(kvm, new)
+        return
     if not new.flags & KVM_MEM_LOG_DIRTY_PAGES:
         kvm.mmu_lock.read_lock()
         kvm_tdp_mmu_recover_huge_pages(kvm, new, lambda gfn: kvm_mmu_max_mapping_level(kvm, new, gfn))
@@ -59,8 +68,40 @@ def kvm_mmu_slot_apply_flags(
     kvm_flush_remote_tlbs(kvm)
 
 
+def _apply_flags_by_rmap(kvm: Kvm, new: KvmMemorySlot) -> None:
+    profile = kvm.profile
+    log = new.flags & KVM_MEM_LOG_DIRTY_PAGES != 0
+    if log and kvm.dirty_log_init_set and not profile.init_set_protects_huge:
+        return
+    with kvm.mmu_lock:
+        if log:
+            level = PG_LEVEL_2M if kvm.dirty_log_init_set else PG_LEVEL_4K
+            flush = kvm_rmap_wrprot_slot(kvm, new, level) or not profile.log_flush_if_changed
+        else:
+            flush = kvm_rmap_zap_collapsible_sptes(
+                kvm, new, lambda gfn: kvm_mmu_max_mapping_level(kvm, new, gfn)
+            )
+            if flush:
+                kvm_flush_remote_tlbs(kvm)
+    if log and flush:
+        kvm_flush_remote_tlbs(kvm)
+
+
+def _enable_log_dirty_by_rmap(kvm: Kvm, slot: KvmMemorySlot, offset: int, mask: int) -> None:
+    if kvm.dirty_log_init_set and not kvm.profile.init_set_protects_huge:
+        start = slot.base_gfn + offset + (mask & -mask).bit_length() - 1
+        end = slot.base_gfn + offset + mask.bit_length() - 1
+        kvm_rmap_write_protect_gfn(kvm, slot, start, PG_LEVEL_2M)
+        if (start + 511) >> 9 != (end + 511) >> 9:
+            kvm_rmap_write_protect_gfn(kvm, slot, end, PG_LEVEL_2M)
+    kvm_rmap_write_protect_pt_masked(kvm, slot, slot.base_gfn + offset, mask)
+
+
 def _enable_log_dirty_pt_masked(kvm: Kvm, slot: KvmMemorySlot, offset: int, mask: int) -> None:
     """kvm_arch_mmu_enable_log_dirty_pt_masked."""
+    if not kvm.tdp_mmu_enabled:
+        _enable_log_dirty_by_rmap(kvm, slot, offset, mask)
+        return
     if kvm.dirty_log_init_set:
         start = slot.base_gfn + offset + (mask & -mask).bit_length() - 1
         end = slot.base_gfn + offset + mask.bit_length() - 1

@@ -38,7 +38,7 @@ PARAMS: dict[str, Param] = {
     ),
     "kvm.mmio_caching": Param("bool", "Y", "remember MMIO pages as misconfigured EPT entries"),
     "kvm.nx_huge_pages": Param("bool", "N", "no huge page is executable"),
-    "kvm.tdp_mmu": Param("bool", "Y", "the TDP MMU; N is refused, as there is no other yet"),
+    "kvm.tdp_mmu": Param("bool", "Y", "EPT by the TDP MMU; N: by direct pages with rmaps"),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
     "mm.fault_around_bytes": Param("bytes", "65536", "what a read fault of a file maps if it is cached"),
     "mm.read_ahead_kb": Param("KiB", "128", "what a miss in the page cache reads around it"),
