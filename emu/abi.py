@@ -288,6 +288,10 @@ VMCALL_HUGETLB_PEER_READ = 0x5246_0142
 VMCALL_HUGETLB_PEER_WRITE = 0x5246_0143
 VMCALL_HUGETLB_SHARERS = 0x5246_0144
 VMCALL_HUGETLB_UNSHARE = 0x5246_0145
+VMCALL_THP_ENABLE = 0x5246_0120
+VMCALL_COLLAPSE = 0x5246_0121
+VMCALL_THP_SPLIT = 0x5246_0122
+VMCALL_KHUGEPAGED = 0x5246_0123
 VMCALL_PAGE_IDLE_SET = 0x5246_0150
 VMCALL_PAGE_IDLE_GET = 0x5246_0151
 VMCALL_DAMON = 0x5246_0152
@@ -315,8 +319,8 @@ VMCALL_CLEAR_REFS = 0x5246_01D2
 VMCALL_MLOCK = 0x5246_01D3
 VMCALL_MUNLOCK = 0x5246_01D4
 VMCALL_MREMAP = 0x5246_01D5
-VMCALL_MEMFD_SLOT = 0x5246_0100
-VMCALL_FILE_SLOT = 0x5246_0101
+VMCALL_MEMFD_CREATE = 0x5246_0100
+VMCALL_FILE_CREATE = 0x5246_0101
 VMCALL_FSYNC = 0x5246_0102
 VMCALL_PUNCH_HOLE = 0x5246_0103
 VMCALL_REMOVE = 0x5246_0104
@@ -503,7 +507,7 @@ VMCALLS: tuple[Vmcall, ...] = (
            "UFFDIO_MOVE of the range's pages to another place of the VMM, and of each back when somebody "
            "touches it. Pages that are pinned or shared stay. Ends what an earlier one began."),
     Vmcall(VMCALL_UFFD_MINOR, "uffd_minor", ("gpa", "pages"), "0", (),
-           "The range, which is a memfd_slot's, is unmapped; its pages stay in the memfd, and each is mapped "
+           "The range, which is memfd_create's, is unmapped; its pages stay in the memfd, and each is mapped "
            "by UFFDIO_CONTINUE when somebody touches it. Ends what an earlier one began. -EINVAL for other "
            "memory."),
     Vmcall(VMCALL_UFFD_END, "uffd_end", (), "pages written after uffd_wp, else faults served", ("ENOENT",),
@@ -566,6 +570,20 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_HUGETLB_UNSHARE, "hugetlb_unshare", ("gpa",), "0", (),
            "The VMM gives up every page table that it shares for the region of `gpa`, as registering "
            "userfaultfd there does. Faults may share them again. -EINVAL outside huge pages."),
+    Vmcall(VMCALL_THP_ENABLE, "thp_enable", ("gpa", "pages"), "0", (),
+           "madvise(MADV_HUGEPAGE) of the range: the VMM's faults there map 2 MiB where 2 MiB fit, and "
+           "khugepaged makes huge pages of small ones."),
+    Vmcall(VMCALL_COLLAPSE, "collapse", ("gpa", "pages"), "pages of the range that are parts of huge ones",
+           ("ENOMEM", "EBUSY", "EAGAIN"),
+           "madvise(MADV_COLLAPSE): every aligned 2 MiB of the VMM's mapping in the range becomes one page. "
+           "-ENOMEM without 2 MiB of free memory in one piece, -EAGAIN while somebody holds a page, -EINVAL "
+           "where huge pages are not allowed or nothing was ever mapped. -ENOSYS on a kernel without it."),
+    Vmcall(VMCALL_THP_SPLIT, "thp_split", ("gpa", "pages"), "huge pages that were split", (),
+           "A write to /sys/kernel/debug/split_huge_pages: the huge pages of the range become small ones, "
+           "but for those that somebody holds."),
+    Vmcall(VMCALL_KHUGEPAGED, "khugepaged", (), "collapses", (),
+           "Wakes khugepaged and waits until it has been through all memory that may have huge pages; 0 at "
+           "once if there is none."),
     Vmcall(VMCALL_PAGE_IDLE_SET, "page_idle_set", ("gpa", "pages"), "frames made idle", (),
            "Sets the idle bits of the range's frames; accessed bits of host and guest are cleared. Frames "
            "on no LRU list, and pages without a frame, do not count."),
@@ -645,12 +663,12 @@ VMCALLS: tuple[Vmcall, ...] = (
            "mremap(2) of the VMM's mapping to another place and back again. An access by another CPU that "
            "meets the hole leaves KVM_RUN with -EFAULT and waits until the memory is back. -EBUSY while "
            "another mremap is under way."),
-    Vmcall(VMCALL_MEMFD_SLOT, "memfd_slot", ("gpa", "pages"), "slot number >= 1", ("EEXIST", "ENOMEM"),
+    Vmcall(VMCALL_MEMFD_CREATE, "memfd_create", ("gpa", "pages"), "slot number >= 1", ("EEXIST", "ENOMEM"),
            "A memfd of `pages` pages, mapped MAP_SHARED by the VMM, in a new memory slot at `gpa`; it is "
            "a slot as slot_create makes them."),
-    Vmcall(VMCALL_FILE_SLOT, "file_slot", ("gpa", "pages", "private"), "slot number >= 1",
+    Vmcall(VMCALL_FILE_CREATE, "file_create", ("gpa", "pages", "private"), "slot number >= 1",
            ("EEXIST", "ENOMEM"),
-           "As memfd_slot, with a fresh temporary file of zeros, mapped MAP_SHARED, or MAP_PRIVATE if "
+           "As memfd_create, with a fresh temporary file of zeros, mapped MAP_SHARED, or MAP_PRIVATE if "
            "`private` is 1; -EINVAL for other values."),
     Vmcall(VMCALL_FSYNC, "fsync", ("gpa",), "0", ("EBADF",),
            "fsync(2) of the file that the VMM maps at `gpa`: its dirty pages are made clean and read- "

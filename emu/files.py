@@ -52,9 +52,12 @@ def mmap_file(
     what else the machine underneath says of the path.
     """
     from host_mm.address_space import fput
+    from host_mm.arch.x86.pgtable import TASK_SIZE
     from host_mm.backing_file import open_file
     from host_mm.filemap_rw import file_write
 
+    if length > TASK_SIZE:
+        raise KernelError(errno.ENOMEM, f"{length:#x} bytes are more than an address space has")
     try:
         file = open_file(vmm.mm, (pgoff << 12) + length, path, vmm.process.home_node)
     except OSError as exc:

@@ -8,7 +8,7 @@ negative errno for the guest. In Python a refusal is a KernelError.
 
 Addresses are guest physical; `pages` counts 4 KiB pages.
 
-Not modelled: operations on huge pages, userfaultfd and memory cgroups.
+Not modelled: operations on transparent huge pages and memory cgroups.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ __all__ = ["Vmm"]
 
 WRITEBACK_POLL = 20_000
 """ns between two looks at the swap device's queue."""
+KHUGEPAGED_POLL = 100_000
+"""ns between two looks at whether khugepaged is through."""
 
 
 class Vmm:
@@ -284,6 +286,30 @@ class Vmm:
             return -1
         return pte_pfn(entry) + ((address >> 12) & 511 if level == 2 else 0)
 
+    def mapping_level(self, address: int) -> int:
+        """1 or 2: the size of the page that is mapped at `address`; 0: none."""
+        from host_mm.arch.x86.pgtable import pte_present, walk_lockless
+
+        entry, level = walk_lockless(self.mm.ram, self.process.mm.pgd, address)
+        return level if level <= 2 and pte_present(entry) else 0
+
+    def split_huge_pages(self, address: int, length: int) -> int:
+        """Write to /sys/kernel/debug/split_huge_pages; how many were split."""
+        from host_mm.huge_memory_split import split_huge_pages
+
+        return split_huge_pages(self.process.mm, address, address + length)[1]
+
+    def khugepaged_round(self) -> int:
+        """Wake khugepaged until it has finished a round; how often it collapsed meanwhile."""
+        from host_mm.khugepaged import scan_sleep_millisecs_store
+
+        state = self.mm.khugepaged
+        before, wanted = state.pages_collapsed, state.full_scans + 1
+        while state.full_scans < wanted and state.mms and state.task is not None:
+            scan_sleep_millisecs_store(self.mm, state.scan_sleep_millisecs)
+            self.mm.sched.sleep(KHUGEPAGED_POLL)
+        return state.pages_collapsed - before
+
     def move_to_other_node(self, addresses: list[int]) -> int:
         """move_pages(2) of every present page to the next NUMA node; how many moved."""
         from host_mm.migrate import move_pages
@@ -306,13 +332,20 @@ class Vmm:
 
         Nobody asks that of huge pages of hugetlbfs.
         """
-        from host_mm.page import PG_hugetlb, page_folio
+        from host_mm.page import PG_hugetlb
         from host_mm.rmap import folio_referenced
 
-        pfn = self.present_pfn(address)
-        if pfn <= self.mm.zero_pfn or self.mm.pages.flags[page_folio(self.mm.pages, pfn)] & PG_hugetlb:
+        folio = self.present_folio(address)
+        if folio <= self.mm.zero_pfn or self.mm.pages.flags[folio] & PG_hugetlb:
             return False
-        return folio_referenced(self.mm, pfn)[0] > 0
+        return folio_referenced(self.mm, folio)[0] > 0
+
+    def present_folio(self, address: int) -> int:
+        """The first frame of the folio whose page is mapped at `address`, or -1."""
+        from host_mm.page import page_folio
+
+        pfn = self.present_pfn(address)
+        return page_folio(self.mm.pages, pfn) if pfn >= 0 else -1
 
     def ksm_scan(self, *, use_zero_pages: bool = False) -> int:
         """Let ksmd run, over every process of the host, until a full scan changes nothing; full scans."""

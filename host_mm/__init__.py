@@ -14,7 +14,8 @@ Reading order:
     filemap_fault.py readahead.py  how a fault finds it, and what is read and mapped around it
     backing_file.py page_writeback.py  files with their bytes in a real file; how dirty pages get there
     shmem.py shmem_file.py memfd.py  shared memory
-    filemap_rw.py madvise_file.py  read, write and advice; truncate.py: how pages leave a file
+    filemap_rw.py madvise_file.py  read, write and advice
+    truncate.py filemap_split.py  how pages leave a file, and how large folios are cut for it
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
     userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill
@@ -36,12 +37,21 @@ Reading order:
     memory_device.py             entries for pages that a device has
     migrate_device.py rmap_device.py   to a device's memory and back; a device's alone
     lru.py vmscan.py             which page goes; vmscan_trace.py: what is told about it
-    shrink_folio_list.py         and how
+    shrink_folio_list.py         and how; shrinker.py: caches that shrink meanwhile
     lru_gen.py lru_gen_walk.py lru_gen_evict.py  by generations: the lists, aging by page tables, eviction
     memcontrol.py                whose pages they are, and how many a group may have
     page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
+    swap_readahead.py zram.py zsmalloc.py            more than was asked for; swap that is RAM
+    huge_mm.py huge_memory.py    transparent huge pages: who may have them, and faults on them
+    pgtable_huge.py huge_memory_pmd.py   their level-2 entries: changed as a whole, and split
+    huge_memory_map.py madvise_folios.py what the system calls do to them
+    huge_memory_split.py         the folio itself becomes small pages
+    rmap_large.py page_vma_mapped.py     how often large folios are mapped, and where
+    khugepaged.py khugepaged_collapse.py   small pages become huge ones; khugepaged_trace.py: what is told
+    khugepaged_file.py huge_memory_file.py   and of shared memory
+    khugepaged_types.py          whose small pages could
     swap_readahead.py zram.py zswap.py zsmalloc.py   more than was asked for; swap that is RAM
     hugetlb.py hugetlb_resv.py   the pool of huge pages, and who was promised some
     hugetlb_share.py             level-2 tables that processes share
@@ -56,7 +66,8 @@ Reading order:
     ksm.py ksm_merge.py          equal pages become one; ksm_break.py: and are parted again
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped
     host.py                      all of it, wired
-    truths.py truths_hugetlb.py breaks.py   what must hold, and how to break it
+    truths.py truths_files.py truths_hugetlb.py breaks.py   what must hold, and how to break it
+    truths.py truths_hugetlb.py truths_thp.py breaks.py   what must hold, and how to break it
     profile.py                   what differs between kernels
 
 `kernel/` holds tasks, locks, costs and the clock; `arch/x86/` what depends on the CPU.

@@ -62,6 +62,10 @@ class VmOperations:
     may_split: Any = None
     """(vma, address) -> bool: whether the VMA can be cut there."""
 
+    def allowable_huge_order(self, vma: VmArea, forced: bool) -> bool:
+        """Whether the file may be mapped by huge pages there; `forced`: whatever the policy."""
+        return False
+
     def fault(self, vmf: VmFault) -> int:
         """Find the page: vmf.page with a reference, locked with VM_FAULT_LOCKED."""
         raise NotImplementedError
@@ -139,11 +143,12 @@ class AddressSpaceOperations:
 
 class AddressSpace:
     """One file. `i_size` is in bytes, `nrpages` counts the pages that have a frame, new ones
-    come from node `nid`. `dirty` and `writeback` are the xarray's marks, by the index of the folio."""
+    come from node `nid`; no page beyond `top` was ever there. `dirty` and `writeback` are the xarray's marks,
+    by the index of the folio."""
 
     __slots__ = (
         "a_ops", "dirty", "f_count", "host", "i_mmap", "i_mmap_rwsem", "i_mmap_writable", "i_pages",
-        "i_rwsem", "i_size", "invalidate_lock", "name", "nid", "nrpages", "private_data", "vm_ops",
+        "i_rwsem", "i_size", "invalidate_lock", "name", "nid", "nrpages", "private_data", "top", "vm_ops",
         "writeback",
     )
 
@@ -158,7 +163,7 @@ class AddressSpace:
         self.a_ops = a_ops
         self.vm_ops = vm_ops
         self.i_pages: dict[int, int] = {}
-        self.nrpages = 0
+        self.nrpages = self.top = 0
         self.dirty: dict[int, None] = {}
         self.writeback: dict[int, None] = {}
         self.i_mmap: list[VmArea] = []

@@ -86,6 +86,7 @@ def page_cache_store(mapping: AddressSpace, head: int, index: int, *, expected: 
     get_page(host, head, nr)
     for at in range(index, index + nr):
         i_pages[at] = head
+    mapping.top = max(mapping.top, index + nr)
     pages.mapping[head] = mapping
     pages.index[head] = index
     _account(host, mapping, head, nr)
@@ -207,6 +208,7 @@ def find_get_entries(mapping: AddressSpace, start: int, end: int) -> list[tuple[
     the file has.
     """
     i_pages = mapping.i_pages
+    end = min(end, mapping.top)
     if end - start <= len(i_pages):
         found = [(at, i_pages[at]) for at in range(start, end) if at in i_pages]
     else:

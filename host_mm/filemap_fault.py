@@ -7,7 +7,7 @@ filemap_page_mkwrite), mm/internal.h: maybe_unlock_mmap_for_io; Linux 6.18.
 A fault that has to wait for I/O lets go of mmap_lock first, if it may, and is tried again; the file stays
 open meanwhile. Fault-around waits for nothing: it maps the folios that are up to date and not locked.
 
-Not modelled: asynchronous readahead, the count of misses, huge entries, read errors.
+Not modelled: asynchronous readahead, the count of misses, read errors.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from host_mm.address_space import fput, get_file
+from host_mm.arch.x86.pgtable import pmd_trans_huge
 from host_mm.filemap import folio_lock, folio_trylock, folio_unlock, folio_wait_locked
 from host_mm.filemap_cache import filemap_add_folio, filemap_get_folio, filemap_page
+from host_mm.huge_memory_file import do_set_pmd
 from host_mm.memory_file import set_pte_range
 from host_mm.mm_types import (
     FAULT_FLAG_ALLOW_RETRY,
@@ -41,7 +43,7 @@ from host_mm.page import (
     try_get_page,
 )
 from host_mm.page_alloc import GFP_COMP, GFP_HIGHUSER_MOVABLE, alloc_pages
-from host_mm.pgtable_generic import pte_alloc, pte_lockptr, pte_offset_map_lock
+from host_mm.pgtable_generic import pte_alloc, pte_lockptr, pte_offset_map_lock, ptep_get
 from host_mm.readahead import mmap_readahead_window, page_cache_ra
 from trace_events.tracepoint import Tracepoint
 
@@ -235,6 +237,8 @@ def filemap_map_pages(vmf: VmFault, first: int, last: int) -> int:
     index, head = _next_uptodate_folio(mapping, first, last)
     if head < 0:
         return 0
+    if _map_pmd(vmf, head):
+        return VM_FAULT_NOPAGE
     last = min(last, mapping.file_end - 1)
     pte = pte_offset_map_lock(mm, vmf.pmd, vmf.address) if pte_alloc(mm, vmf.pmd) else 0
     if not pte:
@@ -256,6 +260,20 @@ def filemap_map_pages(vmf: VmFault, first: int, last: int) -> int:
     if (t := host.trace.mm_filemap_map_pages) is not None:
         t(mapping.name, first, last)
     return ret
+
+
+def _map_pmd(vmf: VmFault, head: int) -> bool:
+    """filemap_map_pmd: whether the fault's 2 MiB are huge by now; the folio is given back then."""
+    host, mm = vmf.mm.host, vmf.mm
+    huge = pmd_trans_huge(ptep_get(mm, vmf.pmd))
+    if not ptep_get(mm, vmf.pmd) and folio_nr_pages(host.pages, head) > 1 and not do_set_pmd(vmf, head):
+        # The reference is the entry's now.
+        folio_unlock(host, head)
+        return True
+    if huge:
+        folio_unlock(host, head)
+        put_page(host, head)
+    return huge
 
 
 def _map_folio(vmf: VmFault, head: int, first: int, nr: int, address: int, pte: int) -> int:

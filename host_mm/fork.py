@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.address_space import flush_delayed_fput
+from host_mm.huge_mm import mm_put_huge_zero_folio
 from host_mm.hugetlb_resv import hugetlb_dup_vma_private
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import BrokenTruth, KernelError
+from host_mm.khugepaged_types import khugepaged_exit, khugepaged_fork
 from host_mm.ksm import ksm_exit, ksm_fork
 from host_mm.memory_copy import copy_page_range
 from host_mm.memory_zap import free_pgtables, unmap_vmas
@@ -62,7 +64,9 @@ def mmput(mm: MmStruct) -> None:
     mm.mm_users -= 1
     if mm.mm_users == 0:
         ksm_exit(mm)
+        khugepaged_exit(mm)
         exit_mmap(mm)
+        mm_put_huge_zero_folio(mm)
         flush_delayed_fput(mm.host)
         mm.mmdrop()
 
@@ -145,6 +149,7 @@ def _dup_mmap(mm: MmStruct, oldmm: MmStruct) -> int:
                 break
     if not ret:
         ksm_fork(mm, oldmm)
+        khugepaged_fork(mm, oldmm)
     mm.mmap_lock.unlock()
     _tlb.flush_tlb_mm(oldmm)
     oldmm.mmap_lock.unlock()

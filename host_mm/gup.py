@@ -6,13 +6,13 @@ include/linux/mm.h: gup_must_unshare, include/linux/mm_types.h: FOLL_*; Linux 6.
 
 Fast GUP reads the entry without locks, takes the reference, and reads the entry again: a page that left
 it in between is given back. It never takes the zero page. Slow GUP faults under mmap_lock. A pin
-(FOLL_PIN) counts 1024 references at once and must hold an exclusive page; a read-only long-term pin
-of anything else first makes one (unshare).
+(FOLL_PIN) counts 1024 references at once, of a large folio one and a pin count, and must hold an exclusive
+page; a read-only long-term pin of anything else first makes one (unshare).
 
 Several pages in a call are in gup_range.py, where long-term pins may be in gup_longterm.py.
 
-Not modelled: transparent huge pages, coherent device memory, signals (FOLL_INTERRUPTIBLE never interrupts),
-callers that hold mmap_lock and must keep it (all are FOLL_UNLOCKABLE), 5.10's FOLL_COW (a forced write there
+Not modelled: coherent device memory, signals (FOLL_INTERRUPTIBLE never interrupts), callers that hold
+mmap_lock and must keep it (all are FOLL_UNLOCKABLE), 5.10's FOLL_COW (a forced write there
 follows any dirty entry).
 """
 
@@ -30,6 +30,7 @@ from host_mm.arch.x86.pgtable import (
     HPAGE_PMD_NR,
     PMD_SIZE,
     pmd_pfn,
+    pmd_trans_huge,
     pte_dirty,
     pte_mkdirty,
     pte_mkyoung,
@@ -40,6 +41,7 @@ from host_mm.arch.x86.pgtable import (
     walk_lockless,
 )
 from host_mm.gup_longterm import folio_is_longterm_pinnable, gup_longterm_locked
+from host_mm.huge_mm import is_huge_zero_pfn
 from host_mm.hugetlb_share import hugetlb_vma_lock_read, hugetlb_vma_unlock_read
 from host_mm.kernel.costs import COST_WALK
 from host_mm.kernel.errors import EHWPOISON, BrokenTruth
@@ -75,6 +77,7 @@ from host_mm.page import (
     PG_anon,
     PG_anon_exclusive,
     PG_dirty,
+    PG_head,
     PG_hwpoison,
     PG_referenced,
     page_folio,
@@ -83,6 +86,7 @@ from host_mm.page import (
     try_get_page,
 )
 from host_mm.pgtable_generic import pmd_lock, pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get, set_pmd
+from host_mm.vma import vma_needs_dirty_tracking
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -141,17 +145,35 @@ def trace_gup(mm: MmStruct, address: int, flags: int, path: str, answer: int) ->
 
 # -- references -----------------------------------------------------------------------------------
 def _grab(host: HostMm, pfn: int, flags: int) -> bool:
-    """try_grab_folio: one reference, or a pin; the zero page is never pinned."""
-    if flags & FOLL_PIN:
-        return pfn == host.zero_pfn or try_get_page(host, pfn, GUP_PIN_COUNTING_BIAS)
-    return try_get_page(host, pfn)
+    """try_grab_folio: one reference, or a pin; zero pages are never pinned."""
+    if not flags & FOLL_PIN:
+        return try_get_page(host, pfn)
+    if _never_pinned(host, pfn):
+        return True
+    pages = host.pages
+    head = page_folio(pages, pfn)
+    if not pages.flags[head] & PG_head:
+        return try_get_page(host, pfn, GUP_PIN_COUNTING_BIAS)
+    if not try_get_page(host, head):
+        return False
+    pages.pincount[head] += 1
+    return True
 
 
 def _ungrab(host: HostMm, pfn: int, flags: int) -> None:
     if not flags & FOLL_PIN:
         put_page(host, pfn)
-    elif pfn != host.zero_pfn:
-        put_page(host, pfn, GUP_PIN_COUNTING_BIAS)
+    elif not _never_pinned(host, pfn):
+        head = page_folio(host.pages, pfn)
+        if host.pages.flags[head] & PG_head:
+            host.pages.pincount[head] -= 1
+            put_page(host, head)
+        else:
+            put_page(host, pfn, GUP_PIN_COUNTING_BIAS)
+
+
+def _never_pinned(host: HostMm, pfn: int) -> bool:
+    return pfn == host.zero_pfn or is_huge_zero_pfn(host, pfn)
 
 
 def _must_unshare(host: HostMm, vma: VmArea | None, flags: int, pfn: int) -> bool:
@@ -159,11 +181,25 @@ def _must_unshare(host: HostMm, vma: VmArea | None, flags: int, pfn: int) -> boo
     if flags & (FOLL_WRITE | FOLL_PIN) != FOLL_PIN or not host.profile.anon_exclusive:
         return False
     page_flags = host.pages.flags[pfn]
-    if not page_flags & PG_anon:
+    if not host.pages.flags[page_folio(host.pages, pfn)] & PG_anon:
         if not flags & FOLL_LONGTERM:
             return False
         return vma is None or is_cow_mapping(vma.flags)
     return not page_flags & PG_anon_exclusive
+
+
+def _pins_for_long(host: HostMm, flags: int) -> bool:
+    """A pin whose holder may write at any time, unknown to a file system that wants to know."""
+    wanted = FOLL_PIN | FOLL_LONGTERM
+    return flags & wanted == wanted and host.profile.refuses_longterm_file_pins
+
+
+def _fast_folio_allowed(host: HostMm, head: int, flags: int) -> bool:
+    """gup_fast_folio_allowed: not such a pin of a file's page that needs dirty tracking."""
+    if not flags & FOLL_WRITE or not _pins_for_long(host, flags) or host.pages.flags[head] & PG_anon:
+        return True
+    mapping = host.pages.mapping.get(head)
+    return mapping is not None and not mapping.a_ops.can_writeback
 
 
 # -- fast -----------------------------------------------------------------------------------------
@@ -195,13 +231,14 @@ def gup_fast(mm: MmStruct, addr: int, flags: int) -> int:
     if walk_lockless(host.ram, mm.pgd, addr) != (entry, level):
         _ungrab(host, pfn, flags)
         return -1
-    if not pte_write(entry) and _must_unshare(host, None, flags, head):
+    unshare = not pte_write(entry) and _must_unshare(host, None, flags, head)
+    if unshare or not _fast_folio_allowed(host, page_folio(host.pages, pfn), flags):
         _ungrab(host, pfn, flags)
         return -1
     if flags & FOLL_PIN and mm.write_protect_seq != seq:
         _ungrab(host, pfn, flags)
         return -1
-    host.pages.flags[head] |= PG_referenced
+    host.pages.flags[page_folio(host.pages, pfn)] |= PG_referenced
     return pfn
 
 
@@ -259,6 +296,8 @@ def _check_vma_flags(vma: VmArea, flags: int) -> bool:
     if vma.flags & (VM_IO | VM_PFNMAP) or (flags & FOLL_ANON and vma.file is not None):
         return False
     if flags & FOLL_WRITE:
+        if vma.file is not None and _pins_for_long(vma.mm.host, flags) and vma_needs_dirty_tracking(vma):
+            return False
         return bool(vma.flags & VM_WRITE or (flags & FOLL_FORCE and is_cow_mapping(vma.flags)))
     if vma.flags & VM_READ:
         return True
@@ -292,6 +331,10 @@ def _follow_page_pte(vma: VmArea, addr: int, flags: int) -> int:
         hugetlb_vma_unlock_read(vma)
         return answer
     pmd = pmd_offset(mm, addr)
+    if pmd and pmd_trans_huge(host.ram.u64[pmd >> 3]):
+        answer = _follow_huge_pmd(vma, addr, flags)
+        if answer != -EAGAIN:
+            return answer
     pte = pte_offset_map_lock(mm, pmd, addr) if pmd else 0
     if not pte:
         return -ENOENT
@@ -299,10 +342,11 @@ def _follow_page_pte(vma: VmArea, addr: int, flags: int) -> int:
     entry = ptep_get(mm, pte)
     answer = _follow_locked(vma, entry, flags)
     if answer >= 0 and flags & FOLL_TOUCH:
-        if flags & FOLL_WRITE and not pte_dirty(entry) and not host.pages.flags[answer] & PG_dirty:
-            set_page_dirty(host, answer)
+        folio = page_folio(host.pages, answer)
+        if flags & FOLL_WRITE and not pte_dirty(entry) and not host.pages.flags[folio] & PG_dirty:
+            set_page_dirty(host, folio)
         if answer != host.zero_pfn:
-            host.lru.folio_mark_accessed(answer)
+            host.lru.folio_mark_accessed(folio)
     ptl.unlock()
     return answer
 
@@ -317,7 +361,10 @@ def _follow_huge_pmd(vma: VmArea, addr: int, flags: int) -> int:
     entry = host.ram.u64[pmd >> 3]
     pfn = pmd_pfn(entry)
     hinting = pte_protnone(entry) and flags & FOLL_HONOR_NUMA_FAULT and vma.flags & VM_ACCESS_FLAGS
-    if not pte_present(entry) or hinting or (flags & FOLL_WRITE and not pte_write(entry)):
+    if not pmd_trans_huge(entry) and not vma.flags & VM_HUGETLB:
+        # It was split meanwhile.
+        answer = -EAGAIN
+    elif not pte_present(entry) or hinting or not _can_follow_huge(vma, entry, pfn, flags):
         answer = -ENOENT
     elif not pte_write(entry) and _must_unshare(host, vma, flags, pfn):
         answer = -EMLINK
@@ -332,6 +379,13 @@ def _follow_huge_pmd(vma: VmArea, addr: int, flags: int) -> int:
                 set_pmd(vma.mm, addr & ~(PMD_SIZE - 1), pmd, touched)
     lock.unlock()
     return answer
+
+
+def _can_follow_huge(vma: VmArea, entry: int, pfn: int, flags: int) -> bool:
+    """Whether a write, if it is one, may go through this huge entry."""
+    if not flags & FOLL_WRITE or pte_write(entry):
+        return True
+    return not vma.flags & VM_HUGETLB and _can_follow_write_pte(vma, entry, pfn, flags)
 
 
 def _follow_locked(vma: VmArea, entry: int, flags: int) -> int:
@@ -468,7 +522,7 @@ def pin_user_page(mm: MmStruct, addr: int, flags: int) -> int:
 def note_pins(host: HostMm, pfns: list[int]) -> None:
     """Account for pins that their caller keeps."""
     for pfn in pfns:
-        if pfn != host.zero_pfn:
+        if not _never_pinned(host, pfn):
             host.pins[page_folio(host.pages, pfn)] += 1
 
 
@@ -483,9 +537,9 @@ def gup_longterm(
 
 def unpin_user_page(host: HostMm, pfn: int, *, dirty: bool = False) -> None:
     """Give a pin back; `dirty` first marks the page written (unpin_user_pages_dirty_lock)."""
-    if dirty and pfn != host.zero_pfn:
-        set_page_dirty(host, pfn)
-    if pfn != host.zero_pfn:
+    if not _never_pinned(host, pfn):
+        if dirty:
+            set_page_dirty(host, pfn)
         head = page_folio(host.pages, pfn)
         if not host.pins[head]:
             raise BrokenTruth("page-pins", f"pfn {pfn:#x} is unpinned but has no pin", host.stream.here())

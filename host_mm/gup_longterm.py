@@ -18,6 +18,7 @@ from collections.abc import Callable
 from errno import EAGAIN, ENOMEM
 from typing import TYPE_CHECKING
 
+from host_mm.hugetlb import folio_isolate_hugetlb
 from host_mm.migrate import (
     MIGRATE_SYNC,
     MR_LONGTERM_PIN,
@@ -26,7 +27,7 @@ from host_mm.migrate import (
     putback_movable_pages,
 )
 from host_mm.mmzone import MIGRATE_ISOLATE, ZONE_MOVABLE
-from host_mm.page import page_folio
+from host_mm.page import PG_hugetlb, page_folio
 from host_mm.page_alloc import GFP_NOWARN, GFP_USER
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def _collect(host: HostMm, pfns: list[int], movable: list[int]) -> int:
             # Our own pin makes the count look as if a batch had the folio; Linux drains for it, too.
             host.lru.lru_add_drain_all()
         collected += 1
-        if host.lru.folio_isolate_lru(folio):
+        huge = host.pages.flags[folio] & PG_hugetlb
+        if folio_isolate_hugetlb(host, folio) if huge else host.lru.folio_isolate_lru(folio):
             movable.append(folio)
     return collected
 

@@ -36,9 +36,13 @@ from host_mm import (
     fork,
     gup,
     hmm_mirror,
+    huge_memory_pmd,
+    huge_memory_split,
     hugetlb,
     interval_notifier,
     kcompactd,
+    khugepaged,
+    khugepaged_trace,
     ksm,
     ksm_merge,
     ksm_tree,
@@ -64,6 +68,7 @@ from host_mm import (
     rmap_unmap,
     shmem,
     shmem_file,
+    shrinker,
     swap_state,
     swapin,
     tlb,
@@ -74,11 +79,13 @@ from host_mm import (
     zram,
     zswap,
 )
+from host_mm.huge_mm import Thp, shrink_huge_zero_folio
 from host_mm.kernel.locks import Mutex, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
+from host_mm.khugepaged_types import Khugepaged, khugepaged_enter_vma
 from host_mm.ksm_types import KSM_RUN_UNMERGE, Ksm
 from host_mm.memcontrol import MemCgroup, MemoryController
-from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_reserved, page_folio
+from host_mm.page import GUP_PIN_COUNTING_BIAS, Pages, PG_head, PG_reserved, page_folio
 from host_mm.page_alloc import PageAllocator
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
@@ -90,7 +97,7 @@ from host_mm.swapfile import SwapInfo
 if TYPE_CHECKING:
     from host_mm.address_space import AddressSpace
     from host_mm.kernel.sched import Scheduler, Task
-    from host_mm.mm_types import MmStruct, VmFault
+    from host_mm.mm_types import MmStruct, VmArea, VmFault
     from trace_events.stream import TraceStream
 
 __all__ = ["ZERO_PFN", "HostMm"]
@@ -108,6 +115,10 @@ _MODULES = (
     fork,
     gup,
     hmm_mirror,
+    huge_memory_pmd,
+    huge_memory_split,
+    khugepaged,
+    khugepaged_trace,
     interval_notifier,
     ksm,
     ksm_merge,
@@ -191,6 +202,9 @@ class HostMm:
         if self.lru_gen_enabled:
             self.free_hooks.append(self.gens.forget)
         self.allocator = PageAllocator(self, nr_frames, nodes, _RESERVED)
+        self.thp = Thp(self)
+        self.khugepaged = Khugepaged(self)
+        self.frame_holders.append(self.thp.holders)
         self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
         self.secondary_tables = SecondaryTables()
         self.folio_waitqueues: dict[int, WaitQueue] = {}
@@ -224,6 +238,7 @@ class HostMm:
             self.checks = truths.HostTruths(self)
             self.free_hooks.append(self.checks.frame_freed)
             self.pte_hooks.append(self.checks.pte_set)
+            self.pmd_hooks.append(self.checks.pmd_set)
 
     def _tables_of_the_dead(self) -> dict[int, int]:
         """Page directories that outlive their process because a notifier still holds the mm."""
@@ -234,7 +249,11 @@ class HostMm:
         return self.allocator.hwpoisoned
 
     def _pins(self) -> dict[int, int]:
-        pins = Counter({pfn: nr * GUP_PIN_COUNTING_BIAS for pfn, nr in self.pins.items() if nr})
+        pages = self.pages
+        pins = Counter({
+            pfn: nr if pages.flags[page_folio(pages, pfn)] & PG_head else nr * GUP_PIN_COUNTING_BIAS
+            for pfn, nr in self.pins.items() if nr
+        })
         return pins + self.held
 
     @property
@@ -294,13 +313,13 @@ class HostMm:
         self.lru.lru_add_drain_all()
 
     def _at_work(self) -> bool:
-        return self.ksm.scanning or self.flusher.running or any(
+        return self.ksm.scanning or self.khugepaged.scanning or self.flusher.running or any(
             not vmscan.kswapd_asleep(self, node.nid) or not kcompactd.kcompactd_asleep(self, node.nid)
             for node in self.nodes
         )
 
     def shutdown(self) -> None:
-        """Every process has ended: stop ksmd, turn swap off, give up the huge pages.
+        """Every process has ended: stop ksmd, turn swap off, give up the huge pages and the one of zeros.
 
         What is in use after that is lost.
         """
@@ -311,6 +330,7 @@ class HostMm:
         self.hstate.nr_overcommit = 0
         hugetlb.set_max_huge_pages(self, 0)
         self.quiesce()
+        shrink_huge_zero_folio(self)
 
     def close(self) -> None:
         """Give up what the machine underneath holds for us: the swap file and others."""
@@ -353,6 +373,28 @@ class HostMm:
     def reclaim_pages(self, pfns: list[int]) -> int:
         """madvise -> vmscan: reclaim these isolated pages; frames freed."""
         return vmscan.reclaim_pages(self, pfns)
+
+    def split_folio(self, page: int, folios: list[int] | None = None) -> int:
+        """madvise, ksm, migrate and reclaim -> huge_memory_split: 0 or a negative errno."""
+        return huge_memory_split.split_folio_to_list(self, page, folios)
+
+    def khugepaged_enter_vma(self, vma: VmArea, vm_flags: int) -> None:
+        """huge_memory -> khugepaged: memory with these flags may have huge pages."""
+        if khugepaged_enter_vma(vma, vm_flags):
+            self.wake_khugepaged()
+
+    def shrink_slab(self, nid: int, priority: int) -> None:
+        """vmscan -> shrinker."""
+        shrinker.shrink_slab(self, nid, priority)
+
+    def wake_khugepaged(self) -> None:
+        """There is an address space to scan: start the daemon, if the host has daemons, or wake it."""
+        state = self.khugepaged
+        state.wait.wake_all()
+        if state.task is None and self.daemons:
+            state.task = self.sched.spawn("khugepaged", partial(khugepaged.khugepaged, self))
+            state.task.ctx.cause = None
+            self.daemons.append(state.task)
 
     def do_swap_page(self, vmf: VmFault) -> int:
         """memory -> swapin."""

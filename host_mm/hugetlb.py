@@ -3,7 +3,8 @@
 Source of truth: mm/hugetlb.c (struct hstate, set_max_huge_pages, alloc_pool_huge_folio,
 remove_pool_hugetlb_folio, adjust_pool_surplus, alloc_surplus_hugetlb_folio, gather_surplus_pages,
 return_unused_surplus_pages, hugetlb_acct_memory, dequeue_hugetlb_folio_vma, alloc_hugetlb_folio_nodemask,
-free_huge_folio, folio_isolate_hugetlb, folio_putback_hugetlb, move_hugetlb_state), include/linux/hugetlb.h
+free_huge_folio, folio_isolate_hugetlb, folio_putback_hugetlb, move_hugetlb_state,
+dissolve_free_hugetlb_folios), include/linux/hugetlb.h
 (enum hugetlb_page_flags); Linux 6.18.
 
     nr          pages the pool owns: persistent ones and `surplus`, which go back to the buddy when freed
@@ -16,19 +17,20 @@ translates to it is wrong from then on. What it was (page flags, mapping) is for
 Linux, bit by bit by those who used it.
 
 Not modelled: pages of 1 GiB, subpools (mount options size and min_size), the hugetlb cgroup, vmemmap
-optimisation, CMA, demotion, boot parameters, cpusets, memory offlining and isolation, poisoned pages, the
+optimisation, CMA, demotion, boot parameters, cpusets, poisoned pages, the
 count of huge pages per process.
 """
 
 from __future__ import annotations
 
-from errno import ENOMEM
+from errno import EBUSY, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PMD_SIZE
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Mutex, Spinlock
+from host_mm.mmzone import MIGRATE_ISOLATE, ZONE_MOVABLE
 from host_mm.page import PG_head, PG_hugetlb, put_page, try_get_page
 from host_mm.page_alloc import (
     GFP_COMP,
@@ -45,8 +47,8 @@ if TYPE_CHECKING:
 __all__ = [
     "HPAGE_SIZE", "HPG_freed", "HPG_migratable", "HPG_restore_reserve", "HPG_temporary", "Hstate",
     "alloc_hugetlb_folio_nodemask", "alloc_surplus_hugetlb_folio", "dequeue_hugetlb_folio_vma",
-    "folio_isolate_hugetlb", "folio_putback_hugetlb", "free_huge_folio", "hugetlb_acct_memory",
-    "move_hugetlb_state", "set_max_huge_pages",
+    "dissolve_free_hugetlb_folios", "folio_isolate_hugetlb", "folio_putback_hugetlb", "free_huge_folio",
+    "hugetlb_acct_memory", "move_hugetlb_state", "set_max_huge_pages",
 ]
 
 HPAGE_SIZE = PMD_SIZE
@@ -112,11 +114,19 @@ class Hstate:
         self.host.pages.private[pfn] |= HPG_freed
 
     def dequeue(self, nid: int) -> int:
-        """dequeue_hugetlb_folio_node_exact: a free page of the node, with one reference; or -1."""
-        free = self.freelists[nid]
-        if not free:
+        """dequeue_hugetlb_folio_node_exact: a free page of the node, with one reference; or -1.
+
+        None of an isolated block, and for a long-term pin none of ZONE_MOVABLE.
+        """
+        allocator, free = self.host.allocator, self.freelists[nid]
+        fixed = self.host.sched.current in allocator.memalloc_pin
+        for pfn in reversed(free):
+            movable = fixed and allocator.zone_of(pfn).idx == ZONE_MOVABLE
+            if not movable and allocator.blocks.migratetype(pfn) != MIGRATE_ISOLATE:
+                break
+        else:
             return -1
-        pfn, _ = free.popitem()
+        del free[pfn]
         pages = self.host.pages
         self.active[pfn] = None
         pages.refcount[pfn] = 1
@@ -338,6 +348,24 @@ def set_max_huge_pages(host: HostMm, count: int) -> int:
     h.lock.unlock()
     h.resize_lock.unlock()
     return h.max_huge_pages
+
+
+def dissolve_free_hugetlb_folios(host: HostMm, start: int, end: int) -> int:
+    """Give the free huge pages of these frames to the buddy: 0, or -EBUSY if one is in use or promised."""
+    h = host.hstate
+    for pfn in range(start & -HPAGE_PMD_NR, end, HPAGE_PMD_NR):
+        h.lock.lock()
+        if not host.pages.flags[pfn] & PG_hugetlb:
+            h.lock.unlock()
+            continue
+        if host.pages.refcount[pfn] or h.available <= 0:
+            h.lock.unlock()
+            return -EBUSY
+        h.remove(pfn, surplus=h.surplus_node[host.allocator.nid_of(pfn)] > 0)
+        h.max_huge_pages -= 1
+        h.lock.unlock()
+        _update_and_free(host, [pfn])
+    return 0
 
 
 # -- surplus and reservations ---------------------------------------------------------------------

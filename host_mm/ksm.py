@@ -21,8 +21,9 @@ from errno import EBUSY
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE, pte_present
+from host_mm.arch.x86.pgtable import HPAGE_PMD_NR, PMD_SIZE, TASK_SIZE, pmd_trans_huge, pte_present
 from host_mm.filemap import folio_lock, folio_unlock
+from host_mm.huge_memory_map import pmd_folio
 from host_mm.kernel.costs import COST_KSM_CHECKSUM, COST_SCAN_PAGE
 from host_mm.ksm_break import unmerge_ksm_pages
 from host_mm.ksm_merge import try_to_merge_two_pages, try_to_merge_with_ksm_page, try_to_merge_with_zero_page
@@ -53,8 +54,9 @@ from host_mm.mm_types import (
     VM_SHARED,
     VM_SPECIAL,
 )
-from host_mm.page import PG_anon, PG_ksm, get_page, put_page
+from host_mm.page import PG_anon, PG_ksm, get_page, page_folio, put_page
 from host_mm.pgtable_generic import mm_find_pmd, pte_lockptr, pte_offset_map_lock
+from host_mm.pgtable_huge import pmd_trans_huge_lock, pmdp_get
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ def ksm_madvise(vma: VmArea, start: int, end: int, *, mergeable: bool) -> tuple[
     """
     mm = vma.mm
     if mergeable:
-        if vma.flags & (VM_MERGEABLE | _INCOMPATIBLE) or vma.file is not None:
+        if vma.flags & (VM_MERGEABLE | _INCOMPATIBLE):
             return 0, vma.flags
         if not mm.flags & MMF_VM_MERGEABLE:
             _ksm_enter(mm)
@@ -277,13 +279,15 @@ def _next_page(vma: VmArea, start: int) -> tuple[int, int] | None:
         following = min(vma.end, (start & ~(PMD_SIZE - 1)) + PMD_SIZE)
         pmd = mm_find_pmd(mm, start)
         pte = pte_offset_map_lock(mm, pmd, start) if pmd else 0
+        if pmd and not pte and (pfn := _huge_page(mm, pmd, start)) >= 0:
+            return pfn, start
         if pte:
             ptl = pte_lockptr(mm, pte)
             for address in range(start, following, 4096):
                 entry = u64[pte >> 3]
                 if entry and pte_present(entry):
                     pfn = vm_normal_page(host, entry)
-                    if pfn >= 0 and host.pages.flags[pfn] & PG_anon:
+                    if pfn >= 0 and host.pages.flags[page_folio(host.pages, pfn)] & PG_anon:
                         get_page(host, pfn)
                         ptl.unlock()
                         return pfn, address
@@ -291,6 +295,22 @@ def _next_page(vma: VmArea, start: int) -> tuple[int, int] | None:
             ptl.unlock()
         start = following
     return None
+
+
+def _huge_page(mm: MmStruct, pmd: int, address: int) -> int:
+    """The page of an anonymous huge entry, with a reference, or -1."""
+    host = mm.host
+    ptl = pmd_trans_huge_lock(mm, pmd)
+    if ptl is None:
+        return -1
+    pfn = -1
+    entry = pmdp_get(mm, pmd)
+    folio = pmd_folio(mm, entry)
+    if pmd_trans_huge(entry) and folio >= 0 and host.pages.flags[folio] & PG_anon:
+        pfn = folio + ((address >> 12) & (HPAGE_PMD_NR - 1))
+        get_page(host, pfn)
+    ptl.unlock()
+    return pfn
 
 
 def _scan_mm(host: HostMm, slot: KsmMmSlot) -> tuple[KsmRmapItem, int] | None:

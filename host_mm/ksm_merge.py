@@ -11,7 +11,7 @@ by the entry.
 
     break ksm-ignore-refs     merge a page although somebody holds a reference to it
 
-Not modelled: large folios and their split, device-exclusive entries.
+Not modelled: device-exclusive entries.
 """
 
 from __future__ import annotations
@@ -35,7 +35,17 @@ from host_mm.ksm_break import break_cow, find_mergeable_vma
 from host_mm.ksm_tree import memcmp_pages, remove_rmap_item_from_tree
 from host_mm.ksm_types import folio_set_stable_node, ksm_map_zero_page
 from host_mm.mm_types import MM_ANONPAGES
-from host_mm.page import PG_anon, PG_anon_exclusive, PG_ksm, PG_swapcache, get_page, put_page, set_page_dirty
+from host_mm.page import (
+    PG_anon,
+    PG_anon_exclusive,
+    PG_ksm,
+    PG_swapcache,
+    folio_test_large,
+    get_page,
+    page_folio,
+    put_page,
+    set_page_dirty,
+)
 from host_mm.pgtable_generic import (
     mm_find_pmd,
     pte_lockptr,
@@ -201,9 +211,15 @@ def _try_to_merge_one_page(vma: VmArea, pfn: int, kpfn: int) -> int:
     host = vma.mm.host
     if pfn == kpfn:
         return 0
-    if not host.pages.flags[pfn] & PG_anon or not folio_trylock(host, pfn):
+    folio = page_folio(host.pages, pfn)
+    if not host.pages.flags[folio] & PG_anon or not folio_trylock(host, folio):
         return -EFAULT
     err = -EFAULT
+    if folio_test_large(host.pages, folio):
+        # The page shall be merged alone.
+        if host.split_folio(pfn):
+            folio_unlock(host, folio)
+            return -EFAULT
     orig_pte = write_protect_page(vma, pfn)
     if orig_pte != _NOT_PROTECTED:
         if kpfn < 0:

@@ -12,7 +12,7 @@ Batches belong to CPUs: vCPU n's thread runs on CPU n, all other tasks on CPU 0.
 
 A list is an ordered dict: its last key is the head (newest), its first the tail.
 
-Not modelled: workingset shadow entries, large folios.
+Not modelled: workingset shadow entries.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from host_mm.page import (
     PG_active,
     PG_anon,
     PG_dirty,
+    PG_head,
     PG_idle,
     PG_locked,
     PG_lru,
@@ -37,6 +38,7 @@ from host_mm.page import (
     PG_swapcache,
     PG_unevictable,
     PG_workingset,
+    folio_nr_pages,
     get_page,
     put_page,
     try_get_page,
@@ -85,33 +87,36 @@ def folio_lru_list(flags: int) -> int:
 
 
 class Lruvec:
-    """struct lruvec of one node and one memory cgroup."""
+    """struct lruvec of one node and one memory cgroup. `sizes` has the sizes of its lists in pages."""
 
-    __slots__ = ("lists", "lock", "nid")
+    __slots__ = ("lists", "lock", "nid", "pages", "sizes")
 
     def __init__(self, host: HostMm, nid: int) -> None:
         self.nid = nid
         self.lock = Spinlock(host.sched, "lru_lock")
+        self.pages = host.pages
         self.lists: tuple[OrderedDict[int, None], ...] = tuple(OrderedDict() for _ in LRU_NAMES)
+        self.sizes = [0] * len(LRU_NAMES)
 
     def add(self, pfn: int, flags: int) -> None:
         """lruvec_add_folio: at the head."""
-        self.lists[folio_lru_list(flags)][pfn] = None
+        lru = folio_lru_list(flags)
+        self.lists[lru][pfn] = None
+        self.sizes[lru] += 1 << self.pages.order[pfn] if flags & PG_head else 1
 
     def add_tail(self, pfn: int, flags: int) -> None:
         """lruvec_add_folio_tail."""
-        entries = self.lists[folio_lru_list(flags)]
-        entries[pfn] = None
-        entries.move_to_end(pfn, last=False)
+        self.add(pfn, flags)
+        self.lists[folio_lru_list(flags)].move_to_end(pfn, last=False)
 
     def remove(self, pfn: int, flags: int) -> None:
         """lruvec_del_folio."""
+        lru = folio_lru_list(flags)
         try:
-            del self.lists[folio_lru_list(flags)][pfn]
+            del self.lists[lru][pfn]
         except KeyError:
-            name = LRU_NAMES[folio_lru_list(flags)]
-            raise BrokenTruth("lru", f"pfn {pfn:#x} is not on {name} of node {self.nid}") from None
-
+            raise BrokenTruth("lru", f"pfn {pfn:#x} is not on {LRU_NAMES[lru]} of node {self.nid}") from None
+        self.sizes[lru] -= 1 << self.pages.order[pfn] if flags & PG_head else 1
 
     def where(self, pfn: int) -> list[str]:
         """The lists that a folio is on: one at most."""
@@ -119,6 +124,9 @@ class Lruvec:
 
     def audit(self) -> None:
         """Check what the lists say of themselves."""
+        found = [sum(folio_nr_pages(self.pages, pfn) for pfn in entries) for entries in self.lists]
+        if found != self.sizes:
+            raise BrokenTruth("lru", f"node {self.nid} counts {self.sizes} pages on its lists, has {found}")
 
 
 class _Batches:
@@ -171,11 +179,11 @@ class Lru:
         vmstat = self.host.vmstat
         if value & PG_mlocked:
             if not value & PG_unevictable:
-                vmstat["unevictable_pgs_culled"] += 1
+                vmstat["unevictable_pgs_culled"] += folio_nr_pages(self.host.pages, pfn)
             value = (value & ~PG_active) | PG_unevictable
             self._mlock_count[pfn] = 0
         elif value & PG_unevictable:
-            vmstat["unevictable_pgs_rescued"] += 1
+            vmstat["unevictable_pgs_rescued"] += folio_nr_pages(self.host.pages, pfn)
             value &= ~PG_unevictable
         flags[pfn] = value
         vec.add(pfn, value)
@@ -188,7 +196,7 @@ class Lru:
         vec.remove(pfn, value)
         flags[pfn] = value = value & ~PG_active
         vec.add_tail(pfn, value)
-        self.host.vmstat["pgrotated"] += 1
+        self.host.vmstat["pgrotated"] += folio_nr_pages(self.host.pages, pfn)
 
     def _lru_activate(self, vec: Lruvec, pfn: int) -> None:
         flags = self.host.pages.flags
@@ -198,7 +206,7 @@ class Lru:
         vec.remove(pfn, value)
         flags[pfn] = value = value | PG_active
         vec.add(pfn, value)
-        self.host.vmstat["pgactivate"] += 1
+        self.host.vmstat["pgactivate"] += folio_nr_pages(self.host.pages, pfn)
 
     def _lru_deactivate(self, vec: Lruvec, pfn: int) -> None:
         flags = self.host.pages.flags
@@ -208,7 +216,7 @@ class Lru:
         vec.remove(pfn, value)
         flags[pfn] = value = value & ~(PG_active | PG_referenced)
         vec.add(pfn, value)
-        self.host.vmstat["pgdeactivate"] += 1
+        self.host.vmstat["pgdeactivate"] += folio_nr_pages(self.host.pages, pfn)
 
     def _lru_lazyfree(self, vec: Lruvec, pfn: int) -> None:
         flags = self.host.pages.flags
@@ -220,7 +228,7 @@ class Lru:
             value &= ~PG_workingset
         flags[pfn] = value = value & ~(PG_active | PG_referenced | PG_swapbacked)
         vec.add(pfn, value)
-        self.host.vmstat["pglazyfree"] += 1
+        self.host.vmstat["pglazyfree"] += folio_nr_pages(self.host.pages, pfn)
 
     def _move(self, batch: list[int], fn: Callable[[Lruvec, int], None], *, adding: bool = False) -> None:
         """folio_batch_move_lru."""
@@ -245,7 +253,8 @@ class Lru:
     ) -> None:
         get_page(self.host, pfn)
         batch.append(pfn)
-        if len(batch) >= FOLIO_BATCH_SIZE or self._disabled:
+        # A large folio does not wait: its references would be in everybody's way.
+        if len(batch) >= FOLIO_BATCH_SIZE or self._disabled or self.host.pages.flags[pfn] & PG_head:
             self._move(batch, fn, adding=adding)
 
     # -- the interface of mm/swap.c -----------------------------------------------------------
@@ -400,14 +409,14 @@ class Lru:
         host = self.host
         if not host.pages.flags[pfn] & PG_mlocked:
             host.pages.flags[pfn] |= PG_mlocked
-            host.vmstat["nr_mlock"] += 1
-            host.vmstat["unevictable_pgs_mlocked"] += 1
+            host.vmstat["nr_mlock"] += folio_nr_pages(self.host.pages, pfn)
+            host.vmstat["unevictable_pgs_mlocked"] += folio_nr_pages(self.host.pages, pfn)
 
     def _queue_mlock(self, pfn: int, what: int) -> None:
         get_page(self.host, pfn)
         batch = self._batches().mlock
         batch.append((pfn, what))
-        if len(batch) >= FOLIO_BATCH_SIZE or self._disabled:
+        if len(batch) >= FOLIO_BATCH_SIZE or self._disabled or self.host.pages.flags[pfn] & PG_head:
             self._mlock_folio_batch(batch)
 
     def _mlock_folio_batch(self, batch: list[tuple[int, int]]) -> None:
@@ -440,7 +449,7 @@ class Lru:
             flags[pfn] = value = (value & ~PG_active) | PG_unevictable
             self._mlock_count[pfn] = 1
             vec.add(pfn, value)
-            self.host.vmstat["unevictable_pgs_culled"] += 1
+            self.host.vmstat["unevictable_pgs_culled"] += folio_nr_pages(self.host.pages, pfn)
 
     def _mlock_new(self, vec: Lruvec, pfn: int) -> None:
         """__mlock_new_folio: the folio's first list is the unevictable one, if it is still locked."""
@@ -450,7 +459,7 @@ class Lru:
         if flags[pfn] & PG_mlocked:
             flags[pfn] |= PG_unevictable
             self._mlock_count[pfn] = 1
-            self.host.vmstat["unevictable_pgs_culled"] += 1
+            self.host.vmstat["unevictable_pgs_culled"] += folio_nr_pages(self.host.pages, pfn)
         vec.add(pfn, flags[pfn])
         flags[pfn] |= PG_lru
 
@@ -467,9 +476,10 @@ class Lru:
                 return
         if flags[pfn] & PG_mlocked:
             flags[pfn] &= ~PG_mlocked
-            vmstat["nr_mlock"] -= 1
+            vmstat["nr_mlock"] -= folio_nr_pages(self.host.pages, pfn)
             kept = not listed and flags[pfn] & PG_unevictable
-            vmstat["unevictable_pgs_stranded" if kept else "unevictable_pgs_munlocked"] += 1
+            which = "unevictable_pgs_stranded" if kept else "unevictable_pgs_munlocked"
+            vmstat[which] += folio_nr_pages(self.host.pages, pfn)
         if listed and flags[pfn] & PG_unevictable:
             self._rescue(vec, pfn)
 
@@ -478,7 +488,7 @@ class Lru:
         vec.remove(pfn, flags[pfn])
         flags[pfn] &= ~PG_unevictable
         vec.add(pfn, flags[pfn])
-        self.host.vmstat["unevictable_pgs_rescued"] += 1
+        self.host.vmstat["unevictable_pgs_rescued"] += folio_nr_pages(self.host.pages, pfn)
 
     # -- for audits ---------------------------------------------------------------------------
 

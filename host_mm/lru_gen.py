@@ -155,6 +155,7 @@ class GenLruvec(Lruvec):
 
     def audit(self) -> None:
         """Compare the counts with the folios that there are, and the generations with their bounds."""
+        super().audit()
         gens = self.host.gens
         found = [[0, 0] for _ in range(MAX_NR_GENS)]
         for row in self.folios:

@@ -40,6 +40,7 @@ from host_mm.page import (
     PG_unevictable,
     PG_workingset,
     PG_writeback,
+    folio_mapcount,
     try_get_page,
 )
 from host_mm.shrink_folio_list import DEF_PRIORITY, ScanControl, move_folios_to_lru, shrink_folio_list
@@ -171,7 +172,7 @@ def _shrink_isolated(
 ) -> list[int]:
     """One pass of shrink_folio_list; with `retry`, the folios that came clean meanwhile come back."""
     host = vec.host
-    flags, mapcount = host.pages.flags, host.pages.mapcount
+    flags = host.pages.flags
     reclaimed, stat, kept = shrink_folio_list(host, folios, sc)
     if stat.nr_unqueued_dirty == len(folios):
         host.flusher.wakeup()
@@ -183,7 +184,8 @@ def _shrink_isolated(
     back: list[int] = []
     for pfn in kept:
         value = flags[pfn]
-        if retry and not value & (PG_mlocked | PG_active | PG_dirty | PG_writeback) and not mapcount[pfn]:
+        unused = not value & (PG_mlocked | PG_active | PG_dirty | PG_writeback)
+        if retry and unused and not folio_mapcount(host.pages, pfn):
             clean.append(pfn)
             continue
         if not value & PG_mlocked and vec.folio_seq(pfn, False) == vec.min_seq[kind]:

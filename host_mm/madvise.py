@@ -5,23 +5,24 @@ madvise_cold_or_pageout_pte_range, madvise_vma_behavior, madvise_populate); Linu
 
 DONTNEED and FREE bracket each VMA's part (CLEAR) and share one gather, which is flushed at the end; in 5.10
 each VMA has its own.
-COLD and PAGEOUT open no bracket of their own; PAGEOUT's reclaim brackets page by page.
+COLD and PAGEOUT open no bracket of their own; PAGEOUT's reclaim brackets page by page. What these three do
+to large folios is in madvise_folios.py.
 
-MERGEABLE and UNMERGEABLE are in ksm.py, REMOVE and what files do of WILLNEED in madvise_file.py. Who maps a
-file may page it out: every process here may write to every file.
+MERGEABLE and UNMERGEABLE are in ksm.py, COLLAPSE is in khugepaged.py, REMOVE and what files do of WILLNEED
+in madvise_file.py. Who maps a file may page it out: every process here may write to every file.
 
 HWPOISON and SOFT_OFFLINE do to each page of the range what a memory error would.
 
-Not modelled: COLLAPSE, guard pages, transparent huge pages, VMA names.
+Not modelled: guard pages, VMA names.
 """
 
 from __future__ import annotations
 
 from errno import EINVAL, ENOMEM
+from functools import partial
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
-from host_mm import tlb as _tlb
 from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
     PMD_SIZE,
@@ -29,6 +30,7 @@ from host_mm.arch.x86.pgtable import (
     ULONG_MAX,
     non_swap_entry,
     page_align,
+    pmd_table,
     pte_dirty,
     pte_mkclean,
     pte_mkold,
@@ -39,11 +41,13 @@ from host_mm.arch.x86.pgtable import (
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.gup import faultin_page_range
 from host_mm.gup_range import get_user_pages
+from host_mm.huge_memory_map import madvise_free_huge_pmd
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
+from host_mm.khugepaged import madvise_collapse
 from host_mm.ksm import ksm_madvise
 from host_mm.madvise_file import madvise_remove, madvise_willneed_file
-from host_mm.memory import vm_normal_page
+from host_mm.madvise_folios import cold_or_pageout_huge_pmd, deactivate_folio, walk_folios
 from host_mm.memory_failure import (
     MF_ACTION_REQUIRED,
     MF_COUNT_INCREASED,
@@ -66,19 +70,17 @@ from host_mm.mm_types import (
     VM_WIPEONFORK,
 )
 from host_mm.mmu_gather import MmuGather
-from host_mm.page import (
-    PG_active,
-    PG_dirty,
-    PG_lru,
-    PG_referenced,
-    PG_swapcache,
-    PG_unevictable,
-    PG_workingset,
-    PG_young,
-    put_page,
-)
+from host_mm.page import PG_dirty, PG_lru, PG_swapcache, folio_mapcount, put_page
 from host_mm.page_io import swap_read_folio
-from host_mm.pgtable_generic import pmd_entries, pte_clear, pte_lockptr, pte_offset_map_lock, set_pte
+from host_mm.pgtable_generic import (
+    pmd_entries,
+    pmd_slots,
+    pte_clear,
+    pte_lockptr,
+    pte_offset_map_lock,
+    set_pte,
+)
+from host_mm.pgtable_huge import pmdp_get
 from host_mm.swap_state import folio_free_swap, free_swap_and_cache, read_swap_cache
 from host_mm.vma import vma_modify_flags, vma_set_page_prot
 
@@ -86,8 +88,9 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
-    "MADV_COLD", "MADV_DOFORK", "MADV_DONTFORK", "MADV_DONTNEED", "MADV_FREE", "MADV_HUGEPAGE",
-    "MADV_HWPOISON", "MADV_KEEPONFORK", "MADV_MERGEABLE", "MADV_NOHUGEPAGE", "MADV_NORMAL", "MADV_PAGEOUT",
+    "MADV_COLD", "MADV_COLLAPSE", "MADV_DOFORK", "MADV_DONTFORK", "MADV_DONTNEED", "MADV_FREE",
+    "MADV_HUGEPAGE", "MADV_HWPOISON", "MADV_KEEPONFORK", "MADV_MERGEABLE", "MADV_NOHUGEPAGE", "MADV_NORMAL",
+    "MADV_PAGEOUT",
     "MADV_POPULATE_READ", "MADV_POPULATE_WRITE", "MADV_RANDOM", "MADV_REMOVE", "MADV_SEQUENTIAL",
     "MADV_SOFT_OFFLINE",
     "MADV_UNMERGEABLE", "MADV_WILLNEED", "MADV_WIPEONFORK", "do_madvise",
@@ -112,6 +115,7 @@ MADV_COLD = 20
 MADV_PAGEOUT = 21
 MADV_POPULATE_READ = 22
 MADV_POPULATE_WRITE = 23
+MADV_COLLAPSE = 25
 MADV_HWPOISON = 100
 MADV_SOFT_OFFLINE = 101
 
@@ -143,11 +147,12 @@ def do_madvise(mm: MmStruct, start: int, length: int, advice: int) -> None:
     if advice in (MADV_HWPOISON, MADV_SOFT_OFFLINE):
         _inject_error(mm, start, end, advice)
         return
-    if advice not in _READERS | _KSM and advice not in _VMA_FLAGS:
+    collapse = advice == MADV_COLLAPSE and mm.host.profile.madv_collapse
+    if advice not in _READERS | _KSM and advice not in _VMA_FLAGS and not collapse:
         raise KernelError(EINVAL, f"no advice {advice}")
     if start == end:
         return
-    reader = advice in _READERS
+    reader = advice in _READERS or collapse
     if reader:
         mm.mmap_lock.read_lock()
     else:
@@ -218,6 +223,9 @@ def _vma_behavior(vma: VmArea, start: int, end: int, advice: int, tlb: MmuGather
         (_willneed if vma.file is None else madvise_willneed_file)(vma, start, end)
     elif advice == MADV_REMOVE:
         madvise_remove(vma, start, end)
+    elif advice == MADV_COLLAPSE:
+        if err := madvise_collapse(vma, start, end):
+            raise KernelError(-err, f"{start:#x}+{end - start:#x} cannot become huge pages")
     else:
         _set_vma_flags(vma, start, end, advice)
 
@@ -234,6 +242,8 @@ def _set_vma_flags(vma: VmArea, start: int, end: int, advice: int) -> None:
     else:
         add, drop = _VMA_FLAGS[advice]
         flags = (vma.flags | add) & ~drop
+        if advice == MADV_HUGEPAGE:
+            vma.mm.host.khugepaged_enter_vma(vma, flags)
     if flags != vma.flags:
         vma = vma_modify_flags(vma, start, end, flags)
         vma.flags = flags
@@ -276,22 +286,12 @@ def _free(tlb: MmuGather, vma: VmArea, start: int, end: int) -> None:
     mm.host.lru.lru_add_drain()
     mm.update_hiwater_rss()
     mmu_notifier.mmu_notifier_invalidate_range_start(range_)
-    for pmd, address, following in pmd_entries(mm, start, end):
-        pte = pte_offset_map_lock(mm, pmd, address)
-        if not pte:
-            continue
-        ptl = pte_lockptr(mm, pte)
-        _tlb.flush_tlb_batched_pending(mm)
-        while address < following:
-            entry = mm.host.ram.u64[pte >> 3]
-            if entry:
-                if pte_present(entry):
-                    _free_present(tlb, mm, address, pte, entry)
-                else:
-                    _free_nonpresent(mm, address, pte, entry)
-            pte += 8
-            address += 4096
-        ptl.unlock()
+    for pmd, address, following in pmd_slots(mm, start, end):
+        huge = not pmd_table(pmdp_get(mm, pmd))
+        if not huge or not madvise_free_huge_pmd(tlb, vma, pmd, address, following):
+            walk_folios(
+                vma, pmd, address, following, partial(_free_present, tlb, mm), partial(_free_nonpresent, mm)
+            )
         if mm.host.sched.preempt:
             mm.host.sched.point("cond_resched")
     mmu_notifier.mmu_notifier_invalidate_range_end(range_)
@@ -307,28 +307,29 @@ def _free_nonpresent(mm: MmStruct, address: int, pte: int, entry: int) -> None:
         pte_clear(mm, address, pte)
 
 
-def _free_present(tlb: MmuGather, mm: MmStruct, address: int, pte: int, entry: int) -> None:
+def _free_present(
+    tlb: MmuGather, mm: MmStruct, address: int, pte: int, entry: int, folio: int, nr: int
+) -> None:
     host = mm.host
     pages = host.pages
-    pfn = vm_normal_page(host, entry)
-    if pfn < 0:
-        return
-    if pages.flags[pfn] & (PG_swapcache | PG_dirty):
-        if not folio_trylock(host, pfn):
+    if pages.flags[folio] & (PG_swapcache | PG_dirty):
+        if not folio_trylock(host, folio):
             return
         # A page that others map too keeps its contents for them.
-        keep = pages.mapcount[pfn] != 1
-        if not keep and pages.flags[pfn] & PG_swapcache:
-            keep = not folio_free_swap(host, pfn)
+        keep = folio_mapcount(pages, folio) != nr
+        if not keep and pages.flags[folio] & PG_swapcache:
+            keep = not folio_free_swap(host, folio)
         if not keep:
-            pages.flags[pfn] &= ~PG_dirty
-        folio_unlock(host, pfn)
+            pages.flags[folio] &= ~PG_dirty
+        folio_unlock(host, folio)
         if keep:
             return
-    if entry & _PAGE_ACCESSED or pte_dirty(entry):
-        set_pte(mm, address, pte, pte_mkold(pte_mkclean(entry)))
-        tlb.remove_tlb_entry(address)
-    host.lru.folio_mark_lazyfree(pfn)
+    for at in range(nr):
+        entry = host.ram.u64[(pte >> 3) + at]
+        if entry & _PAGE_ACCESSED or pte_dirty(entry):
+            set_pte(mm, address + (at << 12), pte + at * 8, pte_mkold(pte_mkclean(entry)))
+            tlb.remove_tlb_entry(address + (at << 12))
+    host.lru.folio_mark_lazyfree(folio)
 
 
 # -- MADV_COLD and MADV_PAGEOUT -------------------------------------------------------------------
@@ -337,20 +338,11 @@ def _cold_or_pageout(vma: VmArea, start: int, end: int, *, pageout: bool) -> Non
     host = mm.host
     host.lru.lru_add_drain()
     tlb = MmuGather(mm)
-    for pmd, address, following in pmd_entries(mm, start, end):
-        pte = pte_offset_map_lock(mm, pmd, address)
-        if not pte:
-            continue
-        ptl = pte_lockptr(mm, pte)
-        _tlb.flush_tlb_batched_pending(mm)
-        isolated: list[int] = []
-        while address < following:
-            entry = host.ram.u64[pte >> 3]
-            if entry and pte_present(entry):
-                _deactivate(tlb, mm, address, pte, entry, isolated if pageout else None)
-            pte += 8
-            address += 4096
-        ptl.unlock()
+    for pmd, address, following in pmd_slots(mm, start, end):
+        isolated: list[int] | None = [] if pageout else None
+        huge = not pmd_table(pmdp_get(mm, pmd))
+        if not huge or not cold_or_pageout_huge_pmd(tlb, vma, pmd, address, following, isolated):
+            walk_folios(vma, pmd, address, following, partial(_deactivate, tlb, mm, isolated))
         if isolated:
             host.reclaim_pages(isolated)
         if host.sched.preempt:
@@ -359,22 +351,16 @@ def _cold_or_pageout(vma: VmArea, start: int, end: int, *, pageout: bool) -> Non
 
 
 def _deactivate(
-    tlb: MmuGather, mm: MmStruct, address: int, pte: int, entry: int, isolated: list[int] | None
+    tlb: MmuGather, mm: MmStruct, isolated: list[int] | None, address: int, pte: int, entry: int, folio: int,
+    nr: int,
 ) -> None:
     host = mm.host
-    pages = host.pages
-    pfn = vm_normal_page(host, entry)
-    if pfn < 0 or not pages.flags[pfn] & PG_lru or pages.mapcount[pfn] != 1:
+    if not host.pages.flags[folio] & PG_lru or folio_mapcount(host.pages, folio) != nr:
         return
-    if isolated is None and entry & _PAGE_ACCESSED:
-        set_pte(mm, address, pte, pte_mkold(entry))
-        tlb.remove_tlb_entry(address)
-    flags = pages.flags[pfn] & ~(PG_referenced | PG_young)
-    pages.flags[pfn] = flags | (PG_workingset if flags & PG_active else 0)
     if isolated is None:
-        host.lru.folio_deactivate(pfn)
-    elif host.lru.folio_isolate_lru(pfn):
-        if pages.flags[pfn] & PG_unevictable:
-            host.lru.folio_putback_lru(pfn)
-        else:
-            isolated.append(pfn)
+        for at in range(nr):
+            entry = host.ram.u64[(pte >> 3) + at]
+            if entry & _PAGE_ACCESSED:
+                set_pte(mm, address + (at << 12), pte + at * 8, pte_mkold(entry))
+                tlb.remove_tlb_entry(address + (at << 12))
+    deactivate_folio(host, folio, isolated)

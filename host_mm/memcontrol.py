@@ -11,9 +11,9 @@ nothing. A charge is taken 64 pages at a time, what is over waits in the CPU's s
 the limit reclaims from the group first, and kills one of its processes when that brings nothing.
 A swap slot remembers its group, which is charged again when the page comes back.
 
-Not modelled: groups within groups, memory.min, low and high, kernel memory and page tables, zswap
-accounting, charge moving, v1's memsw counter, threads, the seven-slot stock (one CPU has a stock for
-each group).
+Not modelled: charges of page cache, shmem and huge folios, of kernel memory and of page tables; groups
+within groups, memory.min, low and high, zswap accounting, charge moving, v1's memsw counter, threads,
+the seven-slot stock (one CPU has a stock for each group).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from host_mm.page_alloc import (
     GFP_KERNEL,
     GFP_NORETRY,
     MAX_RECLAIM_RETRIES,
+    PAGE_ALLOC_COSTLY_ORDER,
 )
 
 if TYPE_CHECKING:
@@ -201,6 +202,9 @@ class MemoryController:
             retries -= 1
             if retries >= 0:
                 continue
+            if nr > 1 << PAGE_ALLOC_COSTLY_ORDER:
+                # Nobody dies for a huge page.
+                return -ENOMEM
             memcg.events["oom"] += 1
             if not host.out_of_memory(0, memcg):
                 return -ENOMEM

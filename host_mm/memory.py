@@ -8,9 +8,9 @@ A read of an empty entry maps the zero page; a write takes a page of its own, wh
 stays so until fork shares it. A write to a shared page copies it: the copy is made before the bracket
 opens, and under the page-table lock the old entry is cleared and flushed before the new one is set.
 
-Faults on files are in memory_file.py.
+Faults on files are in memory_file.py, on huge pages in huge_memory.py.
 
-Not modelled: transparent huge pages. Hinting faults of NUMA balancing are in numa_balancing.py.
+Hinting faults of NUMA balancing are in numa_balancing.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from host_mm.arch.x86.pgtable import (
     PTE_MARKER_POISONED,
     PTE_MARKER_UFFD_WP,
     is_pte_marker,
+    is_swap_pmd,
     mk_pte,
+    pmd_trans_huge,
     pte_marker_get,
     pte_mkdirty,
     pte_mkuffd_wp,
@@ -39,6 +41,7 @@ from host_mm.arch.x86.pgtable import (
     pte_write,
 )
 from host_mm.filemap import folio_trylock, folio_unlock
+from host_mm.huge_memory import handle_huge_pmd
 from host_mm.hugetlb_fault import hugetlb_fault
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_FAULT
 from host_mm.ksm_types import ksm_might_unmap_zero_page
@@ -71,6 +74,9 @@ from host_mm.page import (
     PG_lru,
     PG_swapcache,
     PG_uptodate,
+    folio_mapcount,
+    folio_maybe_mapped_shared,
+    folio_test_large,
     get_page,
     mm_counter,
     page_folio,
@@ -89,6 +95,7 @@ from host_mm.pgtable_generic import (
     ptep_set_access_flags,
     set_pte,
 )
+from host_mm.pgtable_huge import pmdp_get
 from host_mm.rmap import (
     anon_vma_prepare,
     folio_add_new_anon_rmap,
@@ -208,6 +215,12 @@ def _handle_pte_fault(vmf: VmFault) -> tuple[str, int]:
     vmf.pmd = pmd_alloc(mm, vmf.address)
     if not vmf.pmd:
         return "table", VM_FAULT_OOM
+    huge = handle_huge_pmd(vmf)
+    if huge is not None:
+        return huge
+    if pmd_trans_huge(pmdp_get(mm, vmf.pmd)) or is_swap_pmd(pmdp_get(mm, vmf.pmd)):
+        # Somebody put a huge page there meanwhile: try again.
+        return "spurious", 0
     vmf.pte = pte_offset_map(mm, vmf.pmd, vmf.address)
     if vmf.pte:
         vmf.orig_pte = ptep_get(mm, vmf.pte)
@@ -348,7 +361,8 @@ def do_wp_page(vmf: VmFault) -> tuple[str, int]:
     vmf.page = pfn
     if vma.flags & (VM_SHARED | VM_MAYSHARE):
         return "shared", host.wp_page_shared(vmf)
-    if pfn >= 0 and host.pages.flags[pfn] & PG_anon and _may_reuse(host, vma, pfn):
+    anon = pfn >= 0 and host.pages.flags[page_folio(host.pages, pfn)] & PG_anon
+    if anon and _may_reuse(host, vma, pfn):
         if vmf.flags & FAULT_FLAG_UNSHARE:
             vmf.ptl.unlock()
             return "reuse", 0
@@ -402,6 +416,11 @@ def _nobody_else_refers(host: HostMm, pfn: int) -> bool:
 def _wp_can_reuse_anon_folio(host: HostMm, vma: VmArea, pfn: int) -> bool:
     """Whether this entry holds the only reference, the swap cache's and an LRU batch's apart."""
     pages = host.pages
+    folio = page_folio(pages, pfn)
+    if folio_test_large(pages, folio):
+        # All references are entries of this address space. A last one is copied, to have the rest freed.
+        mapcount = folio_mapcount(pages, folio)
+        return 1 < mapcount == pages.refcount[folio] and not folio_maybe_mapped_shared(pages, folio)
     if pages.flags[pfn] & PG_ksm or pages.refcount[pfn] > 3:
         return False
     if not pages.flags[pfn] & PG_lru:

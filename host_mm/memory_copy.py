@@ -7,12 +7,12 @@ Private pages become shared: both entries lose the right to write and the page i
 that may be pinned is copied for the child instead, so that the pin and the parent keep the same page.
 The bracket is over the source mm's whole VMA; the flush comes at the end of dup_mmap, after it.
 
-Not modelled: file mappings that need no copy at fork are skipped as in Linux, transparent huge pages.
+Not modelled: file mappings that need no copy at fork are skipped as in Linux.
 """
 
 from __future__ import annotations
 
-from errno import ENOMEM
+from errno import EAGAIN, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
@@ -32,6 +32,7 @@ from host_mm.arch.x86.pgtable import (
     make_pte_marker,
     mk_pte,
     non_swap_entry,
+    pmd_table,
     pte_marker_get,
     pte_mkclean,
     pte_mkdirty,
@@ -45,6 +46,7 @@ from host_mm.arch.x86.pgtable import (
     swp_offset,
     swp_type,
 )
+from host_mm.huge_memory_map import copy_huge_pmd
 from host_mm.hugetlb_copy import copy_hugetlb_page_range
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_WALK
 from host_mm.memory import folio_prealloc, maybe_mkwrite, vm_normal_page
@@ -58,10 +60,10 @@ from host_mm.mm_types import (
     VM_SHARED,
     VM_UFFD_WP,
 )
-from host_mm.page import PG_anon, get_page, mm_counter, put_page
+from host_mm.page import PG_anon, get_page, mm_counter, page_folio, put_page
 from host_mm.pgtable_generic import (
     pmd_alloc,
-    pmd_entries,
+    pmd_slots,
     pte_alloc,
     pte_lockptr,
     pte_offset_map,
@@ -69,7 +71,8 @@ from host_mm.pgtable_generic import (
     ptep_set_wrprotect,
     set_pte,
 )
-from host_mm.rmap import folio_add_new_anon_rmap, folio_try_dup_anon_rmap_pte
+from host_mm.pgtable_huge import pmdp_get
+from host_mm.rmap import folio_add_new_anon_rmap, folio_dup_file_rmap_pte, folio_try_dup_anon_rmap_pte
 
 if TYPE_CHECKING:
     from host_mm.mm_types import VmArea
@@ -103,14 +106,23 @@ def copy_page_range(dst_vma: VmArea, src_vma: VmArea) -> int:
         mmu_notifier.mmu_notifier_invalidate_range_start(range_)
         src_mm.write_protect_seq += 1
     ret = 0
-    for pmd, address, following in pmd_entries(src_mm, src_vma.start, src_vma.end):
-        ret = _copy_pte_range(dst_vma, src_vma, pmd, address, following)
+    for pmd, address, following in pmd_slots(src_mm, src_vma.start, src_vma.end):
+        ret = -EAGAIN
+        if not pmd_table(pmdp_get(src_mm, pmd)):
+            ret = _copy_huge_pmd(dst_vma, src_vma, pmd, address)
+        if ret == -EAGAIN:
+            ret = _copy_pte_range(dst_vma, src_vma, pmd, address, following)
         if ret:
             break
     if cow:
         src_mm.write_protect_seq += 1
         mmu_notifier.mmu_notifier_invalidate_range_end(range_)
     return ret
+
+
+def _copy_huge_pmd(dst_vma: VmArea, src_vma: VmArea, src_pmd: int, address: int) -> int:
+    dst_pmd = pmd_alloc(dst_vma.mm, address)
+    return copy_huge_pmd(dst_vma, src_vma, dst_pmd, src_pmd, address) if dst_pmd else -ENOMEM
 
 
 def _copy_pte_range(dst_vma: VmArea, src_vma: VmArea, src_pmd: int, address: int, end: int) -> int:
@@ -182,11 +194,12 @@ def _copy_present(
     dst_mm = dst_vma.mm
     pfn = vm_normal_page(host, entry)
     if pfn >= 0:
-        if not host.pages.flags[pfn] & PG_anon:
+        head = page_folio(host.pages, pfn)
+        if not host.pages.flags[head] & PG_anon:
             get_page(host, pfn)
-            host.pages.mapcount[pfn] += 1
-            dst_mm.rss[mm_counter(host.pages, pfn)] += 1
-        elif folio_try_dup_anon_rmap_pte(host, pfn, src_vma):
+            folio_dup_file_rmap_pte(host, pfn, dst_vma)
+            dst_mm.rss[mm_counter(host.pages, head)] += 1
+        elif folio_try_dup_anon_rmap_pte(host, pfn, dst_vma, src_vma):
             get_page(host, pfn)
             dst_mm.rss[MM_ANONPAGES] += 1
         elif spare < 0:
@@ -234,7 +247,8 @@ def _copy_nonpresent(
         cow = is_cow_mapping(dst_vma.flags)
         entry = copy_device_private_entry(dst_vma, src_vma, src_pte, address, entry, cow=cow)
     elif is_migration_entry(swp):
-        dst_mm.rss[mm_counter(src_mm.host.pages, swp_offset(swp) & SWP_PFN_MASK)] += 1
+        pages = src_mm.host.pages
+        dst_mm.rss[mm_counter(pages, page_folio(pages, swp_offset(swp) & SWP_PFN_MASK))] += 1
         if swp_type(swp) != SWP_MIGRATION_READ and is_cow_mapping(dst_vma.flags):
             kept = entry & (_PAGE_SWP_SOFT_DIRTY | _PAGE_SWP_UFFD_WP)
             entry = swp_entry_to_pte(swp_entry(SWP_MIGRATION_READ, swp_offset(swp))) | kept

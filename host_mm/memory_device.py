@@ -173,7 +173,7 @@ def copy_device_private_entry(
     pfn = device_entry_pfn(entry)
     get_page(host, pfn)
     dst_vma.mm.rss[MM_ANONPAGES] += 1
-    folio_try_dup_anon_rmap_pte(host, pfn, src_vma)
+    folio_try_dup_anon_rmap_pte(host, pfn, dst_vma, src_vma)
     if cow and is_writable_device_private_entry(pte_to_swp_entry(entry)):
         entry = make_device_private_pte(pfn, writable=False) | entry & _PAGE_SWP_UFFD_WP
         set_pte(src_vma.mm, address, src_pte, entry)

@@ -21,7 +21,7 @@ filter, panic, the work queue of asynchronous errors.
 
 from __future__ import annotations
 
-from errno import EBUSY, EIO, ENXIO
+from errno import EBUSY, EIO, ENXIO, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 from host_mm.filemap import folio_lock, folio_unlock, folio_wait_writeback
@@ -38,6 +38,7 @@ from host_mm.page import (
     PG_anon,
     PG_dirty,
     PG_head,
+    PG_hugetlb,
     PG_hwpoison,
     PG_ksm,
     PG_lru,
@@ -47,6 +48,7 @@ from host_mm.page import (
     PG_unevictable,
     PG_uptodate,
     PG_writeback,
+    page_folio,
     put_page,
     set_page_dirty,
     try_get_page,
@@ -261,11 +263,14 @@ def _handle_used(host: HostMm, pfn: int, current: Process | None) -> int:
 def memory_failure(host: HostMm, pfn: int, flags: int = 0, current: Process | None = None) -> int:
     """The memory of a frame has failed. 0: contained; -EBUSY: not wholly; -ENXIO: no such frame.
 
-    -EHWPOISON: it had failed before. MF_ACTION_REQUIRED: `current` was just about to use it.
-    MF_COUNT_INCREASED: the caller's reference passes to us. May sleep.
+    -EHWPOISON: it had failed before; -EOPNOTSUPP: a hugetlb page, which is not modelled.
+    MF_ACTION_REQUIRED: `current` was just about to use it. MF_COUNT_INCREASED: the caller's reference
+    passes to us. May sleep.
     """
     if not 0 <= pfn < host.pages.nr_frames or _is_offline(host, pfn):
         return -ENXIO
+    if _refuses(host, pfn, flags):
+        return -EOPNOTSUPP
     required = current if flags & MF_ACTION_REQUIRED else None
     with host.mf_mutex:
         return _memory_failure_locked(host, pfn, flags, required)
@@ -293,17 +298,32 @@ def _memory_failure_locked(host: HostMm, pfn: int, flags: int, current: Process 
     return _handle_used(host, pfn, current)
 
 
+def _refuses(host: HostMm, pfn: int, flags: int) -> bool:
+    """Whether it is a page of hugetlb; the caller's reference is given back then."""
+    folio = page_folio(host.pages, pfn)
+    if not host.pages.flags[folio] & PG_hugetlb:
+        return False
+    if flags & MF_COUNT_INCREASED:
+        put_page(host, folio)
+    return True
+
+
 def _is_offline(host: HostMm, pfn: int) -> bool:
     return any(start <= pfn < start + nr for start, nr in host.allocator.offline.items())
 
 
 # -- before it fails --------------------------------------------------------------------------------
 def soft_offline_page(host: HostMm, pfn: int, flags: int = 0) -> int:
-    """Take a frame out of use that is still good: 0, or -EBUSY, -EIO (it stays) or -ENXIO. May sleep."""
+    """Take a frame out of use that is still good. May sleep.
+
+    0, or -EBUSY, -EIO (it stays), -EOPNOTSUPP (hugetlb, not modelled) or -ENXIO.
+    """
     if not 0 <= pfn < host.pages.nr_frames:
         return -ENXIO
     if _is_offline(host, pfn):
         return -EIO
+    if _refuses(host, pfn, flags):
+        return -EOPNOTSUPP
     with host.mf_mutex:
         counted = bool(flags & MF_COUNT_INCREASED)
         if host.pages.flags[pfn] & PG_hwpoison:

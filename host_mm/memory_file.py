@@ -10,8 +10,8 @@ a copy at once, without a bracket, since nothing was mapped.
 
     --param mm.fault_around_bytes=65536    what a read fault maps around it, if it is cached
 
-Not modelled: preallocated page tables (they are made when needed, with the folio locked), huge entries of
-files, DAX, throttling of who dirties pages (balance_dirty_pages), file times.
+Not modelled: preallocated page tables (they are made when needed, with the folio locked),
+DAX, throttling of who dirties pages (balance_dirty_pages), file times.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from host_mm.address_space import vmas_of_pages
 from host_mm.arch.x86.pgtable import mk_pte, pte_mkdirty, pte_mkuffd_wp, pte_mkyoung, pte_write
 from host_mm.filemap import folio_lock, folio_unlock
+from host_mm.huge_memory_file import do_set_pmd
 from host_mm.kernel.costs import COST_COPY_PAGE
 from host_mm.memory import folio_prealloc, maybe_mkwrite, vmf_orig_pte_uffd_wp, wp_page_reuse
 from host_mm.memory_zap import zap_page_range_single
@@ -31,6 +32,7 @@ from host_mm.mm_types import (
     MMF_UNSTABLE,
     VM_FAULT_DONE_COW,
     VM_FAULT_ERROR,
+    VM_FAULT_FALLBACK,
     VM_FAULT_HWPOISON,
     VM_FAULT_LOCKED,
     VM_FAULT_NOPAGE,
@@ -195,9 +197,13 @@ def finish_fault(vmf: VmFault) -> int:
     page = vmf.cow_page if is_cow else vmf.page
     if not vma.flags & VM_SHARED and (ret := _check_stable_address_space(vmf)):
         return ret
+    head = page_folio(host.pages, page)
+    if not is_cow and folio_nr_pages(host.pages, head) > 1 and not ptep_get(mm, vmf.pmd):
+        ret = do_set_pmd(vmf, head)
+        if ret != VM_FAULT_FALLBACK:
+            return ret
     if not pte_alloc(mm, vmf.pmd):
         return VM_FAULT_OOM
-    head = page_folio(host.pages, page)
     pte = pte_offset_map_lock(mm, vmf.pmd, vmf.address)
     if not pte:
         return VM_FAULT_NOPAGE

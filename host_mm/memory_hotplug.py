@@ -10,7 +10,7 @@ stay poisoned. An offline frame is reserved and nobody's.
 A page that is pinned cannot go. Linux goes on trying until a signal comes; here whoever asked loses patience
 after a number of rounds without any progress, and is told EBUSY.
 
-Not modelled: hugetlb folios (they stay), memory blocks of 128 MiB (any whole page blocks will do), hot-adding
+Not modelled: memory blocks of 128 MiB (any whole page blocks will do), hot-adding
 and removing, memory groups, memory notifiers, nodes without memory, the free list's tail as the place of what
 was onlined.
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 from errno import EBUSY, EINVAL
 from typing import TYPE_CHECKING
 
+from host_mm.hugetlb import dissolve_free_hugetlb_folios, folio_isolate_hugetlb
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.migrate import (
@@ -30,7 +31,7 @@ from host_mm.migrate import (
     putback_movable_pages,
 )
 from host_mm.mmzone import MIGRATE_ISOLATE, MIGRATE_MOVABLE, PAGEBLOCK_NR_PAGES, PAGEBLOCK_ORDER
-from host_mm.page import PG_head, PG_hwpoison, PG_lru, PG_reserved
+from host_mm.page import PG_head, PG_hugetlb, PG_hwpoison, PG_lru, PG_reserved
 from host_mm.page_alloc import GFP_KERNEL, GFP_MOVABLE, GFP_RETRY_MAYFAIL
 from host_mm.page_isolation import (
     PB_ISOLATE_MODE_MEM_OFFLINE,
@@ -97,6 +98,7 @@ def _empty(host: HostMm, start: int, end: int) -> bool:
                 return False
             # Let whoever uses the page get on.
             sched.sleep(100_000)
+        dissolve_free_hugetlb_folios(host, start, end)
     return True
 
 
@@ -108,7 +110,11 @@ def _migrate_range(host: HostMm, start: int, end: int) -> None:
     while pfn < end:
         flags = pages.flags[pfn]
         size = 1 << pages.order[pfn] if flags & PG_head else 1
-        if flags & PG_lru and not flags & PG_hwpoison and host.lru.folio_isolate_lru(pfn):
+        if flags & PG_hugetlb:
+            isolated: int = folio_isolate_hugetlb(host, pfn)
+        else:
+            isolated = flags & PG_lru and not flags & PG_hwpoison and host.lru.folio_isolate_lru(pfn)
+        if isolated:
             source.append(pfn)
         pfn += size
     if not source:

@@ -6,7 +6,9 @@ zap_page_range_single_batched, free_pgtables); Linux 6.18.
 The bracket's class is mmu_gather: start, entries cleared and pages queued, end, then the flush and the
 free; but a full gather flushes and frees within the bracket.
 
-Not modelled: transparent huge pages, pte markers of userfaultfd, PT_RECLAIM, delayed rmap.
+A huge page that is zapped in part is split first, in a bracket of its own within.
+
+Not modelled: PT_RECLAIM, delayed rmap.
 """
 
 from __future__ import annotations
@@ -17,15 +19,19 @@ from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.address_space import i_mmap_remove
 from host_mm.arch.x86.pgtable import (
+    PMD_SIZE,
     SWP_PFN_MASK,
     is_migration_entry,
     non_swap_entry,
+    pmd_table,
     pte_dirty,
     pte_present,
     pte_to_swp_entry,
     pte_young,
     swp_offset,
 )
+from host_mm.huge_memory_map import zap_huge_pmd
+from host_mm.huge_memory_pmd import split_huge_pmd
 from host_mm.hugetlb_unmap import hugetlb_zap_begin, hugetlb_zap_end, unmap_hugepages
 from host_mm.ksm_types import ksm_might_unmap_zero_page
 from host_mm.memory import vm_normal_page
@@ -35,12 +41,13 @@ from host_mm.mmu_gather import MmuGather
 from host_mm.page import PG_anon, mm_counter, page_folio, set_page_dirty
 from host_mm.pgtable_generic import (
     free_pgd_range,
-    pmd_entries,
+    pmd_slots,
     pte_clear,
     pte_lockptr,
     pte_offset_map_lock,
     ptep_get_and_clear,
 )
+from host_mm.pgtable_huge import pmdp_get
 from host_mm.rmap import folio_remove_rmap_pte, unlink_anon_vmas
 from host_mm.swap_state import free_swap_and_cache
 from host_mm.userfaultfd_k import pte_install_uffd_wp_if_needed
@@ -64,12 +71,22 @@ def unmap_page_range(
     """
     mm = vma.mm
     sched = mm.host.sched
-    for pmd, address, following in pmd_entries(mm, start, end):
+    for pmd, address, following in pmd_slots(mm, start, end):
+        if not pmd_table(pmdp_get(mm, pmd)) and _zap_huge(tlb, vma, pmd, address, following):
+            continue
         at = address
         while at < following:
             at = _zap_pte_range(tlb, vma, pmd, at, following, even_cows, drop_markers)
             if sched.preempt:
                 sched.point("cond_resched")
+
+
+def _zap_huge(tlb: MmuGather, vma: VmArea, pmd: int, address: int, following: int) -> bool:
+    """Clear a huge entry, or split it if a part of it shall stay; false: there are small entries now."""
+    if following - address == PMD_SIZE:
+        return zap_huge_pmd(tlb, vma, pmd, address)
+    split_huge_pmd(vma, pmd, address)
+    return False
 
 
 def _zap_pte_range(

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from host_mm.arch.x86.pgtable import is_migration_entry, pte_pfn, pte_present, pte_to_swp_entry
+from host_mm.arch.x86.pgtable import (
+    is_migration_entry,
+    is_swap_pmd,
+    pte_pfn,
+    pte_present,
+    pte_to_swp_entry,
+)
+from host_mm.huge_memory_map import pmd_folio
 from host_mm.hugetlb_migrate import queue_folios_hugetlb
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
@@ -29,7 +36,9 @@ from host_mm.migrate import (
     putback_movable_pages,
 )
 from host_mm.mm_types import VM_HUGETLB, VM_IO, VM_PFNMAP
-from host_mm.pgtable_generic import pmd_entries, pte_lockptr, pte_offset_map_lock
+from host_mm.page import folio_maybe_mapped_shared, page_folio
+from host_mm.pgtable_generic import pmd_slots, pte_lockptr, pte_offset_map_lock
+from host_mm.pgtable_huge import pmd_trans_huge_lock, pmdp_get
 from host_mm.vma import split_vma
 
 if TYPE_CHECKING:
@@ -74,13 +83,22 @@ def _queue_pages(
     mm = vma.mm
     host = mm.host
     failed = 0
-    queued = set(queue)
+    queued = dict.fromkeys(queue)
     if vma.flags & VM_HUGETLB:
         return queue_folios_hugetlb(
             vma, max(start, vma.start), min(end, vma.end), wrong, queue,
             move=bool(flags & MPOL_MF_MOVE), move_all=bool(flags & MPOL_MF_MOVE_ALL),
         )
-    for pmd, address, following in pmd_entries(mm, max(start, vma.start), min(end, vma.end)):
+    for pmd, address, following in pmd_slots(mm, max(start, vma.start), min(end, vma.end)):
+        if (lock := pmd_trans_huge_lock(mm, pmd)) is not None:
+            entry = pmdp_get(mm, pmd)
+            folio = pmd_folio(mm, entry)
+            if is_swap_pmd(entry):
+                failed += 1
+            elif folio >= 0:
+                failed += not _queue_folio(host, folio, wrong, flags, queued)
+            lock.unlock()
+            continue
         pte = pte_offset_map_lock(mm, pmd, address)
         if not pte:
             continue
@@ -93,16 +111,26 @@ def _queue_pages(
                 failed += is_migration_entry(pte_to_swp_entry(entry))
                 continue
             pfn = pte_pfn(entry)
-            if pfn == host.zero_pfn or host.allocator.nid_of(pfn) not in wrong or pfn in queued:
-                continue
-            movable = flags & MPOL_MF_MOVE_ALL or (flags & MPOL_MF_MOVE and host.pages.mapcount[pfn] == 1)
-            if movable and host.lru.folio_isolate_lru(pfn):
-                queue.append(pfn)
-                queued.add(pfn)
-            else:
-                failed += 1
+            if pfn != host.zero_pfn:
+                failed += not _queue_folio(host, page_folio(host.pages, pfn), wrong, flags, queued)
         ptl.unlock()
+    queue[:] = queued
     return failed
+
+
+def _queue_folio(
+    host: HostMm, folio: int, wrong: frozenset[int], flags: int, queued: dict[int, None]
+) -> bool:
+    """migrate_folio_add for a folio that is where it should not be; false: it cannot be moved."""
+    if host.allocator.nid_of(folio) not in wrong or folio in queued:
+        return True
+    shared = folio_maybe_mapped_shared(host.pages, folio)
+    if not (flags & MPOL_MF_MOVE_ALL or (flags & MPOL_MF_MOVE and not shared)):
+        return False
+    if not host.lru.folio_isolate_lru(folio):
+        return False
+    queued[folio] = None
+    return True
 
 
 def _mbind_range(vma: VmArea, start: int, end: int, policy: Mempolicy | None) -> None:

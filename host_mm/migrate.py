@@ -1,8 +1,7 @@
 """Page migration: a folio's contents move to another frame and its mappings follow.
 
 Source of truth: mm/migrate.c: migrate_folio_unmap, migrate_folio_move, __migrate_folio,
-folio_migrate_flags, migrate_pages_batch, migrate_pages_sync, migrate_pages, do_pages_move; Linux 6.18,
-order 0.
+folio_migrate_flags, migrate_pages_batch, migrate_pages_sync, migrate_pages, do_pages_move; Linux 6.18.
 
 A batch first replaces every mapping by migration entries (asynchronously, one flush for all), then
 moves what could be unmapped. A folio with more references than its mappings, the swap cache and the
@@ -10,9 +9,12 @@ caller explain is in use by somebody who would not notice the move: it is tried 
 Who faults on a migration entry waits for the source folio's lock. Linux 5.10 unmaps and moves one page after
 the other, the flush of each inside its bracket.
 
+A large folio moves as a whole, by huge migration entries where it is mapped as a whole. One that is mapped
+in part, or for which there is no memory in one piece, is split and its pages are moved after the others.
+
     break migrate-ignore-refs     move folios although somebody holds a reference
 
-Not modelled: large folios and splits, movable_ops pages.
+Not modelled: movable_ops pages.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from errno import EACCES, EAGAIN, EBUSY, EFAULT, ENODEV, ENOENT, ENOMEM
 from functools import partial
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import HPAGE_PMD_NR, pmd_pfn, pte_pfn, pte_present
+from host_mm.arch.x86.pgtable import HPAGE_PMD_NR, pmd_pfn, pmd_trans_huge, pte_pfn, pte_present
 from host_mm.filemap import folio_lock, folio_trylock, folio_unlock, folio_wait_writeback
 from host_mm.filemap_cache import page_cache_replace
+from host_mm.huge_memory_map import pmd_folio
+from host_mm.huge_mm import GFP_TRANSHUGE
 from host_mm.hugetlb import folio_isolate_hugetlb, folio_putback_hugetlb
 from host_mm.hugetlb_migrate import migrate_hugetlbs
 from host_mm.hugetlb_share import hugetlb_vma_lock_read, hugetlb_vma_unlock_read
-from host_mm.kernel.costs import COST_MIGRATE_PAGE, COST_SYSCALL
+from host_mm.kernel.costs import COST_COPY_HUGE_PAGE, COST_MIGRATE_PAGE, COST_SYSCALL
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.ksm_types import folio_migrate_ksm
 from host_mm.mm_types import VM_HUGETLB, VM_IO, VM_PFNMAP
@@ -50,13 +54,26 @@ from host_mm.page import (
     PG_writeback,
     PG_young,
     folio_mapcount,
+    folio_maybe_mapped_shared,
+    folio_nr_pages,
     folio_ref_freeze,
     folio_ref_unfreeze,
+    folio_test_large,
     get_page,
+    page_folio,
     put_page,
 )
-from host_mm.page_alloc import GFP_COMP, GFP_HIGHMEM, GFP_HIGHUSER_MOVABLE, GFP_THISNODE, alloc_pages
+from host_mm.page_alloc import (
+    GFP_COMP,
+    GFP_DIRECT_RECLAIM,
+    GFP_HIGHMEM,
+    GFP_HIGHUSER_MOVABLE,
+    GFP_KSWAPD_RECLAIM,
+    GFP_THISNODE,
+    alloc_pages,
+)
 from host_mm.pgtable_generic import pmd_lock, pmd_offset, pte_lockptr, pte_offset_map_lock, ptep_get
+from host_mm.pgtable_huge import pmd_trans_huge_lock, pmdp_get
 from host_mm.rmap_unmap import TTU_BATCH_FLUSH, remove_migration_ptes, try_to_migrate
 from host_mm.swap_state import swap_cache_replace_folio
 from host_mm.tlb import try_to_unmap_flush
@@ -174,7 +191,8 @@ class _Batch:
     """One call of migrate_pages: its counts and the folios that failed for good."""
 
     __slots__ = (
-        "get_new_folio", "host", "nr_failed_pages", "nr_succeeded", "put_new_folio", "reason", "ret_folios",
+        "get_new_folio", "host", "nr_failed_pages", "nr_succeeded", "nr_thp_failed", "nr_thp_split",
+        "nr_thp_succeeded", "put_new_folio", "reason", "ret_folios", "split_folios",
     )
 
     def __init__(self, host: HostMm, get_new_folio: NewFolio, put_new_folio: PutFolio, reason: int) -> None:
@@ -183,8 +201,37 @@ class _Batch:
         self.put_new_folio = put_new_folio
         self.reason = reason
         self.ret_folios: list[int] = []
+        self.split_folios: list[int] = []
+        self.nr_thp_succeeded = self.nr_thp_failed = self.nr_thp_split = 0
         self.nr_succeeded = 0
         self.nr_failed_pages = 0
+
+    # -- large folios -------------------------------------------------------------------------
+
+    def try_split(self, src: int) -> bool:
+        """try_split_folio: the pages of an isolated folio are migrated one by one, after the others."""
+        host = self.host
+        folio_lock(host, src)
+        err = host.split_folio(src, self.split_folios)
+        folio_unlock(host, src)
+        if not err:
+            self.split_folios.append(src)
+            self.nr_thp_split += 1
+        return not err
+
+    def _failed(self, src: int) -> None:
+        """The folio stays: count its pages."""
+        pages = self.host.pages
+        self.nr_failed_pages += folio_nr_pages(pages, src)
+        self.nr_thp_failed += folio_test_large(pages, src)
+
+    def finish_split(self, mode: int) -> None:
+        """One pass, without waiting, for what was split: its failures are counted as one already."""
+        folios, self.split_folios = self.split_folios, []
+        counted = self.nr_failed_pages
+        _, left = self.run(folios, min(mode, MIGRATE_ASYNC), 1)
+        self.nr_failed_pages = counted
+        self.ret_folios += left
 
     # -- one folio ----------------------------------------------------------------------------
 
@@ -224,14 +271,14 @@ class _Batch:
                 "migrate", f"the new frame {dst:#x} is locked by somebody else", host.stream.here()
             )
         # A KSM page has no anon_vma of its own; its stable node leads to all of them.
-        pinned = pages.mapcount[src] and pages.flags[src] & (PG_anon | PG_ksm) == PG_anon
+        pinned = folio_mapcount(pages, src) and pages.flags[src] & (PG_anon | PG_ksm) == PG_anon
         anon_vma = pages.mapping.get(src) if pinned else None
         item = _Unmapped(src, dst, anon_vma, bool(pages.flags[src] & PG_mlocked))
-        if pages.mapcount[src]:
+        if folio_mapcount(pages, src):
             batched = mode == MIGRATE_ASYNC and host.profile.migrate_batches
             try_to_migrate(host, src, TTU_BATCH_FLUSH if batched else 0)
             item.was_mapped = True
-        if not pages.mapcount[src]:
+        if not folio_mapcount(pages, src):
             return item
         self.undo(item)
         return -EAGAIN
@@ -251,14 +298,17 @@ class _Batch:
         pages = host.pages
         flags = pages.flags
         cached = not flags[src] & (PG_anon | PG_swapcache) and src in pages.mapping
-        expected = 1 + (bool(flags[src] & PG_swapcache) or cached) + pages.mapcount[src]
+        held = folio_nr_pages(pages, src) if cached else bool(flags[src] & PG_swapcache)
+        expected = 1 + held + folio_mapcount(pages, src)
         ignore = "migrate-ignore-refs" in host.breaks
         if pages.refcount[src] != expected and not ignore:
             return -EAGAIN
-        if host.checks is not None:
-            host.checks.folio_moves(src)
-        host.ram.copy_page(dst, src)
-        host.sched.advance(COST_MIGRATE_PAGE)
+        nr_pages = folio_nr_pages(pages, src)
+        for at in range(nr_pages):
+            if host.checks is not None:
+                host.checks.folio_moves(src + at)
+            host.ram.copy_page(dst + at, src + at)
+        host.sched.advance(COST_MIGRATE_PAGE if nr_pages == 1 else COST_COPY_HUGE_PAGE)
         if host.sched.preempt:
             host.sched.point("migrate-copy")
         if flags[src] & PG_swapcache and not self._replace_in_swap_cache(src, dst, expected, ignore):
@@ -270,6 +320,8 @@ class _Batch:
         if mapping is not None:
             pages.mapping[dst] = mapping
         folio_migrate_ksm(host, dst, src)
+        if nr_pages > 1:
+            host.thp.unqueue_deferred_split(src)
         folio_migrate_flags(host, dst, src)
         return 0
 
@@ -302,8 +354,9 @@ class _Batch:
         folio_unlock(host, dst)
         put_page(host, dst)
         folio_unlock(host, src)
+        self.nr_succeeded += folio_nr_pages(host.pages, src)
+        self.nr_thp_succeeded += folio_test_large(host.pages, src)
         self._done(src)
-        self.nr_succeeded += 1
         return 0
 
     def _done(self, src: int) -> None:
@@ -331,26 +384,32 @@ class _Batch:
                     self._done(src)
                     self.nr_succeeded += 1
                     continue
+                if src in host.thp.partially_mapped and self.try_split(src):
+                    continue
                 item = self.unmap(src, mode)
                 if isinstance(item, _Unmapped):
                     unmapped.append(item)
                 elif item == -EAGAIN:
                     again.append(src)
+                elif item == -ENOMEM and folio_test_large(host.pages, src) and self.try_split(src):
+                    failed += 1
                 elif item == -ENOMEM:
                     saved = item
                     # Those not looked at stay too, but nobody counts them.
-                    self.nr_failed_pages += 1 + len(again)
+                    for stays in [src, *again]:
+                        self._failed(stays)
                     again += left[index:]
                     break
                 else:
                     failed += 1
-                    self.nr_failed_pages += 1
+                    self._failed(src)
                     self.ret_folios.append(src)
             left = again
             if saved or not left:
                 break
         if not saved:
-            self.nr_failed_pages += len(left)
+            for stays in left:
+                self._failed(stays)
         if "skip-batched-flush" not in host.breaks:
             try_to_unmap_flush(host)
         for _ in range(nr_pass):
@@ -361,7 +420,7 @@ class _Batch:
             if (t := host.trace.migrate_folio) is not None:
                 t(item.src, item.dst, "undone")
             self.undo(item)
-        self.nr_failed_pages += len(unmapped)
+            self._failed(item.src)
         left += [item.src for item in unmapped]
         return saved or failed + len(left), left
 
@@ -406,6 +465,8 @@ class _Batch:
                 if host.sched.preempt:
                     host.sched.point("cond_resched")
                 rc = self._unmap_and_move(src, mode, force=nr >= _NR_UNFORCED)
+                if rc == -ENOMEM and folio_test_large(host.pages, src) and self.try_split(src):
+                    continue
                 if rc == -ENOMEM:
                     self.nr_failed_pages += 1
                     self.ret_folios += again + left[index:]
@@ -451,12 +512,16 @@ def alloc_migration_target(host: HostMm, src: int, target: MigrationTarget) -> i
     allocator = host.allocator
     nid = target.nid if target.nid >= 0 else allocator.nid_of(src)
     gfp = target.gfp | GFP_COMP
+    order = 0
+    if folio_test_large(host.pages, src):
+        gfp = (gfp & ~(GFP_DIRECT_RECLAIM | GFP_KSWAPD_RECLAIM)) | GFP_TRANSHUGE
+        order = host.pages.order[src]
     if allocator.zone_of(src).idx == ZONE_MOVABLE:
         gfp |= GFP_HIGHMEM
     if target.nodes is None:
-        return alloc_pages(host, gfp, 0, nid)
+        return alloc_pages(host, gfp, order, nid)
     for node in (nid, *(node.nid for node in allocator.nodes if node.nid != nid)):
-        if node in target.nodes and (pfn := alloc_pages(host, gfp | GFP_THISNODE, 0, node)) >= 0:
+        if node in target.nodes and (pfn := alloc_pages(host, gfp | GFP_THISNODE, order, node)) >= 0:
             return pfn
     return -1
 
@@ -519,11 +584,14 @@ def migrate_pages(
             rc_gather = rc
             break
         rc_gather += rc
+    if batch.split_folios:
+        batch.finish_split(mode)
     pfns += batch.ret_folios + todo
     host.vmstat["pgmigrate_success"] += batch.nr_succeeded
     host.vmstat["pgmigrate_fail"] += batch.nr_failed_pages
     if (t := host.trace.mm_migrate_pages) is not None:
-        t(batch.nr_succeeded, batch.nr_failed_pages, 0, 0, 0, 0, mode, reason)
+        thps = batch.nr_thp_succeeded, batch.nr_thp_failed, batch.nr_thp_split
+        t(batch.nr_succeeded, batch.nr_failed_pages, *thps, batch.nr_thp_split, mode, reason)
     ctx.cause = saved
     return rc_gather
 
@@ -545,6 +613,13 @@ def _add_folio_for_migration(mm: MmStruct, address: int, nid: int, pagelist: lis
         mm.mmap_lock.read_unlock()
         return ret
     pmd = pmd_offset(mm, address)
+    if pmd and (lock := pmd_trans_huge_lock(mm, pmd)) is not None:
+        folio = pmd_folio(mm, pmdp_get(mm, pmd))
+        if pmd_trans_huge(pmdp_get(mm, pmd)):
+            ret = _isolate_for_migration(host, folio, nid, pagelist, every) if folio >= 0 else -EFAULT
+        lock.unlock()
+        mm.mmap_lock.read_unlock()
+        return ret
     pte = pte_offset_map_lock(mm, pmd, address) if pmd else 0
     if pte:
         entry = ptep_get(mm, pte)
@@ -576,9 +651,10 @@ def _add_huge_page_for_migration(
 def _isolate_for_migration(host: HostMm, pfn: int, nid: int, pagelist: list[int], every: bool) -> int:
     if pfn == host.zero_pfn:
         return -EFAULT
+    pfn = page_folio(host.pages, pfn)
     if host.allocator.nid_of(pfn) == nid:
         return 0
-    if folio_mapcount(host.pages, pfn) > 1 and not every:
+    if folio_maybe_mapped_shared(host.pages, pfn) and not every:
         return -EACCES
     if host.pages.flags[pfn] & PG_hugetlb:
         if not folio_isolate_hugetlb(host, pfn):

@@ -17,8 +17,9 @@ from __future__ import annotations
 from errno import EAGAIN, EFAULT, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import TASK_SIZE, ULONG_MAX, page_align, pte_present
+from host_mm.arch.x86.pgtable import TASK_SIZE, ULONG_MAX, page_align, pmd_trans_huge, pte_pfn, pte_present
 from host_mm.gup import mm_populate
+from host_mm.huge_memory_map import pmd_folio
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory import vm_normal_page
@@ -30,7 +31,9 @@ from host_mm.mm_types import (
     VM_SOFTDIRTY,
     VM_SPECIAL,
 )
-from host_mm.pgtable_generic import pmd_entries, pte_lockptr, pte_offset_map_lock
+from host_mm.page import folio_nr_pages, folio_test_large, page_folio
+from host_mm.pgtable_generic import pmd_slots, pte_lockptr, pte_offset_map_lock
+from host_mm.pgtable_huge import pmd_trans_huge_lock, pmdp_get
 from host_mm.vma import vma_modify_flags
 
 if TYPE_CHECKING:
@@ -144,7 +147,13 @@ def _mlock_vma_pages_range(vma: VmArea, start: int, end: int, flags: int) -> Non
     # the page: they must not count it as well.
     vma.flags = flags | VM_IO if flags & VM_LOCKED else flags
     host.lru.lru_add_drain()
-    for pmd, address, following in pmd_entries(mm, start, end):
+    for pmd, address, following in pmd_slots(mm, start, end):
+        if (ptl := pmd_trans_huge_lock(mm, pmd)) is not None:
+            folio = pmd_folio(mm, pmdp_get(mm, pmd)) if pmd_trans_huge(pmdp_get(mm, pmd)) else -1
+            if folio >= 0:
+                _mlock_or_munlock(vma, folio)
+            ptl.unlock()
+            continue
         _mlock_pte_range(vma, pmd, address, following)
         if host.sched.preempt:
             host.sched.point("cond_resched")
@@ -159,10 +168,33 @@ def _mlock_pte_range(vma: VmArea, pmd: int, address: int, end: int) -> None:
     if not pte:
         return
     first = pte >> 3
-    for entry in host.ram.u64[first : first + ((end - address) >> 12)].tolist():
+    last = -1
+    for at, entry in enumerate(host.ram.u64[first : first + ((end - address) >> 12)].tolist()):
         if entry and pte_present(entry) and (pfn := vm_normal_page(host, entry)) >= 0:
-            if vma.flags & VM_LOCKED:
-                host.lru.mlock_folio(pfn)
-            else:
-                host.lru.munlock_folio(pfn)
+            folio = page_folio(host.pages, pfn)
+            if folio_test_large(host.pages, folio):
+                most = (end - address >> 12) - at
+                if folio == last or not _allow_mlock_munlock(vma, folio, pte + at * 8, most):
+                    continue
+                last = folio
+            _mlock_or_munlock(vma, folio)
     pte_lockptr(mm, pte).unlock()
+
+
+def _mlock_or_munlock(vma: VmArea, folio: int) -> None:
+    lru = vma.mm.host.lru
+    if vma.flags & VM_LOCKED:
+        lru.mlock_folio(folio)
+    else:
+        lru.munlock_folio(folio)
+
+
+def _allow_mlock_munlock(vma: VmArea, folio: int, pte: int, most: int) -> bool:
+    """Only a large folio that is mapped as a whole from here on is locked; any may be unlocked."""
+    host = vma.mm.host
+    if not vma.flags & VM_LOCKED:
+        return True
+    nr = folio_nr_pages(host.pages, folio)
+    entries = host.ram.u64[pte >> 3 : (pte >> 3) + min(nr, most)].tolist()
+    mapped = [pte_pfn(entry) for entry in entries if pte_present(entry)]
+    return mapped == list(range(folio, folio + nr))

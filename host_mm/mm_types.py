@@ -31,8 +31,10 @@ __all__ = [
     "FAULT_FLAG_USER",
     "FAULT_FLAG_WRITE",
     "MMF_HAS_PINNED",
+    "MMF_HUGE_ZERO_FOLIO",
     "MMF_OOM_SKIP",
     "MMF_UNSTABLE",
+    "MMF_VM_HUGEPAGE",
     "MMF_VM_MERGEABLE",
     "MM_ANONPAGES",
     "MM_FILEPAGES",
@@ -149,8 +151,10 @@ FAULT_FLAG_INTERRUPTIBLE = 1 << 9
 FAULT_FLAG_UNSHARE = 1 << 10
 
 MMF_VM_MERGEABLE = 1 << 16
+MMF_VM_HUGEPAGE = 1 << 17
 MMF_OOM_SKIP = 1 << 21
 MMF_UNSTABLE = 1 << 22
+MMF_HUGE_ZERO_FOLIO = 1 << 23
 MMF_HAS_PINNED = 1 << 27
 
 MM_FILEPAGES = 0
@@ -325,8 +329,8 @@ class VmFault:
     """struct vm_fault: one fault on its way. `pmd` and `pte` are physical addresses of entries (0: none)."""
 
     __slots__ = (
-        "address", "cow_page", "fault_type", "flags", "mm", "orig_pte", "page", "pgoff", "pmd", "pte", "ptl",
-        "real_address", "vma",
+        "address", "cow_page", "fault_type", "flags", "mm", "orig_pmd", "orig_pte", "page", "pgoff", "pmd",
+        "pte", "ptl", "real_address", "vma",
     )
 
     def __init__(self, vma: VmArea, address: int, flags: int) -> None:
@@ -338,6 +342,7 @@ class VmFault:
         self.pgoff = vma.page_index(address)
         self.pmd = 0
         self.pte = 0
+        self.orig_pmd = 0
         self.orig_pte = 0
         self.ptl: Spinlock | None = None
         self.page = -1

@@ -191,6 +191,8 @@ def _mmap_region(
             file.a_ops.mmap(file, vma)
         vma_set_page_prot(vma)
         insert_vma(vma)
+        if vma.file is not None:
+            mm.host.khugepaged_enter_vma(vma, vma.flags)
     else:
         merged.flags |= VM_SOFTDIRTY
     return addr

@@ -1,7 +1,7 @@
 """Moving page-table entries from one range of an address space to another.
 
 Source of truth: mm/mremap.c (move_page_tables, move_ptes, move_normal_pmd, move_normal_pud, get_extent,
-can_realign_addr, try_realign_addr); Linux 6.18.
+can_realign_addr, try_realign_addr), mm/huge_memory.c: move_huge_pmd (in huge_memory_map.py); Linux 6.18.
 
 One bracket (UNMAP) over the old range. Entries move under the page-table locks of both places, and the
 old translations are flushed before these are dropped: from then on somebody who finds the page at its new
@@ -11,7 +11,9 @@ to the 2 MiB boundary if nothing else is mapped there. Entries that move one by 
 those that move with their table do not. A userfaultfd's range moves entry by entry and loses its write
 protections.
 
-Not modelled: transparent huge pages, exec's move of the stack; that 5.10 takes the rmap locks for a table
+Huge pages move as a whole where both places allow, else they are split.
+
+Not modelled: exec's move of the stack; that 5.10 takes the rmap locks for a table
 only where it does for entries.
 """
 
@@ -28,10 +30,13 @@ from host_mm.arch.x86.pgtable import (
     PMD_SIZE,
     PTE_MARKER_UFFD_WP,
     PUD_SIZE,
+    pmd_table,
     pte_marker_get,
     pte_mksoft_dirty,
     pte_present,
 )
+from host_mm.huge_memory_map import move_huge_pmd
+from host_mm.huge_memory_pmd import split_huge_pmd
 from host_mm.hugetlb_copy import move_hugetlb_page_tables
 from host_mm.mm_types import VM_HUGETLB
 from host_mm.pgtable_generic import (
@@ -136,7 +141,13 @@ class _Move:
         new_pmd = pmd_alloc(mm, self.new_addr)
         if not new_pmd:
             return 0
-        if extent == PMD_SIZE and self._move_table(old_pmd, new_pmd, PMD_SIZE):
+        if not pmd_table(u64[old_pmd >> 3]):
+            if extent == PMD_SIZE and self._move_huge(old_pmd, new_pmd):
+                return extent
+            split_huge_pmd(self.old_vma, old_pmd, self.old_addr)
+            if not u64[old_pmd >> 3]:
+                return extent
+        elif extent == PMD_SIZE and self._move_table(old_pmd, new_pmd, PMD_SIZE):
             return extent
         if not pte_alloc(mm, new_pmd):
             return 0
@@ -201,6 +212,15 @@ class _Move:
                 new_ptl.unlock()
             old_ptl.unlock()
         self._drop_rmap_locks()
+        return moved
+
+    def _move_huge(self, old_pmd: int, new_pmd: int) -> bool:
+        """move_huge_pmd; false if something hangs at the new place."""
+        if self.need_rmap_locks:
+            self._take_rmap_locks()
+        moved = move_huge_pmd(self.old_vma, self.old_addr, self.new_addr, old_pmd, new_pmd)
+        if self.need_rmap_locks:
+            self._drop_rmap_locks()
         return moved
 
     def _entry_locks(self, old_entry: int, new_entry: int, size: int) -> tuple[Spinlock, Spinlock]:

@@ -11,7 +11,7 @@ The flush follows the bracket's end: what a gather found to need one, in 5.10 th
 Userfaultfd's write-protection takes the same way; where it must hold for pages that are not there, the walk
 makes the tables and puts markers in.
 
-Not modelled: protection keys, transparent huge pages, prot_none_walk, memory tiers.
+Not modelled: protection keys, prot_none_walk, memory tiers.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from host_mm.arch.x86.pgtable import (
     is_writable_migration_entry,
     make_pte_marker,
     page_align,
+    pmd_table,
     pte_dirty,
     pte_marker_get,
     pte_mkuffd_wp,
@@ -60,6 +61,8 @@ from host_mm.arch.x86.pgtable import (
     swp_entry_to_pte,
     swp_offset,
 )
+from host_mm.huge_memory_map import change_huge_pmd
+from host_mm.huge_memory_pmd import split_huge_pmd
 from host_mm.hugetlb_unmap import hugetlb_change_protection
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
@@ -75,10 +78,12 @@ from host_mm.page import (
     PG_ksm,
     PG_swapbacked,
     folio_maybe_dma_pinned,
+    folio_maybe_mapped_shared,
+    page_folio,
 )
 from host_mm.pgtable_generic import (
     pmd_alloc,
-    pmd_entries,
+    pmd_slots,
     pte_alloc,
     pte_clear,
     pte_lockptr,
@@ -87,6 +92,7 @@ from host_mm.pgtable_generic import (
     pud_entries,
     set_pte,
 )
+from host_mm.pgtable_huge import pmdp_get
 from host_mm.userfaultfd_k import userfaultfd_pte_wp, userfaultfd_wp_use_markers
 from host_mm.vma import vm_get_page_prot, vma_modify_flags, vma_set_page_prot, vma_wants_writenotify
 
@@ -227,7 +233,7 @@ class _Change:
         elif by_pud:
             puds = [(address, following) for _, address, following in pud_entries(mm, start, end)]
         else:
-            pmds = pmd_entries(mm, start, end)
+            pmds = pmd_slots(mm, start, end)
             puds = [(pmds[0][1], end)] if pmds else []
         range_ = None
         pages = 0
@@ -255,17 +261,35 @@ class _Change:
         if self.populate:
             pmds = [(0, address, following) for address, following in _chunks(start, end, PMD_SIZE)]
         else:
-            pmds = pmd_entries(mm, start, end)
+            pmds = pmd_slots(mm, start, end)
         pages = 0
         for pmd, address, following in pmds:
             if self.populate:
                 pmd = pmd_alloc(mm, address)
                 if not pmd or not pte_alloc(mm, pmd):
                     return -ENOMEM
+            if not pmd_table(pmdp_get(mm, pmd)):
+                changed = self._huge_pmd(pmd, address, following)
+                if changed >= 0:
+                    pages += changed
+                    continue
             pages += self._pte_range(pmd, address, following)
             if mm.host.sched.preempt:
                 mm.host.sched.point("cond_resched")
         return pages
+
+    def _huge_pmd(self, pmd: int, address: int, following: int) -> int:
+        """A huge entry, split if only a part of it changes; how many pages did, -1: it is not huge now."""
+        flags = self.cp_flags
+        by_page = flags & (MM_CP_UFFD_WP | MM_CP_UFFD_WP_RESOLVE) and self.vma.ops is not None
+        if following - address != PMD_SIZE or by_page:
+            split_huge_pmd(self.vma, pmd, address)
+            return -1
+        return change_huge_pmd(
+            self.tlb, self.vma, pmd, address, self.newprot, prot_numa=bool(flags & MM_CP_PROT_NUMA),
+            uffd_wp=bool(flags & MM_CP_UFFD_WP), uffd_wp_resolve=bool(flags & MM_CP_UFFD_WP_RESOLVE),
+            try_writable=bool(flags & MM_CP_TRY_CHANGE_WRITABLE),
+        )
 
     def _pte_range(self, pmd: int, address: int, end: int) -> int:
         mm = self.mm
@@ -323,12 +347,16 @@ class _Change:
         host = self.mm.host
         pages = host.pages
         pfn = vm_normal_page(host, entry)
-        if pte_protnone(entry) or pfn < 0 or pages.flags[pfn] & PG_ksm:
+        if pte_protnone(entry) or pfn < 0:
             return True
-        shared = pages.mapcount[pfn] > 1 or folio_maybe_dma_pinned(pages, pfn)
+        folio = page_folio(pages, pfn)
+        flags = pages.flags[folio]
+        if flags & PG_ksm:
+            return True
+        shared = folio_maybe_mapped_shared(pages, folio) or folio_maybe_dma_pinned(pages, folio)
         if is_cow_mapping(self.vma.flags) and shared:
             return True
-        if not pages.flags[pfn] & PG_swapbacked and pages.flags[pfn] & PG_dirty:
+        if not flags & PG_swapbacked and flags & PG_dirty:
             return True
         return host.allocator.nid_of(pfn) == self.target_node
 
@@ -336,7 +364,8 @@ class _Change:
         swp = pte_to_swp_entry(entry)
         new = entry
         if is_writable_migration_entry(swp):
-            anon = self.mm.host.pages.flags[swp_offset(swp) & SWP_PFN_MASK] & PG_anon
+            pages = self.mm.host.pages
+            anon = pages.flags[page_folio(pages, swp_offset(swp) & SWP_PFN_MASK)] & PG_anon
             owned = anon and self.mm.host.profile.anon_exclusive
             kind = SWP_MIGRATION_READ_EXCLUSIVE if owned else SWP_MIGRATION_READ
             new = swp_entry_to_pte(swp_entry(kind, swp_offset(swp))) | (entry & _PAGE_SWP_SOFT_DIRTY)
@@ -370,6 +399,7 @@ def can_change_pte_writable(vma: VmArea, entry: int) -> bool:
     if vma.flags & VM_SHARED:
         return pte_dirty(entry)
     host = vma.mm.host
+    pages = host.pages
     pfn = vm_normal_page(host, entry)
-    wanted = PG_anon | PG_anon_exclusive
-    return pfn >= 0 and host.pages.flags[pfn] & wanted == wanted
+    anon = pfn >= 0 and pages.flags[page_folio(pages, pfn)] & PG_anon
+    return bool(anon and pages.flags[pfn] & PG_anon_exclusive)

@@ -7,13 +7,14 @@ entries are moved in move_page_tables.py.
 A move copies the VMA, moves its entries and unmaps the source: two UNMAP brackets over the old range, the
 second one over nothing. The new range is told to nobody, since nothing of it was mapped. Pages keep their
 index: the new VMA's pgoff makes the reverse map find them there. A VMA without pages yet takes the pgoff
-of its new place, so that it can merge. MREMAP_DONTUNMAP leaves the emptied source mapped.
+of its new place, so that it can merge. MREMAP_DONTUNMAP leaves the emptied source mapped. With old_len 0 a
+shared mapping is duplicated: the file is mapped once more, and no entry moves.
 
 Where a page of a faulted VMA moves into a neighbour that was never faulted, the neighbour gets the
 source's anon_vma, as in 6.18 stable; 6.18.2 forgets to.
 
 Not modelled: file mappings' hooks, KSM's unmerging before a move, userfaultfd events, sealing,
-accounting (VM_ACCOUNT, locked_vm, map count limit), old_len 0 of shared mappings.
+accounting (VM_ACCOUNT, locked_vm, map count limit).
 """
 
 from __future__ import annotations
@@ -267,7 +268,7 @@ class _Remap:
             vma.flags &= ~VM_LOCKED_MASK
             if new is not vma and self.addr == vma.start and self.addr + old_len == vma.end:
                 unlink_anon_vmas(vma)
-        else:
+        elif old_len:
             do_vmi_munmap(mm, self.addr, self.addr + old_len, downgrade=False)
         return self.new_addr
 

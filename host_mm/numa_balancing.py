@@ -16,7 +16,8 @@ the guest:
 
 Not modelled: which threads use a VMA, scan periods that adapt, groups of tasks and the preferred node, the
 filter by who used the page last (a page that is elsewhere is moved at its first hinting fault, as Linux
-does early in a task's life), memory tiers, huge pages; time is the machine's, not the thread's own.
+does early in a task's life), memory tiers, huge pages, 5.10's
+order (rights back first, then the move); time is the machine's, not the thread's own.
 """
 
 from __future__ import annotations

@@ -10,11 +10,14 @@ page holds its distance from the head in `tail`, and all reference counts live i
     private:  swap_entry of a page in the swap cache, else the owner's word
     entire_mapcount, large_mapcount (of the head of a large folio): how often it is mapped as a whole, and
               how many entries map it or a part of it
+    pincount: how many of the references to a large folio are pins
+    nr_pages_mapped: how many pages of a large folio have entries of their own, plus ENTIRELY_MAPPED if
+              it is mapped as a whole; mm_mapcount: how many of its entries each address space has
     index:    linear_page_index in its anon_vma or file
     mapping:  AnonVma or address space, absent for pages nobody maps
 
-Not modelled: page_ref tracing, per-page LRU links (lru.py keeps the lists), the folio
-type's large-mapcount tricks (each 4 KiB page counts for itself).
+Not modelled: page_ref tracing, per-page LRU links (lru.py keeps the lists), that a large folio remembers
+two address spaces only (more than two at a time are counted exactly here).
 """
 
 from __future__ import annotations
@@ -29,14 +32,14 @@ if TYPE_CHECKING:
     from host_mm.host import HostMm
 
 __all__ = [
-    "GUP_PIN_COUNTING_BIAS", "PAGE_FLAGS_CHECK_AT_FREE", "PG_active", "PG_anon", "PG_anon_exclusive",
-    "PG_buddy", "PG_dirty", "PG_head", "PG_hugetlb", "PG_hwpoison", "PG_idle", "PG_ksm", "PG_locked",
+    "ENTIRELY_MAPPED", "GUP_PIN_COUNTING_BIAS", "PAGE_FLAGS_CHECK_AT_FREE", "PG_active", "PG_anon",
+    "PG_anon_exclusive", "PG_buddy", "PG_dirty", "PG_head", "PG_hugetlb", "PG_hwpoison", "PG_idle", "PG_ksm",
+    "PG_locked",
     "PG_lru", "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced", "PG_reserved", "PG_swapbacked",
     "PG_swapcache", "PG_table", "PG_unevictable", "PG_uptodate", "PG_workingset", "PG_writeback",
-    "PG_young", "PG_zone_device", "Pages", "decode_page_flags", "folio_mapcount",
-    "folio_maybe_dma_pinned", "folio_nr_pages", "folio_ref_freeze", "folio_ref_unfreeze",
-    "folio_test_large", "get_page", "mm_counter", "page_folio", "put_page",
-    "set_page_dirty", "try_get_page",
+    "PG_young", "PG_zone_device", "Pages", "decode_page_flags", "folio_mapcount", "folio_maybe_dma_pinned",
+    "folio_maybe_mapped_shared", "folio_nr_pages", "folio_ref_freeze", "folio_ref_unfreeze",
+    "folio_test_large", "get_page", "mm_counter", "page_folio", "put_page", "set_page_dirty", "try_get_page",
 ]
 
 # Masks, at the kernel's bit numbers.
@@ -74,8 +77,12 @@ PG_zone_device = 1 << 40
 PAGE_FLAGS_CHECK_AT_FREE = PG_locked | PG_writeback | PG_lru | PG_active | PG_swapcache | PG_unevictable
 """A page that still bears one of these when its last reference goes is a bug (mm/page_alloc.c)."""
 
+ENTIRELY_MAPPED = 1 << 23
+"""mm/internal.h: what one mapping of the whole adds to nr_pages_mapped."""
+
 GUP_PIN_COUNTING_BIAS = 1024
-"""include/linux/mm.h: what one pin_user_pages() adds to the reference count of a small folio."""
+"""include/linux/mm.h: what one pin_user_pages() adds to the reference count of a small folio; a large one
+counts its pins in pincount, and one reference for each."""
 
 _NAMES = {
     PG_locked: "locked", PG_writeback: "writeback", PG_referenced: "referenced", PG_uptodate: "uptodate",
@@ -93,7 +100,7 @@ class Pages:
 
     __slots__ = (
         "entire_mapcount", "flags", "generation", "index", "large_mapcount", "mapcount", "mapping",
-        "nr_frames", "order", "private", "refcount", "tail",
+        "mm_mapcount", "nr_frames", "nr_pages_mapped", "order", "pincount", "private", "refcount", "tail",
     )
 
     def __init__(self, nr_frames: int) -> None:
@@ -102,6 +109,8 @@ class Pages:
         self.mapcount = column("i", nr_frames)
         self.entire_mapcount = column("i", nr_frames)
         self.large_mapcount = column("i", nr_frames)
+        self.nr_pages_mapped = column("i", nr_frames)
+        self.pincount = column("i", nr_frames)
         self.flags = column("Q", nr_frames)
         self.index = column("Q", nr_frames)
         self.private = column("Q", nr_frames)
@@ -109,6 +118,7 @@ class Pages:
         self.order = column("B", nr_frames)
         self.tail = column("I", nr_frames)
         self.mapping: dict[int, Any] = {}
+        self.mm_mapcount: dict[int, dict[Any, int]] = {}
 
 
 def decode_page_flags(flags: int) -> str:
@@ -134,6 +144,13 @@ def folio_nr_pages(pages: Pages, head: int) -> int:
 def folio_mapcount(pages: Pages, head: int) -> int:
     """How many entries, of whatever level, map the folio or a part of it."""
     return pages.large_mapcount[head] if pages.flags[head] & PG_head else pages.mapcount[head]
+
+
+def folio_maybe_mapped_shared(pages: Pages, head: int) -> bool:
+    """Whether more than one address space maps the folio; small ones and hugetlb: more than one entry."""
+    if pages.flags[head] & (PG_head | PG_hugetlb) != PG_head:
+        return folio_mapcount(pages, head) > 1
+    return pages.large_mapcount[head] > 1 and len(pages.mm_mapcount.get(head, ())) > 1
 
 
 def mm_counter(pages: Pages, head: int) -> int:
@@ -208,8 +225,11 @@ def folio_ref_unfreeze(pages: Pages, pfn: int, count: int) -> None:
 
 
 def folio_maybe_dma_pinned(pages: Pages, pfn: int) -> bool:
-    """Whether somebody may hold a pin_user_pages() pin: the count says so, with false positives."""
-    return pages.refcount[pfn - pages.tail[pfn]] >= GUP_PIN_COUNTING_BIAS
+    """Whether somebody may hold a pin_user_pages() pin; exact for a large folio, else by its count."""
+    head = pfn - pages.tail[pfn]
+    if pages.flags[head] & PG_head:
+        return pages.pincount[head] > 0
+    return pages.refcount[head] >= GUP_PIN_COUNTING_BIAS
 
 
 def set_page_dirty(host: HostMm, pfn: int) -> None:

@@ -44,6 +44,7 @@ from host_mm.page import (
     PG_hwpoison,
     PG_mlocked,
     PG_reserved,
+    folio_nr_pages,
 )
 from trace_events.tracepoint import Tracepoint
 
@@ -228,6 +229,8 @@ class PageAllocator:
         host = self.host
         if host.memcg.folios:
             host.memcg.uncharge(pfn, 1 << order)
+        if order:
+            host.thp.unqueue_deferred_split(pfn)
         pages = host.pages
         if pages.flags[pfn] & PG_hwpoison and not order:
             # Whoever found the error keeps the frame out of the lists for good.
@@ -253,7 +256,10 @@ class PageAllocator:
         host = self.host
         pages = host.pages
         flags = pages.flags[pfn]
-        mapped = pages.mapcount[pfn] or pages.entire_mapcount[pfn] or pages.large_mapcount[pfn]
+        mapped = (
+            pages.mapcount[pfn] or pages.entire_mapcount[pfn] or pages.large_mapcount[pfn]
+            or pages.nr_pages_mapped[pfn]
+        )
         if flags & _BAD_AT_FREE or pages.refcount[pfn] or mapped:
             raise BrokenTruth(
                 "bad-page-state",
@@ -264,8 +270,9 @@ class PageAllocator:
         if mapping is not None:
             del pages.mapping[pfn]
         if flags & PG_mlocked:
-            host.vmstat["nr_mlock"] -= 1
-            host.vmstat["unevictable_pgs_cleared"] += 1
+            nr_pages = folio_nr_pages(pages, pfn)
+            host.vmstat["nr_mlock"] -= nr_pages
+            host.vmstat["unevictable_pgs_cleared"] += nr_pages
         pages.flags[pfn] = 0
         pages.private[pfn] = 0
         pages.index[pfn] = 0

@@ -6,7 +6,7 @@ and write), include/linux/page_idle.h; Linux 6.18.
 Whoever clears an accessed bit on his own account leaves PG_young behind, so that reclaim does not take
 the page for unused; whoever finds an access clears PG_idle.
 
-Not modelled: the sysfs file's binary form (the bitmap is asked for by frame), huge entries.
+Not modelled: the sysfs file's binary form (the bitmap is asked for by frame).
 """
 
 from __future__ import annotations
@@ -15,12 +15,25 @@ from errno import EINVAL, ENXIO
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
+from host_mm.arch.x86.pgtable import pte_present
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.kernel.costs import COST_SCAN_PAGE
 from host_mm.kernel.errors import KernelError
-from host_mm.page import PG_anon, PG_idle, PG_ksm, PG_lru, PG_young, page_folio, put_page, try_get_page
-from host_mm.pgtable_generic import pte_lockptr, ptep_test_and_clear_young
-from host_mm.rmap import page_vma_mapped_walk, rmap_walk
+from host_mm.page import (
+    PG_anon,
+    PG_idle,
+    PG_ksm,
+    PG_lru,
+    PG_young,
+    folio_mapcount,
+    page_folio,
+    put_page,
+    try_get_page,
+)
+from host_mm.page_vma_mapped import PageVmaMappedWalk
+from host_mm.pgtable_generic import ptep_get, ptep_test_and_clear_young
+from host_mm.pgtable_huge import pmdp_clear_young_notify
+from host_mm.rmap import rmap_walk
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -57,17 +70,20 @@ def page_idle_clear_pte_refs(host: HostMm, pfn: int) -> None:
 
     def one(vma: VmArea, address: int) -> bool:
         mm = vma.mm
-        pte = page_vma_mapped_walk(host, pfn, vma, address)
-        if not pte:
-            return True
-        referenced = int(ptep_test_and_clear_young(mm, address, pte))
-        referenced |= mmu_notifier.mmu_notifier_clear_young(mm, address, address + 4096)
-        pte_lockptr(mm, pte).unlock()
+        referenced = 0
+        walk = PageVmaMappedWalk(host, pfn, vma, address)
+        while walk.next():
+            if not walk.pte:
+                referenced |= pmdp_clear_young_notify(mm, walk.address, walk.pmd)
+                continue
+            if pte_present(ptep_get(mm, walk.pte)):
+                referenced |= ptep_test_and_clear_young(mm, walk.address, walk.pte)
+            referenced |= mmu_notifier.mmu_notifier_clear_young(mm, walk.address, walk.address + 4096)
         if referenced:
             flags[pfn] = (flags[pfn] & ~PG_idle) | PG_young
         return True
 
-    if not host.pages.mapcount[pfn] or pfn not in host.pages.mapping:
+    if not folio_mapcount(host.pages, pfn) or pfn not in host.pages.mapping:
         return
     lock = needs_folio_lock(host, pfn)
     if lock and not folio_trylock(host, pfn):
@@ -78,8 +94,8 @@ def page_idle_clear_pte_refs(host: HostMm, pfn: int) -> None:
 
 
 def page_set_idle(host: HostMm, pfn: int) -> bool:
-    """Make one frame idle, its accessed bits clear; false if it is on no list."""
-    folio = page_idle_get_folio(host, pfn)
+    """Make one frame idle, its accessed bits clear; false if it is on no list, or not its folio's first."""
+    folio = page_idle_get_folio(host, pfn) if not host.pages.tail[pfn] else -1
     if folio < 0:
         return False
     page_idle_clear_pte_refs(host, folio)
@@ -89,8 +105,11 @@ def page_set_idle(host: HostMm, pfn: int) -> bool:
 
 
 def page_is_idle(host: HostMm, pfn: int) -> bool:
-    """Whether nobody used the frame since it was made idle: asking clears the accessed bits."""
-    folio = page_idle_get_folio(host, pfn)
+    """Whether nobody used the frame since it was made idle: asking clears the accessed bits.
+
+    A large folio is as idle as all of it, and its first frame says so.
+    """
+    folio = page_idle_get_folio(host, pfn) if not host.pages.tail[pfn] else -1
     if folio < 0:
         return False
     flags = host.pages.flags

@@ -17,7 +17,7 @@ from errno import EBUSY
 from typing import TYPE_CHECKING
 
 from host_mm.mmzone import MAX_ORDER, MIGRATE_ISOLATE, PAGEBLOCK_NR_PAGES, PAGEBLOCK_ORDER, ZONE_MOVABLE
-from host_mm.page import PG_buddy, PG_head, PG_hwpoison, PG_lru, PG_reserved
+from host_mm.page import PG_buddy, PG_head, PG_hugetlb, PG_hwpoison, PG_lru, PG_reserved
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def has_unmovable_pages(host: HostMm, start: int, end: int, mode: int) -> int:
         size = 1
         if movable_zone:
             pass
-        elif flags & PG_buddy or (flags & PG_head and flags & PG_lru):
+        elif flags & PG_buddy or (flags & PG_head and flags & (PG_lru | PG_hugetlb)):
             size = 1 << pages.order[pfn]
         elif pages.refcount[pfn] and not flags & PG_lru:
             if not (mode == PB_ISOLATE_MODE_MEM_OFFLINE and flags & PG_hwpoison):

@@ -13,8 +13,8 @@ without the lock: who writes meanwhile makes the page dirty, and it goes out onc
 
 The flusher is a work item that reclaim queues when it meets nothing but dirty pages of files.
 
-Not modelled: periodic writeback and limits on dirty pages (only reclaim, fsync and the end of a file write),
-cgroup writeback, errors, per-device bandwidth.
+Not modelled: huge entries of files with a device to write to, periodic writeback and limits on dirty pages
+(only reclaim, fsync and the end of a file write), cgroup writeback, errors, per-device bandwidth.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from host_mm.filemap import folio_unlock, folio_wait_writeback
 from host_mm.filemap_cache import END_OF_FILE, filemap_lock_folio
 from host_mm.mm_types import VM_SHARED
 from host_mm.page import PG_dirty, PG_writeback, folio_mapcount, put_page, set_page_dirty
-from host_mm.pgtable_generic import pte_lockptr, ptep_clear_flush, ptep_get, set_pte
-from host_mm.rmap import page_vma_mapped_walk, rmap_walk
+from host_mm.page_vma_mapped import PageVmaMappedWalk
+from host_mm.pgtable_generic import ptep_clear_flush, ptep_get, set_pte
+from host_mm.rmap import rmap_walk
 
 if TYPE_CHECKING:
     from host_mm.address_space import AddressSpace
@@ -84,23 +85,20 @@ def folio_mkclean(host: HostMm, head: int) -> int:
 
 def _page_vma_mkclean_one(host: HostMm, head: int, vma: VmArea, address: int) -> int:
     mm = vma.mm
+    walk = PageVmaMappedWalk(host, head, vma, address, sync=True)
     range_ = mmu_notifier.mmu_notifier_range_init(
-        mmu_notifier.MMU_NOTIFY_PROTECTION_PAGE, mm, address, address + 4096,
-        order=mmu_notifier.ORDER_UNDER_PTL,
+        mmu_notifier.MMU_NOTIFY_PROTECTION_PAGE, mm, address, walk.end, order=mmu_notifier.ORDER_UNDER_PTL
     )
     mmu_notifier.mmu_notifier_invalidate_range_start(range_)
     cleaned = 0
-    pte = page_vma_mapped_walk(host, head, vma, address)
-    if pte:
-        entry = ptep_get(mm, pte)
-        if pte_dirty(entry) or pte_write(entry):
-            if "mkclean-no-flush" in host.breaks:
-                set_pte(mm, address, pte, pte_mkclean(pte_wrprotect(entry)))
-            else:
-                entry = ptep_clear_flush(mm, address, pte)
-                set_pte(mm, address, pte, pte_mkclean(pte_wrprotect(entry)))
-            cleaned = 1
-        pte_lockptr(mm, pte).unlock()
+    while walk.next():
+        entry = ptep_get(mm, walk.pte)
+        if not pte_dirty(entry) and not pte_write(entry):
+            continue
+        if "mkclean-no-flush" not in host.breaks:
+            entry = ptep_clear_flush(mm, walk.address, walk.pte)
+        set_pte(mm, walk.address, walk.pte, pte_mkclean(pte_wrprotect(entry)))
+        cleaned += 1
     mmu_notifier.mmu_notifier_invalidate_range_end(range_)
     return cleaned
 

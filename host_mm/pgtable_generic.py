@@ -39,11 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "free_pgd_range", "free_tables", "mm_find_pmd", "move_table", "pgd_alloc", "pgd_free", "pmd_alloc",
-    "pmd_entries", "pmd_lock", "pmd_lockptr", "pmd_offset", "pmd_slots", "pte_alloc", "pte_clear",
-    "pte_lockptr", "pte_offset_map", "pte_offset_map_lock", "ptep_clear_flush", "ptep_get",
-    "ptep_get_and_clear",
-    "ptep_set_access_flags", "ptep_set_wrprotect", "ptep_test_and_clear_young", "pud_alloc",
-    "pud_entries", "pud_offset", "set_pmd", "set_pte",
+    "pmd_entries", "pmd_lock", "pmd_lockptr", "pmd_offset", "pmd_slots", "pte_alloc", "pte_alloc_one",
+    "pte_clear", "pte_free", "pte_lockptr", "pte_offset_map", "pte_offset_map_lock", "ptep_clear_flush",
+    "ptep_get", "ptep_get_and_clear", "ptep_set_access_flags", "ptep_set_wrprotect",
+    "ptep_test_and_clear_young", "pud_alloc", "pud_entries", "pud_offset", "set_pmd", "set_pte",
 ]
 
 
@@ -265,19 +264,32 @@ def pmd_alloc(mm: MmStruct, address: int) -> int:
     return table + ((address >> 21) & 511) * 8
 
 
+def pte_alloc_one(mm: MmStruct) -> int:
+    """A level-1 table that hangs nowhere yet and is counted nowhere, or -1."""
+    new = _alloc_table(mm)
+    if new >= 0:
+        mm.pte_locks[new] = Spinlock(mm.host.sched, "ptl")
+    return new
+
+
+def pte_free(mm: MmStruct, pfn: int) -> None:
+    """Give back a table of pte_alloc_one that hangs nowhere."""
+    del mm.pte_locks[pfn]
+    _free_table(mm, pfn)
+
+
 def pte_alloc(mm: MmStruct, pmd: int) -> bool:
     """See that something hangs below level-2 entry `pmd`, a table if it was empty; false: no memory."""
     if mm.host.ram.u64[pmd >> 3]:
         return True
-    new = _alloc_table(mm)
+    new = pte_alloc_one(mm)
     if new < 0:
         return False
     lock = pmd_lock(mm, pmd)
     if mm.host.ram.u64[pmd >> 3]:
         lock.unlock()
-        _free_table(mm, new)
+        pte_free(mm, new)
         return True
-    mm.pte_locks[new] = Spinlock(mm.host.sched, "ptl")
     mm.pgtables_bytes += 4096
     _set_table(mm, pmd, new << 12 | _PAGE_TABLE)
     lock.unlock()

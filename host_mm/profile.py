@@ -16,6 +16,7 @@ import msgspec
 
 __all__ = ["LINUX_5_10", "LINUX_6_18", "PROFILES", "MmProfile"]
 
+
 class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     """One kernel's mm. The defaults are those of 6.18.
 
@@ -40,11 +41,12 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     and dirty bits over.
 
     Features. `mremap_moves_level`: the highest level whose whole tables mremap moves. `mremap_realigns`: it
-    extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `ksm_smart_scan`:
-    ksmd skips pages that it tried to merge in vain. `device_exclusive`: make_device_exclusive exists (the
-    EXCLUSIVE event). `device_inserts_name_owner`: the bracket in which holes become device memory is MIGRATE
-    with its owner, else CLEAR. `pagemap_scan`: that ioctl exists. `userfaultfd_features`: the UFFD_FEATURE_*
-    that UFFDIO_API offers, with their ioctls.
+    extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `madv_collapse`: so does
+    MADV_COLLAPSE. `ksm_smart_scan`: ksmd skips pages that it tried to merge in vain. `device_exclusive`:
+    make_device_exclusive exists (the EXCLUSIVE event). `device_inserts_name_owner`: the bracket in which
+    holes become device memory is MIGRATE with its owner, else CLEAR. `pagemap_scan`: that ioctl exists.
+    `userfaultfd_features`: the UFFD_FEATURE_* that UFFDIO_API offers, with their ioctls.
+    `refuses_longterm_file_pins`: no long-term pin for writing of a page whose file must know of writes.
     """
 
     name: str
@@ -66,11 +68,14 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     mremap_moves_level: int = 3
     mremap_realigns: bool = True
     madv_populate: bool = True
+    madv_collapse: bool = True
     ksm_smart_scan: bool = True
     device_exclusive: bool = True
     pagemap_scan: bool = True
+    refuses_longterm_file_pins: bool = True
     device_inserts_name_owner: bool = True
     userfaultfd_features: int = 0x1FCA1
+
 
 LINUX_6_18 = MmProfile(name="linux-6.18")
 LINUX_5_10 = MmProfile(
@@ -99,9 +104,11 @@ LINUX_5_10 = MmProfile(
     mremap_moves_level=2,
     mremap_realigns=False,
     madv_populate=False,
+    madv_collapse=False,
     ksm_smart_scan=False,
     device_exclusive=False,
     pagemap_scan=False,
+    refuses_longterm_file_pins=False,
     device_inserts_name_owner=False,
     userfaultfd_features=0xA1,
 )

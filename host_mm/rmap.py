@@ -2,8 +2,9 @@
 
 Source of truth: mm/rmap.c (anon_vma_prepare, anon_vma_clone, anon_vma_fork, unlink_anon_vmas,
 rmap_walk_anon, rmap_walk_file, folio_referenced_one, folio_add_new_anon_rmap, folio_remove_rmap_pte),
-mm/page_vma_mapped.c, include/linux/rmap.h (folio_try_dup_anon_rmap_pte, folio_try_share_anon_rmap_pte);
-Linux 6.18. Unmapping and migration entries are in rmap_unmap.py, the walk of a KSM page in ksm_types.py.
+include/linux/rmap.h (folio_try_dup_anon_rmap_pte, folio_try_share_anon_rmap_pte); Linux 6.18. Unmapping
+and migration entries are in rmap_unmap.py, the walk of a KSM page in ksm_types.py, the walk of one VMA in
+page_vma_mapped.py, the counts of large folios in rmap_large.py.
 
 A page belongs to the anon_vma of the VMA that faulted it; a fork gives the child VMA an anon_vma of its
 own and links it to all of its parent's, so that an old page is found in both and a new one only where
@@ -11,7 +12,7 @@ it was made. All anon_vmas of one fork tree share their root's rwsem.
 
 A file's page is found through the VMAs in its address space's i_mmap.
 
-Not modelled: huge entries, the interval trees' O(log n) descent (chains and i_mmap are scanned).
+Not modelled: the interval trees' O(log n) descent (chains and i_mmap are scanned).
 """
 
 from __future__ import annotations
@@ -21,17 +22,7 @@ from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
 from host_mm.address_space import vmas_of_pages
-from host_mm.arch.x86.pgtable import (
-    SWP_PFN_MASK,
-    is_device_exclusive_entry,
-    is_device_private_entry,
-    is_migration_entry,
-    is_swap_pte,
-    pte_pfn,
-    pte_present,
-    pte_to_swp_entry,
-    swp_offset,
-)
+from host_mm.arch.x86.pgtable import PMD_SIZE
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.ksm_types import rmap_walk_ksm
@@ -47,7 +38,6 @@ from host_mm.mm_types import (
     AnonVmaChain,
 )
 from host_mm.page import (
-    GUP_PIN_COUNTING_BIAS,
     PG_anon,
     PG_anon_exclusive,
     PG_head,
@@ -56,16 +46,19 @@ from host_mm.page import (
     PG_swapbacked,
     PG_young,
     folio_mapcount,
+    folio_maybe_dma_pinned,
+    folio_maybe_mapped_shared,
     folio_nr_pages,
-    page_folio,
 )
-from host_mm.pgtable_generic import (
-    mm_find_pmd,
-    pte_lockptr,
-    pte_offset_map,
-    pte_offset_map_lock,
-    ptep_get,
-    ptep_test_and_clear_young,
+from host_mm.page_vma_mapped import PageVmaMappedWalk, vma_address
+from host_mm.pgtable_generic import ptep_test_and_clear_young
+from host_mm.pgtable_huge import pmdp_test_and_clear_young
+from host_mm.rmap_large import (
+    folio_add_anon_rmap_ptes,
+    folio_add_large_rmap_ptes,
+    folio_remove_large_rmap_pte,
+    mapped_stat,
+    set_new_large_rmap,
 )
 
 if TYPE_CHECKING:
@@ -76,8 +69,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "anon_vma_clone", "anon_vma_fork", "anon_vma_prepare", "find_mergeable_anon_vma",
-    "folio_add_anon_rmap_pte", "folio_add_file_rmap_pte", "folio_add_new_anon_rmap", "folio_get_anon_vma",
-    "folio_move_anon_rmap",
+    "folio_add_anon_rmap_pte", "folio_add_file_rmap_pte", "folio_add_new_anon_rmap",
+    "folio_dup_file_rmap_pte", "folio_get_anon_vma", "folio_move_anon_rmap",
     "folio_referenced", "folio_remove_rmap_pte", "folio_try_dup_anon_rmap_pte",
     "folio_try_share_anon_rmap_pte", "page_vma_mapped_walk", "rmap_walk", "unlink_anon_vmas",
 ]
@@ -189,7 +182,7 @@ def unlink_anon_vmas(vma: VmArea) -> None:
 def folio_add_new_anon_rmap(
     host: HostMm, pfn: int, vma: VmArea, address: int, *, exclusive: bool = True
 ) -> None:
-    """First mapping of a page nobody else knows."""
+    """First mapping of a folio nobody else knows; a large one is mapped as a whole."""
     pages = host.pages
     anon_vma = vma.anon_vma
     if anon_vma is None:
@@ -201,6 +194,9 @@ def folio_add_new_anon_rmap(
     pages.index[pfn] = vma.page_index(address)
     owned = exclusive and host.profile.anon_exclusive
     pages.flags[pfn] |= PG_anon | PG_swapbacked | (PG_anon_exclusive if owned else 0)
+    if pages.flags[pfn] & PG_head:
+        set_new_large_rmap(host, pfn, vma)
+        return
     pages.mapcount[pfn] = 1
     host.vmstat["nr_anon_pages"] += 1
 
@@ -208,6 +204,10 @@ def folio_add_new_anon_rmap(
 def folio_add_anon_rmap_pte(host: HostMm, pfn: int, vma: VmArea, address: int, *, exclusive: bool) -> None:
     """One more entry maps a known anonymous page (swap-in, migration restore)."""
     pages = host.pages
+    if pages.tail[pfn] or pages.flags[pfn] & PG_head:
+        # Whether the VMA maps all of a large folio is for reclaim to find out: it is not mlocked here.
+        folio_add_anon_rmap_ptes(host, pfn - pages.tail[pfn], pfn, 1, vma, exclusive=exclusive)
+        return
     if not pages.mapcount[pfn]:
         host.vmstat["nr_anon_pages"] += 1
     pages.mapcount[pfn] += 1
@@ -219,21 +219,19 @@ def folio_add_anon_rmap_pte(host: HostMm, pfn: int, vma: VmArea, address: int, *
 def folio_remove_rmap_pte(host: HostMm, pfn: int, vma: VmArea) -> None:
     """One entry less maps the page; it was `vma`'s."""
     pages = host.pages
+    if pages.tail[pfn] or pages.flags[pfn] & PG_head:
+        folio_remove_large_rmap_pte(host, pfn - pages.tail[pfn], pfn, vma)
+        return
     count = pages.mapcount[pfn] - 1
     if count < 0:
         raise BrokenTruth(
             "page-mapcount", f"pfn {pfn:#x} loses an entry it does not have", host.stream.here()
         )
     pages.mapcount[pfn] = count
-    head = page_folio(pages, pfn)
-    if pages.flags[head] & PG_head:
-        pages.large_mapcount[head] -= 1
-    if not folio_mapcount(pages, head):
-        flags = pages.flags[head]
-        shared = "nr_shmem_mapped" if flags & PG_swapbacked else "nr_file_mapped"
-        host.vmstat["nr_anon_pages" if flags & PG_anon else shared] -= 1
+    if not count:
+        host.vmstat[mapped_stat(pages.flags[pfn])] -= 1
     if vma.flags & VM_LOCKED:
-        host.lru.munlock_folio(head)
+        host.lru.munlock_folio(pfn)
 
 
 def folio_move_anon_rmap(host: HostMm, pfn: int, vma: VmArea) -> None:
@@ -241,19 +239,17 @@ def folio_move_anon_rmap(host: HostMm, pfn: int, vma: VmArea) -> None:
     host.pages.mapping[pfn] = vma.anon_vma
 
 
-def _needs_cow_for_dma(vma: VmArea, host: HostMm, pfn: int) -> bool:
-    from_pinning = vma.mm.flags & MMF_HAS_PINNED
-    return bool(from_pinning) and host.pages.refcount[pfn] >= GUP_PIN_COUNTING_BIAS
-
-
-def folio_try_dup_anon_rmap_pte(host: HostMm, pfn: int, src_vma: VmArea) -> bool:
+def folio_try_dup_anon_rmap_pte(host: HostMm, pfn: int, dst_vma: VmArea, src_vma: VmArea) -> bool:
     """Fork shares the page with the child; false if it may be pinned and must be copied."""
     pages = host.pages
     if pages.flags[pfn] & PG_anon_exclusive or not host.profile.anon_exclusive:
-        if _needs_cow_for_dma(src_vma, host, pfn):
+        if src_vma.mm.flags & MMF_HAS_PINNED and folio_maybe_dma_pinned(pages, pfn):
             return False
         pages.flags[pfn] &= ~PG_anon_exclusive
-    pages.mapcount[pfn] += 1
+    if pages.tail[pfn] or pages.flags[pfn] & PG_head:
+        folio_add_large_rmap_ptes(host, pfn - pages.tail[pfn], pfn, 1, dst_vma.mm)
+    else:
+        pages.mapcount[pfn] += 1
     return True
 
 
@@ -263,7 +259,7 @@ def folio_try_share_anon_rmap_pte(host: HostMm, pfn: int) -> bool:
     The entry was cleared before: fast GUP re-reads it after it took its reference.
     """
     pages = host.pages
-    if pages.refcount[pfn] >= GUP_PIN_COUNTING_BIAS:
+    if folio_maybe_dma_pinned(pages, pfn):
         return False
     pages.flags[pfn] &= ~PG_anon_exclusive
     return True
@@ -271,59 +267,35 @@ def folio_try_share_anon_rmap_pte(host: HostMm, pfn: int) -> bool:
 
 def folio_add_file_rmap_pte(host: HostMm, pfn: int, vma: VmArea) -> None:
     """One more entry maps a page of a file."""
+    folio_dup_file_rmap_pte(host, pfn, vma)
+    if not (host.pages.tail[pfn] or host.pages.flags[pfn] & PG_head):
+        host.lru.mlock_vma_folio(pfn, vma)
+
+
+def folio_dup_file_rmap_pte(host: HostMm, pfn: int, dst_vma: VmArea) -> None:
+    """Fork gives the child an entry of a page of a file."""
     pages = host.pages
-    head = page_folio(pages, pfn)
-    if not folio_mapcount(pages, head):
-        host.vmstat["nr_shmem_mapped" if pages.flags[head] & PG_swapbacked else "nr_file_mapped"] += 1
+    if pages.tail[pfn] or pages.flags[pfn] & PG_head:
+        folio_add_large_rmap_ptes(host, pfn - pages.tail[pfn], pfn, 1, dst_vma.mm)
+        return
+    if not pages.mapcount[pfn]:
+        host.vmstat[mapped_stat(pages.flags[pfn])] += 1
     pages.mapcount[pfn] += 1
-    if pages.flags[head] & PG_head:
-        pages.large_mapcount[head] += 1
-    host.lru.mlock_vma_folio(head, vma)
 
 
 # -- walking ------------------------------------------------------------------------------------
 def folio_get_anon_vma(host: HostMm, pfn: int) -> AnonVma | None:
     """The anon_vma of a mapped anonymous page; a KSM page has none."""
     pages = host.pages
-    if pages.flags[pfn] & (PG_anon | PG_ksm) != PG_anon or pages.mapcount[pfn] <= 0:
+    if pages.flags[pfn] & (PG_anon | PG_ksm) != PG_anon or folio_mapcount(pages, pfn) <= 0:
         return None
     return pages.mapping.get(pfn)
 
 
-def page_vma_mapped_walk(
-    host: HostMm, pfn: int, vma: VmArea, address: int, *, migration: bool = False
-) -> int:
-    """The entry of `vma` at `address` that maps `pfn`, its table locked; 0 and no lock if none does.
-
-    With `migration` it looks for a migration entry of the page instead.
-    """
-    mm = vma.mm
-    pmd = mm_find_pmd(mm, address) if mm.pgd else 0
-    if not pmd:
-        return 0
-    pte = pte_offset_map(mm, pmd, address)
-    if not pte or not ptep_get(mm, pte):
-        return 0
-    pte = pte_offset_map_lock(mm, pmd, address)
-    if not pte:
-        return 0
-    entry = ptep_get(mm, pte)
-    if migration:
-        if is_swap_pte(entry):
-            swp = pte_to_swp_entry(entry)
-            if is_migration_entry(swp) and swp_offset(swp) & SWP_PFN_MASK == pfn:
-                return pte
-    elif pte_present(entry):
-        if pte_pfn(entry) == pfn:
-            return pte
-    elif is_swap_pte(entry):
-        # A page that a device has counts as mapped.
-        swp = pte_to_swp_entry(entry)
-        device = is_device_private_entry(swp) or is_device_exclusive_entry(swp)
-        if device and swp_offset(swp) & SWP_PFN_MASK == pfn:
-            return pte
-    pte_lockptr(mm, pte).unlock()
-    return 0
+def page_vma_mapped_walk(host: HostMm, pfn: int, vma: VmArea, address: int) -> int:
+    """The entry of `vma` at `address` that maps small folio `pfn`, its table locked; 0: none, not locked."""
+    walk = PageVmaMappedWalk(host, pfn, vma, address)
+    return walk.pte if walk.next() else 0
 
 
 def rmap_walk(
@@ -357,9 +329,10 @@ def rmap_walk(
             rwsem.read_unlock()
             return rmap_walk(host, pfn, rmap_one, try_lock=try_lock, done=done)
     index = host.pages.index[pfn]
+    nr_pages = folio_nr_pages(host.pages, pfn)
     hits: list[tuple[int, VmArea, int]] = []
     for avc in anon_vma.chains.values():
-        address = avc.vma.address_of_index(index)
+        address = vma_address(avc.vma, index, nr_pages)
         if address >= 0:
             hits.append((avc.vma.pgoff, avc.vma, address))
     if len(hits) > 1:
@@ -408,7 +381,7 @@ class _Referenced:
         self.host = host
         self.memcg = memcg
         self.pfn = pfn
-        self.mapcount = host.pages.mapcount[pfn]
+        self.mapcount = folio_mapcount(host.pages, pfn)
         self.referenced = 0
         self.vm_flags = 0
 
@@ -421,27 +394,34 @@ class _Referenced:
             # Reclaim for one group does not ask other groups.
             return True
         pages = host.pages
-        pte = page_vma_mapped_walk(host, pfn, vma, address)
-        referenced = 0
-        if pte:
-            ptl = pte_lockptr(mm, pte)
+        walk = PageVmaMappedWalk(host, pfn, vma, address)
+        referenced = entries = 0
+        while walk.next():
             if vma.flags & VM_LOCKED:
+                entries += 1
+                self.mapcount -= 1
+                # Only a folio that the VMA maps as a whole, seen under one lock, is locked.
+                if walk.pte and (entries != walk.nr_pages or walk.crossed):
+                    continue
                 # Restore the mlock that got missed.
                 host.lru.mlock_vma_folio(pfn, vma)
-                ptl.unlock()
+                walk.done()
                 self.vm_flags |= VM_LOCKED
                 return False
             exiting = mm.mm_users == 0 or mm.flags & MMF_UNSTABLE
-            if exiting and pages.flags[pfn] & PG_swapbacked and pages.mapcount[pfn] == 1:
-                ptl.unlock()
+            swapbacked = pages.flags[pfn] & (PG_anon | PG_swapbacked) == PG_anon | PG_swapbacked
+            if exiting and swapbacked and not folio_maybe_mapped_shared(pages, pfn):
+                walk.done()
                 self.referenced = -1
                 return False
-            if host.lru_gen_enabled:
-                referenced = int(host.gens.look_around(pfn, vma, address, pte))
+            if host.lru_gen_enabled and walk.pte:
+                young = int(host.gens.look_around(pfn, vma, walk.address, walk.pte))
+            elif walk.pte:
+                young = _ptep_clear_flush_young_notify(mm, walk.address, walk.pte)
             else:
-                referenced = _ptep_clear_flush_young_notify(mm, address, pte)
+                young = _pmdp_clear_flush_young_notify(mm, walk.address, walk.pmd)
+            referenced += bool(young)
             self.mapcount -= 1
-            ptl.unlock()
         if referenced:
             pages.flags[pfn] &= ~PG_idle
         if pages.flags[pfn] & PG_young:
@@ -456,6 +436,11 @@ class _Referenced:
 def _ptep_clear_flush_young_notify(mm: MmStruct, address: int, pte: int) -> int:
     young = int(ptep_test_and_clear_young(mm, address, pte))
     return young | mmu_notifier.mmu_notifier_clear_flush_young(mm, address, address + 4096)
+
+
+def _pmdp_clear_flush_young_notify(mm: MmStruct, address: int, pmd: int) -> int:
+    young = int(pmdp_test_and_clear_young(mm, address, pmd))
+    return young | mmu_notifier.mmu_notifier_clear_flush_young(mm, address, address + PMD_SIZE)
 
 
 def folio_referenced(

@@ -29,7 +29,7 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.filemap import folio_lock, folio_unlock
 from host_mm.gup import FOLL_WRITE, get_user_page_remote
-from host_mm.page import PG_anon, put_page, set_page_dirty
+from host_mm.page import PG_anon, PG_hugetlb, page_folio, put_page, set_page_dirty
 from host_mm.pgtable_generic import (
     pmd_offset,
     pte_lockptr,
@@ -56,8 +56,8 @@ TRACEPOINTS = (DEVICE_EXCLUSIVE,)
 def make_device_exclusive(mm: MmStruct, address: int, owner: Any) -> int:
     """The page at `address`, locked and with a reference, out of the CPU's reach; or a negative errno.
 
-    mmap_lock is held for reading. -EOPNOTSUPP: not anonymous, or a kernel that has no such entries;
-    -EFAULT, -ENOMEM: get_user_pages's.
+    mmap_lock is held for reading. -EOPNOTSUPP: not anonymous, hugetlb, or a kernel that has no such
+    entries; -EFAULT, -ENOMEM: get_user_pages's.
     """
     host = mm.host
     address &= ~0xFFF
@@ -70,7 +70,7 @@ def make_device_exclusive(mm: MmStruct, address: int, owner: Any) -> int:
         if mm.vma_lookup(address) is None:
             put_page(host, pfn)
             return -EFAULT
-        if not host.pages.flags[pfn] & PG_anon:
+        if host.pages.flags[page_folio(host.pages, pfn)] & (PG_anon | PG_hugetlb) != PG_anon:
             put_page(host, pfn)
             return -EOPNOTSUPP
         folio_lock(host, pfn)

@@ -8,9 +8,9 @@ on the anonymous LRU lists, but belong to the file and not to who maps them. On 
 from the page cache to the swap cache and leaves its swap entry in its place; page tables hold nothing of it.
 On the way in it is read into the swap cache first, so that it is found in one of the two at any time.
 
-Truncation, holes, allocation and the file itself are in shmem_file.py.
+Huge pages are in huge_memory_file.py. Truncation, holes, allocation and the file itself are in shmem_file.py.
 
-Not modelled: tmpfs as a file system, quotas and size limits, seals, huge pages, mempolicies of files, swap-in
+Not modelled: tmpfs as a file system, quotas and size limits, seals, mempolicies of files, swap-in
 past the swap cache from synchronous devices, swapoff's search for shmem's entries.
 """
 
@@ -32,6 +32,7 @@ from host_mm.filemap_cache import (
     page_cache_store,
 )
 from host_mm.filemap_fault import maybe_unlock_mmap_for_io
+from host_mm.huge_memory_file import shmem_alloc_huge
 from host_mm.kernel.costs import COST_CLEAR_PAGE
 from host_mm.kernel.sched import WaitQueue
 from host_mm.mm_types import (
@@ -142,9 +143,13 @@ def shmem_get_folio(mapping: AddressSpace, index: int, sgp: int, vmf: VmFault | 
                 continue
             if sgp == SGP_WRITE:
                 host.lru.folio_mark_accessed(head)
-            if not host.pages.flags[head] & PG_uptodate and sgp != SGP_READ:
+            if host.pages.flags[head] & PG_uptodate:
+                return head
+            if sgp != SGP_READ:
                 return _initialise(mapping, head, index, sgp)
-            return head
+            # Allocated, but nobody wrote to it: reads as the hole that it was.
+            folio_unlock(host, head)
+            put_page(host, head)
         if sgp == SGP_READ:
             return NOT_CACHED
         if sgp == SGP_NOALLOC:
@@ -152,7 +157,9 @@ def shmem_get_folio(mapping: AddressSpace, index: int, sgp: int, vmf: VmFault | 
         if vmf is not None and vmf.vma.flags & VM_UFFD_MISSING:
             vmf.fault_type = handle_userfault(vmf, VM_UFFD_MISSING)
             return NOT_CACHED
-        head = _alloc_and_add_folio(mapping, index, vmf.mm if vmf is not None else None)
+        head = shmem_alloc_huge(mapping, index, vmf) if vmf is not None else -1
+        if head == -1:
+            head = _alloc_and_add_folio(mapping, index, vmf.mm if vmf is not None else None)
         if head == -EEXIST:
             continue
         if head < 0:

@@ -31,6 +31,7 @@ from host_mm.filemap_cache import (
     find_get_entries,
 )
 from host_mm.filemap_fault import filemap_map_pages
+from host_mm.huge_memory_file import shmem_allowable_huge_order
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.sched import WaitQueue
 from host_mm.memory_file import unmap_mapping_range
@@ -49,7 +50,7 @@ from host_mm.truncate import find_lock_entries, truncate_inode_folio, truncate_i
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
-    from host_mm.mm_types import VmFault
+    from host_mm.mm_types import VmArea, VmFault
 
 __all__ = ["shmem_file_setup", "shmem_undo_range"]
 
@@ -208,6 +209,10 @@ class ShmemVmOperations(VmOperations):
     def fault(self, vmf: VmFault) -> int:
         """shmem_fault."""
         return shmem_fault(vmf)
+
+    def allowable_huge_order(self, vma: VmArea, forced: bool) -> bool:
+        """shmem_allowable_huge_orders."""
+        return shmem_allowable_huge_order(vma.file, vma, vma.pgoff, forced=forced)
 
 
 class ShmemOperations(AddressSpaceOperations):

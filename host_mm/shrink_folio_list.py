@@ -1,7 +1,7 @@
 """What becomes of folios that reclaim isolated: freed, written, kept or activated.
 
 Source of truth: mm/vmscan.c: shrink_folio_list, folio_check_references, pageout, writeout,
-__remove_mapping, move_folios_to_lru; Linux 6.18, order-0 folios.
+__remove_mapping, move_folios_to_lru; Linux 6.18.
 
 The protocol, in the order of class 2: try_to_unmap replaces every page-table entry by the swap entry
 inside its own bracket and only notes that a flush is due; before the bytes go out a folio that may
@@ -13,7 +13,9 @@ before any frame is given back try_to_unmap_flush has run.
     break free-before-batched-flush    frames are freed before the last flush
     break skip-dirty-check             a folio that is dirty again is dropped
 
-Not modelled: large folios and their splits, demotion to slower nodes,
+A large folio is split before it goes to swap; one of MADV_FREE goes as a whole.
+
+Not modelled: swapping large folios out as a whole (THP_SWAP), demotion to slower nodes,
 PGDAT_WRITEBACK (kswapd does not stall on folios marked for immediate reclaim: nr_immediate stays 0).
 """
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from host_mm.arch.x86.pgtable import HPAGE_PMD_NR
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.kernel.costs import COST_SCAN_PAGE
 from host_mm.mm_types import VM_EXEC, VM_LOCKED
@@ -36,16 +39,19 @@ from host_mm.page import (
     PG_swapcache,
     PG_unevictable,
     PG_writeback,
+    folio_mapcount,
     folio_maybe_dma_pinned,
+    folio_nr_pages,
     folio_ref_freeze,
     folio_ref_unfreeze,
+    folio_test_large,
     put_page,
     set_page_dirty,
 )
 from host_mm.page_alloc import gfp_zone
 from host_mm.page_io import swap_writeout
 from host_mm.rmap import folio_referenced
-from host_mm.rmap_unmap import TTU_BATCH_FLUSH, try_to_unmap
+from host_mm.rmap_unmap import TTU_BATCH_FLUSH, TTU_SPLIT_HUGE_PMD, TTU_SYNC, try_to_unmap
 from host_mm.swap_state import folio_alloc_swap, folio_free_swap, swap_cache_del_frozen
 from host_mm.tlb import try_to_unmap_flush, try_to_unmap_flush_dirty
 from host_mm.truncate import remove_mapping
@@ -99,9 +105,15 @@ class ScanControl:
 class _Shrink:
     """One call of shrink_folio_list."""
 
-    __slots__ = ("free", "host", "ignore_references", "sc", "spares_pinned", "stat")
+    __slots__ = (
+        "free", "host", "ignore_references", "reclaimed", "sc", "spares_pinned", "stat", "todo",
+    )
 
-    def __init__(self, host: HostMm, sc: ScanControl, ignore_references: bool) -> None:
+    def __init__(
+        self, host: HostMm, folios: list[int], sc: ScanControl, ignore_references: bool
+    ) -> None:
+        self.todo = folios[::-1]
+        self.reclaimed = 0
         self.host = host
         self.sc = sc
         self.ignore_references = ignore_references
@@ -138,7 +150,7 @@ class _Shrink:
         """What becomes of one isolated, locked folio."""
         host = self.host
         flags = host.pages.flags
-        self.sc.nr_scanned += 1
+        self.sc.nr_scanned += folio_nr_pages(host.pages, pfn)
         if flags[pfn] & PG_mlocked:
             return _ACTIVATED
         self.stat.nr_unqueued_dirty += flags[pfn] & _UNQUEUED == PG_dirty
@@ -150,15 +162,17 @@ class _Shrink:
         if references == _ACTIVATE:
             return _ACTIVATED
         if references == _KEEP:
-            self.stat.nr_ref_keep += 1
+            self.stat.nr_ref_keep += folio_nr_pages(host.pages, pfn)
             return _KEPT_LOCKED
         if flags[pfn] & (PG_anon | PG_swapbacked | PG_swapcache) == PG_anon | PG_swapbacked:
             if self.spares_pinned and folio_maybe_dma_pinned(host.pages, pfn):
                 return _KEPT_LOCKED
+            if folio_test_large(host.pages, pfn) and not self._split(pfn):
+                return _ACTIVATED
             if folio_alloc_swap(host, pfn):
                 return _ACTIVATED
             set_page_dirty(host, pfn)
-        if host.pages.mapcount[pfn] and not self._unmap(pfn):
+        if folio_mapcount(host.pages, pfn) and not self._unmap(pfn):
             return _ACTIVATED
         if self.spares_pinned and folio_maybe_dma_pinned(host.pages, pfn):
             return _ACTIVATED
@@ -168,21 +182,31 @@ class _Shrink:
                 return kept
         return self._remove(pfn)
 
+    def _split(self, pfn: int) -> bool:
+        """Large folios are swapped out page by page; the others of this one come next, last first."""
+        if self.host.split_folio(pfn, self.todo):
+            return False
+        self.host.vmstat["thp_swpout_fallback"] += 1
+        self.sc.nr_scanned -= HPAGE_PMD_NR - 1
+        return True
+
     def _under_writeback(self, pfn: int) -> int:
         flags = self.host.pages.flags
         flags[pfn] |= PG_reclaim
-        self.stat.nr_writeback += 1
+        self.stat.nr_writeback += folio_nr_pages(self.host.pages, pfn)
         return _ACTIVATED
 
     def _unmap(self, pfn: int) -> bool:
         host = self.host
         was_swapbacked = host.pages.flags[pfn] & PG_swapbacked
-        try_to_unmap(host, pfn, TTU_BATCH_FLUSH)
-        if not host.pages.mapcount[pfn]:
+        large = folio_test_large(host.pages, pfn)
+        try_to_unmap(host, pfn, TTU_BATCH_FLUSH | (TTU_SPLIT_HUGE_PMD | TTU_SYNC if large else 0))
+        if not folio_mapcount(host.pages, pfn):
             return True
-        self.stat.nr_unmap_fail += 1
+        nr_pages = folio_nr_pages(host.pages, pfn)
+        self.stat.nr_unmap_fail += nr_pages
         if not was_swapbacked and host.pages.flags[pfn] & PG_swapbacked:
-            self.stat.nr_lazyfree_fail += 1
+            self.stat.nr_lazyfree_fail += nr_pages
         return False
 
     def _pageout(self, pfn: int, references: int) -> int:
@@ -198,10 +222,13 @@ class _Shrink:
             return _KEPT_LOCKED
         if not host.breaks & {"skip-batched-flush", "no-flush-before-io"}:
             try_to_unmap_flush_dirty(host)
-        # is_page_cache_freeable: the isolation's reference and the swap cache's.
+        # is_page_cache_freeable: the isolation's reference and those of the page or swap cache.
         mapping = None if pages.flags[pfn] & PG_anon else pages.mapping.get(pfn)
-        if pages.refcount[pfn] != 2 or (mapping is None and not pages.flags[pfn] & PG_swapcache):
+        freeable = pages.refcount[pfn] == 1 + folio_nr_pages(pages, pfn)
+        if not freeable or (mapping is None and not pages.flags[pfn] & PG_swapcache):
             return _KEPT_LOCKED
+        if folio_test_large(pages, pfn) and host.split_folio(pfn, self.todo):
+            return _ACTIVATED
         pages.flags[pfn] = (pages.flags[pfn] & ~PG_dirty) | PG_reclaim
         if mapping is None:
             swap_writeout(host, pfn)
@@ -232,7 +259,7 @@ class _Shrink:
         if flags & PG_anon and not flags & PG_swapbacked:
             if not folio_ref_freeze(pages, pfn, 1):
                 return _KEPT_LOCKED
-            host.vmstat["pglazyfreed"] += 1
+            host.vmstat["pglazyfreed"] += folio_nr_pages(pages, pfn)
         elif not flags & (PG_anon | PG_swapcache):
             mapping = pages.mapping.get(pfn)
             if mapping is None or not remove_mapping(mapping, pfn):
@@ -248,6 +275,7 @@ class _Shrink:
                 host.checks.folio_dropped_clean(pfn)
             swap_cache_del_frozen(host, pfn)
         folio_unlock(host, pfn)
+        self.reclaimed += folio_nr_pages(pages, pfn)
         self.free.append(pfn)
         if len(self.free) >= FREE_BATCH:
             self.free_batch()
@@ -262,7 +290,7 @@ class _Shrink:
         frames, self.free = self.free, []
         for pfn in frames:
             host.pages.flags[pfn] &= ~(PG_active | PG_unevictable)
-            host.allocator.free_frozen_pages(pfn, 0)
+            host.allocator.free_frozen_pages(pfn, host.pages.order[pfn])
         if early:
             try_to_unmap_flush(host)
 
@@ -271,11 +299,11 @@ def shrink_folio_list(
     host: HostMm, folios: list[int], sc: ScanControl, *, ignore_references: bool = False
 ) -> tuple[int, ReclaimStat, list[int]]:
     """Reclaim isolated folios: (frames freed, what was met, the folios that stay, still isolated)."""
-    shrink = _Shrink(host, sc, ignore_references)
+    shrink = _Shrink(host, folios, sc, ignore_references)
     sched = host.sched
     kept: list[int] = []
-    reclaimed = 0
-    for pfn in folios:
+    while shrink.todo:
+        pfn = shrink.todo.pop()
         sched.advance(COST_SCAN_PAGE)
         if sched.preempt:
             sched.point("cond_resched")
@@ -284,7 +312,6 @@ def shrink_folio_list(
             continue
         fate = shrink.one(pfn)
         if fate == _FREED:
-            reclaimed += 1
             continue
         if fate == _ACTIVATED:
             _activate_locked(host, pfn, shrink.stat)
@@ -293,7 +320,7 @@ def shrink_folio_list(
         kept.append(pfn)
     shrink.free_batch()
     host.vmstat["pgactivate"] += sum(shrink.stat.nr_activate)
-    return reclaimed, shrink.stat, kept
+    return shrink.reclaimed, shrink.stat, kept
 
 
 def move_folios_to_lru(host: HostMm, vec: Lruvec, folios: list[int]) -> int:
@@ -312,7 +339,7 @@ def move_folios_to_lru(host: HostMm, vec: Lruvec, folios: list[int]) -> int:
         with vec.lock:
             flags[pfn] |= PG_lru
             vec.add(pfn, flags[pfn])
-        moved += 1
+        moved += folio_nr_pages(host.pages, pfn)
         put_page(host, pfn)
     return moved
 
@@ -324,5 +351,5 @@ def _activate_locked(host: HostMm, pfn: int, stat: ReclaimStat) -> None:
         folio_free_swap(host, pfn)
     if not flags[pfn] & PG_mlocked:
         flags[pfn] |= PG_active
-        stat.nr_activate[0 if flags[pfn] & PG_swapbacked else 1] += 1
+        stat.nr_activate[0 if flags[pfn] & PG_swapbacked else 1] += folio_nr_pages(host.pages, pfn)
 

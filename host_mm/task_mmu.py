@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.arch.x86.pgtable import _PAGE_SOFT_DIRTY, _PAGE_SWP_SOFT_DIRTY, pte_present, pte_wrprotect
+from host_mm.huge_memory_map import clear_refs_huge_pmd
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory import vm_normal_page
 from host_mm.memory_copy import is_cow_mapping
 from host_mm.mm_types import MMF_HAS_PINNED, VM_PFNMAP, VM_SOFTDIRTY
-from host_mm.page import PG_referenced, PG_young, folio_maybe_dma_pinned
+from host_mm.page import PG_referenced, PG_young, folio_maybe_dma_pinned, page_folio
 from host_mm.pgtable_generic import (
-    pmd_entries,
+    pmd_slots,
     pte_lockptr,
     pte_offset_map_lock,
     ptep_get_and_clear,
@@ -85,7 +86,9 @@ def clear_refs_write(mm: MmStruct, kind: int) -> None:
 def _clear_vma(vma: VmArea, soft_dirty: bool) -> None:
     mm = vma.mm
     u64 = mm.host.ram.u64
-    for pmd, address, following in pmd_entries(mm, vma.start, vma.end):
+    for pmd, address, following in pmd_slots(mm, vma.start, vma.end):
+        if clear_refs_huge_pmd(vma, pmd, address, soft_dirty=soft_dirty):
+            continue
         pte = pte_offset_map_lock(mm, pmd, address)
         if not pte:
             continue
@@ -109,7 +112,7 @@ def _clear_young(mm: MmStruct, address: int, pte: int, entry: int) -> None:
     pfn = vm_normal_page(host, entry)
     if pfn >= 0:
         ptep_test_and_clear_young(mm, address, pte)
-        host.pages.flags[pfn] &= ~(PG_young | PG_referenced)
+        host.pages.flags[page_folio(host.pages, pfn)] &= ~(PG_young | PG_referenced)
 
 
 def _clear_soft_dirty(vma: VmArea, address: int, pte: int, entry: int) -> None:

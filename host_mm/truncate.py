@@ -27,6 +27,7 @@ from host_mm.filemap_cache import (
     find_get_entries,
     page_cache_delete,
 )
+from host_mm.filemap_split import try_folio_split_or_unmap
 from host_mm.memory_file import unmap_mapping_folio, unmap_mapping_range
 from host_mm.page import (
     PG_dirty,
@@ -35,6 +36,8 @@ from host_mm.page import (
     folio_nr_pages,
     folio_ref_freeze,
     folio_ref_unfreeze,
+    folio_test_large,
+    page_folio,
     put_page,
     try_get_page,
 )
@@ -73,7 +76,7 @@ def truncate_inode_folio(mapping: AddressSpace, head: int) -> bool:
 def truncate_inode_partial_folio(mapping: AddressSpace, head: int, start: int, end: int) -> bool:
     """A locked folio of which bytes [start, end] of the file go: zeros, or out if that is all of it.
 
-    False: a large folio had to stay as it is.
+    A large folio is split around them. False: it could not be, and has to stay.
     """
     host = mapping.host
     pos = host.pages.index[head] << 12
@@ -85,7 +88,30 @@ def truncate_inode_partial_folio(mapping: AddressSpace, head: int, start: int, e
         truncate_inode_folio(mapping, head)
         return True
     folio_zero_range(host, head, offset, length)
-    return size == 4096
+    if size == 4096:
+        return True
+    if try_folio_split_or_unmap(mapping, head, head + (offset >> 12)):
+        if offset + length != size:
+            _split_at_the_end(mapping, head + (offset + length >> 12))
+        return True
+    if host.pages.flags[head] & PG_dirty:
+        return False
+    truncate_inode_folio(mapping, head)
+    return True
+
+
+def _split_at_the_end(mapping: AddressSpace, split_at: int) -> None:
+    """What lies behind the hole shall be a folio of its own, so that what lies in it can go."""
+    host = mapping.host
+    pages = host.pages
+    head = page_folio(pages, split_at)
+    if not try_get_page(host, head):
+        return
+    if folio_test_large(pages, head) and folio_trylock(host, head):
+        if folio_test_large(pages, head) and pages.mapping.get(head) is mapping:
+            try_folio_split_or_unmap(mapping, head, split_at)
+        folio_unlock(host, head)
+    put_page(host, head)
 
 
 def remove_mapping(mapping: AddressSpace, head: int) -> bool:

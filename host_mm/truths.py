@@ -18,7 +18,7 @@ mm/memory.c: check_mm, mm/swapfile.c's warnings and Documentation/mm/mmu_notifie
     memcg-charge             ... and a memory cgroup counts the folios and slots that are its own
     swap-count, swap-cache   ... and a swap slot the entries and the cache that hold it
     ksm-writable             ... and no entry grants writing to a KSM page
-    page-cache, i-mmap       ... and files find their pages and mappings, which have nobody else
+    page-cache, i-mmap, file-dirty  ... and files know their pages, mappings and dirt (truths_files.py)
     uffd-wp                  ... and only where userfaultfd write-protects do entries say so, and not writable
     lru                      ... and PG_lru says where the folio is
     hwpoison, offline        ... and what is out of use is nobody's, and all that is marked so is out of use
@@ -30,7 +30,7 @@ The first seven raise from the place where they break; `audit` checks the others
 inside mm. References that are neither mappings, page tables, swap cache nor LRU batches come from
 `host.frame_holders`: callables that give a dict of pfn to count (KVM's tables, pins).
 
-Not modelled: transparent huge pages; truths_hugetlb.py has those of hugetlbfs.
+The truths of huge pages are in truths_hugetlb.py and truths_thp.py.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import (
     _PAGE_PRESENT,
+    _PAGE_PSE,
     _PAGE_RW,
     _PAGE_SPECIAL,
     _PAGE_UFFD_WP,
+    HPAGE_PMD_NR,
     PFN_MASK,
     SWP_DEVICE_READ,
     is_migration_entry,
@@ -59,9 +61,10 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.memory_device import device_entry_pfn
-from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_UFFD_WP
+from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_HUGETLB, VM_UFFD_WP
 from host_mm.page import (
     PG_buddy,
+    PG_head,
     PG_hugetlb,
     PG_hwpoison,
     PG_ksm,
@@ -69,14 +72,16 @@ from host_mm.page import (
     PG_reserved,
     PG_swapcache,
     decode_page_flags,
-    folio_nr_pages,
+    folio_test_large,
     mm_counter,
     page_folio,
 )
-from host_mm.pgtable_generic import pmd_entries
+from host_mm.pgtable_generic import pmd_slots
 from host_mm.ram import PAGE_SIZE
 from host_mm.swapfile import SWAP_MAP_BAD
+from host_mm.truths_files import check_file_entry, check_mappings, check_page_cache
 from host_mm.truths_hugetlb import HugetlbAudit
+from host_mm.truths_thp import ThpAudit
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -186,6 +191,22 @@ class HostTruths:
                 self.host.stream.here(),
             )
 
+    def pmd_set(self, mm: MmStruct, address: int, old: int, new: int) -> None:
+        """A pmd hook: the same for all that a huge entry maps."""
+        if not new & _PAGE_PRESENT or not new & _PAGE_PSE or mm.tlb_flush_pending or mm.tlb_flush_batched:
+            return
+        first, pfn = address >> 12, pte_pfn(new)
+        tables = [(f"pid {_pid(mm)}", mm.tlb)]
+        tables += [(who, table) for who, of, table in self.host.secondary_tables.tables if of is mm]
+        for who, table in tables:
+            for vpn, cached in table.entries.items():
+                if 0 <= vpn - first < HPAGE_PMD_NR and cached >> 1 != pfn + vpn - first:
+                    raise BrokenTruth(
+                        "flush-before-set",
+                        f"{address:#x} gets the huge page at pfn {pfn:#x}, {who} still reaches pfn "
+                        f"{cached >> 1:#x} at {vpn << 12:#x}", self.host.stream.here(),
+                    )
+
     def folio_dropped_clean(self, pfn: int) -> None:
         """The folio goes; what it holds must be in its swap slot."""
         host = self.host
@@ -253,7 +274,7 @@ class _Audit:
         self.maps: Counter[int] = Counter()
         self.refs: Counter[int] = Counter()
         self.slots: Counter[int] = Counter()
-        self.linked = 0
+        self.thp = ThpAudit(host)
         self.hugetlb = HugetlbAudit(host)
 
     def tables(self, mm: MmStruct) -> None:
@@ -274,14 +295,18 @@ class _Audit:
         u64 = host.ram.u64
         rss = [0] * len(mm.rss)
         for vma in mm.vmas:
-            for pmd, address, following in pmd_entries(mm, vma.start, vma.end):
+            for pmd, address, following in pmd_slots(mm, vma.start, vma.end):
+                if not pmd_table(u64[pmd >> 3]):
+                    if not vma.flags & VM_HUGETLB:
+                        self.thp.huge_entry(vma, pmd, address, following, rss)
+                    continue
                 first = ((u64[pmd >> 3] & PFN_MASK) >> 3) + ((address >> 12) & 511)
                 for entry in u64[first : first + ((following - address) >> 12)].tolist():
                     if not entry:
                         continue
                     self._uffd_wp(vma, entry)
                     if pte_present(entry):
-                        self._present(entry, rss)
+                        self._present(mm, entry, rss)
                     elif (pfn := device_entry_pfn(entry)) >= 0:
                         self.maps[pfn] += 1
                         rss[MM_ANONPAGES] += 1
@@ -300,14 +325,18 @@ class _Audit:
         if not vma.flags & VM_UFFD_WP or (present and entry & _PAGE_RW):
             raise BrokenTruth("uffd-wp", f"pid {_pid(vma.mm)} {vma!r} has entry {entry:#x}")
 
-    def _present(self, entry: int, rss: list[int]) -> None:
+    def _present(self, mm: MmStruct, entry: int, rss: list[int]) -> None:
         pfn = pte_pfn(entry)
         if entry & _PAGE_SPECIAL or self.host.pages.flags[pfn] & PG_reserved:
             return
         self.maps[pfn] += 1
         if self.host.pages.flags[pfn] & PG_ksm and entry & _PAGE_RW:
             raise BrokenTruth("ksm-writable", f"KSM page {pfn:#x} is mapped by writable entry {entry:#x}")
-        rss[mm_counter(self.host.pages, page_folio(self.host.pages, pfn))] += 1
+        check_file_entry(self.host, pfn, entry)
+        folio = page_folio(self.host.pages, pfn)
+        rss[mm_counter(self.host.pages, folio)] += 1
+        if folio_test_large(self.host.pages, folio):
+            self.thp.entry_of(folio, mm)
 
     def tlb(self, mm: MmStruct) -> None:
         """At rest no flush is pending, so that nobody's TLB has a right that the tables have not."""
@@ -329,11 +358,11 @@ class _Audit:
         host = self.host
         pages = host.pages
         refs = self.refs
-        refs.update(self.maps)
+        for holder in (lambda: self.maps, lambda: self.thp.maps, *host.frame_holders):
+            for pfn, count in holder().items():
+                refs[page_folio(pages, pfn)] += count
         refs.update(host.lru.batched())
-        self.page_cache()
-        for holder in host.frame_holders:
-            refs.update(holder())
+        check_page_cache(host, refs, self.slots)
         for zone in host.zones:
             free = 0
             pfn = zone.start
@@ -371,36 +400,12 @@ class _Audit:
                 who = decode_page_flags(flags)
                 raise BrokenTruth("hwpoison", f"pfn {pfn:#x} has failed and is {who}, {pages.refcount[pfn]}")
 
-    def page_cache(self) -> None:
-        """Every page of a file is its folio's, found at its index; the cache holds it once."""
-        pages = self.host.pages
-        for mapping in self.host.mappings:
-            cached = 0
-            for index, head in mapping.i_pages.items():
-                if head < 0:
-                    self.slots[swp_offset(~head)] += 1
-                    continue
-                cached += 1
-                self.refs[head] += 1
-                offset = index - pages.index[head]
-                if pages.mapping.get(head) is not mapping or not 0 <= offset < folio_nr_pages(pages, head):
-                    raise BrokenTruth("page-cache", f"{mapping!r} page {index:#x} is not in pfn {head:#x}")
-            if mapping.nrpages != cached:
-                raise BrokenTruth("page-cache", f"{mapping!r} counts {mapping.nrpages} pages, has {cached}")
-            if not mapping.f_count and not mapping.i_mmap:
-                raise BrokenTruth("page-cache", f"{mapping!r} has no user and was not evicted")
-
-    def mappings(self, mm: MmStruct) -> None:
-        """i_mmap has each VMA of a file once, and no others."""
-        for vma in mm.vmas:
-            if vma.file is not None and vma.file.i_mmap.count(vma) != 1:
-                raise BrokenTruth("i-mmap", f"{vma!r} is linked {vma.file.i_mmap.count(vma)} times")
-            self.linked += vma.file is not None
-
     def _frame(self, pfn: int, flags: int) -> None:
         pages = self.host.pages
         if pages.tail[pfn]:
             return
+        if flags & PG_head and not flags & PG_hugetlb:
+            self.thp.folio(pfn, self.maps)
         who = f"pfn {pfn:#x} ({decode_page_flags(flags)})"
         expected = self.refs[pfn] + (1 if flags & PG_swapcache else 0)
         count, maps = pages.refcount[pfn], pages.mapcount[pfn]
@@ -409,7 +414,7 @@ class _Audit:
             return
         if count != expected or not expected:
             raise BrokenTruth("frame-refcount", f"{who} has refcount {count}, {expected} references exist")
-        if maps != self.maps[pfn]:
+        if maps != self.maps[pfn] and not flags & PG_head:
             raise BrokenTruth("frame-mapcount", f"{who} has mapcount {maps}, {self.maps[pfn]} entries map it")
         listed = self.host.lru.lruvec(pfn).where(pfn)
         if len(listed) != (1 if flags & PG_lru else 0):
@@ -482,13 +487,11 @@ def audit(host: HostMm) -> None:
         check.entries(mm)
         check.tlb(mm)
         check.hugetlb.vmas(mm)
-        check.mappings(mm)
-    linked = sum(len(mapping.i_mmap) for mapping in host.mappings)
-    if linked != check.linked:
-        raise BrokenTruth("i-mmap", f"{linked} VMAs are linked to files, {check.linked} exist")
+    check_mappings(host)
     check.frames()
     check.out_of_use()
     check.hugetlb.finish()
+    check.thp.finish()
     check.memcg()
     for node in host.allocator.nodes:
         for vec in host.memcg.iter(node.nid, None):

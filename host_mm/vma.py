@@ -1,8 +1,7 @@
 """VMAs: merge, split, insertion, and the bracket a split fires.
 
 Source of truth: mm/vma.c (vma_merge_existing_range, vma_merge_new_range, commit_merge, __split_vma,
-vma_modify), mm/huge_memory.c (vma_adjust_trans_huge, split_huge_pmd_address), mm/mmap.c:
-vm_get_page_prot; Linux 6.18.
+vma_modify), mm/mmap.c: vm_get_page_prot; Linux 6.18.
 
 A split at an address that is not 2 MiB aligned fires a bracket over the aligned 2 MiB around it,
 whether or not anything huge is mapped there, if that 2 MiB lies wholly inside the VMA and a level-2
@@ -17,7 +16,6 @@ from bisect import bisect_left
 from errno import EINVAL
 from typing import TYPE_CHECKING
 
-from host_mm import mmu_notifier
 from host_mm.address_space import i_mmap_insert, i_mmap_remove, vma_file_lock
 from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
@@ -26,8 +24,8 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_PROTNONE,
     _PAGE_RW,
     _PAGE_USER,
-    PMD_SIZE,
 )
+from host_mm.huge_memory_pmd import vma_adjust_trans_huge
 from host_mm.hugetlb_share import hugetlb_split
 from host_mm.kernel.errors import KernelError
 from host_mm.mm_types import (
@@ -42,7 +40,6 @@ from host_mm.mm_types import (
     VM_WRITE,
     VmArea,
 )
-from host_mm.pgtable_generic import mm_find_pmd
 from host_mm.rmap import anon_vma_clone, unlink_anon_vmas
 
 if TYPE_CHECKING:
@@ -53,7 +50,6 @@ if TYPE_CHECKING:
 __all__ = [
     "insert_vma",
     "remove_vma",
-    "split_huge_pmd_address",
     "split_vma",
     "vm_area_dup",
     "vm_get_page_prot",
@@ -61,6 +57,7 @@ __all__ = [
     "vma_merge_new_range",
     "vma_modify_flags",
     "vma_modify_flags_uffd",
+    "vma_needs_dirty_tracking",
     "vma_open",
     "vma_set_page_prot",
     "vma_wants_writenotify",
@@ -90,6 +87,13 @@ def vma_wants_writenotify(vma: VmArea) -> bool:
     if vma.flags & VM_UFFD_WP:
         return True
     return vma.file is not None and bool(vma.file.a_ops.can_writeback) and not vma.flags & VM_PFNMAP
+
+
+def vma_needs_dirty_tracking(vma: VmArea) -> bool:
+    """Whether the file must be told of each page that is written through this mapping."""
+    if vma.flags & (VM_SHARED | VM_WRITE) != VM_SHARED | VM_WRITE or vma.file is None:
+        return False
+    return vma.ops.page_mkwrite is not None or bool(vma.file.a_ops.can_writeback)
 
 
 def vma_set_page_prot(vma: VmArea) -> None:
@@ -180,33 +184,6 @@ def _set_range(vma: VmArea, start: int, end: int) -> None:
     mm.starts[index] = start
 
 
-# -- huge-page adjustment -----------------------------------------------------------------------
-def split_huge_pmd_address(vma: VmArea, address: int) -> None:
-    """The bracket of __split_huge_pmd over the aligned 2 MiB, if a level-2 table is there."""
-    mm = vma.mm
-    if not mm_find_pmd(mm, address):
-        return
-    base = address & ~(PMD_SIZE - 1)
-    range_ = mmu_notifier.mmu_notifier_range_init(
-        mmu_notifier.MMU_NOTIFY_CLEAR, mm, base, base + PMD_SIZE, order=mmu_notifier.ORDER_UNDER_PTL
-    )
-    mmu_notifier.mmu_notifier_invalidate_range_start(range_)
-    mmu_notifier.mmu_notifier_invalidate_range_only_end(range_)
-
-
-def _split_if_needed(vma: VmArea, address: int) -> None:
-    base = address & ~(PMD_SIZE - 1)
-    if base != address and vma.start <= base and base + PMD_SIZE <= vma.end:
-        split_huge_pmd_address(vma, address)
-
-
-def _adjust_trans_huge(vma: VmArea, start: int, end: int, following: VmArea | None) -> None:
-    _split_if_needed(vma, start)
-    _split_if_needed(vma, end)
-    if following is not None:
-        _split_if_needed(following, end)
-
-
 # -- splitting ----------------------------------------------------------------------------------
 def split_vma(vma: VmArea, address: int, *, new_below: bool) -> VmArea:
     """Cut the VMA at `address`; the new one is the lower or the upper part. Returns the new one.
@@ -224,7 +201,7 @@ def split_vma(vma: VmArea, address: int, *, new_below: bool) -> VmArea:
     anon_vma_clone(new, vma)
     vma_open(new)
     locks = _vma_prepare(vma)
-    _adjust_trans_huge(vma, vma.start, address, None)
+    vma_adjust_trans_huge(vma, vma.start, address, None)
     if vma.flags & VM_HUGETLB:
         hugetlb_split(vma, address)
     if new_below:
@@ -362,7 +339,7 @@ def _merge_left(previous: VmArea, vma: VmArea, end: int, following: VmArea | Non
     limit = following.end if following is not None else end
     gone = ([vma] if whole else []) + ([following] if whole and following is not None else [])
     locks = _vma_prepare(previous)
-    _adjust_trans_huge(previous, previous.start, limit, None if whole else vma)
+    vma_adjust_trans_huge(previous, previous.start, limit, None if whole else vma)
     for each in gone:
         _forget(each)
     if not whole:
@@ -378,10 +355,10 @@ def _merge_right(vma: VmArea, following: VmArea, start: int, whole: bool) -> VmA
     _dup_anon_vma(following, vma)
     locks = _vma_prepare(following)
     if whole:
-        _adjust_trans_huge(following, start, following.end, None)
+        vma_adjust_trans_huge(following, start, following.end, None)
         _forget(vma)
     else:
-        _adjust_trans_huge(vma, vma.start, start, None)
+        vma_adjust_trans_huge(vma, vma.start, start, None)
         _set_range(vma, vma.start, start)
     _set_range(following, start, following.end)
     _vma_complete(locks)

@@ -12,8 +12,9 @@ A reclaimer that made no progress while I/O is in flight waits for some of it to
 kernel's VMSCAN_THROTTLE_WRITEBACK), so that out of memory means that nothing is left.
 
 Not modelled: kswapd's short first sleep, swappiness and the anon/file cost balance (the file
-lists hold only MADV_FREE pages and go first), workingset refaults, compaction, watermark boost,
-slab shrinkers other than zswap's, too_many_isolated, pfmemalloc throttling, node reclaim.
+lists hold only MADV_FREE pages and go first), workingset refaults, compaction, watermark boost, slab
+shrinkers other than those of shrinker.py and zswap.py, too_many_isolated, pfmemalloc throttling, node
+reclaim.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from host_mm.page import (
     PG_mlocked,
     PG_swapbacked,
     PG_workingset,
+    folio_nr_pages,
     try_get_page,
 )
 from host_mm.page_alloc import (
@@ -92,31 +94,33 @@ def _isolate_lru_folios(
     source = vec.lists[lru]
     flags = host.pages.flags
     taken: list[int] = []
-    scanned = skipped = 0
+    scanned = skipped = nr_taken = 0
     zone_of = host.allocator.zone_of if sc.reclaim_idx < host.allocator.highest_zoneidx else None
     left = len(source)
     while scanned < nr_to_scan and source:
         pfn = next(iter(source))
+        nr_pages = folio_nr_pages(host.pages, pfn)
         if zone_of is not None:
             if not left:
                 break
             left -= 1
             if zone_of(pfn).idx > sc.reclaim_idx:
                 # A frame there would be of no use to this request.
-                skipped += 1
+                skipped += nr_pages
                 source.move_to_end(pfn)
                 continue
-        scanned += 1
+        scanned += nr_pages
         if not try_get_page(host, pfn):
             # On its way to be freed: whoever frees it takes it off the list.
             source.move_to_end(pfn)
             continue
-        del source[pfn]
+        vec.remove(pfn, flags[pfn])
         flags[pfn] &= ~PG_lru
         taken.append(pfn)
-    sc.nr_taken += len(taken)
+        nr_taken += nr_pages
+    sc.nr_taken += nr_taken
     if (t := host.trace.mm_vmscan_lru_isolate) is not None:
-        t(sc.reclaim_idx, sc.order, nr_to_scan, scanned + skipped, skipped, len(taken), LRU_NAMES[lru])
+        t(sc.reclaim_idx, sc.order, nr_to_scan, scanned + skipped, skipped, nr_taken, LRU_NAMES[lru])
     if lru & 1:
         host.vmstat["pgrefill"] += scanned
     else:
@@ -158,6 +162,8 @@ def _shrink_active_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc
     host.lru.lru_add_drain()
     with vec.lock:
         folios, _ = _isolate_lru_folios(host, vec, lru, nr_to_scan, sc)
+    nr_taken = sum(folio_nr_pages(host.pages, pfn) for pfn in folios)
+    nr_rotated = 0
     active: list[int] = []
     inactive: list[int] = []
     for pfn in folios:
@@ -169,6 +175,7 @@ def _shrink_active_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc
         referenced, vm_flags = folio_referenced(host, pfn, memcg=sc.target_mem_cgroup)
         if referenced and vm_flags & VM_EXEC and not flags[pfn] & PG_swapbacked:
             active.append(pfn)
+            nr_rotated += folio_nr_pages(host.pages, pfn)
             continue
         flags[pfn] = (flags[pfn] & ~PG_active) | PG_workingset
         inactive.append(pfn)
@@ -178,15 +185,15 @@ def _shrink_active_list(host: HostMm, vec: Lruvec, lru: int, nr_to_scan: int, sc
     if (t := host.trace.mm_vmscan_lru_shrink_active) is not None:
         file = lru >= LRU_INACTIVE_FILE
         t(
-            vec.nid, len(folios), nr_active, nr_deactivated, len(active), sc.priority,
+            vec.nid, nr_taken, nr_active, nr_deactivated, nr_rotated, sc.priority,
             trace_reclaim_flags(file),
         )
 
 
 def _inactive_is_low(vecs: list[Lruvec], inactive_lru: int) -> bool:
     """The inactive lists should hold 1 / sqrt(10 * GiB) of both, half of them below 1 GiB."""
-    inactive = sum(len(vec.lists[inactive_lru]) for vec in vecs)
-    active = sum(len(vec.lists[inactive_lru + 1]) for vec in vecs)
+    inactive = sum(vec.sizes[inactive_lru] for vec in vecs)
+    active = sum(vec.sizes[inactive_lru + 1] for vec in vecs)
     gb = (inactive + active) >> (30 - 12)
     ratio = isqrt(10 * gb) if gb else 1
     return inactive * ratio < active
@@ -201,7 +208,7 @@ def _scan_counts(host: HostMm, vec: Lruvec, sc: ScanControl) -> list[int]:
     nr = []
     for lru in range(4):
         anon = lru <= LRU_ACTIVE_ANON
-        nr.append(0 if anon and not swappable else len(vec.lists[lru]) >> sc.priority)
+        nr.append(0 if anon and not swappable else vec.sizes[lru] >> sc.priority)
     return nr
 
 
@@ -249,6 +256,7 @@ def _shrink_node(host: HostMm, nid: int, sc: ScanControl) -> None:
         _shrink_node_memcgs(host, nid, sc)
     if host.zswap.shrinker_enabled:
         host.zswap.shrink_slab(sc.priority)
+    host.shrink_slab(nid, sc.priority)
     state = host.allocator.nodes[nid].vmscan
     if sc.nr_reclaimed > before and isinstance(state, Kswapd):
         state.failures = 0

@@ -17,7 +17,7 @@ _BOOLS = ("y", "n", "1", "0", "on", "off", "yes", "no", "true", "false", "force"
 class Param(msgspec.Struct, frozen=True):
     """One parameter: what it takes, its default, its meaning.
 
-    It takes a `bool`, a `count`, a `size` or one of several words separated by |.
+    It takes a `bool`, a `count`, a `number` (a count or 0), a `size` or one of several words separated by |.
     """
 
     takes: str
@@ -40,8 +40,8 @@ PARAMS: dict[str, Param] = {
     "kvm.nx_huge_pages": Param("bool", "N", "no huge page is executable"),
     "kvm.tdp_mmu": Param("bool", "Y", "EPT by the TDP MMU; N: by direct pages with rmaps"),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
-    "mm.fault_around_bytes": Param("bytes", "65536", "what a read fault of a file maps if it is cached"),
-    "mm.read_ahead_kb": Param("KiB", "128", "what a miss in the page cache reads around it"),
+    "mm.fault_around_bytes": Param("number", "65536", "what a read fault of a file maps if it is cached"),
+    "mm.read_ahead_kb": Param("number", "128", "what a miss in the page cache reads around it"),
     "mm.max_gather_pages": Param("count", "9698", "pages that an unmap frees in one go"),
     "mm.movablecore": Param("size", "0", "memory of ZONE_MOVABLE, over all nodes; plain bytes or K, M, G"),
     "mm.page_group_by_mobility": Param(
@@ -55,6 +55,20 @@ PARAMS: dict[str, Param] = {
     "zswap.shrinker_enabled": Param("bool", "N", "reclaim writes the zswap pool back, too"),
     "vm.page_cluster": Param("0|1|2|3|4|5", "0", "swap readahead of up to 2**N pages"),
     "mm.lru_gen": Param("bool", "N", "multi-generational LRU instead of the active and inactive lists"),
+    "thp.enabled": Param("always|madvise|never", "madvise", "which anonymous memory gets huge pages"),
+    "thp.defrag": Param(
+        "always|defer|defer+madvise|madvise|never", "madvise", "whose fault reclaims and compacts for one"
+    ),
+    "thp.shmem_enabled": Param(
+        "always|within_size|advise|never", "never", "which shared memory gets huge pages"
+    ),
+    "thp.use_zero_page": Param("bool", "Y", "a read maps the huge page of zeros"),
+    "khugepaged.pages_to_scan": Param("count", "4096", "entries looked at between two sleeps"),
+    "khugepaged.scan_sleep_millisecs": Param("number", "10000", "how long khugepaged sleeps then"),
+    "khugepaged.alloc_sleep_millisecs": Param("number", "60000", "and when there was no huge page"),
+    "khugepaged.max_ptes_none": Param("number", "511", "empty entries in 2 MiB that are collapsed"),
+    "khugepaged.max_ptes_swap": Param("number", "64", "swapped-out pages in 2 MiB that are collapsed"),
+    "khugepaged.max_ptes_shared": Param("number", "256", "pages of others in 2 MiB that are collapsed"),
     "sched.period": Param(
         "count", "8", "switch tasks at one scheduling point in so many, with sched.strategy=random"
     ),
@@ -78,11 +92,16 @@ def check_params(params: dict[str, str]) -> None:
             good = value.lower() in _BOOLS
         elif param.takes == "count":
             good = value.isdecimal() and int(value) > 0
+        elif param.takes == "number":
+            good = value.isdecimal()
         elif param.takes == "size":
             good = value.rstrip("kmgKMG").isdecimal() and len(value) - len(value.rstrip("kmgKMG")) < 2
         else:
             good = value in param.takes.split("|")
         if not good:
-            names = {"bool": "Y or N", "count": "a number from 1", "size": "bytes, or 64M and the like"}
+            names = {
+                "bool": "Y or N", "count": "a number from 1", "number": "a number",
+                "size": "bytes, or 64M and the like",
+            }
             takes = names.get(param.takes, param.takes)
             raise UsageError(f"parameter {name}={value}: it takes {takes}")

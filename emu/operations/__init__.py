@@ -9,6 +9,7 @@
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `reclaim.py` | memory cgroups, generations, zswap, the OOM killer |
+| `thp.py` | huge pages made of small ones and parted again |
 | `tracking.py` | who uses which page: idle tracking, DAMON |
 | `userfaultfd.py` | memory that comes when it is asked for, snapshots, PAGEMAP_SCAN |
 | `numa.py` | where vCPUs run, and pages that follow them |
@@ -40,6 +41,7 @@ from emu.operations import (
     reclaim,
     secondary,
     slots,
+    thp,
     tracking,
     userfaultfd,
     weather,
@@ -62,6 +64,7 @@ __all__ = [
     "reclaim",
     "secondary",
     "slots",
+    "thp",
     "tracking",
     "userfaultfd",
     "weather",

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 
-@operation(example="memfd_slot(gpa=0xE0000000, pages=16)")
-def memfd_slot(board: Board, gpa: int, pages: int = 1) -> int:
+@operation(example="memfd_create(gpa=0xE0000000, pages=16)")
+def memfd_create(board: Board, gpa: int, pages: int = 1) -> int:
     """A memfd, mapped shared, in a new memory slot at `gpa`; answers the slot's number."""
     check_range(gpa, pages)
     size = pages << PAGE_SHIFT
@@ -33,8 +33,8 @@ def memfd_slot(board: Board, gpa: int, pages: int = 1) -> int:
     return board.memory.show(gpa, size, files.mmap_memfd(board.vmm, size)).slot
 
 
-@operation(example="file_slot(gpa=0xE0000000, pages=16)")
-def file_slot(board: Board, gpa: int, pages: int = 1, private: int = 0) -> int:
+@operation(example="file_create(gpa=0xE0000000, pages=16)")
+def file_create(board: Board, gpa: int, pages: int = 1, private: int = 0) -> int:
     """A fresh temporary file, mapped shared or private, in a new slot at `gpa`; answers the slot's number."""
     check_range(gpa, pages)
     if private not in (0, 1):
@@ -45,8 +45,8 @@ def file_slot(board: Board, gpa: int, pages: int = 1, private: int = 0) -> int:
     return board.memory.show(gpa, size, hva).slot
 
 
-_FILE = "file_slot(gpa=0xE0000000, pages=16); vm.host.host_write(gpa=0xE0000000, value=7)"
-_MEMFD = "memfd_slot(gpa=0xE0000000, pages=16); vm.host.host_write(gpa=0xE0000000, value=7)"
+_FILE = "file_create(gpa=0xE0000000, pages=16); vm.host.host_write(gpa=0xE0000000, value=7)"
+_MEMFD = "memfd_create(gpa=0xE0000000, pages=16); vm.host.host_write(gpa=0xE0000000, value=7)"
 
 
 @operation("PROTECTION_PAGE", example=f"{_FILE}; vm.host.fsync(gpa=0xE0000000)")

@@ -131,7 +131,15 @@ def protect_faults(board: Board) -> int:
 @operation(example="age(gpa=0x200000, pages=16)")
 def age(board: Board, gpa: int, pages: int = 1) -> int:
     """Test and clear the accessed bits of each page, host PTE and SPTEs; answers how many were young."""
-    return sum(1 for hva in page_hvas(board, gpa, pages) if board.vmm.test_and_clear_young(hva))
+    young: dict[int, bool] = {}
+    count = 0
+    for hva in page_hvas(board, gpa, pages):
+        # The first page of a large folio answers for all of it.
+        folio = board.vmm.present_folio(hva)
+        if folio not in young:
+            young[folio] = board.vmm.test_and_clear_young(hva)
+        count += young[folio]
+    return count
 
 
 @operation("SOFT_DIRTY", example="clear_refs(kind=4)")

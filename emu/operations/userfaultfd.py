@@ -77,10 +77,10 @@ def uffd_move(board: Board, gpa: int, pages: int = 1) -> int:
 
 
 @operation(
-    "CLEAR", example="memfd_slot(gpa=0xE0000000, pages=16); vm.host.uffd_minor(gpa=0xE0000000, pages=16)"
+    "CLEAR", example="memfd_create(gpa=0xE0000000, pages=16); vm.host.uffd_minor(gpa=0xE0000000, pages=16)"
 )
 def uffd_minor(board: Board, gpa: int, pages: int = 1) -> int:
-    """Unmap a range of a memfd_slot; each page is mapped by UFFDIO_CONTINUE when it is touched.
+    """Unmap a range of a memfd_create; each page is mapped by UFFDIO_CONTINUE when it is touched.
 
     Where the range is not shared memory: KernelError(EINVAL).
     """

@@ -1,9 +1,9 @@
 """Making one mapping old and asking whether it is young, for both kinds of regions.
 
-Source of truth: mm/damon/ops-common.c (damon_get_folio, damon_ptep_mkold, damon_folio_mkold,
-damon_folio_young); Linux 6.18.
+Source of truth: mm/damon/ops-common.c (damon_get_folio, damon_ptep_mkold, damon_pmdp_mkold,
+damon_folio_mkold, damon_folio_young); Linux 6.18.
 
-Not modelled: huge entries, entries of device memory.
+Not modelled: entries of device memory.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
-from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, pte_pfn
+from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, pmd_pfn, pte_pfn
 from host_mm.filemap import folio_trylock, folio_unlock
-from host_mm.page import PG_idle, PG_young, put_page
+from host_mm.page import PG_idle, PG_young, folio_mapcount, put_page
 from host_mm.page_idle import needs_folio_lock, page_idle_get_folio
-from host_mm.pgtable_generic import pte_lockptr, ptep_get, ptep_test_and_clear_young
-from host_mm.rmap import page_vma_mapped_walk, rmap_walk
+from host_mm.page_vma_mapped import PageVmaMappedWalk
+from host_mm.pgtable_generic import ptep_get, ptep_test_and_clear_young
+from host_mm.pgtable_huge import pmdp_clear_young_notify, pmdp_get
+from host_mm.rmap import rmap_walk
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.mm_types import MmStruct, VmArea
 
-__all__ = ["damon_folio_mkold", "damon_folio_young", "damon_pte_young", "damon_ptep_mkold"]
+__all__ = [
+    "damon_folio_mkold", "damon_folio_young", "damon_pmdp_mkold", "damon_pte_young", "damon_ptep_mkold",
+]
 
 
 def damon_ptep_mkold(mm: MmStruct, address: int, pte: int) -> None:
@@ -37,8 +41,19 @@ def damon_ptep_mkold(mm: MmStruct, address: int, pte: int) -> None:
     put_page(host, folio)
 
 
+def damon_pmdp_mkold(mm: MmStruct, address: int, pmd: int) -> None:
+    """The same for a huge entry, which is locked."""
+    host = mm.host
+    folio = page_idle_get_folio(host, pmd_pfn(pmdp_get(mm, pmd)))
+    if folio < 0:
+        return
+    young = pmdp_clear_young_notify(mm, address, pmd)
+    host.pages.flags[folio] |= PG_idle | (PG_young if young else 0)
+    put_page(host, folio)
+
+
 def damon_pte_young(mm: MmStruct, address: int, pte: int, folio: int) -> bool:
-    """Whether a present entry was used since it was made old, by the CPU, by others, by a secondary MMU."""
+    """Whether a present entry, small or huge, was used since it was made old, by a CPU or a secondary MMU."""
     if ptep_get(mm, pte) & _PAGE_ACCESSED or not mm.host.pages.flags[folio] & PG_idle:
         return True
     return bool(mmu_notifier.mmu_notifier_test_young(mm, address))
@@ -48,13 +63,15 @@ def damon_folio_mkold(host: HostMm, folio: int) -> None:
     """Make every mapping of a folio old; the caller holds a reference."""
 
     def one(vma: VmArea, address: int) -> bool:
-        pte = page_vma_mapped_walk(host, folio, vma, address)
-        if pte:
-            damon_ptep_mkold(vma.mm, address, pte)
-            pte_lockptr(vma.mm, pte).unlock()
+        walk = PageVmaMappedWalk(host, folio, vma, address)
+        while walk.next():
+            if walk.pte:
+                damon_ptep_mkold(vma.mm, walk.address, walk.pte)
+            else:
+                damon_pmdp_mkold(vma.mm, walk.address, walk.pmd)
         return True
 
-    if not host.pages.mapcount[folio] or folio not in host.pages.mapping:
+    if not folio_mapcount(host.pages, folio) or folio not in host.pages.mapping:
         host.pages.flags[folio] |= PG_idle
         return
     lock = needs_folio_lock(host, folio)
@@ -71,13 +88,16 @@ def damon_folio_young(host: HostMm, folio: int) -> bool:
 
     def one(vma: VmArea, address: int) -> bool:
         nonlocal accessed
-        pte = page_vma_mapped_walk(host, folio, vma, address)
-        if pte:
-            accessed = damon_pte_young(vma.mm, address, pte, folio)
-            pte_lockptr(vma.mm, pte).unlock()
+        accessed = False
+        walk = PageVmaMappedWalk(host, folio, vma, address)
+        while walk.next():
+            accessed = damon_pte_young(vma.mm, walk.address, walk.pte or walk.pmd, folio)
+            if accessed:
+                walk.done()
+                break
         return not accessed
 
-    if not host.pages.mapcount[folio] or folio not in host.pages.mapping:
+    if not folio_mapcount(host.pages, folio) or folio not in host.pages.mapping:
         return not host.pages.flags[folio] & PG_idle
     lock = needs_folio_lock(host, folio)
     if lock and not folio_trylock(host, folio):

@@ -16,6 +16,7 @@
 | `linux_mm_files.py` | those of files and shared memory |
 | `linux_mm_hugetlb.py` | those of huge pages |
 | `linux_mm_reclaim.py` | those of reclaim and access tracking |
+| `linux_mm_thp.py` | those of transparent huge pages |
 | `linux_mm_uffd.py` | those of userfaultfd; `emulator_uffd.py` has their steps |
 | `recorded/linux-6.18/` | the real kernel's traces |
 """

@@ -6,6 +6,7 @@ import refault.scenarios.linux_mm_files
 import refault.scenarios.linux_mm_hugetlb
 import refault.scenarios.linux_mm_migrate
 import refault.scenarios.linux_mm_reclaim
+import refault.scenarios.linux_mm_thp
 import refault.scenarios.linux_mm_uffd  # noqa: F401  (fills the registry)
 from refault.scenarios import scenario
 from refault.scenarios.api import DATA_SIZE, PAGE, PROT_NONE, PROT_READ, PROT_RW, Scenario

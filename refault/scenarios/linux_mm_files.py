@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refault.scenarios import scenario
-from refault.scenarios.api import PAGE, Scenario
+from refault.scenarios.api import DATA_SIZE, PAGE, Scenario
 
 __all__: list[str] = []
 
@@ -32,3 +32,28 @@ def memfd_punch(s: Scenario) -> None:
     s.ld(0x3000)
     s.madv(0x4000, PAGE, "REMOVE")
     s.st(0x4000, 2)
+
+
+@scenario(file="private")
+def private_file(s: Scenario) -> None:
+    """A private page of a file is copied by a write, and outlives a hole but not the end of the file."""
+    s.ld(0x3000, "page cache")
+    s.st(0x3000, 1, "file COW")
+    s.st(0x3000, 2)
+    s.st(0x4000, 3, "write first")
+    s.ld(0x5000)
+    s.pwrite(0x5000, b"\x22" * 8, "pwrite under it 0x5000")
+    s.ld(0x5000, "sees it")
+    s.pwrite(0x3000, b"\x22" * 8, "pwrite under COWed 0x3000")
+    s.ld(0x3000, "does not")
+    s.punch_hole(0x3000, 0x3000, "PUNCH_HOLE 0x3000..0x5fff")
+    s.ld(0x3000, "COWed copy survives?")
+    s.ld(0x5000)
+    s.madv(0x3000, PAGE, "DONTNEED")
+    s.ld(0x3000, "back to file")
+    s.ftruncate(0x4000, "ftruncate 0x4000")
+    s.ld(0x3000)
+    s.ld(0x4000, "COWed copy, beyond EOF")
+    s.st(0x4000, 9)
+    s.ftruncate(DATA_SIZE, "ftruncate 8M")
+    s.ld(0x4000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from errno import EACCES, EBADF, EEXIST, EINVAL, ENOENT
+from errno import EACCES, EBADF, EEXIST, EINVAL, ENOENT, ENOMEM
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ def vm() -> Iterator[refault.VM]:
         machine.finish()
 
 
-@pytest.mark.parametrize("make", ["memfd_slot", "file_slot"])
+@pytest.mark.parametrize("make", ["memfd_create", "file_create"])
 def test_what_a_peer_stores_the_vm_reads_and_the_other_way_round(vm: refault.VM, make: str) -> None:
     getattr(vm.host, make)(gpa=SLOT, pages=16)
     vm.host.host_write(gpa=SLOT + 8, value=1)
@@ -35,7 +35,7 @@ def test_what_a_peer_stores_the_vm_reads_and_the_other_way_round(vm: refault.VM,
 
 
 def test_a_private_slot_keeps_what_it_wrote_until_the_file_is_cut(vm: refault.VM) -> None:
-    vm.host.file_slot(gpa=SLOT, pages=16, private=1)
+    vm.host.file_create(gpa=SLOT, pages=16, private=1)
     vm.host.host_write(gpa=SLOT, value=1)
     vm.host.peer_write(gpa=SLOT, value=2)
     vm.host.peer_write(gpa=SLOT + 0x1000, value=3)
@@ -49,7 +49,7 @@ def test_a_private_slot_keeps_what_it_wrote_until_the_file_is_cut(vm: refault.VM
 
 
 def test_memory_that_was_removed_reads_as_zeros(vm: refault.VM) -> None:
-    vm.host.memfd_slot(gpa=SLOT, pages=16)
+    vm.host.memfd_create(gpa=SLOT, pages=16)
     for page in range(3):
         vm.host.host_write(gpa=SLOT + 0x1000 * page, value=7)
     vm.host.remove(gpa=SLOT, pages=2)
@@ -57,7 +57,7 @@ def test_memory_that_was_removed_reads_as_zeros(vm: refault.VM) -> None:
 
 
 def test_shared_memory_goes_to_swap_and_comes_back(vm: refault.VM) -> None:
-    vm.host.memfd_slot(gpa=SLOT, pages=16)
+    vm.host.memfd_create(gpa=SLOT, pages=16)
     for page in range(16):
         vm.host.host_write(gpa=SLOT + 0x1000 * page, value=page + 1)
     assert vm.host.swap_out(gpa=SLOT, pages=16) == 16
@@ -65,14 +65,16 @@ def test_shared_memory_goes_to_swap_and_comes_back(vm: refault.VM) -> None:
 
 
 def test_mistakes_are_answered_by_name(vm: refault.VM) -> None:
-    vm.host.file_slot(gpa=SLOT, pages=16, private=1)
+    vm.host.file_create(gpa=SLOT, pages=16, private=1)
     wrong = [
         (lambda: vm.host.fsync(gpa=0x200000), EBADF), (lambda: vm.host.punch_hole(gpa=0x200000), EBADF),
         (lambda: vm.host.truncate(gpa=0x200000), EBADF), (lambda: vm.host.remove(gpa=0x200000), EINVAL),
         (lambda: vm.host.remove(gpa=SLOT), EACCES), (lambda: vm.host.truncate(gpa=SLOT + 1), EINVAL),
-        (lambda: vm.host.file_slot(gpa=SLOT, pages=1), EEXIST),
-        (lambda: vm.host.memfd_slot(gpa=SLOT, pages=1), EEXIST),
-        (lambda: vm.host.file_slot(gpa=SLOT + (1 << 20), pages=1, private=2), EINVAL),
+        (lambda: vm.host.file_create(gpa=SLOT, pages=1), EEXIST),
+        (lambda: vm.host.file_create(gpa=SLOT + (1 << 20), pages=1 << 52), ENOMEM),
+        (lambda: vm.host.memfd_create(gpa=SLOT + (1 << 20), pages=1 << 52), ENOMEM),
+        (lambda: vm.host.memfd_create(gpa=SLOT, pages=1), EEXIST),
+        (lambda: vm.host.file_create(gpa=SLOT + (1 << 20), pages=1, private=2), EINVAL),
     ]
     for call, number in wrong:
         with pytest.raises(KernelError) as refused:

@@ -11,6 +11,12 @@ import pytest
 import refault
 from emu.hugetlb import GIB
 from host_mm.kernel.errors import BrokenTruth
+from host_mm.mmu_notifier import (
+    MMU_NOTIFY_CLEAR,
+    mmu_notifier_invalidate_range_end,
+    mmu_notifier_invalidate_range_start,
+    mmu_notifier_range_init,
+)
 from refault.scenarios.api import DATA_GPA, DATA_SIZE, Scenario
 from refault.scenarios.emulator import EmulatorBackend
 
@@ -240,3 +246,35 @@ def test_a_pool_that_may_grow_has_pages_for_who_asks_and_gives_them_up_again() -
             machine.host.hugetlb_create(gpa=GPA + 8 * HUGE, pages=PAGES)
         machine.host.host_write(gpa=GPA, value=7)
         assert machine.host.host_read(gpa=GPA) == 7
+
+
+def test_the_end_of_the_log_puts_huge_sptes_back_while_something_else_is_in_a_bracket() -> None:
+    # Linux 6.18 would wait for the bracket before it changes the slots.
+    options = {"memory_backend": "hugetlb", "host_ram": "32M", "profile": "linux-5.10", "check": True}
+    with refault.VM("4M", **options) as machine:
+        machine.load("first-touch")
+        machine.run(max_insns=30_000)
+        machine.host.dirty_log(gpa=0, on=1)
+        assert machine.host.map_level(0x100000) == 1
+        board = machine.board
+        elsewhere = mmu_notifier_range_init(MMU_NOTIFY_CLEAR, board.kvm.mm, 4096, 8192)
+        board.host.sched.run_task("elsewhere", lambda: mmu_notifier_invalidate_range_start(elsewhere))
+        machine.host.dirty_log(gpa=0, on=0)
+        board.host.sched.run_task("elsewhere", lambda: mmu_notifier_invalidate_range_end(elsewhere))
+        assert machine.host.map_level(0x100000) == 2
+        machine.finish()
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_no_page_of_the_pool_is_a_devices_alone_or_the_devices_at_all(vm: refault.VM, shared: int) -> None:
+    vm.host.hugetlb_create(gpa=GPA, pages=PAGES, shared=shared)
+    vm.host.host_write(gpa=GPA, value=5)
+    for gpa in (GPA, GPA + 0x3000):
+        with pytest.raises(refault.KernelError) as caught:
+            vm.host.device_add(gpa=gpa, value=1)
+        assert caught.value.errno == errno.EOPNOTSUPP
+        with pytest.raises(refault.KernelError) as caught:
+            vm.host.device_migrate(gpa=gpa)
+        assert caught.value.errno == errno.EINVAL
+    assert vm.host.host_read(gpa=GPA) == 5
+    vm.finish()

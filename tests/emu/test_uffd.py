@@ -236,7 +236,7 @@ def test_operations_beside_each_other_wait_for_each_other(seed: int) -> None:
 def test_shared_memory_is_mapped_page_by_page_when_it_is_touched() -> None:
     gpa = 0xE000_0000
     with refault.VM("4M", host_ram="16M", check=True) as vm:
-        vm.host.memfd_slot(gpa, 16)
+        vm.host.memfd_create(gpa, 16)
         for page in range(4):
             vm.host.host_write(gpa + page * 4096, page + 1)
         assert vm.host.uffd_minor(gpa, 16) == 0
@@ -253,7 +253,7 @@ def test_shared_memory_is_mapped_page_by_page_when_it_is_touched() -> None:
 def test_shared_memory_takes_the_other_uses_as_well(name: str) -> None:
     gpa = 0xE000_0000
     with refault.VM("4M", host_ram="16M", check=True) as vm:
-        vm.host.memfd_slot(gpa, 16)
+        vm.host.memfd_create(gpa, 16)
         for page in range(4):
             vm.host.host_write(gpa + page * 4096, page + 1)
         getattr(vm.host, name)(gpa, 16)

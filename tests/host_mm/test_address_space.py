@@ -138,20 +138,6 @@ def test_registering_a_notifier_waits_for_walks_of_the_files_mappings() -> None:
     s.end()
 
 
-def test_the_audit_finds_a_page_and_a_mapping_that_do_not_belong() -> None:
-    s = Shared()
-    copy_to_user(s.a, s.at, b"x")
-    s.file.i_pages[7] = s.file.i_pages[0]
-    with pytest.raises(BrokenTruth, match="page-cache"):
-        audit(s.host)
-    del s.file.i_pages[7]
-    lost = s.file.i_mmap.pop()
-    with pytest.raises(BrokenTruth, match="i-mmap"):
-        audit(s.host)
-    s.file.i_mmap.append(lost)
-    s.end()
-
-
 def test_closing_twice_is_a_bug() -> None:
     host = make_host()
     file: AddressSpace = memfd_create(host, "x", PAGE)

@@ -27,6 +27,8 @@ from host_mm.mprotect import do_mprotect
 from host_mm.page import put_page
 from host_mm.task_mmu import CLEAR_REFS_ALL, clear_refs_write
 from host_mm.truths import audit
+from host_mm.uaccess import copy_to_user
+from tests.host_mm.files import Shared
 from tests.host_mm.machine import ANON, PAGE, RW, Vmm
 from trace_events.event import Event
 from trace_events.stream import Listener
@@ -147,3 +149,21 @@ def test_a_read_fault_on_a_mapped_old_page_leaves_the_accessed_bit_to_the_cpu(vm
     assert lookup_address_in_mm(vm.mm, vm.base)[0] == old
     run("write", lambda: handle_mm_fault(vma, vm.base, FAULT_FLAG_WRITE))
     assert lookup_address_in_mm(vm.mm, vm.base)[0] == old | _PAGE_ACCESSED
+
+
+def test_a_longterm_pin_for_writing_is_refused_where_a_file_must_know_of_writes() -> None:
+    disk, memory = Shared(disk=b"disk"), Shared()
+    for s, expected in ((disk, -EFAULT), (memory, 0)):
+        answers: list[int] = []
+
+        def pin(s: Shared = s, answers: list[int] = answers) -> None:
+            copy_to_user(s.a, s.at, b"x")
+            for flags in (FOLL_WRITE | FOLL_LONGTERM, FOLL_WRITE, FOLL_LONGTERM):
+                pfn = pin_user_page(s.a.mm, s.at, flags)
+                answers.append(min(pfn, 0))
+                if pfn >= 0:
+                    unpin_user_page(s.host, pfn)
+
+        s.do(pin)
+        assert answers == [expected, 0, 0]
+        s.end()

@@ -7,12 +7,14 @@ import pytest
 from host_mm import mmu_notifier as mn
 from host_mm.fork import exit_process, fork_process
 from host_mm.kernel.sched import RandomStrategy
-from host_mm.madvise import MADV_DONTNEED, do_madvise
+from host_mm.ksm import scan_until_quiet
+from host_mm.madvise import MADV_DONTNEED, MADV_MERGEABLE, do_madvise
 from host_mm.memory_file import unmap_mapping_pages
 from host_mm.mm_types import MM_ANONPAGES, MM_SHMEMPAGES
 from host_mm.mmap import MAP_PRIVATE
+from host_mm.page import PG_anon, PG_ksm
 from host_mm.uaccess import copy_from_user, copy_to_user
-from tests.host_mm.files import Shared
+from tests.host_mm.files import Shared, frame
 from tests.host_mm.machine import PAGE, Recorder, run
 
 
@@ -85,4 +87,21 @@ def test_faults_unmapping_and_fork_race_without_a_wrong_byte_or_count(seed: int)
 
     run(s.host, writer, private, unmapper, forker)
     s.host.sched.set_strategy(None)
+    s.end()
+
+
+def test_private_pages_of_a_file_are_merged_by_ksm_and_parted_again() -> None:
+    s = Shared(kind=MAP_PRIVATE)
+    for page in (1, 2):
+        copy_to_user(s.b, s.bt + page * PAGE, b"same" * 1024)
+    copy_to_user(s.a, s.at + 3 * PAGE, b"same" * 1024)
+    copy_from_user(s.b, s.bt + 3 * PAGE, 1)
+    do_madvise(s.b.mm, s.bt, 16 * PAGE, MADV_MERGEABLE)
+    s.do(lambda: scan_until_quiet(s.host))
+    pfn = frame(s.b, s.bt + PAGE)
+    assert s.host.pages.flags[pfn] & PG_ksm
+    assert frame(s.b, s.bt + 2 * PAGE) == pfn
+    assert not s.host.pages.flags[frame(s.b, s.bt + 3 * PAGE)] & PG_anon, "a page of the file itself is not"
+    copy_to_user(s.b, s.bt + 2 * PAGE, b"mine")
+    assert copy_from_user(s.b, s.bt + PAGE, 4) == b"same"
     s.end()

@@ -34,7 +34,9 @@ from host_mm.pgtable_generic import pmd_offset
 from host_mm.rmap_unmap import remove_migration_ptes, try_to_migrate
 from host_mm.task_mmu import clear_refs_write
 from host_mm.truths import HostTruths, audit
-from tests.host_mm.machine import ANON, PAGE, RW, SLOT, Vmm, run
+from host_mm.uaccess import copy_from_user, copy_to_user
+from tests.host_mm.files import Shared
+from tests.host_mm.machine import ANON, PAGE, RW, SLOT, Recorder, Vmm, run
 from tests.host_mm.test_order_classes import BASE, record
 from tests.host_mm.test_tlb import order
 from trace_events.stream import Listener
@@ -594,3 +596,16 @@ def test_moving_beside_reclaim_and_migration_keeps_every_byte(seed: int) -> None
     sched.run_until(lambda: not vm.host.swap_device.inflight)
     vm.host.lru.lru_add_drain_all()
     audit(vm.host)
+
+
+def test_old_length_zero_maps_a_shared_file_once_more_and_moves_nothing() -> None:
+    s = Shared(pages=8)
+    copy_to_user(s.a, s.at + 2 * PAGE, b"shared")
+    notifier = Recorder(s.at)
+    mn.mmu_notifier_register(notifier, s.a.mm)
+    again = do_mremap(s.a.mm, s.at + 2 * PAGE, 0, 4 * PAGE, MREMAP_MAYMOVE)
+    assert notifier.take() == [], "there was nothing to move"
+    assert copy_from_user(s.a, again, 6) == b"shared"
+    copy_to_user(s.a, again + PAGE, b"both")
+    assert copy_from_user(s.a, s.at + 3 * PAGE, 4) == b"both"
+    s.end()

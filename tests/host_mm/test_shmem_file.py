@@ -12,6 +12,7 @@ import pytest
 from host_mm import mmu_notifier as mn
 from host_mm import shmem
 from host_mm.address_space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, AddressSpace
+from host_mm.filemap_rw import file_read
 from host_mm.fork import exit_process
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.sched import RandomStrategy
@@ -106,6 +107,7 @@ def test_allocation_makes_pages_and_grows_the_file_unless_told_not_to() -> None:
     assert (s.file.nrpages, s.file.i_size) == (3, 2 * PAGE)
     s.file.a_ops.fallocate(s.file, 0, 3 * PAGE, PAGE)
     assert (s.file.nrpages, s.file.i_size) == (4, 4 * PAGE)
+    assert file_read(s.file, 3 * PAGE, 3) == bytes(3), "allocated pages read as zeros"
     assert copy_from_user(s.a, s.at, 3) == bytes(3)
     s.end()
 

@@ -303,6 +303,11 @@ def pmd_table(pmd: int) -> bool:
     return pmd & (_PAGE_PRESENT | _PAGE_PSE) == _PAGE_PRESENT
 
 
+def pmd_modify(pmd: int, newprot: int) -> int:
+    """The same huge page with other rights."""
+    return pte_modify(pmd, newprot) | (pmd & _PAGE_PSE)
+
+
 def pmd_present(pmd: int) -> bool:
     """Whether there is a table or a huge page; one that is being split counts, as PSE stays."""
     return pmd & (_PAGE_PRESENT | _PAGE_PROTNONE | _PAGE_PSE) != 0

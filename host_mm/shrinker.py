@@ -1,0 +1,58 @@
+"""Shrinkers: caches that give back part of themselves as reclaim goes by.
+
+Source of truth: mm/shrinker.c: do_shrink_slab, mm/huge_memory.c (deferred_split_shrinker,
+huge_zero_folio_shrinker); Linux 6.18.
+
+Each is asked in proportion to how hard reclaim tries: a share 2**-priority of what it has, twice. What is
+too little for a batch waits for the next time. What they free does not count as reclaimed.
+
+Not modelled: caches of the kernel's own objects, shrinkers by memory cgroup. zswap's is in zswap.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from host_mm.huge_memory_split import deferred_split_count, deferred_split_scan
+from host_mm.huge_mm import huge_zero_freeable, shrink_huge_zero_folio
+
+if TYPE_CHECKING:
+    from host_mm.host import HostMm
+
+__all__ = ["SHRINK_BATCH", "shrink_slab"]
+
+SHRINK_BATCH = 128
+_DEFAULT_SEEKS = 2
+
+
+def shrink_slab(host: HostMm, nid: int, priority: int) -> None:
+    """Ask every shrinker of the node."""
+    _do_shrink_slab(
+        host, f"deferred_split {nid}", priority, lambda: deferred_split_count(host, nid),
+        lambda nr: deferred_split_scan(host, nid, nr),
+    )
+    _do_shrink_slab(
+        host, "huge_zero", priority, lambda: huge_zero_freeable(host), lambda nr: shrink_huge_zero_folio(host)
+    )
+
+
+def _do_shrink_slab(
+    host: HostMm, name: str, priority: int, count: Callable[[], int], scan: Callable[[int], int]
+) -> None:
+    freeable = count()
+    if not freeable:
+        return
+    deferred = host.thp.nr_deferred.pop(name, 0)
+    delta = (freeable >> priority) * 4 // _DEFAULT_SEEKS
+    total = min((deferred >> priority) + delta, 2 * freeable)
+    scanned = 0
+    while count() and (total >= SHRINK_BATCH or total >= freeable):
+        nr = min(SHRINK_BATCH, total)
+        scan(nr)
+        total -= nr
+        scanned += nr
+        if host.sched.preempt:
+            host.sched.point("cond_resched")
+    if left := min(max(deferred + delta - scanned, 0), 2 * freeable):
+        host.thp.nr_deferred[name] = left
