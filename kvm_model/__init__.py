@@ -10,6 +10,7 @@ Reading order, which is the way of one fault and of one host event:
     mmu/invalidate.py             count, sequence, range: when a fault must be retried
     mmu_notifier.py pfncache.py   what the host's brackets do
     mmu/spte.py mmu/tdp_mmu.py    what an SPTE says, and every store to one
+    mmu/rmap.py mmu/direct_map.py the same without the TDP MMU
     memslots.py memory_region.py  the guest's memory map, and how it changes
     dirty_log.py requests.py      the log; flushes and kicks
     truths.py breaks.py           what must hold, and how to break it

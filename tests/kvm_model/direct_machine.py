@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from host_mm.madvise import MADV_DONTNEED, MADV_HUGEPAGE, do_madvise
+from host_mm.uaccess import copy_to_user
 from kvm_model.mmu.rmap import RmapHead, gfn_to_rmap, rmap_sptes
 from tests.kvm_model.machine import BASE, PAGE, Machine
 
@@ -28,10 +29,8 @@ def dontneed(m: Machine, first: int, pages: int = 1) -> None:
 
 def populate(m: Machine, *gfns: int) -> None:
     """The host maps these pages writable; no vCPU has touched them."""
-    from host_mm.uaccess import copy_to_user
-
     for gfn in gfns:
-        m.do(lambda gfn=gfn: copy_to_user(m.mm, BASE + gfn * PAGE, bytes([gfn + 1])))
+        m.do(lambda gfn=gfn: copy_to_user(m.process, BASE + gfn * PAGE, bytes([gfn % 251 + 1])))
 
 
 def rmap(m: Machine, gfn: int, level: int = 1) -> list[int]:
