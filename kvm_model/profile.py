@@ -94,6 +94,7 @@ LINUX_5_10 = KvmProfile(
     flush_on_young=True,
     age_clears_dirty=True,
     marks_page_at_drop=True,
+    tdp_mmu=False,
     obsolete_root_check=False,
     unmap_breaks_lock=False,
     obsolete_zap_breaks_lock=False,
