@@ -84,7 +84,7 @@ _LEAF = EPT_READABLE | EPT_EXECUTABLE | EPT_MT_WB << EPT_MEMTYPE_SHIFT | EPT_IPA
 
 
 class Dune(MmuNotifier):
-    """One process in Dune mode. `mapped` repeats the leaves by address, for the truths."""
+    """One process in Dune mode, until its exit. `mapped` repeats the leaves by address, for the truths."""
 
     def __init__(self, process: Process) -> None:
         """vmx_create_ept. KernelError(ENOMEM)."""
@@ -180,6 +180,11 @@ class Dune(MmuNotifier):
         with self.ept_lock:
             self.mmu_notifier_seq += 1
             self.mmu_notifier_count -= 1
+
+    def release(self, mm: MmStruct) -> None:
+        """The address space goes away, and no bracket will tell of it."""
+        with self.ept_lock:
+            self._drop(0, 1 << 48)
 
     def clear_flush_young(self, mm: MmStruct, start: int, end: int) -> int:
         """ept_mmu_notifier_clear_flush_young: what is in the EPT was used; out with it."""

@@ -7,8 +7,6 @@ vmcall), fires `refault:host_op` as the cause of all it does, and answers an int
 negative errno for the guest. In Python a refusal is a KernelError.
 
 Addresses are guest physical; `pages` counts 4 KiB pages.
-
-Not modelled: operations on transparent huge pages and memory cgroups.
 """
 
 from __future__ import annotations

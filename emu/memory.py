@@ -81,11 +81,16 @@ class GuestMemory:
                 return region
         return None
 
-    def hva(self, gpa: int) -> int:
-        """The VMM's address of `gpa`; KernelError(EFAULT) where there is no memory."""
+    def region_of(self, gpa: int) -> Region:
+        """As region_at; KernelError(EFAULT) where there is no memory."""
         region = self.region_at(gpa)
         if region is None:
             raise KernelError(errno.EFAULT, f"gpa {gpa:#x} is not in a memory slot")
+        return region
+
+    def hva(self, gpa: int) -> int:
+        """The VMM's address of `gpa`; KernelError(EFAULT) where there is no memory."""
+        region = self.region_of(gpa)
         return region.hva + gpa - region.gpa
 
     def gpa(self, hva: int) -> int:

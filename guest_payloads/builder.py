@@ -92,7 +92,7 @@ def _parse_header(path: Path, lines: list[str]) -> PayloadInfo:
             name, _, default = head.partition("=")
             params.append(Param(name, default, doc.strip()))
         elif words.startswith("vmcalls:"):
-            vmcalls = tuple(words[8:].split())
+            vmcalls += tuple(words[8:].split())
         elif not title and words:
             title = words.partition(": ")[2] if words.startswith(path.stem + ": ") else words
         else:

@@ -319,10 +319,12 @@ class HostMm:
         )
 
     def shutdown(self) -> None:
-        """Every process has ended: stop ksmd, turn swap off, give up the huge pages and the one of zeros.
+        """End every process, stop ksmd, turn swap off, give up the huge pages and the one of zeros.
 
         What is in use after that is lost.
         """
+        for left in list(self.processes):
+            fork.exit_process(left)
         if self.ksm.mm_slots:
             ksm.run_store(self, KSM_RUN_UNMERGE)
         if self.swap is not None:

@@ -242,7 +242,9 @@ class MemoryController:
             self._uncharge(memcg, nr)
 
     def migrate(self, old: int, new: int) -> None:
-        """mem_cgroup_migrate: the charge goes with the contents; neither folio is on a list."""
+        """mem_cgroup_migrate: the charge goes with the contents, unless the new folio has one."""
+        if new in self.folios:
+            return
         memcg = self.folios.pop(old, None)
         if memcg is not None:
             self.folios[new] = memcg

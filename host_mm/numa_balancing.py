@@ -16,7 +16,7 @@ the guest:
 
 Not modelled: which threads use a VMA, scan periods that adapt, groups of tasks and the preferred node, the
 filter by who used the page last (a page that is elsewhere is moved at its first hinting fault, as Linux
-does early in a task's life), memory tiers, huge pages, 5.10's
+does early in a task's life), memory tiers, moving large folios, 5.10's
 order (rights back first, then the move); time is the machine's, not the thread's own.
 """
 
@@ -51,7 +51,7 @@ from host_mm.mprotect import (
     change_protection,
     vma_wants_manual_pte_write_upgrade,
 )
-from host_mm.page import PG_dirty, PG_swapbacked
+from host_mm.page import PG_dirty, PG_swapbacked, folio_test_large, page_folio
 from host_mm.page_alloc import (
     GFP_COMP,
     GFP_DIRECT_RECLAIM,
@@ -181,7 +181,8 @@ def do_numa_page(vmf: VmFault) -> tuple[str, int]:
     if not writable and vma_wants_manual_pte_write_upgrade(vma):
         writable = can_change_pte_writable(vma, entry)
     pfn = vm_normal_page(host, old)
-    target = _numa_migrate_check(vmf, pfn) if pfn >= 0 else -1
+    large = pfn >= 0 and folio_test_large(host.pages, page_folio(host.pages, pfn))
+    target = _numa_migrate_check(vmf, pfn) if pfn >= 0 and not large else -1
     if target >= 0 and _migrate_misplaced_folio_prepare(host, pfn, vma, target):
         vmf.ptl.unlock()
         if _migrate_misplaced_folio(host, pfn, target):

@@ -17,7 +17,7 @@ An entry of the pagemap:
     | P | SW| FI|     | GR| WP| EX | SD| pfn, or slot and type  |
     +---+---+---+-----+---+---+----+---+------------------------+
 
-Not modelled: scans of hugetlb, protecting a huge page (it stays found as written), the
+Not modelled: scans of hugetlb, protecting a huge page as a whole (it is split), the
 capability that shows frame numbers, fatal signals.
 """
 
@@ -57,17 +57,19 @@ from host_mm.arch.x86.pgtable import (
     swp_type,
     walk_lockless,
 )
+from host_mm.huge_memory_pmd import split_huge_pmd
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory import vm_normal_page
 from host_mm.mm_types import VM_HUGETLB, VM_PFNMAP, VM_SOFTDIRTY
-from host_mm.page import PG_anon
+from host_mm.page import PG_anon, folio_test_large, page_folio
 from host_mm.pgtable_generic import pte_lockptr, pte_offset_map_lock, ptep_get_and_clear, set_pte
 from host_mm.userfaultfd_k import userfaultfd_wp_async, userfaultfd_wp_use_markers
 from host_mm.userfaultfd_wp import uffd_wp_range
 
 if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
+    from host_mm.page import Pages
 
 __all__ = [
     "PAGE_IS_FILE", "PAGE_IS_GUARD", "PAGE_IS_PFNZERO", "PAGE_IS_PRESENT", "PAGE_IS_SOFT_DIRTY",
@@ -134,6 +136,12 @@ def _entry_at(mm: MmStruct, address: int) -> int:
     return (entry & ~_PAGE_PSE) + (address & (size - 1) & PFN_MASK)
 
 
+def _mapcount(pages: Pages, pfn: int) -> int:
+    """How often this page is mapped, by itself or with its whole folio."""
+    head = page_folio(pages, pfn)
+    return pages.mapcount[pfn] + (pages.entire_mapcount[head] if folio_test_large(pages, head) else 0)
+
+
 def _pagemap_entry(vma: VmArea, entry: int) -> int:
     """pte_to_pagemap_entry."""
     host = vma.mm.host
@@ -144,7 +152,7 @@ def _pagemap_entry(vma: VmArea, entry: int) -> int:
         word |= PM_SOFT_DIRTY if entry & _PAGE_SOFT_DIRTY else 0
         word |= PM_UFFD_WP if entry & _PAGE_UFFD_WP else 0
         pfn = vm_normal_page(host, entry)
-        if pfn >= 0 and host.pages.mapcount[pfn] == 1:
+        if pfn >= 0 and _mapcount(host.pages, pfn) == 1:
             word |= PM_MMAP_EXCLUSIVE
     elif entry:
         swp = pte_to_swp_entry(entry)
@@ -155,7 +163,7 @@ def _pagemap_entry(vma: VmArea, entry: int) -> int:
         word |= PM_SOFT_DIRTY if entry & _PAGE_SWP_SOFT_DIRTY else 0
         word |= PM_UFFD_WP if pte_swp_uffd_wp_any(entry) else 0
         word |= PM_GUARD_REGION if pte_marker_get(entry) & PTE_MARKER_GUARD else 0
-    if pfn >= 0 and not host.pages.flags[pfn] & PG_anon:
+    if pfn >= 0 and not host.pages.flags[page_folio(host.pages, pfn)] & PG_anon:
         word |= PM_FILE
     return word
 
@@ -312,6 +320,9 @@ class _Scan:
         """pagemap_scan_pmd_entry: the pages of one table."""
         mm, arg = self.mm, self.arg
         pte = pte_offset_map_lock(mm, pmd, start)
+        if not pte and arg.flags & PM_SCAN_WP_MATCHING:
+            split_huge_pmd(vma, pmd, start)
+            pte = pte_offset_map_lock(mm, pmd, start)
         if not pte:
             return self._huge(vma, start, end)
         ptl = pte_lockptr(mm, pte)
@@ -432,7 +443,7 @@ def _categories(vma: VmArea, entry: int) -> int:
         swp = pte_to_swp_entry(entry)
         if is_migration_entry(swp):
             pfn = swp_offset(swp) & SWP_PFN_MASK
-    if pfn >= 0 and not host.pages.flags[pfn] & PG_anon:
+    if pfn >= 0 and not host.pages.flags[page_folio(host.pages, pfn)] & PG_anon:
         categories |= PAGE_IS_FILE
     return categories
 

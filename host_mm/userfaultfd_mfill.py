@@ -26,6 +26,7 @@ from host_mm.arch.x86.pgtable import (
     PTE_MARKER_POISONED,
     make_pte_marker,
     mk_pte,
+    pmd_table,
     pte_mkdirty,
     pte_mkuffd_wp,
     pte_mkwrite,
@@ -131,6 +132,9 @@ class _Fill:
             pmd = pmd_alloc(mm, address)
             if not pmd or not pte_alloc(mm, pmd):
                 return -ENOMEM
+            if not pmd_table(mm.host.ram.u64[pmd >> 3]):
+                # A huge page is there.
+                return -EEXIST
             err = self._fill_pte(vma, pmd, address)
             if sched.preempt:
                 sched.point("cond_resched")

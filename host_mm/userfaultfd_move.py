@@ -12,8 +12,8 @@ in swap moves as it is.
 As in 6.18.2 a call that once had to start over because something changed never takes that back: what moves
 after it is not counted, and the call ends with EEXIST at the page that it moved itself.
 
-Not modelled: huge pages, large folios (EBUSY where Linux splits them), fatal signals; mmap_lock stands for
-the locks of the two VMAs.
+Not modelled: moving a huge entry as a whole (it is split, and its folio), fatal signals; mmap_lock stands
+for the locks of the two VMAs.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from host_mm.arch.x86.pgtable import (
     is_migration_entry,
     mk_pte,
     non_swap_entry,
+    pmd_pfn,
+    pmd_present,
+    pmd_table,
     pte_dirty,
     pte_mkdirty,
     pte_mksoft_dirty,
@@ -41,9 +44,20 @@ from host_mm.arch.x86.pgtable import (
     swp_offset,
 )
 from host_mm.filemap import folio_lock, folio_trylock, folio_unlock
+from host_mm.huge_memory_pmd import split_huge_pmd
+from host_mm.huge_memory_split import split_folio_to_list
+from host_mm.kernel.locks import Spinlock
 from host_mm.memory import vm_normal_page
 from host_mm.mm_types import VM_ACCESS_FLAGS, VM_IO, VM_LOCKED, VM_MIXEDMAP, VM_PFNMAP, VM_SHARED, VM_WRITE
-from host_mm.page import PG_anon_exclusive, PG_swapcache, folio_maybe_dma_pinned, get_page, put_page
+from host_mm.page import (
+    PG_anon_exclusive,
+    PG_swapcache,
+    folio_maybe_dma_pinned,
+    folio_test_large,
+    get_page,
+    page_folio,
+    put_page,
+)
 from host_mm.pgtable_generic import (
     mm_find_pmd,
     pmd_alloc,
@@ -135,6 +149,7 @@ class _Move:
                 continue
             if err:
                 break
+            # Nothing moved where a huge entry was split first.
             moved += ret
         return moved, err
 
@@ -158,6 +173,15 @@ class _Move:
                 return -ENOMEM
         if not pte_alloc(mm, dst_pmd):
             return -ENOMEM
+        if not pmd_table(u64[dst_pmd >> 3]):
+            return -EEXIST
+        if not pmd_table(entry := u64[src_pmd >> 3]):
+            pfn = pmd_pfn(entry) if pmd_present(entry) else -1
+            known = pfn in (-1, mm.host.thp.huge_zero_pfn)
+            if not known and not mm.host.pages.flags[pfn] & PG_anon_exclusive:
+                return -EBUSY
+            split_huge_pmd(self.src_vma, src_pmd, src)
+            return 0
         range_ = mmu_notifier.mmu_notifier_range_init(
             mmu_notifier.MMU_NOTIFY_CLEAR, mm, src, src + length, order=mmu_notifier.ORDER_UNDER_PTL
         )
@@ -221,10 +245,13 @@ class _Move:
             ptl.unlock()
             return -EAGAIN
         pfn = vm_normal_page(host, entry)
-        if pfn < 0 or not host.pages.flags[pfn] & PG_anon_exclusive or host.pages.tail[pfn]:
+        if pfn < 0 or not host.pages.flags[pfn] & PG_anon_exclusive:
             ptl.unlock()
             return -EBUSY
-        locked = folio_trylock(host, pfn)
+        head = page_folio(host.pages, pfn)
+        locked = folio_trylock(host, head)
+        if folio_test_large(host.pages, head):
+            return self._split(ptl, head, pfn, locked)
         get_page(host, pfn)
         self.folio, self.folio_pte = pfn, entry
         ptl.unlock()
@@ -232,6 +259,20 @@ class _Move:
             folio_lock(host, pfn)
             return None
         return 0
+
+    def _split(self, ptl: Spinlock, head: int, pfn: int, locked: bool) -> int | None:
+        """A large folio is split before one of its pages moves; its lock is not waited for."""
+        host = self.mm.host
+        if not locked:
+            ptl.unlock()
+            return -EAGAIN
+        get_page(host, head)
+        ptl.unlock()
+        err = split_folio_to_list(host, pfn)
+        held = head if err else pfn
+        folio_unlock(host, held)
+        put_page(host, held)
+        return err or None
 
     def _double_lock(self, dst_pte: int, src_pte: int, entry: int) -> bool:
         """Both tables' locks, in the order of their addresses; false, and none, if an entry changed."""
@@ -315,9 +356,11 @@ class _Move:
         if ptep_get(mm, dst_pte) or not pte_present(entry):
             return -1
         pfn = vm_normal_page(host, entry)
-        if pfn < 0 or not folio_trylock(host, pfn):
+        if pfn < 0 or folio_test_large(host.pages, page_folio(host.pages, pfn)):
             return -1
-        exclusive = host.pages.flags[pfn] & PG_anon_exclusive and not host.pages.tail[pfn]
+        if not folio_trylock(host, pfn):
+            return -1
+        exclusive = host.pages.flags[pfn] & PG_anon_exclusive
         if not exclusive or folio_get_anon_vma(host, pfn) is not self.anon_vma:
             folio_unlock(host, pfn)
             return -1

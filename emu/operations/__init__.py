@@ -2,6 +2,7 @@
 
 | file | subject |
 |---|---|
+| `arguments.py` | what arguments mean and which are refused; no operations |
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
 | `migration.py` | compaction, exact frames, memory offline, mbind, long-term pins, bad memory |

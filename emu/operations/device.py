@@ -17,7 +17,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from emu.hostops import LEAVES_GIVEN, operation
-from emu.operations.memory import _scalar_size
+from emu.operations.arguments import check_scalar, scalar_bytes
 from host_mm.hmm_mirror import HmmMirror
 from host_mm.kernel.errors import KernelError
 
@@ -30,20 +30,14 @@ MAX_TIME = 1_000_000_000
 
 
 def _check(gpa: int, size: int, ns: int) -> None:
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     if not 0 <= ns <= MAX_TIME:
         raise KernelError(errno.EINVAL, f"{ns} ns: want at most {MAX_TIME}")
 
 
-def _bytes(value: int, size: int) -> bytes:
-    return (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-
-
 def _mirror(board: Board, gpa: int) -> HmmMirror:
     """The device's mirror of the region that holds `gpa`; it watches from its first use on."""
-    region = board.memory.region_at(gpa)
-    if region is None:
-        raise KernelError(errno.EFAULT, f"gpa {gpa:#x} is not in a memory slot")
+    region = board.memory.region_of(gpa)
     mirror = board.mirrors.get(region.slot)
     if mirror is None:
         mirror = board.mirrors[region.slot] = HmmMirror(board.process)
@@ -54,7 +48,7 @@ def _mirror(board: Board, gpa: int) -> HmmMirror:
 @operation(example="mirror_read(gpa=0x200000, size=8)")
 def mirror_read(board: Board, gpa: int, size: int = 8) -> int:
     """A device with page tables of its own (an interval notifier's user) reads `size` bytes."""
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     hva = board.memory.hva(gpa)
     pfn = _mirror(board, gpa).access(hva, write=False)
     return int.from_bytes(board.host.mm.ram.read((pfn << 12) + (hva & 0xFFF), size), "little")
@@ -74,7 +68,7 @@ def dma_write(board: Board, gpa: int, value: int, size: int = 8, ns: int = 10_00
     if pfn < 0:
         raise KernelError(-pfn, f"gpa {gpa:#x} cannot be pinned")
     host.sched.sleep(ns)
-    host.ram.write((pfn << 12) + (gpa & 0xFFF), _bytes(value, size))
+    host.ram.write((pfn << 12) + (gpa & 0xFFF), scalar_bytes(value, size))
     unpin_user_page(host, pfn, dirty=True)
     return 0
 
@@ -100,7 +94,7 @@ def kvm_map_write(board: Board, gpa: int, value: int, size: int = 8, ns: int = 1
     head = page_folio(host.pages, held)
     host.held[head] += 1
     host.sched.sleep(ns)
-    host.ram.write((pfn << 12) + (gpa & 0xFFF), _bytes(value, size))
+    host.ram.write((pfn << 12) + (gpa & 0xFFF), scalar_bytes(value, size))
     host.held[head] -= 1
     kvm_release_page_dirty(kvm, held)
     return 0

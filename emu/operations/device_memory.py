@@ -9,13 +9,11 @@ page fails with -ENOMEM, as in Linux.
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING
 
 from emu.devices.hmm_device import HmmDevice
 from emu.hostops import operation
-from emu.operations.memory import _scalar_size, spans
-from host_mm.kernel.errors import KernelError
+from emu.operations.arguments import check_scalar, scalar_bytes, spans
 
 if TYPE_CHECKING:
     from emu.board import Board
@@ -28,9 +26,7 @@ DEVICE_PAGES = 256
 
 def _device(board: Board, gpa: int) -> tuple[HmmDevice, int]:
     """The device of the region that holds `gpa`, attached with its first use, and the hva."""
-    region = board.memory.region_at(gpa)
-    if region is None:
-        raise KernelError(errno.EFAULT, f"gpa {gpa:#x} is not in a memory slot")
+    region = board.memory.region_of(gpa)
     device = board.hmm_devices.get(region.slot)
     if device is None:
         device = HmmDevice(board.process, DEVICE_PAGES)
@@ -53,7 +49,7 @@ def device_migrate(board: Board, gpa: int, pages: int = 1) -> int:
 @operation(example="device_migrate(gpa=0x300000); vm.host.device_read(gpa=0x300000)")
 def device_read(board: Board, gpa: int, size: int = 8) -> int:
     """That device reads `size` bytes from its memory, or from RAM where the page is there."""
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     device, hva = _device(board, gpa)
     return int.from_bytes(device.read(hva, size), "little")
 
@@ -61,15 +57,15 @@ def device_read(board: Board, gpa: int, size: int = 8) -> int:
 @operation(example="device_migrate(gpa=0x300000); vm.host.device_write(gpa=0x300000, value=7)")
 def device_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """That device stores the low `size` bytes of `value`, in its memory or in RAM."""
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     device, hva = _device(board, gpa)
-    device.write(hva, (value & ((1 << 8 * size) - 1)).to_bytes(size, "little"))
+    device.write(hva, scalar_bytes(value, size))
     return 0
 
 
 @operation("EXCLUSIVE", example="device_add(gpa=0x300000, value=1)")
 def device_add(board: Board, gpa: int, value: int = 1) -> int:
     """That device adds to 8 bytes while it has the page for itself; answers what was there."""
-    _scalar_size(gpa, 8)
+    check_scalar(gpa, 8)
     device, hva = _device(board, gpa)
     return device.fetch_add(hva, value)

@@ -9,13 +9,11 @@ is -EBADF.
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING
 
 from emu import files
 from emu.hostops import operation
-from emu.operations.memory import _scalar_size, check_range, spans
-from host_mm.kernel.errors import KernelError
+from emu.operations.arguments import check_range, check_scalar, flag, scalar_bytes, spans
 from host_mm.ram import PAGE_SHIFT
 
 if TYPE_CHECKING:
@@ -37,11 +35,10 @@ def memfd_create(board: Board, gpa: int, pages: int = 1) -> int:
 def file_create(board: Board, gpa: int, pages: int = 1, private: int = 0) -> int:
     """A fresh temporary file, mapped shared or private, in a new slot at `gpa`; answers the slot's number."""
     check_range(gpa, pages)
-    if private not in (0, 1):
-        raise KernelError(errno.EINVAL, f"private = {private}: want 0 or 1")
+    own = flag("private", private)
     size = pages << PAGE_SHIFT
     board.memory.check_free(gpa, size)
-    hva = files.mmap_file(board.vmm, size, private=bool(private))
+    hva = files.mmap_file(board.vmm, size, private=own)
     return board.memory.show(gpa, size, hva).slot
 
 
@@ -89,18 +86,16 @@ def truncate(board: Board, gpa: int) -> int:
 @operation(example=f"{_FILE}; vm.host.file_write(gpa=0xE0000000, value=9)")
 def file_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """pwrite of the low `size` bytes of `value` into the file under `gpa`; private copies keep theirs."""
-    _scalar_size(gpa, size)
-    data = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-    files.pwrite(board.vmm, board.memory.hva(gpa), data)
+    check_scalar(gpa, size)
+    files.pwrite(board.vmm, board.memory.hva(gpa), scalar_bytes(value, size))
     return 0
 
 
 @operation(example=f"{_MEMFD}; vm.host.peer_write(gpa=0xE0000000, value=9)")
 def peer_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """Another process maps the file behind `gpa` and stores the low `size` bytes of `value` there."""
-    _scalar_size(gpa, size)
-    data = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-    files.peer_write(board.vmm, board.memory.hva(gpa), data)
+    check_scalar(gpa, size)
+    files.peer_write(board.vmm, board.memory.hva(gpa), scalar_bytes(value, size))
     return 0
 
 

@@ -12,7 +12,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from emu.hostops import operation
-from emu.operations.memory import _scalar_size, check_range
+from emu.operations.arguments import check_range, check_scalar, flag, scalar_bytes
 from host_mm.kernel.errors import KernelError
 from host_mm.ram import PAGE_SHIFT
 
@@ -41,15 +41,15 @@ def nr_hugepages(board: Board, count: int) -> int:
 def hugetlb_create(board: Board, gpa: int, pages: int, shared: int = 1, reserve: int = 1) -> int:
     """Fresh memory of huge pages, of a memfd or private, in a new memory slot; answers its number."""
     check_range(gpa, pages)
-    if shared not in (0, 1) or reserve not in (0, 1):
-        raise KernelError(errno.EINVAL, f"shared = {shared}, reserve = {reserve}: want 0 or 1 each")
-    return board.hugetlb.create(gpa, pages << PAGE_SHIFT, shared=bool(shared), reserve=bool(reserve))
+    return board.hugetlb.create(
+        gpa, pages << PAGE_SHIFT, shared=flag("shared", shared), reserve=flag("reserve", reserve)
+    )
 
 
 @operation(example=_SHARED)
 def hugetlb_peer_read(board: Board, gpa: int, size: int = 8) -> int:
     """Another process that maps the same file reads `size` bytes; it may share the VMM's page tables then."""
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     peer, address = board.hugetlb.peer_address(gpa)
     return int.from_bytes(peer.read(address, size), "little")
 
@@ -57,9 +57,9 @@ def hugetlb_peer_read(board: Board, gpa: int, size: int = 8) -> int:
 @operation(example=_GIB + "vm.host.hugetlb_peer_write(gpa=0x80000000, value=7)")
 def hugetlb_peer_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """That process stores the low `size` bytes of `value`."""
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     peer, address = board.hugetlb.peer_address(gpa)
-    peer.write(address, (value & ((1 << 8 * size) - 1)).to_bytes(size, "little"))
+    peer.write(address, scalar_bytes(value, size))
     return 0
 
 

@@ -21,7 +21,7 @@ from emu.abi import (
     MMIO_TEST_GPA,
 )
 from emu.hostops import operation
-from emu.operations.memory import check_range, spans
+from emu.operations.arguments import check_range, flag, spans
 from host_mm.kernel.errors import KernelError
 from kvm_model.memslots import kvm_slot_dirty_track_enabled
 from kvm_model.vmx.exits import REASON_EPT_MISCONFIG, REASON_EPT_VIOLATION, VmExit
@@ -122,10 +122,7 @@ def ept_restore(board: Board) -> int:
 def ept_ad(board: Board, on: int) -> int:
     """EPTP bit 6 of every vCPU from the next entry on; answers the setting before."""
     _ept_only(board)
-    if on not in (0, 1):
-        raise KernelError(errno.EINVAL, f"on = {on}: want 0 or 1")
-    before = board.cpu.ept_ad
-    board.cpu.ept_ad = bool(on)
+    before, board.cpu.ept_ad = board.cpu.ept_ad, flag("on", on)
     board.flush_all()
     return int(before)
 

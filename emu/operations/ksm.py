@@ -5,12 +5,10 @@ Source: mm/ksm.c, Documentation/admin-guide/mm/ksm.rst; Linux 6.18.
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING
 
 from emu.hostops import operation
-from emu.operations.memory import page_hvas, spans
-from host_mm.kernel.errors import KernelError
+from emu.operations.arguments import flag, page_hvas, spans
 
 if TYPE_CHECKING:
     from emu.board import Board
@@ -26,11 +24,10 @@ def ksm_merge(board: Board, gpa: int, pages: int = 1, zero_pages: int = 0) -> in
     """madvise(MADV_MERGEABLE), then ksmd scans until nothing changes; answers the range's merged pages."""
     from host_mm.madvise import MADV_MERGEABLE
 
-    if zero_pages not in (0, 1):
-        raise KernelError(errno.EINVAL, f"zero_pages = {zero_pages}: want 0 or 1")
+    zero = flag("zero_pages", zero_pages)
     for hva, length in spans(board, gpa, pages):
         board.vmm.madvise(hva, length, MADV_MERGEABLE)
-    board.vmm.ksm_scan(use_zero_pages=bool(zero_pages))
+    board.vmm.ksm_scan(use_zero_pages=zero)
     return sum(1 for hva in page_hvas(board, gpa, pages) if board.vmm.is_merged(hva))
 
 

@@ -15,7 +15,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from emu.hostops import operation
-from emu.operations.memory import spans
+from emu.operations.arguments import spans
 from emu.operations.userfaultfd import end_uffd
 from host_mm.kernel.errors import KernelError
 

@@ -7,12 +7,11 @@ fs/proc/task_mmu.c (clear_refs), mm/vmscan.c; Linux 6.18.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from emu.hostops import LEAVES_EITHER, LEAVES_GIVEN, LEAVES_ZEROS, operation
+from emu.operations.arguments import check_pages, check_scalar, page_hvas, scalar_bytes, spans
 from host_mm.kernel.errors import KernelError
-from host_mm.ram import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
     from emu.board import Board
@@ -20,35 +19,6 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 PROT_MASK = 7
-
-
-def check_range(gpa: int, pages: int) -> None:
-    """KernelError(EINVAL) unless `gpa` is page-aligned and `pages` positive."""
-    if gpa % PAGE_SIZE or gpa < 0:
-        raise KernelError(errno.EINVAL, f"gpa {gpa:#x} is not a multiple of {PAGE_SIZE}")
-    if pages <= 0:
-        raise KernelError(errno.EINVAL, f"{pages} pages: want at least 1")
-
-
-def spans(board: Board, gpa: int, pages: int) -> list[tuple[int, int]]:
-    """The (hva, length) pieces behind [gpa, gpa + pages): one per memory region; EFAULT in a hole."""
-    check_range(gpa, pages)
-    found: list[tuple[int, int]] = []
-    end = gpa + (pages << PAGE_SHIFT)
-    while gpa < end:
-        region = board.memory.region_at(gpa)
-        if region is None:
-            raise KernelError(errno.EFAULT, f"gpa {gpa:#x} is not in a memory slot")
-        stop = min(end, region.gpa + region.size)
-        found.append((region.hva + gpa - region.gpa, stop - gpa))
-        gpa = stop
-    return found
-
-
-def page_hvas(board: Board, gpa: int, pages: int) -> Iterator[int]:
-    """The hva of each page of the range."""
-    for hva, length in spans(board, gpa, pages):
-        yield from range(hva, hva + length, PAGE_SIZE)
 
 
 def _madvise(board: Board, gpa: int, pages: int, advice: int) -> int:
@@ -152,22 +122,14 @@ def clear_refs(board: Board, kind: int = 4) -> int:
 @operation("CLEAR", example="reclaim(pages=32)")
 def reclaim(board: Board, pages: int = 32) -> int:
     """Ask reclaim for `pages` frames, as a write to memory.reclaim does; answers how many came free."""
-    if pages <= 0:
-        raise KernelError(errno.EINVAL, f"{pages} pages: want at least 1")
+    check_pages(pages)
     return board.vmm.reclaim(pages)
-
-
-def _scalar_size(gpa: int, size: int) -> None:
-    if size not in (1, 2, 4, 8):
-        raise KernelError(errno.EINVAL, f"size {size}: want 1, 2, 4 or 8 bytes")
-    if gpa % size:
-        raise KernelError(errno.EINVAL, f"gpa {gpa:#x} is not aligned to {size}")
 
 
 @operation(example="host_read(gpa=0x200000, size=8)")
 def host_read(board: Board, gpa: int, size: int = 8) -> int:
     """The VMM reads `size` bytes through its own mapping; answers the value, zero-extended."""
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     return int.from_bytes(board.memory.read(gpa, size), "little")
 
 
@@ -177,6 +139,6 @@ def host_read(board: Board, gpa: int, size: int = 8) -> int:
 )
 def host_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """The VMM stores the low `size` bytes of `value` through its own mapping."""
-    _scalar_size(gpa, size)
-    board.memory.write(gpa, (value & ((1 << 8 * size) - 1)).to_bytes(size, "little"))
+    check_scalar(gpa, size)
+    board.memory.write(gpa, scalar_bytes(value, size))
     return 0

@@ -16,7 +16,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from emu.hostops import LEAVES_ZEROS, operation
-from emu.operations.memory import page_hvas, spans
+from emu.operations.arguments import flag, page_hvas, spans
 from host_mm.kernel.errors import KernelError
 from host_mm.mmzone import PAGEBLOCK_NR_PAGES
 
@@ -142,8 +142,6 @@ def memory_failure(board: Board, gpa: int, recover: int = 1) -> int:
     That access has KVM send the VMM a SIGBUS. With `recover` 1 the VMM maps a new page of zeros there and
     the guest goes on; with 0 it gives up, and the run ends.
     """
-    if recover not in (0, 1):
-        raise KernelError(errno.EINVAL, f"recover = {recover}: want 0 or 1")
-    board.recovers_from_sigbus = bool(recover)
+    board.recovers_from_sigbus = flag("recover", recover)
     board.vmm.hard_offline(_frame(board, gpa))
     return 0

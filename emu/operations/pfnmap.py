@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from emu.devices.pci_bar import PciBar
 from emu.hostops import operation
-from emu.operations.memory import check_range
+from emu.operations.arguments import check_range
 from host_mm.kernel.errors import KernelError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from emu.hostops import operation
-from emu.operations.memory import _scalar_size
+from emu.operations.arguments import check_scalar
 from host_mm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def fork(board: Board) -> int:
 @operation(example="fork(); vm.host.child_read(gpa=0x200000, size=8)")
 def child_read(board: Board, gpa: int, size: int = 8) -> int:
     """As host_read, but through the forked child's address space."""
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     if board.child is None:
         raise KernelError(errno.ECHILD, "there is no child; fork() first")
     hva = board.memory.hva(gpa)

@@ -15,7 +15,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from emu.hostops import operation
-from emu.operations.memory import _scalar_size, spans
+from emu.operations.arguments import check_scalar, flag, scalar_bytes, spans
 from host_mm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
@@ -27,13 +27,12 @@ __all__: list[str] = []
 @operation(example="rdma_register(gpa=0x200000, pages=16)")
 def rdma_register(board: Board, gpa: int, pages: int = 1, pinned: int = 0) -> int:
     """Register a range of guest memory with the RDMA engine, on demand or pinned; answers its key."""
-    if pinned not in (0, 1):
-        raise KernelError(errno.EINVAL, f"pinned = {pinned}: want 0 or 1")
+    long = flag("pinned", pinned)
     pieces = spans(board, gpa, pages)
     if len(pieces) > 1:
         raise KernelError(errno.EFAULT, "a region lies in one memory slot")
     hva, length = pieces[0]
-    return board.rdma.register(gpa, hva, length, pinned=bool(pinned))
+    return board.rdma.register(gpa, hva, length, pinned=long)
 
 
 @operation(example="rdma_deregister(vm.host.rdma_register(gpa=0x200000, pages=16, pinned=1))")
@@ -46,7 +45,7 @@ def rdma_deregister(board: Board, key: int) -> int:
 @operation(example="rdma_peer_read(vm.host.rdma_register(gpa=0x200000), gpa=0x200000, size=8)")
 def rdma_peer_read(board: Board, key: int, gpa: int, size: int = 8) -> int:
     """The engine's peer reads `size` bytes of a registered range; answers the value."""
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     return int.from_bytes(board.rdma.dma_read(key, gpa, size), "little")
 
 
@@ -56,8 +55,8 @@ def rdma_peer_read(board: Board, key: int, gpa: int, size: int = 8) -> int:
 )
 def rdma_peer_write(board: Board, key: int, gpa: int, value: int, size: int = 8) -> int:
     """The engine's peer stores the low `size` bytes of `value` in a registered range."""
-    _scalar_size(gpa, size)
-    board.rdma.dma_write(key, gpa, (value & ((1 << 8 * size) - 1)).to_bytes(size, "little"))
+    check_scalar(gpa, size)
+    board.rdma.dma_write(key, gpa, scalar_bytes(value, size))
     return 0
 
 

@@ -10,6 +10,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from emu.hostops import operation
+from emu.operations.arguments import check_pages, flag
 from host_mm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
@@ -23,17 +24,6 @@ _TOUCH = (
 )
 
 
-def _want(pages: int, least: int) -> None:
-    if pages < least:
-        raise KernelError(errno.EINVAL, f"{pages} pages: want at least {least}")
-
-
-def _on(on: int) -> bool:
-    if on not in (0, 1):
-        raise KernelError(errno.EINVAL, f"on = {on}: want 0 or 1")
-    return bool(on)
-
-
 @operation("CLEAR", example=f"memcg_limit(); {_TOUCH}; vm.host.memcg_limit(pages=16)")
 def memcg_limit(board: Board, pages: int = 0) -> int:
     """memory.max of the VMM's memory cgroup, made at the first call; 0 lifts it. Answers the pages charged.
@@ -42,7 +32,7 @@ def memcg_limit(board: Board, pages: int = 0) -> int:
     """
     from host_mm.memcontrol import PAGE_COUNTER_MAX
 
-    _want(pages, 0)
+    check_pages(pages, 0)
     memcg = board.vmm.memcg(create=True)
     board.host.mm.memcg.write_max(memcg, pages or PAGE_COUNTER_MAX)
     board.vmm.wait_for_writeback()
@@ -52,7 +42,7 @@ def memcg_limit(board: Board, pages: int = 0) -> int:
 @operation("CLEAR", example=f"memcg_limit(); {_TOUCH}; vm.host.memcg_reclaim(pages=16)")
 def memcg_reclaim(board: Board, pages: int = 32) -> int:
     """Write to memory.reclaim of the VMM's memory cgroup; answers the frames that came free."""
-    _want(pages, 1)
+    check_pages(pages)
     return board.host.mm.memcg.write_reclaim(board.vmm.memcg(), pages)
 
 
@@ -62,7 +52,7 @@ def lru_gen_enable(board: Board, on: int = 1) -> int:
     from host_mm.lru_gen import lru_gen_change_state
 
     before = board.host.mm.lru_gen_enabled
-    lru_gen_change_state(board.host.mm, _on(on))
+    lru_gen_change_state(board.host.mm, flag("on", on))
     return int(before)
 
 
@@ -94,7 +84,7 @@ def lru_gen_evict(board: Board, pages: int = 32) -> int:
     from host_mm.page_alloc import GFP_KERNEL
     from host_mm.shrink_folio_list import ScanControl
 
-    _want(pages, 1)
+    check_pages(pages)
     _generations(board)
     freed = 0
     for vec in board.vmm.lruvecs():
@@ -110,7 +100,7 @@ def zswap_enable(board: Board, on: int = 1) -> int:
     zswap = board.host.mm.zswap
     if board.host.mm.swap is None:
         raise KernelError(errno.ENOSYS, "this host has no swap")
-    before, zswap.enabled = zswap.enabled, _on(on)
+    before, zswap.enabled = zswap.enabled, flag("on", on)
     return int(before)
 
 
@@ -119,7 +109,7 @@ def zswap_enable(board: Board, on: int = 1) -> int:
 )
 def zswap_writeback(board: Board, pages: int = 32) -> int:
     """Send the oldest pages of the compressed pool on to the swap file; answers how many went."""
-    _want(pages, 1)
+    check_pages(pages)
     written = board.host.mm.zswap.writeback(pages)
     board.vmm.wait_for_writeback()
     return written
@@ -132,7 +122,7 @@ def oom_kill(board: Board, pages: int = 64) -> int:
     from host_mm.mm_types import MM_ANONPAGES
     from host_mm.oom_kill import oom_badness, oom_kill_process
 
-    _want(pages, 1)
+    check_pages(pages)
     host = board.host.mm
     victim = board.vmm.bystander(pages)
     had = victim.mm.rss[MM_ANONPAGES]

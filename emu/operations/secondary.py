@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from emu.devices.sva import SvaDevice
 from emu.dune import Dune
 from emu.hostops import operation
-from emu.operations.memory import _scalar_size
+from emu.operations.arguments import check_scalar, scalar_bytes
 
 if TYPE_CHECKING:
     from emu.board import Board
@@ -33,14 +33,10 @@ def _sva(board: Board) -> SvaDevice:
     return board.sva
 
 
-def _bytes(value: int, size: int) -> bytes:
-    return (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-
-
 @operation(example="dune_read(gpa=0x200000, size=8)")
 def dune_read(board: Board, gpa: int, size: int = 8) -> int:
     """The VMM reads `size` bytes in Dune mode, through an EPT of its own; answers the value."""
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     hva = board.memory.hva(gpa)
     return int.from_bytes(_dune(board).load(hva, size), "little")
 
@@ -48,16 +44,16 @@ def dune_read(board: Board, gpa: int, size: int = 8) -> int:
 @operation("CLEAR", example="fork(); vm.host.dune_read(0x300000); vm.host.dune_write(gpa=0x300000, value=7)")
 def dune_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """The VMM stores the low `size` bytes of `value` in Dune mode."""
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     hva = board.memory.hva(gpa)
-    _dune(board).store(hva, _bytes(value, size))
+    _dune(board).store(hva, scalar_bytes(value, size))
     return 0
 
 
 @operation(example="sva_read(gpa=0x200000, size=8)")
 def sva_read(board: Board, gpa: int, size: int = 8) -> int:
     """A device behind an IOMMU that walks the VMM's page tables reads `size` bytes; answers the value."""
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     hva = board.memory.hva(gpa)
     return int.from_bytes(_sva(board).read(hva, size), "little")
 
@@ -65,7 +61,7 @@ def sva_read(board: Board, gpa: int, size: int = 8) -> int:
 @operation("CLEAR", example="fork(); vm.host.sva_write(gpa=0x300000, value=7)")
 def sva_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """That device stores the low `size` bytes of `value`."""
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     hva = board.memory.hva(gpa)
-    _sva(board).write(hva, _bytes(value, size))
+    _sva(board).write(hva, scalar_bytes(value, size))
     return 0

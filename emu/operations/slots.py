@@ -6,32 +6,22 @@ import errno
 from typing import TYPE_CHECKING
 
 from emu.hostops import operation
-from emu.operations.memory import check_range
+from emu.operations.arguments import check_range, flag
 from host_mm.kernel.errors import KernelError
 from host_mm.ram import PAGE_SHIFT
 
 if TYPE_CHECKING:
     from emu.board import Board
-    from emu.memory import Region
 
 __all__: list[str] = []
 
 MAX_DIRTY_PAGES = 32_768
 
 
-def _logged_region(board: Board, gpa: int) -> Region:
-    region = board.memory.region_at(gpa)
-    if region is None:
-        raise KernelError(errno.EFAULT, f"gpa {gpa:#x} is not in a memory slot")
-    return region
-
-
 @operation(example="dirty_log(gpa=0x200000, on=1)")
 def dirty_log(board: Board, gpa: int, on: int = 1) -> int:
     """Turn the dirty log of the slot that holds `gpa` on or off."""
-    if on not in (0, 1):
-        raise KernelError(errno.EINVAL, f"on = {on}: want 0 or 1")
-    board.memory.set_logging(_logged_region(board, gpa), bool(on))
+    board.memory.set_logging(board.memory.region_of(gpa), flag("on", on))
     return 0
 
 
@@ -41,7 +31,7 @@ def get_dirty(board: Board, gpa: int, pages: int = 1, buffer: int = 0) -> int:
     check_range(gpa, pages)
     if pages > MAX_DIRTY_PAGES:
         raise KernelError(errno.EINVAL, f"{pages} pages: want at most {MAX_DIRTY_PAGES}")
-    region = _logged_region(board, gpa)
+    region = board.memory.region_of(gpa)
     first = (gpa - region.gpa) >> PAGE_SHIFT
     if first + pages > region.size >> PAGE_SHIFT:
         raise KernelError(errno.EFAULT, f"{pages} pages at gpa {gpa:#x} reach beyond their slot")

@@ -11,7 +11,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from emu.hostops import operation
-from emu.operations.memory import page_hvas, spans
+from emu.operations.arguments import page_hvas, spans
 from host_mm.kernel.errors import KernelError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from emu.hostops import operation
-from emu.operations.memory import _scalar_size, spans
+from emu.operations.arguments import check_scalar, flag, spans
 from host_mm.kernel.errors import KernelError
 from host_mm.ram import PAGE_SIZE
 
@@ -106,7 +106,7 @@ def uffd_read(board: Board, gpa: int, size: int = 8) -> int:
     """As host_read, but of the snapshot that uffd_wp took."""
     from emu.uffd import Snapshot
 
-    _scalar_size(gpa, size)
+    check_scalar(gpa, size)
     if not isinstance(board.uffd, Snapshot):
         raise KernelError(errno.ENOENT, "there is no snapshot; uffd_wp() first")
     return int.from_bytes(board.uffd.read(board.memory.hva(gpa), size), "little")
@@ -128,8 +128,7 @@ def pagemap_scan(board: Board, gpa: int, pages: int = 1, protect: int = 1) -> in
     from host_mm.userfaultfd_k import UFFD_FEATURE_WP_ASYNC
 
     _need(board, UFFD_FEATURE_WP_ASYNC)
-    if protect not in (0, 1):
-        raise KernelError(errno.EINVAL, f"protect {protect}: want 0 or 1")
+    flags = PM_SCAN_WP_MATCHING if flag("protect", protect) else 0
     pieces = spans(board, gpa, pages)
     both = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
     found = 0
@@ -138,7 +137,7 @@ def pagemap_scan(board: Board, gpa: int, pages: int = 1, protect: int = 1) -> in
         for hva, length in pieces:
             board.vmm.register_wp_async(hva, length)
             arg = PmScanArg(
-                hva, hva + length, flags=PM_SCAN_WP_MATCHING if protect else 0, vec_len=pages,
+                hva, hva + length, flags=flags, vec_len=pages,
                 category_mask=PAGE_IS_WRITTEN, category_anyof_mask=both, return_mask=PAGE_IS_WRITTEN,
             )
             found += sum((region.end - region.start) // PAGE_SIZE for region in board.vmm.pagemap_scan(arg))

@@ -108,6 +108,16 @@ def test_a_charge_moves_with_a_migrated_page() -> None:
     audit(vmm.host)
 
 
+def test_a_frame_that_is_charged_keeps_its_own_charge_when_contents_move_to_it() -> None:
+    vmm, memcg = machine(2)
+    old, new = vmm.pfn(0), vmm.pfn(PAGE)
+    charged = memcg.usage
+    vmm.host.memcg.migrate(old, new)
+    assert vmm.host.memcg.folios[old] is vmm.host.memcg.folios[new] is memcg
+    assert memcg.usage == charged
+    audit(vmm.host)
+
+
 def test_lowering_the_limit_reclaims_one_bracket_a_page_and_no_more_than_needed() -> None:
     vmm, memcg = machine(200, params={"swap.device": "zram"})
     host = vmm.host
