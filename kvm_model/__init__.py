@@ -13,6 +13,7 @@ Reading order, which is the way of one fault and of one host event:
     mmu/rmap.py mmu/direct_map.py the same without the TDP MMU
     memslots.py memory_region.py  the guest's memory map, and how it changes
     dirty_log.py requests.py      the log; flushes and kicks
-    truths.py breaks.py           what must hold, and how to break it
+    truths.py truths_rmap.py      what must hold
+    breaks.py                     and how to break it
     profile.py                    what differs between kernels
 """
