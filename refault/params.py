@@ -42,6 +42,7 @@ PARAMS: dict[str, Param] = {
         "bool", "Y", "EPT by the TDP MMU, not by direct pages with rmaps; N in profile linux-5.10"
     ),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
+    "kvm_intel.pml": Param("bool", "N", "the CPU logs what it dirties; Linux has Y, see dirty_log"),
     "mm.fault_around_bytes": Param("number", "65536", "what a read fault of a file maps if it is cached"),
     "mm.read_ahead_kb": Param("number", "128", "what a miss in the page cache reads around it"),
     "mm.max_gather_pages": Param("count", "9698", "pages that an unmap frees in one go"),
@@ -51,6 +52,7 @@ PARAMS: dict[str, Param] = {
     ),
     "swap.device": Param("file|zram", "file", "swap to a file, or to compressed RAM"),
     "swap.vma_ra_enabled": Param("bool", "Y", "swap readahead goes by address, not by slot"),
+    "vmm.dirty_ring_size": Param("count", "0", "entries of each vCPU's dirty ring; 0: bitmaps, no rings"),
     "zswap.accept_threshold_percent": Param("count", "90", "how full a full zswap pool may stay"),
     "zswap.enabled": Param("bool", "N", "keep swapped pages compressed in RAM before they go to the file"),
     "zswap.max_pool_percent": Param("count", "20", "how much of RAM the zswap pool may take"),

@@ -146,7 +146,7 @@ def _mmu_set_spte(
         host_writable=fault is None or fault.map_writable,
     )
     if spte & PT_WRITABLE_MASK and kvm_slot_dirty_track_enabled(slot):
-        mark_page_dirty_in_slot(kvm, slot, gfn)
+        mark_page_dirty_in_slot(vcpu, slot, gfn)
     ret = RET_PF_FIXED
     if kvm.ram.u64[sptep] == spte:
         ret = RET_PF_SPURIOUS

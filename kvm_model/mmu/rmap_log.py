@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from kvm_model.memslots import KvmMemorySlot
 
 __all__ = [
-    "kvm_rmap_clear_dirty_pt_masked", "kvm_rmap_write_protect_gfn", "kvm_rmap_write_protect_pt_masked",
-    "kvm_rmap_wrprot_slot", "kvm_rmap_zap_collapsible_sptes",
+    "kvm_rmap_clear_dirty_pt_masked", "kvm_rmap_clear_dirty_slot", "kvm_rmap_write_protect_gfn",
+    "kvm_rmap_write_protect_pt_masked", "kvm_rmap_wrprot_slot", "kvm_rmap_zap_collapsible_sptes",
 ]
 
 
@@ -61,6 +61,14 @@ def kvm_rmap_wrprot_slot(kvm: Kvm, slot: KvmMemorySlot, min_level: int) -> bool:
     return walk_slot_rmaps(
         kvm, slot, lambda kvm, head, slot: _write_protect(kvm, head, False),
         range(min_level, KVM_MAX_HUGEPAGE_LEVEL + 1), slot.base_gfn, slot.end_gfn, can_yield=True,
+    )
+
+
+def kvm_rmap_clear_dirty_slot(kvm: Kvm, slot: KvmMemorySlot) -> bool:
+    """Take D (without A/D bits W) from the slot's 4K leaves, mmu_lock held for write; whether to flush."""
+    return walk_slot_rmaps(
+        kvm, slot, lambda kvm, head, slot: _clear_dirty(kvm, head), range(PG_LEVEL_4K, PG_LEVEL_4K + 1),
+        slot.base_gfn, slot.end_gfn, can_yield=True,
     )
 
 
