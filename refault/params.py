@@ -42,7 +42,9 @@ PARAMS: dict[str, Param] = {
         "count", "0", "ms between two recoveries of huge pages split for code; 0: an hour by the ratio"
     ),
     "kvm.nx_huge_pages_recovery_ratio": Param("count", "60", "1 in so many is recovered each time; 0: none"),
-    "kvm.tdp_mmu": Param("bool", "Y", "the TDP MMU; N is refused, as there is no other yet"),
+    "kvm.tdp_mmu": Param(
+        "bool", "Y", "EPT by the TDP MMU, not by direct pages with rmaps; N in profile linux-5.10"
+    ),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
     "kvm_intel.pml": Param("bool", "N", "the CPU logs what it dirties; Linux has Y, see dirty_log"),
     "mm.fault_around_bytes": Param("number", "65536", "what a read fault of a file maps if it is cached"),

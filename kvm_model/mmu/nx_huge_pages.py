@@ -11,7 +11,7 @@ comes back as a huge page by its next read or write.
 The kernel's thread sleeps period by period from the VM's first run on; here it runs at those times too, but
 only while there is something in the list.
 
-Not modelled: changing the parameters while a VM runs.
+Not modelled: changing the parameters while a VM runs, recovery without the TDP MMU.
 """
 
 from __future__ import annotations
