@@ -3,7 +3,8 @@
 Hypothesis chooses guest accesses and host operations (guest_machine.py), with every truth checked, on
 four machines: one that switches tasks only when they block and one that switches at random points;
 with and without EPT accessed and dirty flags; with enough host RAM and with too little. More are of
-Linux 5.10 and without the TDP MMU, which is the same by default; two keep the dirty log in the CPU, and in rings.
+Linux 5.10 and without the TDP MMU, which is the same by default; two keep the dirty log in the
+CPU, and in rings.
 """
 
 from __future__ import annotations
