@@ -22,7 +22,7 @@ from collections import Counter
 from errno import EAGAIN, EBUSY, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
-from host_mm.kernel.errors import KernelError
+from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.lru_gen import GenLruvec
 from host_mm.page_alloc import (
     GFP_DIRECT_RECLAIM,
@@ -229,6 +229,8 @@ class MemoryController:
     def _charge_folio(self, pfn: int, memcg: MemCgroup | None, gfp: int) -> int:
         if memcg is None:
             return 0
+        if pfn in self.folios:
+            raise BrokenTruth("memcg-charge", f"pfn {pfn:#x} is charged twice", self.host.stream.here())
         nr = 1 << self.host.pages.order[pfn]
         err = self.try_charge(memcg, nr, gfp)
         if not err:
