@@ -203,7 +203,7 @@ def _split_to_order_0(
     index = pages.index[folio]
     for distance in range(1, nr):
         page = folio + distance
-        flags[page] = copied | flags[page] & PG_hwpoison
+        flags[page] = copied | (flags[page] & PG_hwpoison)
         pages.tail[page] = 0
         pages.index[page] = index + distance
         if owner is not None:

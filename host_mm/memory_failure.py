@@ -10,14 +10,15 @@ swap entries where the swap cache keeps the page. Who must know gets a signal at
 the error (BUS_MCEERR_AR), and those that asked to be told early (BUS_MCEERR_AO), if the lost bytes were the
 only ones. A clean page of the swap cache is dropped and read again from its slot; a dirty one stays in the
 cache, so that whoever faults on it is killed rather than given old bytes. A page of a file leaves the page
-cache, with its bytes if it was dirty, and is read again; shmem, which has no other place, keeps it. A huge
-page is split first, and only the small page is lost.
+cache, with its bytes if it was dirty, and is read again; shmem, which has no other place, keeps it.
 
 soft_offline_page loses nothing: the frame only aged. Its page is migrated, and the frame kept out of the
 lists as above.
 
-Not modelled: pages of hugetlb, telling the users of a huge page that cannot be split, fsync's error for lost
-bytes of a file, DAX, unpoisoning, the hwpoison filter, panic, the work queue of asynchronous errors.
+A huge page is split first.
+
+Not modelled: pages of hugetlb, who is told when a huge page cannot be split, fsync's error for lost bytes of
+a file, DAX, unpoisoning, the hwpoison filter, panic, the work queue of asynchronous errors.
 """
 
 from __future__ import annotations
@@ -117,9 +118,8 @@ def _action_result(host: HostMm, pfn: int, kind: str, result: int, *, held: bool
 
 # -- a reference ------------------------------------------------------------------------------------
 def _handlable(host: HostMm, pfn: int) -> bool:
-    if host.pages.flags[page_folio(host.pages, pfn)] & PG_lru:
-        return True
-    return host.allocator.zone_of(pfn).buddy_of(pfn) >= 0
+    listed = host.pages.flags[page_folio(host.pages, pfn)] & PG_lru
+    return bool(listed) or host.allocator.zone_of(pfn).buddy_of(pfn) >= 0
 
 
 def _get_hwpoison_page(host: HostMm, pfn: int, *, counted: bool) -> int:
@@ -130,7 +130,7 @@ def _get_hwpoison_page(host: HostMm, pfn: int, *, counted: bool) -> int:
                 return 1
             if host.allocator.zone_of(pfn).buddy_of(pfn) >= 0:
                 return 0
-        elif not host.pages.refcount[page_folio(host.pages, pfn)]:
+        elif not host.pages.refcount[pfn]:
             return 0
         # It may be in a batch on its way to a list.
         host.lru.lru_add_drain_all()
@@ -301,12 +301,13 @@ def _memory_failure_locked(host: HostMm, pfn: int, flags: int, current: Process 
     pages.flags[pfn] |= PG_hwpoison
     if not _try_to_split_thp_page(host, pfn):
         put_page(host, pfn)
-        return _action_result(host, pfn, "unsplit thp", _FAILED, held=False)
+        _action_result(host, pfn, "unsplit thp", _FAILED, held=False)
+        return -EHWPOISON
     return _handle_used(host, pfn, current)
 
 
 def _try_to_split_thp_page(host: HostMm, pfn: int) -> bool:
-    """Whether the page, to which the caller has a reference, is a folio of its own now."""
+    """Whether the page, to which we have a reference, is a folio of its own now."""
     if not folio_test_large(host.pages, page_folio(host.pages, pfn)):
         return True
     folio_lock(host, page_folio(host.pages, pfn))
@@ -349,9 +350,6 @@ def soft_offline_page(host: HostMm, pfn: int, flags: int = 0) -> int:
             return 0
         got = _get_hwpoison_page(host, pfn, counted=counted)
         if got > 0:
-            if not _try_to_split_thp_page(host, pfn):
-                put_page(host, pfn)
-                return -EBUSY
             return _soft_offline_in_use_page(host, pfn)
         if not got and host.allocator.zone_of(pfn).take_page_off_buddy(pfn):
             _page_handle_poison(host, pfn)
@@ -360,6 +358,9 @@ def soft_offline_page(host: HostMm, pfn: int, flags: int = 0) -> int:
 
 
 def _soft_offline_in_use_page(host: HostMm, pfn: int) -> int:
+    if not _try_to_split_thp_page(host, pfn):
+        put_page(host, pfn)
+        return -EBUSY
     folio_lock(host, pfn)
     folio_wait_writeback(host, pfn)
     folio_unlock(host, pfn)

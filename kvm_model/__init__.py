@@ -11,7 +11,8 @@ Reading order, which is the way of one fault and of one host event:
     mmu_notifier.py pfncache.py   what the host's brackets do
     mmu/spte.py mmu/tdp_mmu.py    what an SPTE says, and every store to one
     memslots.py memory_region.py  the guest's memory map, and how it changes
-    dirty_log.py requests.py      the log; flushes and kicks
+    dirty_log.py dirty_ring.py    which pages were written, told by bitmap or by ring
+    vmx/pml.py requests.py        the CPU's own log; flushes and kicks
     truths.py breaks.py           what must hold, and how to break it
     profile.py                    what differs between kernels
 """

@@ -29,6 +29,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     `lockless_aging`: aging takes no mmu_lock. `flush_on_young`: clear_flush_young flushes.
     `age_clears_dirty`: aging clears an SPTE's dirty bit as well. `marks_page_at_drop`: what an SPTE's
     accessed and dirty bits say goes to struct page when they are cleared, and nothing when it is made.
+    `dirty_ring`: there are dirty rings.
 
     `absent_events`: tracepoints this kernel has not.
     `nr_memslot_as_ids`: normal memory and SMM. `mmu_cache_objects`: capacity of a vCPU's cache of
@@ -46,6 +47,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     flush_on_young: bool = False
     age_clears_dirty: bool = False
     marks_page_at_drop: bool = False
+    dirty_ring: bool = True
     absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page"})
     nr_memslot_as_ids: int = 2
     mmu_cache_objects: int = 40
@@ -65,8 +67,10 @@ LINUX_5_10 = KvmProfile(
     flush_on_young=True,
     age_clears_dirty=True,
     marks_page_at_drop=True,
+    dirty_ring=False,
     absent_events=frozenset({
-        "kvm:kvm_age_hva", "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range",
+        "kvm:kvm_age_hva", "kvm:kvm_dirty_ring_exit", "kvm:kvm_dirty_ring_push", "kvm:kvm_dirty_ring_reset",
+        "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range",
         "kvmmmu:kvm_mmu_split_huge_page", "kvmmmu:kvm_tdp_mmu_spte_changed",
     }),
 )

@@ -9,7 +9,9 @@
     spte-writable-state   a leaf is in one of the four (host, mmu, W) states (five where there is change_pte)
     spte-pfn-in-place     a present leaf never changes its frame
     spte-of-freed-frame   no leaf of any root, invalid ones included, maps a frame that is freed
-    write-logged          a writable leaf of a logged slot has its bit in the dirty log
+    write-logged          a leaf of a logged slot that can be written unseen (W, and D where the CPU logs) is
+                          in the dirty log: the bitmap, a ring, or a CPU's log that is not drained yet
+    dirty-ring            a ring never holds more than it has room for
     no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
 
 Incremental: each SPTE store and each change of a host PTE notes its place, `check` looks at the noted
@@ -42,6 +44,7 @@ from kvm_model.mmu.spte import (
     spte_to_pfn,
 )
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
+from kvm_model.vmx.pml import pml_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,6 +79,7 @@ class KvmTruths:
         self._ending = 0
         self._seq0 = kvm.mmu_invalidate_seq
         self._mapped: Counter[int] = Counter()
+        self._ring: Counter[tuple[int, int]] = Counter()
         kvm.host.pte_hooks.append(self._host_pte_changed)
         kvm.host.pmd_hooks.append(self._host_pmd_changed)
         kvm.host.free_hooks.append(self._frame_freed)
@@ -163,6 +167,12 @@ class KvmTruths:
                         "no-spte-in-bracket",
                         f"range_start of gfns {start:#x}-{end:#x} returned, but {spte:#x} maps gfn {gfn:#x}",
                     )
+
+    # -- the dirty log --------------------------------------------------------------------------
+
+    def note_ring(self, slot: int, offset: int, change: int) -> None:
+        """An entry was pushed to a dirty ring (1) or is about to be reset (-1)."""
+        self._ring[slot, offset] += change
 
     # -- stores ---------------------------------------------------------------------------------
 
@@ -341,12 +351,21 @@ class KvmTruths:
             )
 
     def _check_logged(self, slot: KvmMemorySlot, gfn: int, spte: int, seq: int | None) -> None:
-        bitmap = slot.dirty_bitmap
-        if bitmap is None or not kvm_slot_dirty_track_enabled(slot) or self.kvm.slots_lock.owner is not None:
+        kvm = self.kvm
+        if not kvm_slot_dirty_track_enabled(slot) or kvm.slots_lock.owner is not None:
             # Under slots_lock the log is turned on, read or cleared: protection and bits are on their way.
             return
+        if kvm.cpu_dirty_log_size and not spte & kvm.spte.dirty:
+            return
         page = gfn - slot.base_gfn
-        if not bitmap[page >> 3] >> (page & 7) & 1:
+        bitmap = slot.dirty_bitmap
+        if bitmap is not None:
+            logged = bitmap[page >> 3] >> (page & 7) & 1 != 0
+        else:
+            logged = self._ring[slot.as_id << 16 | slot.id, page] > 0
+        if not logged and kvm.cpu_dirty_log_size:
+            logged = any(gfn in pml_entries(vcpu) for vcpu in kvm.vcpus)
+        if not logged:
             why = f"gfn {gfn:#x} is writable by {spte:#x}, its dirty bit is clear"
             self._broken("write-logged", why, seq)
 

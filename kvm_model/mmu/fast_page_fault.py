@@ -98,7 +98,7 @@ def fast_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
             break
         if try_cmpxchg64(kvm, sptep, spte, new):
             if new & PT_WRITABLE_MASK and not spte & PT_WRITABLE_MASK:
-                mark_page_dirty_in_slot(kvm, fault.slot, fault.gfn)
+                mark_page_dirty_in_slot(vcpu, fault.slot, fault.gfn)
             if kvm.truths is not None:
                 kvm.truths.note_spte(sptep, fault.gfn >> 9 * (level - 1) << 9 * (level - 1), level, spte, new)
             ret = RET_PF_FIXED

@@ -395,7 +395,7 @@ def _map_handle_target_level(vcpu: Vcpu, fault: KvmPageFault, it: TdpIter) -> in
             host_writable=fault.map_writable,
         )
         if new & PT_WRITABLE_MASK and kvm_slot_dirty_track_enabled(fault.slot):
-            mark_page_dirty_in_slot(kvm, fault.slot, it.gfn)
+            mark_page_dirty_in_slot(vcpu, fault.slot, it.gfn)
     ret = RET_PF_FIXED
     if new == old:
         ret = RET_PF_SPURIOUS
