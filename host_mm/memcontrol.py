@@ -229,13 +229,16 @@ class MemoryController:
     def _charge_folio(self, pfn: int, memcg: MemCgroup | None, gfp: int) -> int:
         if memcg is None:
             return 0
-        if pfn in self.folios:
-            raise BrokenTruth("memcg-charge", f"pfn {pfn:#x} is charged twice", self.host.stream.here())
+        self._check_uncharged(pfn)
         nr = 1 << self.host.pages.order[pfn]
         err = self.try_charge(memcg, nr, gfp)
         if not err:
             self.folios[pfn] = memcg
         return err
+
+    def _check_uncharged(self, pfn: int) -> None:
+        if pfn in self.folios:
+            raise BrokenTruth("memcg-charge", f"pfn {pfn:#x} is charged twice", self.host.stream.here())
 
     def uncharge(self, pfn: int, nr: int = 1) -> None:
         """mem_cgroup_uncharge: the folio is being freed."""
@@ -249,6 +252,7 @@ class MemoryController:
             return
         memcg = self.folios.pop(old, None)
         if memcg is not None:
+            self._check_uncharged(new)
             self.folios[new] = memcg
 
     def split(self, pfn: int, nr: int) -> None:

@@ -88,6 +88,26 @@ def recorded(device: HmmDevice, process: Process, operation: Callable[[], object
     return [event for event in recorder.take() if event[0] != "release"]
 
 
+def test_the_charge_goes_with_the_bytes_and_a_hole_that_is_filled_is_charged() -> None:
+    device, process, base = machine()
+    host = device.host
+    memcg = host.memcg.create("vm")
+    host.memcg.attach(process, memcg)
+
+    def body() -> None:
+        copy_to_user(process, base, b"x")
+        assert device.migrate_to_device(base, 2) == 2
+        host.memcg.drain_all_stock(memcg)
+        assert memcg.usage == 2
+        copy_to_user(process, base, b"y")
+        copy_to_user(process, base + PAGE, b"y")
+        host.memcg.drain_all_stock(memcg)
+        assert memcg.usage == 2
+
+    run(host, body)
+    at_rest(host)
+
+
 def test_in_5_10_holes_are_filled_in_a_bracket_that_is_nobodys_and_ends_short() -> None:
     device, process, base = machine(profile=LINUX_5_10)
     run(device.host, lambda: (copy_to_user(process, base, b"x"), copy_from_user(process, base + PAGE, 1)))
