@@ -22,6 +22,7 @@ from errno import EINVAL, ENOENT, ENXIO
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import KernelError
+from kvm_model.dirty_log_rmap import apply_log_flag_by_rmap, enable_log_by_rmap
 from kvm_model.dirty_ring import kvm_dirty_ring_reset, kvm_dirty_ring_size_error
 from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_USER_MEM_SLOTS, KvmMemorySlot
 from kvm_model.mmu.mmu import kvm_mmu_max_mapping_level
@@ -95,6 +96,9 @@ def kvm_mmu_slot_apply_flags(
         _update_cpu_dirty_logging(kvm, new_flags & KVM_MEM_LOG_DIRTY_PAGES != 0)
     if new is None or change != "flags-only" or new.flags & KVM_MEM_READONLY:
         return
+    if not kvm.tdp_mmu_enabled:
+        apply_log_flag_by_rmap(kvm, new, init_set=dirty_log_init_set(kvm))
+        return
     if not new.flags & KVM_MEM_LOG_DIRTY_PAGES:
         kvm.mmu_lock.read_lock()
         kvm_tdp_mmu_recover_huge_pages(kvm, new, lambda gfn: kvm_mmu_max_mapping_level(kvm, new, gfn))
@@ -134,6 +138,9 @@ def _arch_sync_dirty_log(kvm: Kvm) -> None:
 
 def _enable_log_dirty_pt_masked(kvm: Kvm, slot: KvmMemorySlot, offset: int, mask: int) -> None:
     """kvm_arch_mmu_enable_log_dirty_pt_masked."""
+    if not kvm.tdp_mmu_enabled:
+        enable_log_by_rmap(kvm, slot, slot.base_gfn + offset, mask, init_set=dirty_log_init_set(kvm))
+        return
     if dirty_log_init_set(kvm):
         start = slot.base_gfn + offset + (mask & -mask).bit_length() - 1
         end = slot.base_gfn + offset + mask.bit_length() - 1

@@ -7,7 +7,7 @@ vmx/vmx.c: the eptad and pml parameters; kvm_vm_ioctl_enable_cap_generic.
 The protocol parts stand in their own files: mmu_notifier.py (host events), mmu/invalidate.py (count,
 sequence, retry), memory_region.py (memslots), requests.py (flushes and kicks), mmu/ (SPTEs).
 
-Not modelled: shadow paging (kvm.tdp_mmu=N), in-kernel irqchips, file descriptors.
+Not modelled: shadow paging, in-kernel irqchips, file descriptors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kvm_model import (
     x86_events,
 )
 from kvm_model.memslots import KvmMemslots
-from kvm_model.mmu import fast_page_fault, invalidate, mmio, mmu, mmu_roots, tdp_mmu
+from kvm_model.mmu import fast_page_fault, gfn_range, invalidate, mmio, mmu, mmu_roots, tdp_mmu
 from kvm_model.mmu.killed_by import KilledBy
 from kvm_model.mmu.mmu_internal import PFERR_GUEST_FINAL_MASK, PFERR_WRITE_MASK, KvmMmuPage, tdp_root_role
 from kvm_model.mmu.rcu import Rcu
@@ -40,7 +40,6 @@ from kvm_model.mmu.spte import PG_LEVEL_4K, ept_masks, is_last_spte, is_shadow_p
 from kvm_model.mmu.tdp_zap import (
     kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_zap_invalidated_roots,
-    kvm_tdp_mmu_zap_leafs,
 )
 from kvm_model.pfncache import GfnToPfnCache
 from kvm_model.profile import LINUX_6_18, KvmProfile
@@ -58,13 +57,16 @@ __all__ = ["TRACEPOINTS", "Kvm"]
 
 TRACEPOINTS = (
     *requests.TRACEPOINTS, *mmu_notifier.TRACEPOINTS, *memory_region.TRACEPOINTS,
-    *follow_pfn.TRACEPOINTS, *invalidate.TRACEPOINTS, *dirty_ring.TRACEPOINTS,
+    *follow_pfn.TRACEPOINTS, *gfn_range.TRACEPOINTS, *invalidate.TRACEPOINTS, *dirty_ring.TRACEPOINTS,
     *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
     *tdp_mmu.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS,
 )
 """Every tracepoint of this room, each declared beside the code that fires it."""
 
-_VM_STATS = ("remote_tlb_flush_requests", "remote_tlb_flush", "pages_4k", "pages_2m", "pages_1g")
+_VM_STATS = (
+    "mmu_shadow_zapped", "mmu_recycled", "mmu_cache_miss", "max_mmu_rmap_size",
+    "remote_tlb_flush_requests", "remote_tlb_flush", "pages_4k", "pages_2m", "pages_1g",
+)
 
 
 def _flag(params: Mapping[str, str], name: str, default: bool) -> bool:
@@ -128,8 +130,7 @@ class Kvm:
         host.frame_holders.append(self._table_frames)
 
     def _init_params(self, params: Mapping[str, str]) -> None:
-        if not _flag(params, "kvm.tdp_mmu", True):
-            raise KernelError(EINVAL, "kvm.tdp_mmu=N: shadow paging is not modelled")
+        self.tdp_mmu_enabled = _flag(params, "kvm.tdp_mmu", self.profile.tdp_mmu)
         self.spte = ept_masks(
             has_ad_bits=_flag(params, "kvm_intel.eptad", True),
             mmio_caching=_flag(params, "kvm.mmio_caching", True),
@@ -170,6 +171,10 @@ class Kvm:
         self.sps: dict[int, KvmMmuPage] = {}
         self.tdp_mmu_roots: list[KvmMmuPage] = []
         self.tdp_mmu_pages_lock = Spinlock(self.sched, "tdp_mmu_pages_lock")
+        self.active_mmu_pages: dict[int, KvmMmuPage] = {}
+        self.mmu_page_hash: dict[int, list[KvmMmuPage]] = {}
+        self.n_used_mmu_pages = 0
+        self.n_max_mmu_pages = 0
         self.killed_by = KilledBy()
         self.instrumented: set[int] = set()
 
@@ -308,5 +313,5 @@ class Kvm:
     def zap_for_instrument(self, gfn: int) -> None:
         """Drop the leaves of `gfn`, with a flush: the guest's next access faults it in anew."""
         with self.mmu_lock:
-            if kvm_tdp_mmu_zap_leafs(self, gfn, gfn + 1, False):
+            if gfn_range.kvm_zap_gfn_range_locked(self, gfn, gfn + 1):
                 requests.kvm_flush_remote_tlbs(self)

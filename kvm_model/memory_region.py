@@ -32,6 +32,7 @@ from kvm_model.memslots import (
     alloc_lpage_info,
 )
 from kvm_model.mmu.mmu_roots import kvm_arch_flush_shadow_memslot, kvm_mmu_invalidate_mmio_sptes
+from kvm_model.mmu.shadow_page import kvm_mmu_change_mmu_pages
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from trace_events.tracepoint import Tracepoint
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["TRACEPOINTS", "kvm_set_user_memory_region"]
 
 _U64 = 1 << 64
+KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO = 50
+KVM_MIN_ALLOC_MMU_PAGES = 64
 
 MEMSLOT_UPDATE = Tracepoint(
     "refault", "memslot_update", ("change", "slot", "base_gfn", "npages", "hva", "flags"),
@@ -175,6 +178,7 @@ def _prepare(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot | None, cha
     if change == "flags-only":
         assert old is not None
         new.lpage_info = old.lpage_info
+        new.rmap = old.rmap
         return
     if new.end_gfn > TDP_MMU_MAX_GFN_EXCLUSIVE:
         raise KernelError(EINVAL, f"gfn {new.end_gfn - 1:#x} is beyond the physical address width")
@@ -232,6 +236,15 @@ def _kvm_commit_memory_region(
     elif change == "create":
         assert new is not None
         kvm.nr_memslot_pages += new.npages
+    if change in ("create", "delete"):
+        _calculate_mmu_pages(kvm)
     if (old_flags ^ new_flags) & KVM_MEM_LOG_DIRTY_PAGES:
         kvm.nr_memslots_dirty_logging += 1 if new_flags & KVM_MEM_LOG_DIRTY_PAGES else -1
     kvm_mmu_slot_apply_flags(kvm, old, new, change)
+
+
+def _calculate_mmu_pages(kvm: Kvm) -> None:
+    # No page of the TDP MMU counts against the limit.
+    if not kvm.tdp_mmu_enabled:
+        pages = kvm.nr_memslot_pages // KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO
+        kvm_mmu_change_mmu_pages(kvm, max(pages, KVM_MIN_ALLOC_MMU_PAGES))

@@ -38,7 +38,9 @@ PARAMS: dict[str, Param] = {
     ),
     "kvm.mmio_caching": Param("bool", "Y", "remember MMIO pages as misconfigured EPT entries"),
     "kvm.nx_huge_pages": Param("bool", "N", "no huge page is executable"),
-    "kvm.tdp_mmu": Param("bool", "Y", "the TDP MMU; N is refused, as there is no other yet"),
+    "kvm.tdp_mmu": Param(
+        "bool", "Y", "EPT by the TDP MMU, not by direct pages with rmaps; N in profile linux-5.10"
+    ),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
     "kvm_intel.pml": Param("bool", "N", "the CPU logs what it dirties; Linux has Y, see dirty_log"),
     "mm.fault_around_bytes": Param("number", "65536", "what a read fault of a file maps if it is cached"),

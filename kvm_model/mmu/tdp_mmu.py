@@ -57,11 +57,12 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "TRACEPOINTS", "fetch_and64", "for_each_tdp_mmu_root", "for_each_tdp_mmu_root_yield_safe",
-    "handle_changed_spte", "init_spt", "invalidate_root", "is_access_allowed", "kvm_tdp_mmu_alloc_root",
-    "kvm_tdp_mmu_map", "kvm_tdp_mmu_put_root", "kvm_tdp_mmu_write_spte", "root_to_sp", "spte_changed",
-    "tdp_mmu_free_sp", "tdp_mmu_init_child_sp", "tdp_mmu_iter_set_spte", "tdp_mmu_set_spte_atomic",
-    "tdp_mmu_split_huge_page", "try_cmpxchg64", "xchg64",
+    "TRACEPOINTS", "disallowed_hugepage_adjust", "fetch_and64", "for_each_tdp_mmu_root",
+    "for_each_tdp_mmu_root_yield_safe", "handle_changed_spte", "init_spt", "invalidate_root",
+    "is_access_allowed", "kvm_tdp_mmu_alloc_root", "kvm_tdp_mmu_map", "kvm_tdp_mmu_put_root",
+    "kvm_tdp_mmu_write_spte", "root_to_sp", "spte_changed", "tdp_mmu_free_sp", "tdp_mmu_init_child_sp",
+    "tdp_mmu_iter_set_spte", "tdp_mmu_set_spte_atomic", "tdp_mmu_split_huge_page", "trace_set_spte",
+    "try_cmpxchg64", "xchg64",
 ]
 
 _EMPTY_TABLE = SHADOW_NONPRESENT_VALUE.to_bytes(8, "little") * 512
@@ -408,21 +409,24 @@ def _map_handle_target_level(vcpu: Vcpu, fault: KvmPageFault, it: TdpIter) -> in
         if (t := kvm.trace.mark_mmio_spte) is not None:
             t(it.sptep << 3, it.gfn, new & ACC_ALL, get_mmio_spte_generation(new))
         return RET_PF_EMULATE
-    _trace_set_spte(kvm, fault, it, new)
+    trace_set_spte(kvm, fault.gfn, it.gfn, it.level, it.sptep, new, fault.prefetch)
     return ret
 
 
-def _trace_set_spte(kvm: Kvm, fault: KvmPageFault, it: TdpIter, new: int) -> None:
+def trace_set_spte(
+    kvm: Kvm, fault_gfn: int, gfn: int, level: int, sptep: int, new: int, prefetch: bool
+) -> None:
+    """A fault on `fault_gfn` made the leaf of `gfn`: the kernel's event, and which zap this repairs."""
     masks = kvm.spte
     if (t := kvm.trace.kvm_mmu_set_spte) is not None:
-        spte = kvm.ram.u64[it.sptep]
+        spte = kvm.ram.u64[sptep]
         u = int(spte & masks.user != 0) if masks.user else -1
         readable = bool(masks.present or spte & 1)
-        t(it.gfn, spte, it.sptep << 3, it.level, readable, masks.is_executable_pte(spte), u)
+        t(gfn, spte, sptep << 3, level, readable, masks.is_executable_pte(spte), u)
     if (t := kvm.trace.spte_install) is not None:
-        killer = kvm.killed_by.of(fault.gfn)
-        seq = t(it.gfn, it.level, spte_to_pfn(new), new, fault.prefetch, killed_by=killer)
-        kvm.killed_by.installed(it.gfn, it.level, seq)
+        killer = kvm.killed_by.of(fault_gfn)
+        seq = t(gfn, level, spte_to_pfn(new), new, prefetch, killed_by=killer)
+        kvm.killed_by.installed(gfn, level, seq)
 
 
 def kvm_tdp_mmu_map(vcpu: Vcpu, fault: KvmPageFault) -> int:
@@ -446,7 +450,7 @@ def _map_walk(vcpu: Vcpu, fault: KvmPageFault) -> int:
     while it.valid:
         spte = it.old_spte
         if fault.nx_huge_page_workaround_enabled:
-            _disallowed_hugepage_adjust(kvm, fault, spte, it.level)
+            disallowed_hugepage_adjust(kvm, fault, spte, it.level)
         if spte == FROZEN_SPTE:
             return RET_PF_RETRY
         if it.level == fault.goal_level:
@@ -467,7 +471,8 @@ def _map_walk(vcpu: Vcpu, fault: KvmPageFault) -> int:
     return RET_PF_RETRY
 
 
-def _disallowed_hugepage_adjust(kvm: Kvm, fault: KvmPageFault, spte: int, cur_level: int) -> None:
+def disallowed_hugepage_adjust(kvm: Kvm, fault: KvmPageFault, spte: int, cur_level: int) -> None:
+    """Where a table for executable pages stands in the way of a huge leaf, map one level lower."""
     if (
         cur_level > 1 and cur_level == fault.goal_level and is_shadow_present_pte(spte)
         and not spte & PT_PAGE_SIZE_MASK and kvm.sps[spte_to_pfn(spte)].nx_huge_page_disallowed

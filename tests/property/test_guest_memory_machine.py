@@ -2,8 +2,8 @@
 
 Hypothesis chooses guest accesses and host operations (guest_machine.py), with every truth checked, on
 four machines: one that switches tasks only when they block and one that switches at random points;
-with and without EPT accessed and dirty flags; with enough host RAM and with too little. Two more are of
-Linux 5.10.
+with and without EPT accessed and dirty flags; with enough host RAM and with too little. More are of
+Linux 5.10 and without the TDP MMU, which is the same by default.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ VARIANTS = {
     "random": ({"kvm_intel.eptad": "1", **RANDOM}, "4M"),
     "5.10, little RAM": ({"kvm_intel.eptad": "1"}, "768K"),
     "5.10, random, no A/D": ({"kvm_intel.eptad": "0", **RANDOM}, "4M"),
+    "5.10, TDP MMU": ({"kvm_intel.eptad": "1", "kvm.tdp_mmu": "Y"}, "4M"),
+    "direct pages, random, little RAM": ({"kvm_intel.eptad": "1", "kvm.tdp_mmu": "N", **RANDOM}, "768K"),
 }
-FEW = {"5.10, little RAM", "5.10, random, no A/D"}
+FEW = {name for name in VARIANTS if "5.10" in name or "direct" in name}
 """Variants that get a third of the others' steps."""
 
 
