@@ -58,7 +58,7 @@ Reading order:
     hugetlb_rmap.py hugetlb_fault.py hugetlb_unmap.py hugetlb_copy.py hugetlb_migrate.py   their life
     hugetlbfs.py                 files of them
     numa_balancing.py            pages go to the node that uses them
-    migrate.py oom_kill.py       to another frame; to nowhere
+    migrate.py migrate_batch.py migrate_types.py oom_kill.py   to another frame; to nowhere
     compaction.py kcompactd.py   many to another place, for large blocks; and the daemon that sees to it
     compaction_scan.py           which and where to; compaction_trace.py: what is told about it
     page_isolation.py contig.py  a range for one who wants just these frames

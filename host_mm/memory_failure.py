@@ -265,13 +265,13 @@ def _handle_used(host: HostMm, pfn: int, current: Process | None) -> int:
 
 
 def memory_failure(host: HostMm, pfn: int, flags: int = 0, current: Process | None = None) -> int:
-    """The memory of a frame has failed. 0: contained; -EBUSY: not wholly; -ENXIO: no such frame.
+    """The memory of a frame has failed. 0: contained; -EBUSY: not wholly; -ENXIO: no frame of RAM.
 
     -EHWPOISON: it had failed before; -EOPNOTSUPP: a hugetlb page, which is not modelled.
     MF_ACTION_REQUIRED: `current` was just about to use it. MF_COUNT_INCREASED: the caller's reference
     passes to us. May sleep.
     """
-    if not 0 <= pfn < host.pages.nr_frames or _is_offline(host, pfn):
+    if not 0 <= pfn < host.device_frames.start or _is_offline(host, pfn):
         return -ENXIO
     if _refuses(host, pfn, flags):
         return -EOPNOTSUPP
@@ -336,7 +336,7 @@ def soft_offline_page(host: HostMm, pfn: int, flags: int = 0) -> int:
 
     0, or -EBUSY, -EIO (it stays), -EOPNOTSUPP (hugetlb, not modelled) or -ENXIO.
     """
-    if not 0 <= pfn < host.pages.nr_frames:
+    if not 0 <= pfn < host.device_frames.start:
         return -ENXIO
     if _is_offline(host, pfn):
         return -EIO
