@@ -8,7 +8,7 @@ A kick is an IPI. The CPU that runs a vCPU leaves guest mode before its next gue
 an IPI that is waited for is complete as soon as it is sent: the vCPU's mode becomes
 EXITING_GUEST_MODE and its CPU model may not run another instruction.
 
-Not modelled: READING_SHADOW_PAGE_TABLES (TDP walkers use RCU), Hyper-V's and range flushes,
+Not modelled: READING_SHADOW_PAGE_TABLES (walkers without mmu_lock use RCU), Hyper-V's and range flushes,
 preemption-aware wake-ups, halt polling.
 """
 

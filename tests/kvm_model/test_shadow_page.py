@@ -15,6 +15,7 @@ from kvm_model.mmu.shadow_page import kvm_mmu_available_pages, make_mmu_pages_av
 from kvm_model.truths_rmap import check_rmaps
 from tests.kvm_model.direct_machine import direct, direct_huge, dontneed, huge_in_2m, lines, populate, rmap
 from tests.kvm_model.machine import BASE, PAGE, Machine
+from tests.kvm_model.test_rmap import GiveWay
 
 MIB2 = 2 << 20
 
@@ -62,6 +63,30 @@ def test_deleting_a_slot_zaps_all_pages_from_the_root_down_and_frees_all_but_the
     assert root.invalid
     assert m.kvm.mmu_valid_gen == 1
     assert m.kvm.stat["mmu_shadow_zapped"] == 4
+
+
+@pytest.mark.parametrize(("profile", "left"), [("linux-6.18", 4), ("linux-5.10", 0)])
+def test_obsolete_pages_go_ten_between_lock_breaks_and_in_5_10_all_at_once(profile: str, left: int) -> None:
+    m = direct(profile=profile, pages=16 * 512, ram=32 << 20)
+    m.run(*(("w", n * MIB2, 1) for n in range(12)))
+    assert m.kvm.n_used_mmu_pages == 15
+    seen: list[int] = []
+
+    def other() -> None:
+        while not m.kvm.mmu_valid_gen:
+            m.sched.yield_()
+        with m.kvm.mmu_lock:
+            seen.append(len(m.kvm.active_mmu_pages))
+            if seen[0]:
+                # What is not zapped yet is found by its rmap, though no vCPU can reach it any more.
+                assert rmap(m, 11 * 512)
+
+    m.sched.set_strategy(GiveWay())
+    update = m.sched.spawn("update", lambda: m.kvm.set_user_memory_region(0, 0, 0, BASE))
+    m.finish(update, m.sched.spawn("other", other))
+    # The root, which is in use, is not counted.
+    assert seen == [left]
+    m.truths.sweep()
 
 
 def test_the_obsolete_root_goes_when_the_vcpu_drops_it_and_a_new_one_is_of_the_new_generation() -> None:
