@@ -35,6 +35,7 @@ from kvm_model.memslots import KvmMemslots
 from kvm_model.mmu import fast_page_fault, gfn_range, invalidate, mmio, mmu, mmu_roots, tdp_mmu
 from kvm_model.mmu.killed_by import KilledBy
 from kvm_model.mmu.mmu_internal import PFERR_GUEST_FINAL_MASK, PFERR_WRITE_MASK, KvmMmuPage, tdp_root_role
+from kvm_model.mmu.nx_huge_pages import NxRecovery
 from kvm_model.mmu.rcu import Rcu
 from kvm_model.mmu.spte import PG_LEVEL_4K, ept_masks, is_last_spte, is_shadow_present_pte
 from kvm_model.mmu.tdp_zap import (
@@ -65,7 +66,7 @@ TRACEPOINTS = (
 
 _VM_STATS = (
     "mmu_shadow_zapped", "mmu_recycled", "mmu_cache_miss", "max_mmu_rmap_size",
-    "remote_tlb_flush_requests", "remote_tlb_flush", "pages_4k", "pages_2m", "pages_1g",
+    "remote_tlb_flush_requests", "remote_tlb_flush", "pages_4k", "pages_2m", "pages_1g", "nx_lpage_splits",
 )
 
 
@@ -121,6 +122,10 @@ class Kvm:
         self._init_params(params)
         self._init_slots()
         self._init_mmu()
+        self.nx_recovery = NxRecovery(
+            self, int(params.get("kvm.nx_huge_pages_recovery_ratio", "60")),
+            int(params.get("kvm.nx_huge_pages_recovery_period_ms", "0")),
+        )
         self.vcpus: list[Vcpu] = []
         self.gpc_list: list[GfnToPfnCache] = []
         self.truths: KvmTruths | None = KvmTruths(self) if checks else None

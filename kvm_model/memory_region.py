@@ -8,7 +8,7 @@ A delete or move first publishes an INVALID copy of the slot, so that faults ret
 publishes the final state. Each publication waits for open notifier brackets (so that range_start and
 range_end see the same slots) and then for SRCU readers of the old set.
 
-Not modelled: guest_memfd regions, KVM's internal slots, NX recovery.
+Not modelled: guest_memfd regions, KVM's internal slots.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ and note it for the truths. What a zap removed is remembered in `kvm.killed_by`.
 A lock's holder is on another CPU than the rest: `sched.race` stands between an SPTE's read and its
 atomic update. Zapping is in tdp_zap.py, dirty logging in tdp_log.py, aging in tdp_age.py.
 
-Not modelled: mirror (TDX) roots, the NX huge-page recovery list, CONFIG_KVM_PROVE_MMU.
+Not modelled: mirror (TDX) roots, CONFIG_KVM_PROVE_MMU.
 """
 
 from __future__ import annotations
@@ -212,6 +212,9 @@ def _handle_removed_pt(kvm: Kvm, pt: int, shared: bool, why: str) -> None:
     level = sp.level
     if (t := kvm.trace.kvm_mmu_prepare_zap_page) is not None:
         t(*_page_args(sp))
+    if sp.nx_huge_page_disallowed:
+        with kvm.tdp_mmu_pages_lock:
+            kvm.nx_recovery.untrack(sp)
     u64 = kvm.ram.u64
     pages = kvm_pages_per_hpage(level)
     for index in range(512):
@@ -473,6 +476,10 @@ def _map_walk(vcpu: Vcpu, fault: KvmPageFault) -> int:
         if busy:
             tdp_mmu_free_sp(kvm, sp)
             return RET_PF_RETRY
+        if fault.huge_page_disallowed and fault.req_level >= it.level:
+            with kvm.tdp_mmu_pages_lock:
+                if sp.nx_huge_page_disallowed:
+                    kvm.nx_recovery.track(sp)
         it.next()
     return RET_PF_RETRY
 

@@ -154,3 +154,13 @@ def test_the_cpus_log_needs_its_dirty_flags() -> None:
         with pytest.raises(KernelError) as info:
             g.vm.host.ept_ad(0)
         assert info.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_kvm_writes_through_its_own_mapping_is_logged_for_the_vcpu(form: str) -> None:
+    with machine(FORMS[form]) as g:
+        g.store(2 * PAGE, 1)
+        g.vm.host.dirty_log(DATA_GPA, 1)
+        g.vm.host.kvm_map_write(DATA_GPA + 2 * PAGE, 7)
+        assert dirty(g) == {2}
+        assert g.load(2 * PAGE) == 7
