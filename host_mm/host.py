@@ -325,6 +325,10 @@ class HostMm:
         """
         for left in list(self.processes):
             fork.exit_process(left)
+        while self.khugepaged.mms and self.khugepaged.task is not None:
+            # It fell asleep inside an address space, and lets go of that when it goes on.
+            khugepaged.scan_sleep_millisecs_store(self, self.khugepaged.scan_sleep_millisecs)
+            self.sched.sleep(QUIESCE_POLL)
         if self.ksm.mm_slots:
             ksm.run_store(self, KSM_RUN_UNMERGE)
         if self.swap is not None:
