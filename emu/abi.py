@@ -112,6 +112,7 @@ __all__ = [
     "VMCALL_AGE",
     "VMCALL_CHILD_EXIT",
     "VMCALL_CHILD_READ",
+    "VMCALL_CLEAR_DIRTY",
     "VMCALL_CLEAR_REFS",
     "VMCALL_COLD",
     "VMCALL_CPU_COUNT",
@@ -124,10 +125,12 @@ __all__ = [
     "VMCALL_FORK",
     "VMCALL_FREE",
     "VMCALL_GET_DIRTY",
+    "VMCALL_HARVEST_RINGS",
     "VMCALL_HOST_READ",
     "VMCALL_HOST_WRITE",
     "VMCALL_KVM_MAP_WRITE",
     "VMCALL_LAST_EXIT",
+    "VMCALL_MANUAL_DIRTY",
     "VMCALL_MAP_LEVEL",
     "VMCALL_MIGRATE",
     "VMCALL_MIRROR_READ",
@@ -328,6 +331,9 @@ VMCALL_TRUNCATE = 0x5246_0105
 VMCALL_FILE_WRITE = 0x5246_0106
 VMCALL_PEER_WRITE = 0x5246_0107
 VMCALL_FADVISE_DONTNEED = 0x5246_0108
+VMCALL_MANUAL_DIRTY = 0x5246_0210
+VMCALL_CLEAR_DIRTY = 0x5246_0211
+VMCALL_HARVEST_RINGS = 0x5246_0212
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -406,6 +412,16 @@ VMCALLS: tuple[Vmcall, ...] = (
            "bytes, the last one padded with zeros; `buffer` 0 stores nothing. `pages` <= 32768. The "
            "range must lie in one slot. -ENOENT while the slot is not logged. Pages the CPU dirtied by "
            "setting guest A/D bits count; host_write and this vmcall's own store do not."),
+    Vmcall(VMCALL_MANUAL_DIRTY, "manual_dirty", ("value",), "0", (),
+           "KVM_ENABLE_CAP with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: with `value` 1 get_dirty neither clears "
+           "nor protects, clear_dirty does; with 3 also every page of a log is set from its start, and "
+           "nothing protected; 0 as without. -EINVAL for others."),
+    Vmcall(VMCALL_CLEAR_DIRTY, "clear_dirty", ("gpa", "pages"), "0", ("ENOENT", "ENXIO"),
+           "KVM_CLEAR_DIRTY_LOG: clears the range's bits and protects those pages that had one. The range "
+           "must lie in one slot. -ENOENT while the slot is not logged, -ENXIO on a VM with dirty rings."),
+    Vmcall(VMCALL_HARVEST_RINGS, "harvest_rings", ("reset",), "entries found", (),
+           "The VMM takes every vCPU's dirty ring's new entries, which get_dirty then answers, and if "
+           "`reset` is 1 calls KVM_RESET_DIRTY_RINGS. 0 on a VM without rings. -EINVAL for another `reset`."),
     Vmcall(VMCALL_SLOT_CREATE, "slot_create", ("gpa", "pages"), "slot number >= 1", ("EEXIST", "ENOMEM"),
            "mmap of fresh zeroed memory and a new memory slot that shows it at `gpa`. -EEXIST where it "
            "overlaps another slot. The numbers given out are not reused."),

@@ -28,6 +28,7 @@ from emu.devices.pic import PicPair
 from emu.devices.pit import Pit
 from emu.devices.rdma import RdmaDevice
 from emu.devices.serial import Serial
+from emu.dirty_rings import DirtyRings
 from emu.hostops import OPERATIONS, TRACEPOINTS, perform
 from emu.hugetlb import HugetlbMemory
 from emu.memory import PROT_RW, GuestMemory
@@ -134,6 +135,7 @@ class Board:
             host.mm, self.process, self.cpu, profile=PROFILES[config.profile], params=config.params,
             breaks=frozenset(config.breaks), checks=config.checks,
         )
+        self.dirty_rings = DirtyRings(self.kvm, int(config.params.get("vmm.dirty_ring_size", "0")))
         self.vcpus = [self.kvm.create_vcpu(n) for n in range(config.vcpus)]
         self.vcpus[0].irq_source = self.pic
         self.threads = [_VcpuThread(v, WaitQueue(host.sched, f"vcpu{v.vcpu_id} idle")) for v in self.vcpus]
@@ -233,6 +235,8 @@ class Board:
             vcpu.complete_hypercall(self._hypercall(out) & 0xFFFF_FFFF_FFFF_FFFF)
         elif out.kind == "hlt":
             self._halted(thread)
+        elif out.kind == "dirty-ring-full":
+            self.dirty_rings.collect_and_reset()
         elif out.kind == "memory-fault":
             self._memory_fault(out)
         elif out.kind == "shutdown":

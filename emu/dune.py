@@ -249,7 +249,7 @@ class Dune(MmuNotifier):
     def _translate(self, address: int, access: int) -> int:
         ram = self.host.ram
         while True:
-            status, hpa, _, _ = ept_translate(ram.i64, ram.nr_frames, self.eptp, address, access)
+            status, hpa, _, _ = ept_translate(ram.i64, ram.nr_frames, self.eptp, 0, address, access)
             if status == OK:
                 return hpa
             self._ept_fault(address, write=access == EPT_ACC_WRITE)

@@ -72,9 +72,14 @@ def mmap_file(
 
 
 def file_at(vmm: Vmm, address: int) -> tuple[AddressSpace, int]:
-    """The file mapped at `address` and the position in it; KernelError(EBADF) where none is."""
+    """The file mapped at `address` and the position in it; KernelError(EBADF) where none is.
+
+    A device's memory is mapped through a file, too, but is nobody's page cache.
+    """
+    from host_mm.mm_types import VM_PFNMAP
+
     vma = vmm.process.mm.vma_lookup(address)
-    if vma is None or vma.file is None:
+    if vma is None or vma.file is None or vma.flags & VM_PFNMAP:
         raise KernelError(errno.EBADF, f"no file is mapped at {address:#x}")
     return vma.file, address - vma.start + (vma.pgoff << 12)
 

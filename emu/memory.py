@@ -125,6 +125,9 @@ class GuestMemory:
         flags = region.flags | KVM_MEM_LOG_DIRTY_PAGES if on else region.flags & ~KVM_MEM_LOG_DIRTY_PAGES
         self.board.kvm.set_user_memory_region(region.slot, region.gpa, region.size, region.hva, flags)
         region.flags = flags
+        if not on:
+            # Rings keep what was written while the slot was logged; nobody asks for it any more.
+            self.board.dirty_rings.take(region.slot)
 
     def _test_region(self, slot: int) -> Region:
         if not self.first_test_slot <= slot < len(self.regions):

@@ -19,13 +19,11 @@ Reading order:
     vma.py mmap.py mprotect.py madvise.py task_mmu.py fork.py   the system calls
     mlock.py mremap.py           and two more; move_page_tables.py: what a move does to the entries
     userfaultfd_k.py             faults that wait for a user task; userfaultfd.py: its ioctls, which fill
-                                 (userfaultfd_mfill.py) and register and protect (userfaultfd_wp.py)
-    gup.py gup_range.py          pages for others than the CPU; gup_longterm.py: and for long
-    uaccess.py            memory for others than the CPU, and for the process itself
                                  (userfaultfd_mfill.py), register and protect (userfaultfd_wp.py) and move
                                  (userfaultfd_move.py) pages
+    gup.py gup_range.py          pages for others than the CPU; gup_longterm.py: and for long
+    uaccess.py                   memory for the process itself
     pagemap.py                   what each page is, and scans that protect what they find
-    gup.py uaccess.py            memory for others than the CPU, and for the process itself
     rmap.py rmap_unmap.py        from a page to its entries
     tlb.py mmu_gather.py         when the host's own translations go
     mmu_notifier.py              how secondary MMUs are told; mmu_notifier_types.py: what a bracket is
@@ -43,7 +41,6 @@ Reading order:
     page_idle.py damon/          which pages are used at all
     filemap.py                   the folio lock and writeback
     swapfile.py swap_state.py page_io.py swapin.py   slots, the swap cache, I/O, and back
-    swap_readahead.py zram.py zsmalloc.py            more than was asked for; swap that is RAM
     huge_mm.py huge_memory.py    transparent huge pages: who may have them, and faults on them
     pgtable_huge.py huge_memory_pmd.py   their level-2 entries: changed as a whole, and split
     huge_memory_map.py madvise_folios.py what the system calls do to them
@@ -58,7 +55,7 @@ Reading order:
     hugetlb_rmap.py hugetlb_fault.py hugetlb_unmap.py hugetlb_copy.py hugetlb_migrate.py   their life
     hugetlbfs.py                 files of them
     numa_balancing.py            pages go to the node that uses them
-    migrate.py oom_kill.py       to another frame; to nowhere
+    migrate.py migrate_batch.py migrate_types.py oom_kill.py   to another frame; to nowhere
     compaction.py kcompactd.py   many to another place, for large blocks; and the daemon that sees to it
     compaction_scan.py           which and where to; compaction_trace.py: what is told about it
     page_isolation.py contig.py  a range for one who wants just these frames
@@ -66,8 +63,7 @@ Reading order:
     ksm.py ksm_merge.py          equal pages become one; ksm_break.py: and are parted again
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped
     host.py                      all of it, wired
-    truths.py truths_files.py truths_hugetlb.py breaks.py   what must hold, and how to break it
-    truths.py truths_hugetlb.py truths_thp.py breaks.py   what must hold, and how to break it
+    truths.py truths_files.py truths_hugetlb.py truths_thp.py breaks.py   what must hold, and how to break it
     profile.py                   what differs between kernels
 
 `kernel/` holds tasks, locks, costs and the clock; `arch/x86/` what depends on the CPU.

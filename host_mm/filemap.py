@@ -8,8 +8,8 @@ PG_writeback says that the bytes are on their way to the swap file. The lock bel
 reads of the swap file unlock it from their completion. Waiters hang on `host.folio_waitqueues`, by
 pfn; the queue exists only while somebody waits.
 
-Not modelled: the page cache itself, killable waits (no signals), per-VMA locks, lock stealing
-limits of folio_wait_bit_common.
+Not modelled: killable waits (no signals), per-VMA locks, lock stealing limits of folio_wait_bit_common. The
+page cache is in filemap_cache.py.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ from host_mm import (
     memory_failure,
     memory_file,
     memremap,
-    migrate,
     migrate_device,
+    migrate_types,
     mmu_notifier,
     numa_balancing,
     oom_kill,
@@ -128,7 +128,7 @@ _MODULES = (
     memory,
     memory_device,
     memory_failure,
-    migrate,
+    migrate_types,
     migrate_device,
     mmu_notifier,
     numa_balancing,
@@ -325,6 +325,10 @@ class HostMm:
         """
         for left in list(self.processes):
             fork.exit_process(left)
+        while self.khugepaged.mms and self.khugepaged.task is not None:
+            # It fell asleep inside an address space, and lets go of that when it goes on.
+            khugepaged.scan_sleep_millisecs_store(self, self.khugepaged.scan_sleep_millisecs)
+            self.sched.sleep(QUIESCE_POLL)
         if self.ksm.mm_slots:
             ksm.run_store(self, KSM_RUN_UNMERGE)
         if self.swap is not None:

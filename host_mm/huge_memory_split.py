@@ -9,7 +9,7 @@ mapping becomes migration entries (a file's just goes), in a bracket per VMA; th
 frozen, which fails if anybody else has one; then the pages are folios of their own and their entries come
 back, without a bracket. Pages of zeros come back as the zero page, pages that nobody mapped are freed.
 
-Not modelled: splitting to orders other than 0, hardware-poisoned folios, the place that the new folios get
+Not modelled: splitting to orders other than 0, the place that the new folios get
 beside the first on its LRU list (they come at its head), the memory cgroups' own queues.
 """
 
@@ -37,6 +37,7 @@ from host_mm.page import (
     PG_dirty,
     PG_head,
     PG_hugetlb,
+    PG_hwpoison,
     PG_idle,
     PG_locked,
     PG_lru,
@@ -202,7 +203,7 @@ def _split_to_order_0(
     index = pages.index[folio]
     for distance in range(1, nr):
         page = folio + distance
-        flags[page] = copied
+        flags[page] = copied | (flags[page] & PG_hwpoison)
         pages.tail[page] = 0
         pages.index[page] = index + distance
         if owner is not None:

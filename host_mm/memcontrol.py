@@ -22,7 +22,7 @@ from collections import Counter
 from errno import EAGAIN, EBUSY, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
-from host_mm.kernel.errors import KernelError
+from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.lru_gen import GenLruvec
 from host_mm.page_alloc import (
     GFP_DIRECT_RECLAIM,
@@ -229,11 +229,16 @@ class MemoryController:
     def _charge_folio(self, pfn: int, memcg: MemCgroup | None, gfp: int) -> int:
         if memcg is None:
             return 0
+        self._check_uncharged(pfn)
         nr = 1 << self.host.pages.order[pfn]
         err = self.try_charge(memcg, nr, gfp)
         if not err:
             self.folios[pfn] = memcg
         return err
+
+    def _check_uncharged(self, pfn: int) -> None:
+        if pfn in self.folios:
+            raise BrokenTruth("memcg-charge", f"pfn {pfn:#x} is charged twice", self.host.stream.here())
 
     def uncharge(self, pfn: int, nr: int = 1) -> None:
         """mem_cgroup_uncharge: the folio is being freed."""
@@ -247,6 +252,7 @@ class MemoryController:
             return
         memcg = self.folios.pop(old, None)
         if memcg is not None:
+            self._check_uncharged(new)
             self.folios[new] = memcg
 
     def split(self, pfn: int, nr: int) -> None:

@@ -15,8 +15,10 @@ cache, with its bytes if it was dirty, and is read again; shmem, which has no ot
 soft_offline_page loses nothing: the frame only aged. Its page is migrated, and the frame kept out of the
 lists as above.
 
-Not modelled: huge pages, fsync's error for lost bytes of a file, DAX, unpoisoning, the hwpoison
-filter, panic, the work queue of asynchronous errors.
+A huge page is split first.
+
+Not modelled: pages of hugetlb, who is told when a huge page cannot be split, fsync's error for lost bytes of
+a file, DAX, unpoisoning, the hwpoison filter, panic, the work queue of asynchronous errors.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from host_mm.page import (
     PG_unevictable,
     PG_uptodate,
     PG_writeback,
+    folio_test_large,
     page_folio,
     put_page,
     set_page_dirty,
@@ -115,7 +118,8 @@ def _action_result(host: HostMm, pfn: int, kind: str, result: int, *, held: bool
 
 # -- a reference ------------------------------------------------------------------------------------
 def _handlable(host: HostMm, pfn: int) -> bool:
-    return bool(host.pages.flags[pfn] & PG_lru) or host.allocator.zone_of(pfn).buddy_of(pfn) >= 0
+    listed = host.pages.flags[page_folio(host.pages, pfn)] & PG_lru
+    return bool(listed) or host.allocator.zone_of(pfn).buddy_of(pfn) >= 0
 
 
 def _get_hwpoison_page(host: HostMm, pfn: int, *, counted: bool) -> int:
@@ -261,13 +265,13 @@ def _handle_used(host: HostMm, pfn: int, current: Process | None) -> int:
 
 
 def memory_failure(host: HostMm, pfn: int, flags: int = 0, current: Process | None = None) -> int:
-    """The memory of a frame has failed. 0: contained; -EBUSY: not wholly; -ENXIO: no such frame.
+    """The memory of a frame has failed. 0: contained; -EBUSY: not wholly; -ENXIO: no frame of RAM.
 
     -EHWPOISON: it had failed before; -EOPNOTSUPP: a hugetlb page, which is not modelled.
     MF_ACTION_REQUIRED: `current` was just about to use it. MF_COUNT_INCREASED: the caller's reference
     passes to us. May sleep.
     """
-    if not 0 <= pfn < host.pages.nr_frames or _is_offline(host, pfn):
+    if not 0 <= pfn < host.device_frames.start or _is_offline(host, pfn):
         return -ENXIO
     if _refuses(host, pfn, flags):
         return -EOPNOTSUPP
@@ -295,7 +299,21 @@ def _memory_failure_locked(host: HostMm, pfn: int, flags: int, current: Process 
         pages.refcount[pfn] = 1
         return _action_result(host, pfn, "free buddy page", _RECOVERED, held=True)
     pages.flags[pfn] |= PG_hwpoison
+    if not _try_to_split_thp_page(host, pfn):
+        put_page(host, pfn)
+        _action_result(host, pfn, "unsplit thp", _FAILED, held=False)
+        return -EHWPOISON
     return _handle_used(host, pfn, current)
+
+
+def _try_to_split_thp_page(host: HostMm, pfn: int) -> bool:
+    """Whether the page, to which we have a reference, is a folio of its own now."""
+    if not folio_test_large(host.pages, page_folio(host.pages, pfn)):
+        return True
+    folio_lock(host, page_folio(host.pages, pfn))
+    err = host.split_folio(pfn)
+    folio_unlock(host, page_folio(host.pages, pfn))
+    return not err
 
 
 def _refuses(host: HostMm, pfn: int, flags: int) -> bool:
@@ -318,7 +336,7 @@ def soft_offline_page(host: HostMm, pfn: int, flags: int = 0) -> int:
 
     0, or -EBUSY, -EIO (it stays), -EOPNOTSUPP (hugetlb, not modelled) or -ENXIO.
     """
-    if not 0 <= pfn < host.pages.nr_frames:
+    if not 0 <= pfn < host.device_frames.start:
         return -ENXIO
     if _is_offline(host, pfn):
         return -EIO
@@ -340,6 +358,9 @@ def soft_offline_page(host: HostMm, pfn: int, flags: int = 0) -> int:
 
 
 def _soft_offline_in_use_page(host: HostMm, pfn: int) -> int:
+    if not _try_to_split_thp_page(host, pfn):
+        put_page(host, pfn)
+        return -EBUSY
     folio_lock(host, pfn)
     folio_wait_writeback(host, pfn)
     folio_unlock(host, pfn)

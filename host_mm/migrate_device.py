@@ -55,7 +55,7 @@ from host_mm.kernel.errors import BrokenTruth
 from host_mm.memory import vm_normal_page
 from host_mm.memory_device import make_device_private_pte
 from host_mm.memremap import page_pgmap
-from host_mm.migrate import folio_migrate_flags
+from host_mm.migrate_batch import folio_migrate_flags
 from host_mm.mm_types import MM_ANONPAGES, MMF_UNSTABLE, VM_SPECIAL, VM_WRITE
 from host_mm.page import (
     PG_anon,
@@ -418,6 +418,8 @@ def _insert_page(vma: VmArea, address: int, pfn: int) -> bool:
     if not pmd or not pte_alloc(mm, pmd):
         return False
     anon_vma_prepare(vma)
+    if mm.process.memcg is not None and host.memcg.charge(pfn, mm):
+        return False
     host.pages.flags[pfn] |= PG_uptodate
     if host.pages.flags[pfn] & PG_zone_device:
         entry = make_device_private_pte(pfn, writable=bool(vma.flags & VM_WRITE))

@@ -8,8 +8,8 @@ pages that are there move to the unevictable list, and what is missing is faulte
 that is allowed. No entry loses a right, so that mlock opens no bracket of its own; migration still
 moves locked pages.
 
-Not modelled: RLIMIT_MEMLOCK and CAP_IPC_LOCK, hence EPERM, ENOMEM for the limit and mm->locked_vm; large
-folios; mprotect's populate of a locked VMA that becomes writable; MADV_DONTNEED_LOCKED.
+Not modelled: RLIMIT_MEMLOCK and CAP_IPC_LOCK, hence EPERM, ENOMEM for the limit and mm->locked_vm;
+mprotect's populate of a locked VMA that becomes writable; MADV_DONTNEED_LOCKED.
 """
 
 from __future__ import annotations

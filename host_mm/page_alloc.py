@@ -238,11 +238,23 @@ class PageAllocator:
             pages.flags[pfn] = PG_hwpoison
             self.hwpoisoned.setdefault(pfn, 0)
             return
+        failed = [p for p in self.hwpoisoned if pfn <= p < pfn + (1 << order)] if order else []
         self.free_pages_prepare(pfn, order)
         if (t := host.trace.frame_free) is not None:
             t(pfn, order, self.nid_of(pfn))
         host.vmstat["pgfree"] += 1 << order
-        self.zone_of(pfn).free_one_page(pfn, order, self.blocks.migratetype(pfn))
+        if failed:
+            self._free_but(pfn, order, failed)
+        else:
+            self.zone_of(pfn).free_one_page(pfn, order, self.blocks.migratetype(pfn))
+
+    def _free_but(self, pfn: int, order: int, failed: list[int]) -> None:
+        """The frames of a block go to the lists, but those that failed while it was in use."""
+        for frame in range(pfn, pfn + (1 << order)):
+            if frame in failed:
+                self.host.pages.flags[frame] = PG_hwpoison
+            else:
+                self.zone_of(frame).free_one_page(frame, 0, self.blocks.migratetype(frame))
 
     def free_pages_prepare(self, pfn: int, order: int) -> None:
         """free_pages_prepare: 2**order frames lose what they were. Whoever watches frees is told."""

@@ -223,18 +223,25 @@ def pgd_free(mm: MmStruct) -> None:
     _free_table(mm, pfn)
 
 
-def _next_table(mm: MmStruct, entry: int) -> int:
-    """Physical address of the table below the entry at `entry`, made if missing; 0: no memory."""
+def _next_table(mm: MmStruct, entry: int, locks: dict[int, Spinlock] | None = None) -> int:
+    """Physical address of the table below the entry at `entry`, made if missing; 0: no memory.
+
+    `locks` gets the lock of a level-2 table, before anybody can find the table.
+    """
     u64 = mm.host.ram.u64
     value = u64[entry >> 3]
     if not value & 1:
         new = _alloc_table(mm)
         if new < 0:
             return 0
+        if locks is not None:
+            locks[new] = Spinlock(mm.host.sched, "pmd_ptl")
         mm.page_table_lock.lock()
         value = u64[entry >> 3]
         if value & 1:
             mm.page_table_lock.unlock()
+            if locks is not None:
+                del locks[new]
             _free_table(mm, new)
         else:
             value = new << 12 | _PAGE_TABLE
@@ -255,13 +262,8 @@ def pmd_alloc(mm: MmStruct, address: int) -> int:
     pud = pud_alloc(mm, address)
     if not pud:
         return 0
-    table = _next_table(mm, pud)
-    if not table:
-        return 0
-    locks = mm.host.pmd_locks
-    if table >> 12 not in locks:
-        locks[table >> 12] = Spinlock(mm.host.sched, "pmd_ptl")
-    return table + ((address >> 21) & 511) * 8
+    table = _next_table(mm, pud, mm.host.pmd_locks)
+    return table + ((address >> 21) & 511) * 8 if table else 0
 
 
 def pte_alloc_one(mm: MmStruct) -> int:

@@ -5,8 +5,6 @@ Source of truth: fs/proc/task_mmu.c (clear_refs_write, clear_refs_pte_range, cle
 Kinds 1 to 3 clear accessed bits and tell nobody. Kind 4 write-protects everything that is mapped inside
 one bracket over the whole address space, and flushes after its end. Kind 5 makes the peak of the resident
 set what it is now. The pagemap is in pagemap.py.
-
-Not modelled: huge entries.
 """
 
 from __future__ import annotations

@@ -396,7 +396,9 @@ class _Audit:
                     raise BrokenTruth("offline", f"pfn {pfn:#x} is offline and somebody's")
         for pfn, held in allocator.hwpoisoned.items():
             flags = pages.flags[pfn]
-            if not flags & PG_hwpoison or flags & (PG_buddy | PG_lru) or pages.refcount[pfn] < held:
+            # One that could not be taken from its user stays on its list.
+            on_list = PG_buddy | PG_lru if held else PG_buddy
+            if not flags & PG_hwpoison or flags & on_list or pages.refcount[pfn] < held:
                 who = decode_page_flags(flags)
                 raise BrokenTruth("hwpoison", f"pfn {pfn:#x} has failed and is {who}, {pages.refcount[pfn]}")
 

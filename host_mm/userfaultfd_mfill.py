@@ -36,7 +36,7 @@ from host_mm.filemap import folio_unlock
 from host_mm.filemap_cache import filemap_add_folio, filemap_page, filemap_remove_folio
 from host_mm.kernel.costs import COST_COPY_PAGE
 from host_mm.kernel.errors import KernelError
-from host_mm.memory import folio_prealloc
+from host_mm.memory import folio_alloc, folio_prealloc
 from host_mm.mm_types import VM_SHARED, VM_UFFD_WP, VM_WRITE
 from host_mm.page import PG_hwpoison, PG_swapbacked, mm_counter, page_folio, put_page
 from host_mm.pgtable_generic import (
@@ -163,7 +163,9 @@ class _Fill:
         if pfn >= 0:
             return pfn
         zero = self.mode == MFILL_ATOMIC_ZEROPAGE
-        pfn = folio_prealloc(host, vma, zero=zero)
+        # A page of a file is charged when the file gets it.
+        alloc = folio_alloc if vma.flags & VM_SHARED else folio_prealloc
+        pfn = alloc(host, vma, zero=zero)
         if pfn < 0:
             return -ENOMEM
         if not zero:

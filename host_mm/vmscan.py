@@ -11,8 +11,8 @@ looks at size >> priority of each list.
 A reclaimer that made no progress while I/O is in flight waits for some of it to complete (the
 kernel's VMSCAN_THROTTLE_WRITEBACK), so that out of memory means that nothing is left.
 
-Not modelled: kswapd's short first sleep, swappiness and the anon/file cost balance (the file
-lists hold only MADV_FREE pages and go first), workingset refaults, compaction, watermark boost, slab
+Not modelled: kswapd's short first sleep, swappiness and the anon/file cost balance (the file lists go
+first), workingset refaults, reclaim that goes on or stops for the sake of compaction, watermark boost, slab
 shrinkers other than those of shrinker.py and zswap.py, too_many_isolated, pfmemalloc throttling, node
 reclaim.
 """

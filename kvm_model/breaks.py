@@ -4,8 +4,8 @@ A switch is tested where the step stands: `if "no-flush" not in kvm.breaks`. Wit
 of the checked truths is expected to fail; the line says which. Each is shown at work by a command in
 refault/switch_runs.toml.
 
-Not modelled: switches of the host side (host_mm/breaks.py), and those that need shadow paging
-(ignore-role-bit, prefetch-in-bracket).
+Not modelled: switches of the host side (host_mm/breaks.py), and the one that needs shadow paging
+(ignore-role-bit).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ BREAKS: dict[str, str] = {
     "no-range-union": "a second bracket replaces the range of the first (no-spte-in-bracket)",
     "no-retry": "a fault never asks whether its pfn went stale (no-spte-in-bracket, spte-matches-host)",
     "plain-store": "SPTEs are stored without comparing, so a zapped one can come back (spte-matches-host)",
+    "prefetch-in-bracket": "without the TDP MMU a fault maps neighbours in a bracket (no-spte-in-bracket)",
     "retry-before-gup-only": "a fault asks about staleness before GUP, not under lock (spte-matches-host)",
     "seq-before-count": "range_end drops the count before it raises the sequence (bracket-balance)",
     "skip-end": "KVM ignores range_end (bracket-balance)",

@@ -2,26 +2,28 @@
 
 Source of truth: virt/kvm/kvm_main.c (Linux 6.18): kvm_create_vm, kvm_destroy_vm,
 kvm_vm_ioctl_create_vcpu; arch/x86/kvm/mmu/mmu.c: kvm_mmu_init_vm, kvm_mmu_uninit_vm;
-vmx/vmx.c: the eptad parameter.
+vmx/vmx.c: the eptad and pml parameters; kvm_vm_ioctl_enable_cap_generic.
 
 The protocol parts stand in their own files: mmu_notifier.py (host events), mmu/invalidate.py (count,
 sequence, retry), memory_region.py (memslots), requests.py (flushes and kicks), mmu/ (SPTEs).
 
-Not modelled: shadow paging (kvm.tdp_mmu=N), the dirty ring, in-kernel irqchips, file descriptors.
+Not modelled: shadow paging, in-kernel irqchips, file descriptors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from errno import EEXIST, EINVAL
+from errno import EEXIST, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.locks import Mutex, RwLock, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.mmu_notifier import mmu_notifier_register, mmu_notifier_unregister
+from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, GFP_ZERO, alloc_pages
 from kvm_model import (
     dirty_log,
+    dirty_ring,
     follow_pfn,
     memory_region,
     mmu_notifier,
@@ -30,21 +32,22 @@ from kvm_model import (
     x86_events,
 )
 from kvm_model.memslots import KvmMemslots
-from kvm_model.mmu import fast_page_fault, invalidate, mmio, mmu, mmu_roots, tdp_mmu
+from kvm_model.mmu import fast_page_fault, gfn_range, invalidate, mmio, mmu, mmu_roots, tdp_mmu
 from kvm_model.mmu.killed_by import KilledBy
 from kvm_model.mmu.mmu_internal import PFERR_GUEST_FINAL_MASK, PFERR_WRITE_MASK, KvmMmuPage, tdp_root_role
+from kvm_model.mmu.nx_huge_pages import NxRecovery
 from kvm_model.mmu.rcu import Rcu
 from kvm_model.mmu.spte import PG_LEVEL_4K, ept_masks, is_last_spte, is_shadow_present_pte
 from kvm_model.mmu.tdp_zap import (
     kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_zap_invalidated_roots,
-    kvm_tdp_mmu_zap_leafs,
 )
 from kvm_model.pfncache import GfnToPfnCache
 from kvm_model.profile import LINUX_6_18, KvmProfile
 from kvm_model.truths import KvmTruths
 from kvm_model.vcpu import Vcpu
-from kvm_model.vmx import vmx
+from kvm_model.vmx import pml, vmx
+from kvm_model.vmx.ept import PML_ENTRIES
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -55,13 +58,16 @@ __all__ = ["TRACEPOINTS", "Kvm"]
 
 TRACEPOINTS = (
     *requests.TRACEPOINTS, *mmu_notifier.TRACEPOINTS, *memory_region.TRACEPOINTS,
-    *follow_pfn.TRACEPOINTS, *invalidate.TRACEPOINTS,
+    *follow_pfn.TRACEPOINTS, *gfn_range.TRACEPOINTS, *invalidate.TRACEPOINTS, *dirty_ring.TRACEPOINTS,
     *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
     *tdp_mmu.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS,
 )
 """Every tracepoint of this room, each declared beside the code that fires it."""
 
-_VM_STATS = ("remote_tlb_flush_requests", "remote_tlb_flush", "pages_4k", "pages_2m", "pages_1g")
+_VM_STATS = (
+    "mmu_shadow_zapped", "mmu_recycled", "mmu_cache_miss", "max_mmu_rmap_size",
+    "remote_tlb_flush_requests", "remote_tlb_flush", "pages_4k", "pages_2m", "pages_1g", "nx_lpage_splits",
+)
 
 
 def _flag(params: Mapping[str, str], name: str, default: bool) -> bool:
@@ -116,6 +122,10 @@ class Kvm:
         self._init_params(params)
         self._init_slots()
         self._init_mmu()
+        self.nx_recovery = NxRecovery(
+            self, int(params.get("kvm.nx_huge_pages_recovery_ratio", "60")),
+            int(params.get("kvm.nx_huge_pages_recovery_period_ms", "0")),
+        )
         self.vcpus: list[Vcpu] = []
         self.gpc_list: list[GfnToPfnCache] = []
         self.truths: KvmTruths | None = KvmTruths(self) if checks else None
@@ -125,16 +135,19 @@ class Kvm:
         host.frame_holders.append(self._table_frames)
 
     def _init_params(self, params: Mapping[str, str]) -> None:
-        if not _flag(params, "kvm.tdp_mmu", True):
-            raise KernelError(EINVAL, "kvm.tdp_mmu=N: shadow paging is not modelled")
+        self.tdp_mmu_enabled = _flag(params, "kvm.tdp_mmu", self.profile.tdp_mmu)
         self.spte = ept_masks(
             has_ad_bits=_flag(params, "kvm_intel.eptad", True),
             mmio_caching=_flag(params, "kvm.mmio_caching", True),
             nx_huge_pages=_flag(params, "kvm.nx_huge_pages", False),
         )
         self.eager_page_split = _flag(params, "kvm.eager_page_split", True)
-        self.manual_dirty_log_protect = False
-        self.dirty_log_init_set = False
+        self.manual_dirty_log_protect = 0
+        # Linux has pml on where the CPU can do it. Off here unless asked for: protection is what shows.
+        enable_pml = _flag(params, "kvm_intel.pml", False) and self.spte.ad_enabled
+        self.cpu_dirty_log_size = PML_ENTRIES if enable_pml else 0
+        self.nr_memslots_dirty_logging = 0
+        self.dirty_ring_size = 0
 
     def _init_slots(self) -> None:
         sched = self.sched
@@ -163,13 +176,25 @@ class Kvm:
         self.sps: dict[int, KvmMmuPage] = {}
         self.tdp_mmu_roots: list[KvmMmuPage] = []
         self.tdp_mmu_pages_lock = Spinlock(self.sched, "tdp_mmu_pages_lock")
+        self.active_mmu_pages: dict[int, KvmMmuPage] = {}
+        self.mmu_page_hash: dict[int, list[KvmMmuPage]] = {}
+        self.n_used_mmu_pages = 0
+        self.n_max_mmu_pages = 0
         self.killed_by = KilledBy()
         self.instrumented: set[int] = set()
 
     def _table_frames(self) -> dict[int, int]:
         """The frames KVM allocated for itself, for the host's audit: one reference each."""
-        spare = [pfn for vcpu in self.vcpus for pfn in vcpu.mmu_shadow_page_cache]
-        return dict.fromkeys([*self.sps, *spare], 1)
+        own = [pfn for vcpu in self.vcpus for pfn in (*vcpu.mmu_shadow_page_cache, vcpu.vmcs, vcpu.pml_pg)]
+        own += [pfn for vcpu in self.vcpus if vcpu.dirty_ring is not None for pfn in vcpu.dirty_ring.pfns]
+        return dict.fromkeys([*self.sps, *(pfn for pfn in own if pfn >= 0)], 1)
+
+    def alloc_zeroed_page(self) -> int:
+        """A frame for KVM itself; KernelError(ENOMEM)."""
+        pfn = alloc_pages(self.host, GFP_KERNEL_ACCOUNT | GFP_ZERO, 0, self.process.home_node)
+        if pfn < 0:
+            raise KernelError(ENOMEM, "no frame for KVM")
+        return pfn
 
     def slots(self) -> KvmMemslots:
         """kvm_memslots: the active set of normal memory."""
@@ -182,6 +207,10 @@ class Kvm:
         if any(v.vcpu_id == vcpu_id for v in self.vcpus):
             raise KernelError(EEXIST, f"vCPU {vcpu_id} exists")
         vcpu = Vcpu(self, vcpu_id)
+        if self.cpu_dirty_log_size:
+            pml.vmx_pml_create(vcpu)
+        if self.dirty_ring_size:
+            vcpu.dirty_ring = dirty_ring.KvmDirtyRing(self, vcpu_id, self.dirty_ring_size)
         self.vcpus.append(vcpu)
         return vcpu
 
@@ -190,9 +219,18 @@ class Kvm:
         memory_region.kvm_set_user_memory_region(self, slot, gpa, size, hva, flags)
 
     def enable_manual_dirty_log(self, *, init_set: bool = False) -> None:
-        """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reading a log does not clear it; `init_set`: logs start full."""
-        self.manual_dirty_log_protect = True
-        self.dirty_log_init_set = init_set
+        """Reading a log does not clear it; `init_set`: logs start full."""
+        both = dirty_log.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | dirty_log.KVM_DIRTY_LOG_INITIALLY_SET
+        value = both if init_set else dirty_log.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+        self.enable_cap(dirty_log.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, value)
+
+    def enable_cap(self, cap: int, value: int, flags: int = 0) -> None:
+        """KVM_ENABLE_CAP of the VM: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 or KVM_CAP_DIRTY_LOG_RING."""
+        dirty_log.kvm_vm_ioctl_enable_cap(self, cap, value, flags)
+
+    def reset_dirty_rings(self) -> int:
+        """KVM_RESET_DIRTY_RINGS: take back what user space harvested; how many entries."""
+        return dirty_log.kvm_vm_ioctl_reset_dirty_pages(self)
 
     def get_dirty_log(self, slot: int) -> bytearray:
         """KVM_GET_DIRTY_LOG: one bit a page."""
@@ -217,6 +255,9 @@ class Kvm:
         for vcpu in self.vcpus:
             mmu_roots.kvm_mmu_unload(vcpu)
             mmu_roots.mmu_free_memory_caches(vcpu)
+            pml.vmx_destroy_pml_buffer(vcpu)
+            if vcpu.dirty_ring is not None:
+                vcpu.dirty_ring.free(self)
         kvm_tdp_mmu_invalidate_roots(self)
         kvm_tdp_mmu_zap_invalidated_roots(self, shared=False)
         self.vcpus.clear()
@@ -277,5 +318,5 @@ class Kvm:
     def zap_for_instrument(self, gfn: int) -> None:
         """Drop the leaves of `gfn`, with a flush: the guest's next access faults it in anew."""
         with self.mmu_lock:
-            if kvm_tdp_mmu_zap_leafs(self, gfn, gfn + 1, False):
+            if gfn_range.kvm_zap_gfn_range_locked(self, gfn, gfn + 1):
                 requests.kvm_flush_remote_tlbs(self)

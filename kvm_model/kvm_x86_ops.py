@@ -61,6 +61,10 @@ class KvmX86Ops(Protocol):
         """Use the EPT root at `root_hpa` from the next entry on."""
         ...
 
+    def enable_pml(self, vcpu: Vcpu, vmcs: int) -> None:
+        """Log what sets an EPT dirty flag as the VMCS at physical address `vmcs` says; 0: do not."""
+        ...
+
     def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
         """Decode and start the instruction at RIP, whose memory operand is at MMIO `gpa`.
 

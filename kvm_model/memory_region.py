@@ -8,7 +8,7 @@ A delete or move first publishes an INVALID copy of the slot, so that faults ret
 publishes the final state. Each publication waits for open notifier brackets (so that range_start and
 range_end see the same slots) and then for SRCU readers of the old set.
 
-Not modelled: guest_memfd regions, KVM's internal slots, the dirty ring, NX recovery.
+Not modelled: guest_memfd regions, KVM's internal slots.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import TASK_SIZE
 from host_mm.kernel.errors import KernelError
-from kvm_model.dirty_log import kvm_mmu_slot_apply_flags
+from kvm_model.dirty_log import dirty_log_init_set, kvm_mmu_slot_apply_flags, kvm_use_dirty_bitmap
 from kvm_model.memslots import (
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_MAX_NR_PAGES,
@@ -32,6 +32,7 @@ from kvm_model.memslots import (
     alloc_lpage_info,
 )
 from kvm_model.mmu.mmu_roots import kvm_arch_flush_shadow_memslot, kvm_mmu_invalidate_mmio_sptes
+from kvm_model.mmu.shadow_page import kvm_mmu_change_mmu_pages
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from trace_events.tracepoint import Tracepoint
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["TRACEPOINTS", "kvm_set_user_memory_region"]
 
 _U64 = 1 << 64
+KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO = 50
+KVM_MIN_ALLOC_MMU_PAGES = 64
 
 MEMSLOT_UPDATE = Tracepoint(
     "refault", "memslot_update", ("change", "slot", "base_gfn", "npages", "hva", "flags"),
@@ -167,14 +170,15 @@ def _prepare(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot | None, cha
         new.dirty_bitmap = None
     elif old is not None and old.dirty_bitmap is not None:
         new.dirty_bitmap = old.dirty_bitmap
-    else:
+    elif kvm_use_dirty_bitmap(kvm):
         new.dirty_bitmap = bytearray(new.dirty_bitmap_bytes())
-        if kvm.dirty_log_init_set:
+        if dirty_log_init_set(kvm):
             ones = (1 << new.npages) - 1
             new.dirty_bitmap[:] = ones.to_bytes(new.dirty_bitmap_bytes(), "little")
     if change == "flags-only":
         assert old is not None
         new.lpage_info = old.lpage_info
+        new.rmap = old.rmap
         return
     if new.end_gfn > TDP_MMU_MAX_GFN_EXCLUSIVE:
         raise KernelError(EINVAL, f"gfn {new.end_gfn - 1:#x} is beyond the physical address width")
@@ -225,11 +229,22 @@ def _kvm_swap_active_memslots(kvm: Kvm, as_id: int) -> None:
 def _kvm_commit_memory_region(
     kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot | None, change: str
 ) -> None:
+    old_flags, new_flags = (slot.flags if slot is not None else 0 for slot in (old, new))
     if change == "delete":
         assert old is not None
         kvm.nr_memslot_pages -= old.npages
-        return
-    assert new is not None
-    if change == "create":
+    elif change == "create":
+        assert new is not None
         kvm.nr_memslot_pages += new.npages
+    if change in ("create", "delete"):
+        _calculate_mmu_pages(kvm)
+    if (old_flags ^ new_flags) & KVM_MEM_LOG_DIRTY_PAGES:
+        kvm.nr_memslots_dirty_logging += 1 if new_flags & KVM_MEM_LOG_DIRTY_PAGES else -1
     kvm_mmu_slot_apply_flags(kvm, old, new, change)
+
+
+def _calculate_mmu_pages(kvm: Kvm) -> None:
+    # No page of the TDP MMU counts against the limit.
+    if not kvm.tdp_mmu_enabled:
+        pages = kvm.nr_memslot_pages // KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO
+        kvm_mmu_change_mmu_pages(kvm, max(pages, KVM_MIN_ALLOC_MMU_PAGES))

@@ -8,8 +8,7 @@ Each address space has two sets of slots; an update changes the inactive one and
 "interval tree" is a list sorted by start with the running maximum of ends: slots are few, and two
 may share host addresses.
 
-Not modelled: guest_memfd slots, memory attributes, rmap and page-track arrays (shadow paging),
-the dirty ring.
+Not modelled: guest_memfd slots, memory attributes, page-track arrays (shadow paging).
 """
 
 from __future__ import annotations
@@ -18,12 +17,14 @@ from array import array
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
+from kvm_model.dirty_ring import kvm_dirty_ring_push
 from kvm_model.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, kvm_pages_per_hpage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kvm_model.kvm_main import Kvm
+    from kvm_model.mmu.rmap import RmapHead
+    from kvm_model.vcpu import Vcpu
 
 __all__ = [
     "KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS", "KVM_MEMSLOT_INVALID", "KVM_MEM_LOG_DIRTY_PAGES",
@@ -44,10 +45,13 @@ KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS = 1 << 63
 class KvmMemorySlot:
     """struct kvm_memory_slot. `dirty_bitmap` holds one bit a page, little-endian, in 64-bit words.
 
-    `lpage_info[level - 2]` counts, per huge page of that level, the reasons not to map it huge.
+    `lpage_info[level - 2]` counts, per huge page of that level, the reasons not to map it huge. `rmap[level
+    - 1]` has the rmap heads that hold something, by the index of their gfn at that level.
     """
 
-    __slots__ = ("as_id", "base_gfn", "dirty_bitmap", "flags", "id", "lpage_info", "npages", "userspace_addr")
+    __slots__ = (
+        "as_id", "base_gfn", "dirty_bitmap", "flags", "id", "lpage_info", "npages", "rmap", "userspace_addr",
+    )
 
     def __init__(self, as_id: int, id_: int, base_gfn: int, npages: int, flags: int, hva: int) -> None:
         self.as_id = as_id
@@ -58,6 +62,7 @@ class KvmMemorySlot:
         self.userspace_addr = hva
         self.dirty_bitmap: bytearray | None = None
         self.lpage_info: tuple[array[int], ...] = ()
+        self.rmap: tuple[dict[int, RmapHead], ...] = ({}, {}, {})
 
     @property
     def end_gfn(self) -> int:
@@ -77,6 +82,7 @@ class KvmMemorySlot:
         new = KvmMemorySlot(self.as_id, self.id, self.base_gfn, self.npages, self.flags, self.userspace_addr)
         new.dirty_bitmap = self.dirty_bitmap
         new.lpage_info = self.lpage_info
+        new.rmap = self.rmap
         return new
 
     def __repr__(self) -> str:
@@ -96,10 +102,14 @@ def kvm_slot_dirty_track_enabled(slot: KvmMemorySlot) -> bool:
     return slot.flags & KVM_MEM_LOG_DIRTY_PAGES != 0
 
 
-def mark_page_dirty_in_slot(kvm: Kvm, slot: KvmMemorySlot | None, gfn: int) -> None:
-    """Note a write to `gfn` in the slot's log, if it keeps one."""
-    if slot is not None and slot.dirty_bitmap is not None and slot.flags & KVM_MEM_LOG_DIRTY_PAGES:
-        rel = gfn - slot.base_gfn
+def mark_page_dirty_in_slot(vcpu: Vcpu, slot: KvmMemorySlot | None, gfn: int) -> None:
+    """Note that `vcpu` writes to `gfn`: in its ring or the slot's bitmap, if the slot is logged."""
+    if slot is None or not slot.flags & KVM_MEM_LOG_DIRTY_PAGES:
+        return
+    rel = gfn - slot.base_gfn
+    if vcpu.dirty_ring is not None:
+        kvm_dirty_ring_push(vcpu, slot.as_id << 16 | slot.id, rel)
+    elif slot.dirty_bitmap is not None:
         slot.dirty_bitmap[rel >> 3] |= 1 << (rel & 7)
 
 

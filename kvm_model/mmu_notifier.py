@@ -1,8 +1,7 @@
 """KVM's mmu notifier: what the host's brackets and aging do to a VM.
 
 Source of truth: virt/kvm/kvm_main.c (Linux 6.18): kvm_handle_hva_range, kvm_mmu_notifier_*,
-kvm_age_hva_range; arch/x86/kvm/mmu/mmu.c: kvm_unmap_gfn_range, kvm_age_gfn; of Linux 5.10
-kvm_mmu_notifier_change_pte, mmu/mmu.c: kvm_age_rmapp.
+kvm_age_hva_range; of Linux 5.10 kvm_mmu_notifier_change_pte. What they do to SPTEs is in mmu/gfn_range.py.
 
 range_start: count the bracket, drop pfn caches, find the memslots that overlap, and at the first one
 take mmu_lock; note the range, zap, flush, unlock. range_end: the same walk, only to move the sequence and
@@ -22,16 +21,18 @@ from typing import TYPE_CHECKING
 
 from host_mm.mmu_notifier import MmuNotifier, MmuNotifierRange, mmu_notifier_range_blockable
 from kvm_model.memslots import KvmMemorySlot, hva_to_gfn_memslot
+from kvm_model.mmu.gfn_range import (
+    kvm_age_gfn,
+    kvm_set_spte_gfn,
+    kvm_test_age_gfn,
+    kvm_unmap_gfn_range,
+)
 from kvm_model.mmu.invalidate import (
     kvm_mmu_invalidate_begin,
     kvm_mmu_invalidate_end,
     kvm_mmu_invalidate_range_add,
 )
 from kvm_model.mmu.mmu_roots import kvm_mmu_zap_all
-from kvm_model.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, kvm_pages_per_hpage
-from kvm_model.mmu.tdp_age import kvm_tdp_mmu_age_gfn_range, kvm_tdp_mmu_test_age_gfn
-from kvm_model.mmu.tdp_set_pte import kvm_tdp_mmu_set_spte_gfn
-from kvm_model.mmu.tdp_zap import kvm_tdp_mmu_unmap_gfn_range
 from kvm_model.pfncache import gfn_to_pfn_cache_invalidate_start
 from kvm_model.requests import kvm_flush_remote_tlbs
 from trace_events.tracepoint import Tracepoint
@@ -56,12 +57,7 @@ KVM_AGE_HVA = Tracepoint(
 KVM_TEST_AGE_HVA = Tracepoint(
     "kvm", "kvm_test_age_hva", ("hva",), lambda hva: f"mmu notifier test age hva: {hva:#016x}"
 )
-KVM_AGE_PAGE = Tracepoint(
-    "kvm", "kvm_age_page", ("hva", "gfn", "level", "referenced"),
-    lambda hva, gfn, level, referenced:
-        f"hva {hva:x} gfn {gfn:x} level {level} {'YOUNG' if referenced else 'OLD'}",
-)
-TRACEPOINTS = (KVM_UNMAP_HVA_RANGE, KVM_AGE_HVA, KVM_TEST_AGE_HVA, KVM_AGE_PAGE)
+TRACEPOINTS = (KVM_UNMAP_HVA_RANGE, KVM_AGE_HVA, KVM_TEST_AGE_HVA)
 
 
 def kvm_handle_hva_range(
@@ -114,29 +110,15 @@ def kvm_handle_hva_range(
 
 def _kvm_mmu_unmap_gfn_range(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, may_block: bool) -> bool:
     kvm_mmu_invalidate_range_add(kvm, start, end)
-    return kvm_tdp_mmu_unmap_gfn_range(kvm, start, end, may_block=may_block, why="unmap")
+    return kvm_unmap_gfn_range(kvm, slot, start, end, may_block=may_block)
 
 
 def _kvm_age_gfn(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, may_block: bool) -> bool:
-    if (t := kvm.trace.kvm_age_page) is not None:
-        _trace_age_pages(t, slot, start, end)
-    return kvm_tdp_mmu_age_gfn_range(kvm, start, end)
+    return kvm_age_gfn(kvm, slot, start, end)
 
 
 def _kvm_test_age_gfn(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, may_block: bool) -> bool:
-    return kvm_tdp_mmu_test_age_gfn(kvm, start, end)
-
-
-def _trace_age_pages(
-    t: Callable[[int, int, int, bool], int], slot: KvmMemorySlot, start: int, end: int
-) -> None:
-    """kvm_age_rmapp of each rmap of the range, level by level; the TDP MMU's leaves are in none."""
-    for level in (PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G):
-        pages = kvm_pages_per_hpage(level)
-        gfn = start
-        for _ in range(start // pages, (end - 1) // pages + 1):
-            t(slot.gfn_to_hva(gfn), gfn, level, False)
-            gfn += pages
+    return kvm_test_age_gfn(kvm, slot, start, end)
 
 
 class KvmMmuNotifier(MmuNotifier):
@@ -219,7 +201,7 @@ class KvmMmuNotifier(MmuNotifier):
             kvm.mmu_invalidate_seq += 1
 
         def set_spte(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, may_block: bool) -> bool:
-            return kvm_tdp_mmu_set_spte_gfn(kvm, start, pte)
+            return kvm_set_spte_gfn(kvm, slot, start, pte)
 
         kvm_handle_hva_range(
             self.kvm, address, address + 1, handler=set_spte, on_lock=sequence, flush_on_ret=True,

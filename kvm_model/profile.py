@@ -3,10 +3,10 @@
 Source of truth: virt/kvm/kvm_main.c and arch/x86/kvm/mmu/* of the kernel that gives the profile its
 name.
 
-Not modelled: of 5.10, whose default MMU under EPT is the shadow MMU's direct pages, that MMU: both profiles
-have the TDP MMU (5.10's `tdp_mmu=Y`). That a fault on a slot that is being deleted makes an MMIO SPTE; that
-a slot's deletion zaps all under one hold of mmu_lock and reloads roots, so that none stands there invalid;
-SPTE bits at other places; the APIC page's reload from invalidate_range; gfn_to_pfn caches without notifier.
+Not modelled of 5.10: that a fault on a slot that is being deleted makes an MMIO SPTE; that a slot's deletion
+zaps the TDP MMU under one hold of mmu_lock and reloads roots, so that none stands there invalid; the role's
+bit for the guest's entry size, which says the opposite there; SPTE bits at other places; the APIC page's
+reload from invalidate_range; gfn_to_pfn caches without notifier.
 """
 
 from __future__ import annotations
@@ -29,6 +29,22 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     `lockless_aging`: aging takes no mmu_lock. `flush_on_young`: clear_flush_young flushes.
     `age_clears_dirty`: aging clears an SPTE's dirty bit as well. `marks_page_at_drop`: what an SPTE's
     accessed and dirty bits say goes to struct page when they are cleared, and nothing when it is made.
+    `dirty_ring`: there are dirty rings.
+
+    `tdp_mmu`: the default of the module parameter. The rest is of VMs without the TDP MMU:
+    `obsolete_root_check`: a fault whose root is obsolete is retried. `unmap_breaks_lock`: an unmap gives
+    mmu_lock to others between rmaps. `obsolete_zap_breaks_lock`: so does the zap of obsolete pages.
+    `flush_on_lost_bits`: a leaf that loses W, A or D is flushed, not only one that loses the right to W.
+    `fast_fault_of_any_nonpresent`: the fast path looks at every fault on what is not present, and at no
+    fetch from what is; `fast_fault_fixes_huge`: it may make huge leaves of slots without log writable.
+    `prefetches_last_run`: the neighbours behind the last present one are mapped, too.
+    `prefetch_leaves_same_pfn`: a prefetch never touches a leaf of the same frame. `noslot_drops_leaf`: an
+    MMIO SPTE takes the leaf that stood there out of its rmap, and is traced as one set.
+    `large_spte_dropped_first`: a huge leaf goes before the table for its place is found.
+    `recycles_newest_pages`: with too many tables the newest go first. `log_flush_if_changed`: turning a log
+    on flushes only if an SPTE changed. `init_set_protects_huge`: with a log that starts full huge leaves are
+    protected when it starts, not when it is cleared. `collapses_any_compound_page`: when a log ends every 4K
+    leaf of a compound page goes.
 
     `absent_events`: tracepoints this kernel has not.
     `nr_memslot_as_ids`: normal memory and SMM. `mmu_cache_objects`: capacity of a vCPU's cache of
@@ -46,6 +62,22 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     flush_on_young: bool = False
     age_clears_dirty: bool = False
     marks_page_at_drop: bool = False
+    dirty_ring: bool = True
+    tdp_mmu: bool = True
+    obsolete_root_check: bool = True
+    unmap_breaks_lock: bool = True
+    obsolete_zap_breaks_lock: bool = True
+    flush_on_lost_bits: bool = False
+    fast_fault_of_any_nonpresent: bool = False
+    fast_fault_fixes_huge: bool = True
+    prefetches_last_run: bool = True
+    prefetch_leaves_same_pfn: bool = True
+    noslot_drops_leaf: bool = False
+    large_spte_dropped_first: bool = False
+    recycles_newest_pages: bool = False
+    log_flush_if_changed: bool = False
+    init_set_protects_huge: bool = False
+    collapses_any_compound_page: bool = False
     absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page"})
     nr_memslot_as_ids: int = 2
     mmu_cache_objects: int = 40
@@ -65,8 +97,25 @@ LINUX_5_10 = KvmProfile(
     flush_on_young=True,
     age_clears_dirty=True,
     marks_page_at_drop=True,
+    dirty_ring=False,
+    tdp_mmu=False,
+    obsolete_root_check=False,
+    unmap_breaks_lock=False,
+    obsolete_zap_breaks_lock=False,
+    flush_on_lost_bits=True,
+    fast_fault_of_any_nonpresent=True,
+    fast_fault_fixes_huge=False,
+    prefetches_last_run=False,
+    prefetch_leaves_same_pfn=False,
+    noslot_drops_leaf=True,
+    large_spte_dropped_first=True,
+    recycles_newest_pages=True,
+    log_flush_if_changed=True,
+    init_set_protects_huge=True,
+    collapses_any_compound_page=True,
     absent_events=frozenset({
-        "kvm:kvm_age_hva", "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range",
+        "kvm:kvm_age_hva", "kvm:kvm_dirty_ring_exit", "kvm:kvm_dirty_ring_push", "kvm:kvm_dirty_ring_reset",
+        "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range",
         "kvmmmu:kvm_mmu_split_huge_page", "kvmmmu:kvm_tdp_mmu_spte_changed",
     }),
 )

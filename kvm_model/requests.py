@@ -8,7 +8,7 @@ A kick is an IPI. The CPU that runs a vCPU leaves guest mode before its next gue
 an IPI that is waited for is complete as soon as it is sent: the vCPU's mode becomes
 EXITING_GUEST_MODE and its CPU model may not run another instruction.
 
-Not modelled: READING_SHADOW_PAGE_TABLES (TDP walkers use RCU), Hyper-V's and range flushes,
+Not modelled: READING_SHADOW_PAGE_TABLES (walkers without mmu_lock use RCU), Hyper-V's and range flushes,
 preemption-aware wake-ups, halt polling.
 """
 
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXITING_GUEST_MODE", "IN_GUEST_MODE", "KVM_REQUEST_NO_ACTION", "KVM_REQUEST_NO_WAKEUP",
-    "KVM_REQUEST_WAIT", "KVM_REQ_EVENT", "KVM_REQ_MMU_FREE_OBSOLETE_ROOTS", "KVM_REQ_NMI",
+    "KVM_REQUEST_WAIT", "KVM_REQ_DIRTY_RING_SOFT_FULL", "KVM_REQ_EVENT", "KVM_REQ_MMU_FREE_OBSOLETE_ROOTS",
+    "KVM_REQ_NMI",
     "KVM_REQ_OUTSIDE_GUEST_MODE", "KVM_REQ_TLB_FLUSH", "KVM_REQ_TLB_FLUSH_CURRENT",
-    "KVM_REQ_TRIPLE_FAULT", "KVM_REQ_UNBLOCK", "KVM_REQ_VM_DEAD", "OUTSIDE_GUEST_MODE", "TRACEPOINTS",
+    "KVM_REQ_TRIPLE_FAULT", "KVM_REQ_UNBLOCK",
+    "KVM_REQ_UPDATE_CPU_DIRTY_LOGGING", "KVM_REQ_VM_DEAD", "OUTSIDE_GUEST_MODE", "TRACEPOINTS",
     "kvm_check_request", "kvm_clear_request", "kvm_flush_remote_tlbs", "kvm_flush_remote_tlbs_gfn",
     "kvm_make_all_cpus_request", "kvm_make_request", "kvm_test_request", "kvm_vcpu_kick",
     "kvm_vcpu_wake_up",
@@ -45,10 +47,12 @@ _QUIET = KVM_REQUEST_WAIT | KVM_REQUEST_NO_WAKEUP
 KVM_REQ_TLB_FLUSH = 0 | _QUIET
 KVM_REQ_VM_DEAD = 1 | _QUIET
 KVM_REQ_UNBLOCK = 2
+KVM_REQ_DIRTY_RING_SOFT_FULL = 3
 KVM_REQ_TRIPLE_FAULT = 8 + 2
 KVM_REQ_EVENT = 8 + 6
 KVM_REQ_NMI = 8 + 9
 KVM_REQ_TLB_FLUSH_CURRENT = 8 + 26
+KVM_REQ_UPDATE_CPU_DIRTY_LOGGING = 8 + 30 | _QUIET
 KVM_REQ_MMU_FREE_OBSOLETE_ROOTS = 8 + 31 | _QUIET
 KVM_REQ_OUTSIDE_GUEST_MODE = KVM_REQUEST_NO_ACTION | _QUIET
 

@@ -9,8 +9,12 @@
     spte-writable-state   a leaf is in one of the four (host, mmu, W) states (five where there is change_pte)
     spte-pfn-in-place     a present leaf never changes its frame
     spte-of-freed-frame   no leaf of any root, invalid ones included, maps a frame that is freed
-    write-logged          a writable leaf of a logged slot has its bit in the dirty log
+    write-logged          a leaf of a logged slot that can be written unseen (W, and D where the CPU logs) is
+                          in the dirty log: the bitmap, a ring, or a CPU's log that is not drained yet
+    dirty-ring            a ring never holds more than it has room for
     no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
+    rmap-matches-sptes    without the TDP MMU every leaf is in its gfn's rmap, once, and nothing else is; the
+                          same of tables and `parent_ptes` (swept only, while nobody has mmu_lock)
 
 Incremental: each SPTE store and each change of a host PTE notes its place, `check` looks at the noted
 places. `sweep` looks at everything; both must agree. The comparison with the host waits while a
@@ -42,6 +46,8 @@ from kvm_model.mmu.spte import (
     spte_to_pfn,
 )
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
+from kvm_model.truths_rmap import check_rmaps, shadow_entries
+from kvm_model.vmx.pml import pml_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,6 +82,7 @@ class KvmTruths:
         self._ending = 0
         self._seq0 = kvm.mmu_invalidate_seq
         self._mapped: Counter[int] = Counter()
+        self._ring: Counter[tuple[int, int]] = Counter()
         kvm.host.pte_hooks.append(self._host_pte_changed)
         kvm.host.pmd_hooks.append(self._host_pmd_changed)
         kvm.host.free_hooks.append(self._frame_freed)
@@ -156,13 +163,18 @@ class KvmTruths:
         )
 
     def _assert_unmapped(self, start: int, end: int) -> None:
-        for root in self.kvm.tdp_mmu_roots:
-            for _, gfn, level, spte in self._leaves(root, start, end):
-                if start <= gfn and gfn + kvm_pages_per_hpage(level) <= end:
-                    self._broken(
-                        "no-spte-in-bracket",
-                        f"range_start of gfns {start:#x}-{end:#x} returned, but {spte:#x} maps gfn {gfn:#x}",
-                    )
+        for _, gfn, level, spte in self._all_leaves(start, end):
+            if start <= gfn and gfn + kvm_pages_per_hpage(level) <= end:
+                self._broken(
+                    "no-spte-in-bracket",
+                    f"range_start of gfns {start:#x}-{end:#x} returned, but {spte:#x} maps gfn {gfn:#x}",
+                )
+
+    # -- the dirty log --------------------------------------------------------------------------
+
+    def note_ring(self, slot: int, offset: int, change: int) -> None:
+        """An entry was pushed to a dirty ring (1) or is about to be reset (-1)."""
+        self._ring[slot, offset] += change
 
     # -- stores ---------------------------------------------------------------------------------
 
@@ -278,20 +290,31 @@ class KvmTruths:
             if self._open and self._in_open_bracket(gfn, pages):
                 self._in_brackets[gfn, pages] = seq
                 continue
-            for root in kvm.tdp_mmu_roots:
-                for sptep, base, level, spte in self._leaves(root, gfn, gfn + pages):
-                    self._check_leaf(sptep, base, level, spte, seq)
+            for sptep, base, level, spte in self._all_leaves(gfn, gfn + pages):
+                self._check_leaf(sptep, base, level, spte, seq)
 
     def _root_of(self, sp: KvmMmuPage) -> bool:
         """Whether the table is reachable; a detached one is nobody's truth."""
         kvm = self.kvm
-        while sp.ptep >= 0:
+        # A page outside the TDP MMU may be linked again any time.
+        while sp.tdp_mmu_page and sp.ptep >= 0:
             spte = kvm.ram.u64[sp.ptep]
             parent = kvm.sps.get(sp.ptep >> 9)
             if parent is None or not is_shadow_present_pte(spte) or spte_to_pfn(spte) != sp.spt:
                 return False
             sp = parent
         return True
+
+    def _all_leaves(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """(sptep, gfn, level, SPTE) of every present leaf that maps anything in [start, end)."""
+        kvm = self.kvm
+        for root in kvm.tdp_mmu_roots:
+            yield from self._leaves(root, start, end)
+        if not kvm.tdp_mmu_enabled:
+            for sp in tuple(kvm.sps.values()):
+                for sptep, gfn, spte in shadow_entries(kvm, sp, start, end):
+                    if is_last_spte(spte, sp.level):
+                        yield sptep, gfn, sp.level, spte
 
     def _leaves(self, root: KvmMmuPage, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """(sptep, gfn, level, SPTE) of the present leaves that map anything in [start, end)."""
@@ -341,12 +364,21 @@ class KvmTruths:
             )
 
     def _check_logged(self, slot: KvmMemorySlot, gfn: int, spte: int, seq: int | None) -> None:
-        bitmap = slot.dirty_bitmap
-        if bitmap is None or not kvm_slot_dirty_track_enabled(slot) or self.kvm.slots_lock.owner is not None:
+        kvm = self.kvm
+        if not kvm_slot_dirty_track_enabled(slot) or kvm.slots_lock.owner is not None:
             # Under slots_lock the log is turned on, read or cleared: protection and bits are on their way.
             return
+        if kvm.cpu_dirty_log_size and not spte & kvm.spte.dirty:
+            return
         page = gfn - slot.base_gfn
-        if not bitmap[page >> 3] >> (page & 7) & 1:
+        bitmap = slot.dirty_bitmap
+        if bitmap is not None:
+            logged = bitmap[page >> 3] >> (page & 7) & 1 != 0
+        else:
+            logged = self._ring[slot.as_id << 16 | slot.id, page] > 0
+        if not logged and kvm.cpu_dirty_log_size:
+            logged = any(gfn in pml_entries(vcpu) for vcpu in kvm.vcpus)
+        if not logged:
             why = f"gfn {gfn:#x} is writable by {spte:#x}, its dirty bit is clear"
             self._broken("write-logged", why, seq)
 
@@ -356,16 +388,17 @@ class KvmTruths:
         kvm = self.kvm
         locked = self._page_table_locked()
         count = 0
-        for root in kvm.tdp_mmu_roots:
-            for sptep, gfn, level, spte in self._leaves(root, 0, TDP_MMU_MAX_GFN_EXCLUSIVE):
-                count += 1
-                if sptep in kvm.instrumented:
-                    continue
-                self._check_state(gfn, spte)
-                if self._open and self._in_open_bracket(gfn, kvm_pages_per_hpage(level)):
-                    self._broken("no-spte-in-bracket", f"gfn {gfn:#x}: {spte:#x} in an open bracket")
-                if not locked:
-                    self._check_leaf(sptep, gfn, level, spte, None)
+        for sptep, gfn, level, spte in self._all_leaves(0, TDP_MMU_MAX_GFN_EXCLUSIVE):
+            count += 1
+            if sptep in kvm.instrumented:
+                continue
+            self._check_state(gfn, spte)
+            if self._open and self._in_open_bracket(gfn, kvm_pages_per_hpage(level)):
+                self._broken("no-spte-in-bracket", f"gfn {gfn:#x}: {spte:#x} in an open bracket")
+            if not locked:
+                self._check_leaf(sptep, gfn, level, spte, None)
+        if not kvm.tdp_mmu_enabled and kvm.mmu_lock.owner is None:
+            check_rmaps(kvm)
         return count
 
     def quiescent(self) -> None:

@@ -22,6 +22,7 @@ from kvm_model.requests import KVM_REQ_EVENT, KVM_REQ_NMI, OUTSIDE_GUEST_MODE, k
 from kvm_model.vmx.exits import VmExit
 
 if TYPE_CHECKING:
+    from kvm_model.dirty_ring import KvmDirtyRing
     from kvm_model.kvm_main import Kvm
 
 __all__ = [
@@ -62,7 +63,8 @@ class UserExit(msgspec.Struct):
     """What KVM_RUN returned. `kind` is one of
 
     `io` (port, size, write, data), `mmio` (gpa, size, write, data), `hypercall` (nr, args), `hlt`,
-    `shutdown` (triple fault), `memory-fault` (gpa: no usable host memory), `internal-error` (why) and
+    `shutdown` (triple fault), `dirty-ring-full` (harvest and reset it first),
+    `memory-fault` (gpa: no usable host memory), `internal-error` (why) and
     `intr` (user space asked for the vCPU back).
     """
 
@@ -97,6 +99,7 @@ class Vcpu:
     `kicked`: leave with REASON_EXTERNAL_INTERRUPT before the next guest instruction.
     `need_resched`: its thread gives way to others before the next entry (TIF_NEED_RESCHED).
     `immediate_exit`: KVM_RUN returns `intr` instead of entering the guest (a pending signal).
+    `pml_pg` and `vmcs`: frames of the CPU's page-modification log and of its VMCS, -1 without PML.
     """
 
     def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
@@ -115,6 +118,9 @@ class Vcpu:
 
         self.root_hpa = INVALID_PAGE
         self.mmu_shadow_page_cache: list[int] = []
+        self.dirty_ring: KvmDirtyRing | None = None
+        self.pml_pg = -1
+        self.vmcs = -1
         self.mmio_gva = 0
         self.mmio_gfn = 0
         self.mmio_gen = 0

@@ -17,6 +17,7 @@ from errno import EFAULT, EINTR, EIO
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.costs import COST_VM_ENTRY, COST_VM_EXIT
+from kvm_model.dirty_ring import kvm_dirty_ring_check_request
 from kvm_model.mmu.mmu_roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
 from kvm_model.requests import (
     EXITING_GUEST_MODE,
@@ -28,6 +29,7 @@ from kvm_model.requests import (
     KVM_REQ_TLB_FLUSH_CURRENT,
     KVM_REQ_TRIPLE_FAULT,
     KVM_REQ_UNBLOCK,
+    KVM_REQ_UPDATE_CPU_DIRTY_LOGGING,
     KVM_REQ_VM_DEAD,
     OUTSIDE_GUEST_MODE,
     kvm_check_request,
@@ -36,6 +38,7 @@ from kvm_model.requests import (
 )
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, UserExit, Vcpu
 from kvm_model.vmx.exits import EXIT_REASON_NAMES, INTR_INFO_DELIVER_CODE, INTR_INFO_VALID, VmExit
+from kvm_model.vmx.pml import vmx_update_cpu_dirty_logging
 from kvm_model.vmx.vmx import vmx_handle_exit
 from kvm_model.x86_events import kvm_check_and_inject_events, vmx_cancel_injection, vmx_complete_interrupts
 from trace_events.tracepoint import Tracepoint
@@ -50,11 +53,13 @@ _RFLAGS_IF = 1 << 9
 _WITH_ERROR_CODE = INTR_INFO_VALID | INTR_INFO_DELIVER_CODE
 _USER_EXIT_REASONS = {
     "io": 2, "hypercall": 3, "hlt": 5, "mmio": 6, "shutdown": 8, "intr": 10, "internal-error": 17,
+    "dirty-ring-full": 31,
     "memory-fault": 0,
 }
 _USER_EXIT_NAMES = {
     0: "KVM_EXIT_UNKNOWN", 2: "KVM_EXIT_IO", 3: "KVM_EXIT_HYPERCALL", 5: "KVM_EXIT_HLT", 6: "KVM_EXIT_MMIO",
     8: "KVM_EXIT_SHUTDOWN", 10: "KVM_EXIT_INTR", 17: "KVM_EXIT_INTERNAL_ERROR",
+    31: "KVM_EXIT_DIRTY_RING_FULL",
 }
 
 
@@ -178,6 +183,9 @@ def _service_requests(vcpu: Vcpu) -> int:
     """What was asked of the vCPU since its last entry. 1 to go on, else vcpu_enter_guest's result."""
     if kvm_check_request(KVM_REQ_VM_DEAD, vcpu):
         return -EIO
+    if kvm_dirty_ring_check_request(vcpu):
+        vcpu.run = UserExit("dirty-ring-full")
+        return 0
     if kvm_check_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu):
         kvm_mmu_free_obsolete_roots(vcpu)
     if kvm_check_request(KVM_REQ_TLB_FLUSH, vcpu):
@@ -191,6 +199,8 @@ def _service_requests(vcpu: Vcpu) -> int:
         vcpu.run = UserExit("shutdown")
         return 0
     kvm_check_request(KVM_REQ_NMI, vcpu)
+    if kvm_check_request(KVM_REQ_UPDATE_CPU_DIRTY_LOGGING, vcpu):
+        vmx_update_cpu_dirty_logging(vcpu)
     return 1
 
 

@@ -17,29 +17,38 @@ _BOOLS = ("y", "n", "1", "0", "on", "off", "yes", "no", "true", "false", "force"
 class Param(msgspec.Struct, frozen=True):
     """One parameter: what it takes, its default, its meaning.
 
-    It takes a `bool`, a `count`, a `number` (a count or 0), a `size` or one of several words separated by |.
+    It takes a `bool`, a `count`, a `number` (a count or 0), a `size` or one of several words separated by |;
+    a number may have a greatest value, `most`.
     """
 
     takes: str
     default: str
     doc: str
+    most: int | None = None
 
 
 PARAMS: dict[str, Param] = {
     "kernel.numa_balancing": Param("bool", "N", "hinting faults move pages to the node that uses them"),
     "kernel.numa_balancing_scan_period_min_ms": Param("count", "1000", "ms between two scans of a process"),
     "kernel.numa_balancing_scan_size_mb": Param("count", "256", "MiB of mapped memory in one scan"),
-    "hugetlb.nr_hugepages": Param("count", "0", "huge pages of 2 MiB in the host's pool from the start"),
+    "hugetlb.nr_hugepages": Param("number", "0", "huge pages of 2 MiB in the host's pool from the start"),
     "hugetlb.nr_overcommit_hugepages": Param(
-        "count", "0", "huge pages that the pool may grow by while they are asked for"
+        "number", "0", "huge pages that the pool may grow by while they are asked for"
     ),
     "kvm.eager_page_split": Param(
         "bool", "Y", "split huge pages when dirty logging starts, not at the fault"
     ),
     "kvm.mmio_caching": Param("bool", "Y", "remember MMIO pages as misconfigured EPT entries"),
     "kvm.nx_huge_pages": Param("bool", "N", "no huge page is executable"),
-    "kvm.tdp_mmu": Param("bool", "Y", "the TDP MMU; N is refused, as there is no other yet"),
+    "kvm.nx_huge_pages_recovery_period_ms": Param(
+        "count", "0", "ms between two recoveries of huge pages split for code; 0: an hour by the ratio"
+    ),
+    "kvm.nx_huge_pages_recovery_ratio": Param("count", "60", "1 in so many is recovered each time; 0: none"),
+    "kvm.tdp_mmu": Param(
+        "bool", "Y", "EPT by the TDP MMU, not by direct pages with rmaps; N in profile linux-5.10"
+    ),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
+    "kvm_intel.pml": Param("bool", "N", "the CPU logs what it dirties; Linux has Y, see dirty_log"),
     "mm.fault_around_bytes": Param("number", "65536", "what a read fault of a file maps if it is cached"),
     "mm.read_ahead_kb": Param("number", "128", "what a miss in the page cache reads around it"),
     "mm.max_gather_pages": Param("count", "9698", "pages that an unmap frees in one go"),
@@ -49,6 +58,7 @@ PARAMS: dict[str, Param] = {
     ),
     "swap.device": Param("file|zram", "file", "swap to a file, or to compressed RAM"),
     "swap.vma_ra_enabled": Param("bool", "Y", "swap readahead goes by address, not by slot"),
+    "vmm.dirty_ring_size": Param("number", "0", "entries of each vCPU's dirty ring; 0: bitmaps, no rings"),
     "zswap.accept_threshold_percent": Param("count", "90", "how full a full zswap pool may stay"),
     "zswap.enabled": Param("bool", "N", "keep swapped pages compressed in RAM before they go to the file"),
     "zswap.max_pool_percent": Param("count", "20", "how much of RAM the zswap pool may take"),
@@ -66,9 +76,13 @@ PARAMS: dict[str, Param] = {
     "khugepaged.pages_to_scan": Param("count", "4096", "entries looked at between two sleeps"),
     "khugepaged.scan_sleep_millisecs": Param("number", "10000", "how long khugepaged sleeps then"),
     "khugepaged.alloc_sleep_millisecs": Param("number", "60000", "and when there was no huge page"),
-    "khugepaged.max_ptes_none": Param("number", "511", "empty entries in 2 MiB that are collapsed"),
-    "khugepaged.max_ptes_swap": Param("number", "64", "swapped-out pages in 2 MiB that are collapsed"),
-    "khugepaged.max_ptes_shared": Param("number", "256", "pages of others in 2 MiB that are collapsed"),
+    "khugepaged.max_ptes_none": Param("number", "511", "empty entries in 2 MiB that are collapsed", most=511),
+    "khugepaged.max_ptes_swap": Param(
+        "number", "64", "swapped-out pages in 2 MiB that are collapsed", most=511
+    ),
+    "khugepaged.max_ptes_shared": Param(
+        "number", "256", "pages of others in 2 MiB that are collapsed", most=511
+    ),
     "sched.period": Param(
         "count", "8", "switch tasks at one scheduling point in so many, with sched.strategy=random"
     ),
@@ -98,6 +112,8 @@ def check_params(params: dict[str, str]) -> None:
             good = value.rstrip("kmgKMG").isdecimal() and len(value) - len(value.rstrip("kmgKMG")) < 2
         else:
             good = value in param.takes.split("|")
+        if good and param.most is not None and int(value) > param.most:
+            raise UsageError(f"parameter {name}={value}: it takes at most {param.most}")
         if not good:
             names = {
                 "bool": "Y or N", "count": "a number from 1", "number": "a number",

@@ -59,6 +59,7 @@ from kvm_model.vmx.exits import (
     INTR_INFO_VALID,
     REASON_CPUID,
     REASON_CR_ACCESS,
+    REASON_EPT_MISCONFIG,
     REASON_EXTERNAL_INTERRUPT,
     REASON_HLT,
     REASON_INTERRUPT_WINDOW,
@@ -394,6 +395,10 @@ class UnicornCpu:
             # Unicorn's TLB has no EPTP tag; what another root left behind must not be used
             v.intercepts.flush_tlb()
 
+    def enable_pml(self, vcpu: Vcpu, vmcs: int) -> None:
+        """Log what sets an EPT dirty flag, as the VMCS says; 0: do not."""
+        self.vcpu(vcpu).fill.set_vmcs(vmcs)
+
     # -- KVM's view of the guest's state -----------------------------------------------------------
 
     def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
@@ -405,7 +410,7 @@ class UnicornCpu:
                 return EMULATE_RETRY
             access = mmio.emulate(v, insn, gpa)
         except EptExit as exit_:
-            return EMULATE_RETRY if not exit_.misconfig and self._again(v) else None
+            return EMULATE_RETRY if exit_.reason != REASON_EPT_MISCONFIG and self._again(v) else None
         except GuestFault:
             return None
         if access is not None:

@@ -40,8 +40,6 @@ from kvm_model.vmx.exits import (
     INTR_TYPE_HARD_EXCEPTION,
     INTR_TYPE_SOFT_EXCEPTION,
     INTR_TYPE_SOFT_INTR,
-    REASON_EPT_MISCONFIG,
-    REASON_EPT_VIOLATION,
     REASON_TRIPLE_FAULT,
     VmExit,
 )
@@ -71,9 +69,9 @@ def software_info(vector: int, one_byte: bool) -> int:
 
 
 def ept_vmexit(vcpu: UnicornVcpu, exit_: EptExit) -> VmExit:
-    """The VM exit of an access that EPT refused."""
+    """The VM exit of an access that EPT refused or that the full log held up."""
     return VmExit(
-        reason=REASON_EPT_MISCONFIG if exit_.misconfig else REASON_EPT_VIOLATION,
+        reason=exit_.reason,
         rip=vcpu.env.eip,
         qualification=exit_.qualification,
         guest_linear=exit_.gva,

@@ -38,6 +38,7 @@ from emu.cpu.walk import (
     PAGE_FAULT,
     RIGHT_X,
 )
+from kvm_model.vmx.exits import REASON_EPT_MISCONFIG
 
 __all__ = ["FillFailures"]
 
@@ -112,7 +113,7 @@ class FillFailures:
         try:
             return len(vcpu.memory.fetch(vcpu.env.eip, _LONGEST_INSN)) < _LONGEST_INSN
         except EptExit as exit_:
-            return not exit_.misconfig and exit_.gpa >> 12 != device >> 12
+            return exit_.reason != REASON_EPT_MISCONFIG and exit_.gpa >> 12 != device >> 12
         except GuestFault:
             return True
 

@@ -156,6 +156,10 @@ class Fill:
     def eptp(self, value: int) -> None:
         self.params[body.P_EPTP] = value
 
+    def set_vmcs(self, vmcs: int) -> None:
+        """Log modified pages as the VMCS at physical address `vmcs` says; 0: do not."""
+        self.params[body.P_PML] = vmcs >> 3
+
     @property
     def epoch(self) -> int:
         """How often this vCPU's translations were emptied, plus 1."""
@@ -204,7 +208,7 @@ class Fill:
         env = self._env
         result: Walk = self._walk(
             self._mem, self.ram.nr_frames, env[CR // 8], env[CR // 8 + 3], env[CR // 8 + 4], env[EFER // 8],
-            self.params[body.P_EPTP], signed(gva), access,
+            self.params[body.P_EPTP], self.params[body.P_PML], signed(gva), access,
         )
         return result
 

@@ -23,9 +23,11 @@ from emu.cpu.walk import (
     OK,
     OUTSIDE_RAM,
     PAGE_FAULT,
+    PML_FULL,
     STATUS_NAMES,
     Walk,
 )
+from kvm_model.vmx.exits import REASON_EPT_MISCONFIG, REASON_EPT_VIOLATION, REASON_PML_FULL
 
 __all__ = [
     "VECTOR_GP", "VECTOR_PF", "VECTOR_SS", "EptExit", "GuestFault", "GuestMemory", "GuestNotSupported",
@@ -51,11 +53,11 @@ class GuestFault(Exception):
 
 
 class EptExit(Exception):
-    """An access that leaves the guest: an EPT violation or misconfiguration."""
+    """An access that leaves the guest, for one of the REASON_EPT_* or REASON_PML_FULL."""
 
-    def __init__(self, misconfig: bool, qualification: int, gpa: int, gva: int) -> None:
-        super().__init__(misconfig, qualification, gpa, gva)
-        self.misconfig = misconfig
+    def __init__(self, reason: int, qualification: int, gpa: int, gva: int) -> None:
+        super().__init__(reason, qualification, gpa, gva)
+        self.reason = reason
         self.qualification = qualification
         self.gpa = gpa
         self.gva = gva
@@ -66,10 +68,14 @@ def raise_walk_failure(result: Walk, gva: int, *, stack: bool = False) -> None:
     status, hpa, _, a, gpa, level = result
     if status == PAGE_FAULT:
         raise GuestFault(VECTOR_PF, a, gva & _M64)
+    if status == PML_FULL:
+        raise EptExit(REASON_PML_FULL, 0, 0, 0)
     if status in (EPT_VIOLATION, EPT_MISCONFIG):
         if not level:  # the walk saw the page's address only
             gpa = gpa & ~0xFFF | gva & 0xFFF
-        raise EptExit(status == EPT_MISCONFIG, a if status == EPT_VIOLATION else 0, gpa, gva & _M64)
+        violation = status == EPT_VIOLATION
+        reason = REASON_EPT_VIOLATION if violation else REASON_EPT_MISCONFIG
+        raise EptExit(reason, a if violation else 0, gpa, gva & _M64)
     if status == NON_CANONICAL:
         raise GuestFault(VECTOR_SS if stack else VECTOR_GP, 0)
     if status == OUTSIDE_RAM:
@@ -140,4 +146,7 @@ class GuestMemory:
             result = self.fill.walk((gva + first) & _M64, access)
             if result[0] == OK:
                 data += self.ram.read(result[1], size - first)
+            elif result[0] == PML_FULL:
+                # Not for want of a page: the bytes are there once the log is drained.
+                raise_walk_failure(result, gva + first)
         return data

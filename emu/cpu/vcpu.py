@@ -43,7 +43,7 @@ from emu.cpu.intercept import Intercepts
 from emu.cpu.memory import EptExit, GuestFault, GuestMemory
 from emu.cpu.paging import CR0_PE, CR0_PG, CR4_PAE, EFER_LME
 from emu.cpu.segments import FLAT_CODE32, FLAT_CODE64, FLAT_DATA, load_seg_cache
-from emu.cpu.walk import ACCESS_READ, EPT_MISCONFIG, EPT_VIOLATION, OK
+from emu.cpu.walk import ACCESS_READ, EPT_MISCONFIG, EPT_VIOLATION, OK, PML_FULL
 from host_mm.ram import Ram
 
 __all__ = ["EMU_EXCEPTION", "EMU_INSN_INVALID", "EMU_OK", "UnicornVcpu"]
@@ -129,7 +129,7 @@ class UnicornVcpu:
         status, _, _, a, gpa, level = self.fill.walk(gva, self.fill.access(ACCESS_READ))
         if status == OK:
             return a
-        if status in (EPT_VIOLATION, EPT_MISCONFIG) and not level:
+        if status in (EPT_VIOLATION, EPT_MISCONFIG, PML_FULL) and not level:
             return gpa & ~0xFFF | gva & 0xFFF
         return None
 

@@ -7,7 +7,8 @@ ints throughout, bit 63 tested as `entry < 0`, results as tuples of ints, no mod
 
 Source: Intel SDM vol. 3A 4.5 to 4.8 (4-level paging, access rights, #PF, A and D flags); vol. 3C
 29.3.2 (EPT translation), 29.3.3.1 (misconfigurations), 29.3.3.2 (violations), 29.3.3.3 (which of
-several faults wins), 29.3.5 (A and D flags for EPT), table 28-7 (exit qualification).
+several faults wins), 29.3.5 (A and D flags for EPT), 29.3.6 (page-modification
+logging), table 28-7 (exit qualification).
 
 A result is (status, hpa, rights, a, b, c):
 
@@ -19,6 +20,7 @@ A result is (status, hpa, rights, a, b, c):
     NON_CANONICAL     0               0            0               0                   0
     OUTSIDE_RAM       the bad one     0            0               gpa                 guest level
     PAGING_MODE       0               0            0               0                   0
+    PML_FULL          0               0            EPT level       gpa                 guest level
 
 The guest level is that of the table whose entry was used (4: PML4), and 0 for the final access (or
 with paging off). `rights` says what the translation permits this privilege with no further update
@@ -29,8 +31,12 @@ Choices where the SDM leaves room: the A flag of a guest entry that refers to a 
 the next entry is read; the leaf's A and D once the access rights allow the access and before the
 final EPT translation; EPT A and D flags once that gpa's translation succeeded.
 
+`pml` is where the VMCS's words for page-modification logging begin, as an index of `mem`; 0: off. Before
+EPT flags are set the log's index is looked at: if the log is full nothing is set and the access leaves the
+guest, even one that would set an accessed flag only.
+
 Not modelled: 32-bit, PAE and 5-level paging (status PAGING_MODE); protection keys; shadow stacks;
-mode-based execute control; page-modification logging; memory types; paging-structure caches.
+mode-based execute control; memory types; paging-structure caches.
 """
 
 from __future__ import annotations
@@ -69,6 +75,9 @@ from kvm_model.vmx.ept import (
     EPT_RWX_MASK,
     EPT_WRITABLE,
     EPTP_AD_ENABLE,
+    PML_ENTRIES,
+    VMCS_PML_ADDRESS,
+    VMCS_PML_INDEX,
     ept_index,
     ept_misconfigured,
 )
@@ -77,8 +86,8 @@ from kvm_model.vmx.exits import EPT_ACC_EXEC, EPT_ACC_READ, EPT_ACC_WRITE, EPT_G
 __all__ = [
     "ACCESS_AC", "ACCESS_FETCH", "ACCESS_IMPLICIT", "ACCESS_READ", "ACCESS_USER", "ACCESS_WRITE",
     "EPT_MISCONFIG", "EPT_VIOLATION", "NON_CANONICAL", "OK", "OUTSIDE_RAM", "PAGE_FAULT", "PAGING_MODE",
-    "RIGHT_R", "RIGHT_W", "RIGHT_X", "STATUS_NAMES", "Walk", "ept_set_accessed_dirty", "ept_translate",
-    "guest_rights", "page_fault_code", "walk", "walk_guest",
+    "PML_FULL", "RIGHT_R", "RIGHT_W", "RIGHT_X", "STATUS_NAMES", "Walk", "ept_set_accessed_dirty",
+    "ept_translate", "guest_rights", "page_fault_code", "pml_log", "walk", "walk_guest",
 ]
 
 OK = 0
@@ -88,6 +97,7 @@ EPT_MISCONFIG = 3
 NON_CANONICAL = 4
 OUTSIDE_RAM = 5
 PAGING_MODE = 6
+PML_FULL = 7
 
 STATUS_NAMES = {
     OK: "ok",
@@ -97,6 +107,7 @@ STATUS_NAMES = {
     NON_CANONICAL: "non-canonical",
     OUTSIDE_RAM: "outside-ram",
     PAGING_MODE: "paging-mode",
+    PML_FULL: "pml-full",
 }
 
 ACCESS_READ = 0
@@ -138,7 +149,16 @@ def ept_set_accessed_dirty(mem: Words, eptp: int, gpa: int, leaf_level: int, wri
     mem[slot] = entry
 
 
-def ept_translate(mem: Words, nr_frames: int, eptp: int, gpa: int, access: int) -> tuple[int, int, int, int]:
+def pml_log(mem: Words, pml: int, gpa: int) -> None:
+    """Enter the page of `gpa` into the log, which is not full; its index has 16 bits and goes down."""
+    index = mem[pml + VMCS_PML_INDEX]
+    mem[(mem[pml + VMCS_PML_ADDRESS] >> 3) + index] = gpa & ~0xFFF
+    mem[pml + VMCS_PML_INDEX] = (index - 1) & 0xFFFF
+
+
+def ept_translate(
+    mem: Words, nr_frames: int, eptp: int, pml: int, gpa: int, access: int
+) -> tuple[int, int, int, int]:
     """(status, hpa, rights, EPT level) of a guest-physical access; `access` in EPT_ACC_* bits.
 
     On EPT_VIOLATION `rights` is the AND of the entries' R, W and X, as the qualification wants it;
@@ -174,7 +194,11 @@ def ept_translate(mem: Words, nr_frames: int, eptp: int, gpa: int, access: int) 
     if eptp & EPTP_AD_ENABLE:
         write = access & EPT_ACC_WRITE
         if not combined & EPT_ACCESSED or (write and not entry & EPT_DIRTY):
+            if pml and mem[pml + VMCS_PML_INDEX] >= PML_ENTRIES:
+                return PML_FULL, 0, 0, level
             ept_set_accessed_dirty(mem, eptp, gpa, level, write)
+            if pml and write and not entry & EPT_DIRTY:
+                pml_log(mem, pml, gpa)
         if not write and not entry & EPT_DIRTY:
             rights &= ~EPT_WRITABLE
     return OK, hpa, rights, level
@@ -214,7 +238,8 @@ def guest_rights(combined: int, xd: int, cr0: int, cr4: int, access: int) -> int
 
 
 def walk_guest(
-    mem: Words, nr_frames: int, cr0: int, cr3: int, cr4: int, efer: int, eptp: int, gva: int, access: int
+    mem: Words, nr_frames: int, cr0: int, cr3: int, cr4: int, efer: int, eptp: int, pml: int, gva: int,
+    access: int,
 ) -> Walk:
     """The guest's tables only: (OK, gpa, rights, 0, 0, level), or what `walk` then answers."""
     if not efer & EFER_LMA or cr4 & CR4_LA57:
@@ -236,7 +261,7 @@ def walk_guest(
     level = 4
     while True:
         gpa = table + table_index(gva, level) * 8
-        status, hpa, ept_rights, ept_level = ept_translate(mem, nr_frames, eptp, gpa, structure)
+        status, hpa, ept_rights, ept_level = ept_translate(mem, nr_frames, eptp, pml, gpa, structure)
         if status == EPT_VIOLATION:
             return status, 0, 0, structure | ept_rights << 3 | EPT_GVA_VALID, gpa, level
         if status != OK:
@@ -273,11 +298,12 @@ def walk_guest(
 
 
 def walk(
-    mem: Words, nr_frames: int, cr0: int, cr3: int, cr4: int, efer: int, eptp: int, gva: int, access: int
+    mem: Words, nr_frames: int, cr0: int, cr3: int, cr4: int, efer: int, eptp: int, pml: int, gva: int,
+    access: int,
 ) -> Walk:
     """Translate `gva` for `access` (ACCESS_* bits), updating A and D flags; see the module for the result."""
     if cr0 & CR0_PG:
-        result = walk_guest(mem, nr_frames, cr0, cr3, cr4, efer, eptp, gva, access)
+        result = walk_guest(mem, nr_frames, cr0, cr3, cr4, efer, eptp, pml, gva, access)
         if result[0] != OK:
             return result
         _, gpa, rights, _, _, level = result
@@ -289,7 +315,7 @@ def walk(
         ept_access = EPT_ACC_WRITE
     elif access & ACCESS_FETCH:
         ept_access = EPT_ACC_EXEC
-    status, hpa, ept_rights, ept_level = ept_translate(mem, nr_frames, eptp, gpa, ept_access)
+    status, hpa, ept_rights, ept_level = ept_translate(mem, nr_frames, eptp, pml, gpa, ept_access)
     if status == EPT_VIOLATION:
         qualification = ept_access | ept_rights << 3 | EPT_GVA_VALID | EPT_GVA_TRANSLATED
         return status, 0, 0, qualification, gpa, 0

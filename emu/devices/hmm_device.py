@@ -28,7 +28,7 @@ from host_mm.hmm_mirror import HmmMirror
 from host_mm.interval_notifier import mmu_interval_read_begin, mmu_interval_read_retry
 from host_mm.kernel.costs import COST_MIGRATE_PAGE
 from host_mm.kernel.errors import KernelError
-from host_mm.memory import folio_prealloc
+from host_mm.memory import folio_alloc
 from host_mm.memremap import memremap_pages, memunmap_pages, zone_device_page_init
 from host_mm.migrate_device import (
     MIGRATE_PFN_MIGRATE,
@@ -184,7 +184,8 @@ class HmmDevice(HmmMirror):
             return VM_FAULT_SIGBUS
         ret = 0
         if args.src[0] & MIGRATE_PFN_MIGRATE:
-            new = folio_prealloc(self.host, vmf.vma, zero=False)
+            # The charge comes with the contents.
+            new = folio_alloc(self.host, vmf.vma, zero=False)
             if new >= 0:
                 self._copy_to_ram(args.src, args.dst, 0, new)
             else:

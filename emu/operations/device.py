@@ -82,6 +82,7 @@ def kvm_map_write(board: Board, gpa: int, value: int, size: int = 8, ns: int = 1
     from host_mm.gup import FOLL_WRITE
     from host_mm.page import page_folio
     from kvm_model.follow_pfn import kvm_faultin_pfn, kvm_release_page_dirty
+    from kvm_model.memslots import mark_page_dirty_in_slot
 
     _check(gpa, size, ns)
     kvm, host = board.kvm, board.host.mm
@@ -96,5 +97,7 @@ def kvm_map_write(board: Board, gpa: int, value: int, size: int = 8, ns: int = 1
     host.sched.sleep(ns)
     host.ram.write((pfn << 12) + (gpa & 0xFFF), scalar_bytes(value, size))
     host.held[head] -= 1
+    # kvm_vcpu_unmap, by the vCPU that KVM maps the page for.
+    mark_page_dirty_in_slot(board.vcpus[0], slot, gpa >> 12)
     kvm_release_page_dirty(kvm, held)
     return 0

@@ -122,7 +122,10 @@ def ept_restore(board: Board) -> int:
 def ept_ad(board: Board, on: int) -> int:
     """EPTP bit 6 of every vCPU from the next entry on; answers the setting before."""
     _ept_only(board)
-    before, board.cpu.ept_ad = board.cpu.ept_ad, flag("on", on)
+    wanted = flag("on", on)
+    if not wanted and board.kvm.cpu_dirty_log_size:
+        raise KernelError(errno.EINVAL, "page-modification logging needs the dirty flags")
+    before, board.cpu.ept_ad = board.cpu.ept_ad, wanted
     board.flush_all()
     return int(before)
 

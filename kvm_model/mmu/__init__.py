@@ -1,4 +1,4 @@
-"""`arch/x86/kvm/mmu`: SPTEs, the TDP MMU, the fault path.
+"""`arch/x86/kvm/mmu`: SPTEs, TDP MMU, direct pages with reverse maps, the fault path.
 
     mmu.py              a fault from PFERR word to RET_PF_*       mmu_internal.py  what the parts share
     fast_page_fault.py  rights given back without mmu_lock        mmio.py          MMIO SPTEs
@@ -7,4 +7,11 @@
     spte.py             the encoding                              killed_by.py     which zap took a gfn
     tdp_iter.py         the walk                                  rcu.py           when tables may be freed
     tdp_mmu.py          stores, roots, mapping                    tdp_zap.py tdp_age.py tdp_log.py
+    nx_huge_pages.py    code in huge pages, and its recovery
+
+Without the TDP MMU (kvm.tdp_mmu=N):
+
+    shadow_page.py      pages: hash, links, zaps, how many        shadow_spte.py   stores to their SPTEs
+    rmap.py             from a gfn to its SPTEs                   rmap_log.py      dirty logging by rmaps
+    direct_map.py       mapping a fault, and its neighbours       gfn_range.py     unmap and age, either MMU
 """

@@ -3,7 +3,8 @@
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): page_fault_can_be_fast, fast_page_fault,
 fast_pf_fix_direct_spte; tdp_mmu.c: kvm_tdp_mmu_fast_pf_get_last_sptep.
 
-Not modelled: shadow MMUs' lockless walk.
+The walk is the same in the TDP MMU and in direct pages. Those are freed only after a flush that waits for
+such walkers; a read section of RCU stands for that.
 """
 
 from __future__ import annotations
@@ -48,8 +49,11 @@ TRACEPOINTS = (FAST_PAGE_FAULT,)
 def _can_be_fast(vcpu: Vcpu, fault: KvmPageFault) -> bool:
     if fault.rsvd:
         return False
+    kvm = vcpu.kvm
     if not fault.present:
-        return not vcpu.kvm.spte.ad_enabled
+        return not kvm.spte.ad_enabled or kvm.profile.fast_fault_of_any_nonpresent
+    if fault.exec and kvm.profile.fast_fault_of_any_nonpresent:
+        return False
     return fault.write
 
 
@@ -67,12 +71,13 @@ def _fixed_spte(vcpu: Vcpu, fault: KvmPageFault, spte: int, level: int) -> int:
     """What the SPTE could become, or -1 if the slow path must decide."""
     masks = vcpu.kvm.spte
     new = spte
+    huge_stays = fault.slot is not None and kvm_slot_dirty_track_enabled(fault.slot)
     if not masks.ad_enabled and masks.is_access_track_spte(spte):
         new = masks.restore_acc_track_spte(new) | masks.accessed
     if fault.write and masks.is_mmu_writable_spte(spte):
         new |= PT_WRITABLE_MASK
         # One fast fault logs one page; a huge SPTE of a logged slot must be split first.
-        if level > PG_LEVEL_4K and fault.slot is not None and kvm_slot_dirty_track_enabled(fault.slot):
+        if level > PG_LEVEL_4K and (huge_stays or not vcpu.kvm.profile.fast_fault_fixes_huge):
             return -1
     if new == spte or not is_access_allowed(vcpu.kvm, fault, new):
         return -1
@@ -98,7 +103,7 @@ def fast_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
             break
         if try_cmpxchg64(kvm, sptep, spte, new):
             if new & PT_WRITABLE_MASK and not spte & PT_WRITABLE_MASK:
-                mark_page_dirty_in_slot(kvm, fault.slot, fault.gfn)
+                mark_page_dirty_in_slot(vcpu, fault.slot, fault.gfn)
             if kvm.truths is not None:
                 kvm.truths.note_spte(sptep, fault.gfn >> 9 * (level - 1) << 9 * (level - 1), level, spte, new)
             ret = RET_PF_FIXED

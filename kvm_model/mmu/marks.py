@@ -23,11 +23,11 @@ from kvm_model.mmu.spte import (
 if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
 
-__all__ = ["transfer_marks"]
+__all__ = ["is_dirty_spte", "transfer_marks"]
 
 
-def _is_dirty(kvm: Kvm, spte: int) -> bool:
-    """is_dirty_spte: the CPU's D, or where it keeps none the right to write."""
+def is_dirty_spte(kvm: Kvm, spte: int) -> bool:
+    """The CPU's D, or where it keeps none the right to write."""
     return spte & (kvm.spte.dirty if spte_ad_enabled(spte) else PT_WRITABLE_MASK) != 0
 
 
@@ -44,5 +44,5 @@ def transfer_marks(kvm: Kvm, level: int, old: int, new: int, *, accessed: bool) 
     kept = new if is_shadow_present_pte(new) and spte_to_pfn(new) == pfn else 0
     if accessed and kvm.spte.is_accessed_spte(old) and not (kept and kvm.spte.is_accessed_spte(kept)):
         kvm.host.mark_page_accessed(pfn)
-    if _is_dirty(kvm, old) and not (kept and _is_dirty(kvm, kept)) and "drop-ad" not in kvm.breaks:
+    if is_dirty_spte(kvm, old) and not (kept and is_dirty_spte(kvm, kept)) and "drop-ad" not in kvm.breaks:
         set_page_dirty(kvm.host, pfn)

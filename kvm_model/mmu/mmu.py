@@ -1,7 +1,7 @@
 """The fault path: from a TDP fault to an SPTE, a retry, or emulation.
 
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): kvm_mmu_page_fault, kvm_mmu_do_page_fault,
-kvm_tdp_mmu_page_fault, kvm_mmu_faultin_pfn, kvm_handle_noslot_fault, kvm_handle_error_pfn,
+kvm_tdp_mmu_page_fault, direct_page_fault, kvm_mmu_faultin_pfn, kvm_handle_noslot_fault, kvm_handle_error_pfn,
 is_page_fault_stale, kvm_mmu_hugepage_adjust, kvm_mmu_max_mapping_level, host_pfn_mapping_level,
 kvm_mmu_finish_page_fault.
 
@@ -15,6 +15,7 @@ the APIC access page.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from errno import EAGAIN, EFAULT, EINTR, ENOENT
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from kvm_model.memslots import (
     kvm_slot_dirty_track_enabled,
     lpage_disallowed,
 )
+from kvm_model.mmu.direct_map import direct_map
 from kvm_model.mmu.fast_page_fault import fast_page_fault
 from kvm_model.mmu.invalidate import mmu_invalidate_retry_gfn, mmu_invalidate_retry_gfn_unsafe
 from kvm_model.mmu.mmio import handle_mmio_page_fault
@@ -50,8 +52,10 @@ from kvm_model.mmu.mmu_internal import (
     KvmPageFault,
     is_error_noslot_pfn,
     is_error_pfn,
+    is_obsolete_sp,
 )
-from kvm_model.mmu.mmu_roots import is_obsolete_sp, mmu_topup_memory_caches
+from kvm_model.mmu.mmu_roots import mmu_topup_memory_caches
+from kvm_model.mmu.shadow_page import make_mmu_pages_available
 from kvm_model.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, kvm_pages_per_hpage
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from kvm_model.mmu.tdp_mmu import kvm_tdp_mmu_map, root_to_sp
@@ -198,7 +202,8 @@ def _kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
 def _stale_reason(vcpu: Vcpu, fault: KvmPageFault) -> str:
     """is_page_fault_stale, under mmu_lock: why the fault may not be mapped, or nothing."""
     kvm = vcpu.kvm
-    if is_obsolete_sp(root_to_sp(kvm, vcpu.root_hpa)):
+    root = root_to_sp(kvm, vcpu.root_hpa)
+    if (root.tdp_mmu_page or kvm.profile.obsolete_root_check) and is_obsolete_sp(kvm, root):
         return "stale-root"
     exempt = fault.slot is None and kvm.profile.retry_scope != "any"
     if exempt or "no-retry" in kvm.breaks or "retry-before-gup-only" in kvm.breaks:
@@ -227,14 +232,50 @@ def _kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
         r = kvm_tdp_mmu_map(vcpu, fault)
         if r == RET_PF_RETRY:
             _retry(kvm, fault, "spte-changed")
-    unmarked = kvm.profile.marks_page_at_drop
-    if not unmarked:
-        unused = r == RET_PF_RETRY
-        kvm_release_faultin_page(kvm, fault.refcounted_page, unused=unused, dirty=fault.map_writable)
-    kvm.mmu_lock.read_unlock()
-    if unmarked:
-        kvm_release_faultin_page(kvm, fault.refcounted_page, unused=True, dirty=False)
+    _kvm_mmu_finish_page_fault(kvm, fault, r, kvm.mmu_lock.read_unlock)
     return r
+
+
+def _direct_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
+    """Without the TDP MMU: one fault at a time."""
+    kvm = vcpu.kvm
+    r = fast_page_fault(vcpu, fault)
+    if r != RET_PF_INVALID:
+        return r
+    r = mmu_topup_memory_caches(vcpu)
+    if r:
+        return r
+    r = _kvm_mmu_faultin_pfn(vcpu, fault)
+    if r != RET_PF_CONTINUE:
+        return r
+    kvm.mmu_lock.lock()
+    reason = _stale_reason(vcpu, fault)
+    if reason:
+        r = _retry(kvm, fault, reason)
+    else:
+        r = make_mmu_pages_available(kvm)
+        if not r:
+            _kvm_mmu_hugepage_adjust(kvm, fault)
+            r = direct_map(vcpu, fault)
+    _kvm_mmu_finish_page_fault(kvm, fault, r, kvm.mmu_lock.unlock)
+    return r
+
+
+def _kvm_mmu_finish_page_fault(kvm: Kvm, fault: KvmPageFault, r: int, unlock: Callable[[], None]) -> None:
+    """Mark and release the page under mmu_lock; in 5.10 only release it, after the lock."""
+    if kvm.profile.marks_page_at_drop:
+        unlock()
+        kvm_release_faultin_page(kvm, fault.refcounted_page, unused=True, dirty=False)
+        return
+    unused = r == RET_PF_RETRY
+    kvm_release_faultin_page(kvm, fault.refcounted_page, unused=unused, dirty=fault.map_writable)
+    unlock()
+
+
+def _kvm_tdp_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
+    if vcpu.kvm.tdp_mmu_enabled:
+        return _kvm_tdp_mmu_page_fault(vcpu, fault)
+    return _direct_page_fault(vcpu, fault)
 
 
 def kvm_tdp_map_page(vcpu: Vcpu, gpa: int, error_code: int, max_level: int) -> int:
@@ -243,7 +284,7 @@ def kvm_tdp_map_page(vcpu: Vcpu, gpa: int, error_code: int, max_level: int) -> i
     while True:
         fault = KvmPageFault(gpa, error_code, nx_workaround=kvm.spte.nx_huge_pages, max_level=max_level)
         fault.slot = kvm.slots().gfn_to_memslot(fault.gfn)
-        r = _kvm_tdp_mmu_page_fault(vcpu, fault)
+        r = _kvm_tdp_page_fault(vcpu, fault)
         if r != RET_PF_RETRY:
             break
         kvm.sched.yield_()
@@ -271,7 +312,7 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
         stat["pf_taken"] += 1
         fault = KvmPageFault(gpa, error_code, nx_workaround=kvm.spte.nx_huge_pages)
         fault.slot = kvm.slots().gfn_to_memslot(fault.gfn)
-        r = _kvm_tdp_mmu_page_fault(vcpu, fault)
+        r = _kvm_tdp_page_fault(vcpu, fault)
     if r == RET_PF_FIXED:
         stat["pf_fixed"] += 1
     elif r == RET_PF_EMULATE:

@@ -3,7 +3,9 @@
 Source of truth: arch/x86/kvm/mmu/mmu_internal.h, arch/x86/include/asm/kvm_host.h (kvm_mmu_page_role,
 PFERR_*), arch/x86/kvm/mmu/mmutrace.h (KVM_MMU_PAGE_PRINTK); Linux 6.18.
 
-Not modelled: private (encrypted) faults, mirror roots, shadow-paging fields of kvm_mmu_page.
+Not modelled: private (encrypted) faults, mirror roots. Shadow paging adds to kvm_mmu_page: unsync_children
+with its bitmap, shadowed_translation, write_flooding_count; to the role: quadrants, access below all, SMEP,
+SMAP.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvm_model.kvm_main import Kvm
     from kvm_model.memslots import KvmMemorySlot
+    from kvm_model.mmu.rmap import RmapHead
 
 __all__ = [
     "INVALID_PAGE", "KVM_MAX_HUGEPAGE_LEVEL", "KVM_PFN_ERR_FAULT", "KVM_PFN_ERR_HWPOISON",
@@ -20,7 +24,7 @@ __all__ = [
     "PFERR_RSVD_MASK", "PFERR_USER_MASK", "PFERR_WRITE_MASK", "RET_PF_CONTINUE", "RET_PF_EMULATE",
     "RET_PF_FIXED", "RET_PF_INVALID", "RET_PF_RETRY", "RET_PF_SPURIOUS",
     "RET_PF_WRITE_PROTECTED", "ROLE_INVALID", "KvmMmuPage", "KvmPageFault", "fmt_mmu_page",
-    "is_error_noslot_pfn", "is_error_pfn", "pferr_flags", "tdp_root_role",
+    "is_error_noslot_pfn", "is_error_pfn", "is_obsolete_sp", "pferr_flags", "tdp_root_role",
 ]
 
 RET_PF_CONTINUE = 0
@@ -95,13 +99,14 @@ def tdp_root_role(*, ad_disabled: bool, level: int = 4) -> int:
 class KvmMmuPage:
     """struct kvm_mmu_page: one page of SPTEs.
 
-    `spt` is its pfn, `ptep` the index in Ram.u64 of the SPTE that points to it (-1: a root).
-    `scheduled_to_zap` and `root_count` matter for roots only.
+    `spt` is its pfn, `ptep` the index in Ram.u64 of the SPTE that points to it (-1: a root), which only the
+    TDP MMU's pages have; of the others any number may point to one, `parent_ptes`. `scheduled_to_zap` and
+    `root_count` matter for roots only, `unsync` for shadow paging only.
     """
 
     __slots__ = (
-        "gfn", "level", "mmu_valid_gen", "nx_huge_page_disallowed", "ptep", "role", "root_count",
-        "scheduled_to_zap", "spt",
+        "gfn", "level", "mmu_valid_gen", "nx_huge_page_disallowed", "parent_ptes", "ptep", "role",
+        "root_count", "scheduled_to_zap", "spt", "tdp_mmu_page", "unsync",
     )
 
     def __init__(self, spt: int, ptep: int, gfn: int, role: int) -> None:
@@ -114,6 +119,9 @@ class KvmMmuPage:
         self.root_count = 0
         self.scheduled_to_zap = False
         self.nx_huge_page_disallowed = False
+        self.tdp_mmu_page = True
+        self.parent_ptes: RmapHead
+        self.unsync = False
 
     @property
     def invalid(self) -> bool:
@@ -130,6 +138,11 @@ class KvmMmuPage:
             f"<KvmMmuPage spt {self.spt:#x} gfn {self.gfn:#x} level {self.level} "
             f"root_count {self.root_count}>"
         )
+
+
+def is_obsolete_sp(kvm: Kvm, sp: KvmMmuPage) -> bool:
+    """Whether vCPUs must drop the page: it is invalid or, outside the TDP MMU, of an old generation."""
+    return sp.invalid or (not sp.tdp_mmu_page and sp.mmu_valid_gen != kvm.mmu_valid_gen)
 
 
 def fmt_mmu_page(gen: int, gfn: int, role: int, root_count: int, unsync: bool) -> str:

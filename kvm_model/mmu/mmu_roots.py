@@ -4,8 +4,10 @@ Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): mmu_topup_memory_caches, k
 kvm_mmu_unload, kvm_mmu_free_obsolete_roots, is_obsolete_sp, kvm_mmu_zap_all_fast,
 kvm_arch_flush_shadow_memslot, kvm_mmu_invalidate_mmio_sptes, kvm_mmu_zap_all; mmu.h: kvm_mmu_reload.
 
+Roots are the TDP MMU's or, without it, direct pages (direct_map.py); one VM has one kind.
+
 Not modelled: previous roots, nested MMUs, KVM_X86_QUIRK_SLOT_ZAP_ALL switched off (every delete or
-move invalidates all roots), shadow paging's active pages.
+move invalidates all roots).
 """
 
 from __future__ import annotations
@@ -15,7 +17,13 @@ from typing import TYPE_CHECKING
 
 from host_mm.page import put_page
 from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, alloc_pages
-from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage
+from kvm_model.mmu.direct_map import mmu_alloc_direct_root, mmu_free_root_page
+from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage, is_obsolete_sp
+from kvm_model.mmu.shadow_page import (
+    kvm_mmu_commit_zap_page,
+    kvm_mmu_zap_all_shadow_pages,
+    kvm_zap_obsolete_pages,
+)
 from kvm_model.mmu.spte import MMIO_SPTE_GEN_MASK
 from kvm_model.mmu.tdp_mmu import init_spt, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root, root_to_sp
 from kvm_model.mmu.tdp_zap import (
@@ -39,7 +47,7 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "TRACEPOINTS", "is_obsolete_sp", "kvm_arch_flush_shadow_memslot", "kvm_mmu_flush_ahead",
+    "TRACEPOINTS", "kvm_arch_flush_shadow_memslot", "kvm_mmu_flush_ahead",
     "kvm_mmu_free_obsolete_roots",
     "kvm_mmu_invalidate_mmio_sptes", "kvm_mmu_load", "kvm_mmu_reload", "kvm_mmu_unload", "kvm_mmu_zap_all",
     "kvm_mmu_zap_all_fast", "mmu_free_memory_caches", "mmu_topup_memory_caches",
@@ -73,17 +81,15 @@ def mmu_free_memory_caches(vcpu: Vcpu) -> None:
         put_page(vcpu.kvm.host, vcpu.mmu_shadow_page_cache.pop())
 
 
-def is_obsolete_sp(sp: KvmMmuPage) -> bool:
-    """Whether a root was invalidated; the TDP MMU does not use the MMU generation."""
-    return sp.invalid
-
-
 def kvm_mmu_load(vcpu: Vcpu) -> int:
     """Give the vCPU a valid root and an empty TLB. 0 or a negative errno."""
     r = mmu_topup_memory_caches(vcpu)
     if r:
         return r
-    vcpu.root_hpa = kvm_tdp_mmu_alloc_root(vcpu)
+    root = kvm_tdp_mmu_alloc_root(vcpu) if vcpu.kvm.tdp_mmu_enabled else mmu_alloc_direct_root(vcpu)
+    if root < 0:
+        return root
+    vcpu.root_hpa = root
     cpu = vcpu.kvm.cpu
     cpu.load_mmu_pgd(vcpu, vcpu.root_hpa)
     # Roots are not flushed when they are dropped, so a new one starts with a flush, which no statistic has.
@@ -108,7 +114,7 @@ def kvm_mmu_flush_ahead(vcpu: Vcpu) -> bool:
     root = vcpu.kvm.sps.get(vcpu.root_hpa >> 12) if vcpu.root_hpa != INVALID_PAGE else None
     return (
         root is None
-        or is_obsolete_sp(root)
+        or is_obsolete_sp(vcpu.kvm, root)
         or kvm_test_request(KVM_REQ_TLB_FLUSH, vcpu)
         or kvm_test_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu)
     )
@@ -117,7 +123,13 @@ def kvm_mmu_flush_ahead(vcpu: Vcpu) -> bool:
 def kvm_mmu_unload(vcpu: Vcpu) -> None:
     """Drop the vCPU's root."""
     kvm = vcpu.kvm
-    if vcpu.root_hpa != INVALID_PAGE:
+    if vcpu.root_hpa != INVALID_PAGE and not kvm.tdp_mmu_enabled:
+        invalid_list: list[KvmMmuPage] = []
+        with kvm.mmu_lock:
+            mmu_free_root_page(kvm, root_to_sp(kvm, vcpu.root_hpa), invalid_list)
+            vcpu.root_hpa = INVALID_PAGE
+            kvm_mmu_commit_zap_page(kvm, invalid_list)
+    elif vcpu.root_hpa != INVALID_PAGE:
         kvm.mmu_lock.read_lock()
         kvm_tdp_mmu_put_root(kvm, root_to_sp(kvm, vcpu.root_hpa))
         vcpu.root_hpa = INVALID_PAGE
@@ -127,7 +139,7 @@ def kvm_mmu_unload(vcpu: Vcpu) -> None:
 
 def kvm_mmu_free_obsolete_roots(vcpu: Vcpu) -> None:
     """Drop the vCPU's root if it was invalidated."""
-    if vcpu.root_hpa != INVALID_PAGE and is_obsolete_sp(root_to_sp(vcpu.kvm, vcpu.root_hpa)):
+    if vcpu.root_hpa != INVALID_PAGE and is_obsolete_sp(vcpu.kvm, root_to_sp(vcpu.kvm, vcpu.root_hpa)):
         kvm_mmu_unload(vcpu)
 
 
@@ -135,12 +147,15 @@ def kvm_mmu_zap_all_fast(kvm: Kvm) -> None:
     """Invalidate all roots, make vCPUs drop them, zap them; slots_lock held. Complete on return."""
     kvm.mmu_lock.lock()
     if (t := kvm.trace.kvm_mmu_zap_all_fast) is not None:
-        t(kvm.mmu_valid_gen, 0)
+        t(kvm.mmu_valid_gen, kvm.n_used_mmu_pages)
     kvm.mmu_valid_gen ^= 1
     kvm_tdp_mmu_invalidate_roots(kvm)
     # In the same critical section: a vCPU must not see the roots valid after the request.
     kvm_make_all_cpus_request(kvm, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
+    kvm_zap_obsolete_pages(kvm)
     kvm.mmu_lock.unlock()
+    if not kvm.tdp_mmu_enabled:
+        return
     # Before the caller goes on: notifiers could not find the SPTEs of a slot that is gone.
     kvm_tdp_mmu_zap_invalidated_roots(kvm, shared=True)
 
@@ -158,7 +173,8 @@ def kvm_mmu_invalidate_mmio_sptes(kvm: Kvm, gen: int) -> None:
 
 
 def kvm_mmu_zap_all(kvm: Kvm) -> None:
-    """Drop every SPTE, without a flush: the VM is going away."""
+    """Drop every SPTE; the VM is going away, so no flush is for its sake."""
     kvm.mmu_lock.lock()
+    kvm_mmu_zap_all_shadow_pages(kvm)
     kvm_tdp_mmu_zap_all(kvm)
     kvm.mmu_lock.unlock()

@@ -1,10 +1,10 @@
 """Dirty logging in the TDP MMU: write protection, clearing dirty, splitting and recovering huge SPTEs.
 
-Source of truth: arch/x86/kvm/mmu/tdp_mmu.c (Linux 6.18): wrprot_gfn_range, clear_dirty_pt_masked,
+Source of truth: arch/x86/kvm/mmu/tdp_mmu.c (Linux 6.18): wrprot_gfn_range, clear_dirty_gfn_range,
+clear_dirty_pt_masked,
 write_protect_gfn, tdp_mmu_split_huge_pages_root, recover_huge_pages_range, tdp_mmu_make_huge_spte.
 
-Not modelled: page-modification logging (kvm_tdp_mmu_clear_dirty_slot), allocation failure of a
-split's table.
+Not modelled: allocation failure of a split's table.
 """
 
 from __future__ import annotations
@@ -46,13 +46,26 @@ if TYPE_CHECKING:
     from kvm_model.memslots import KvmMemorySlot
 
 __all__ = [
-    "kvm_tdp_mmu_clear_dirty_pt_masked", "kvm_tdp_mmu_recover_huge_pages", "kvm_tdp_mmu_try_split_huge_pages",
-    "kvm_tdp_mmu_write_protect_gfn", "kvm_tdp_mmu_wrprot_slot",
+    "kvm_tdp_mmu_clear_dirty_pt_masked", "kvm_tdp_mmu_clear_dirty_slot", "kvm_tdp_mmu_recover_huge_pages",
+    "kvm_tdp_mmu_try_split_huge_pages", "kvm_tdp_mmu_write_protect_gfn", "kvm_tdp_mmu_wrprot_slot",
 ]
 
 
 def kvm_tdp_mmu_wrprot_slot(kvm: Kvm, slot: KvmMemorySlot, min_level: int) -> bool:
     """Take W from the slot's leaves at `min_level` and above, mmu_lock held for read; whether any had it."""
+    return _clear_in_slot(kvm, slot, min_level, PT_WRITABLE_MASK)
+
+
+def kvm_tdp_mmu_clear_dirty_slot(kvm: Kvm, slot: KvmMemorySlot) -> bool:
+    """Take D (where there is none, W) from the slot's leaves, mmu_lock held for read; whether any had it."""
+    return _clear_in_slot(kvm, slot, PG_LEVEL_4K, _dirty_bit(kvm))
+
+
+def _dirty_bit(kvm: Kvm) -> int:
+    return kvm.spte.dirty if kvm.spte.ad_enabled else PT_WRITABLE_MASK
+
+
+def _clear_in_slot(kvm: Kvm, slot: KvmMemorySlot, min_level: int, bit: int) -> bool:
     changed = False
     for root in for_each_tdp_mmu_root_yield_safe(kvm):
         kvm.rcu.read_lock()
@@ -61,9 +74,9 @@ def kvm_tdp_mmu_wrprot_slot(kvm: Kvm, slot: KvmMemorySlot, min_level: int) -> bo
             if not tdp_mmu_iter_cond_resched(kvm, it, flush=False, shared=True):
                 while (
                     is_shadow_present_pte(it.old_spte) and is_last_spte(it.old_spte, it.level)
-                    and it.old_spte & PT_WRITABLE_MASK
+                    and it.old_spte & bit
                 ):
-                    if not tdp_mmu_set_spte_atomic(kvm, it, it.old_spte & ~PT_WRITABLE_MASK):
+                    if not tdp_mmu_set_spte_atomic(kvm, it, it.old_spte & ~bit):
                         changed = True
                         break
             it.next()
@@ -71,8 +84,12 @@ def kvm_tdp_mmu_wrprot_slot(kvm: Kvm, slot: KvmMemorySlot, min_level: int) -> bo
     return changed
 
 
-def kvm_tdp_mmu_clear_dirty_pt_masked(kvm: Kvm, gfn: int, mask: int) -> None:
-    """Take W from the 4K leaves of `gfn + bit` for each bit of `mask`, mmu_lock held for write."""
+def kvm_tdp_mmu_clear_dirty_pt_masked(kvm: Kvm, gfn: int, mask: int, *, wrprot: bool) -> None:
+    """Take W, without `wrprot` D, from the 4K leaves of `gfn + bit` for each bit of `mask`.
+
+    mmu_lock is held for write.
+    """
+    dbit = PT_WRITABLE_MASK if wrprot else _dirty_bit(kvm)
     first = gfn + ((mask & -mask).bit_length() - 1)
     for root in for_each_tdp_mmu_root(kvm):
         left = mask
@@ -82,9 +99,9 @@ def kvm_tdp_mmu_clear_dirty_pt_masked(kvm: Kvm, gfn: int, mask: int) -> None:
             spte = it.old_spte
             if is_shadow_present_pte(spte) and it.level == PG_LEVEL_4K and left >> (it.gfn - gfn) & 1:
                 left &= ~(1 << (it.gfn - gfn))
-                if spte & PT_WRITABLE_MASK:
-                    old = _clear_bits(kvm, it, PT_WRITABLE_MASK)
-                    spte_changed(kvm, it.sptep, it.gfn, 1, old, old & ~PT_WRITABLE_MASK)
+                if spte & dbit:
+                    old = _clear_bits(kvm, it, dbit)
+                    spte_changed(kvm, it.sptep, it.gfn, 1, old, old & ~dbit)
             it.next()
         kvm.rcu.read_unlock()
 

@@ -11,7 +11,7 @@ and note it for the truths. What a zap removed is remembered in `kvm.killed_by`.
 A lock's holder is on another CPU than the rest: `sched.race` stands between an SPTE's read and its
 atomic update. Zapping is in tdp_zap.py, dirty logging in tdp_log.py, aging in tdp_age.py.
 
-Not modelled: mirror (TDX) roots, the NX huge-page recovery list, CONFIG_KVM_PROVE_MMU.
+Not modelled: mirror (TDX) roots, CONFIG_KVM_PROVE_MMU.
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "TRACEPOINTS", "fetch_and64", "for_each_tdp_mmu_root", "for_each_tdp_mmu_root_yield_safe",
-    "handle_changed_spte", "init_spt", "invalidate_root", "is_access_allowed", "kvm_tdp_mmu_alloc_root",
-    "kvm_tdp_mmu_map", "kvm_tdp_mmu_put_root", "kvm_tdp_mmu_write_spte", "root_to_sp", "spte_changed",
-    "tdp_mmu_free_sp", "tdp_mmu_init_child_sp", "tdp_mmu_iter_set_spte", "tdp_mmu_set_spte_atomic",
-    "tdp_mmu_split_huge_page", "try_cmpxchg64", "xchg64",
+    "TRACEPOINTS", "disallowed_hugepage_adjust", "fetch_and64", "for_each_tdp_mmu_root",
+    "for_each_tdp_mmu_root_yield_safe", "handle_changed_spte", "init_spt", "invalidate_root",
+    "is_access_allowed", "kvm_tdp_mmu_alloc_root", "kvm_tdp_mmu_map", "kvm_tdp_mmu_put_root",
+    "kvm_tdp_mmu_write_spte", "root_to_sp", "spte_changed", "tdp_mmu_free_sp", "tdp_mmu_init_child_sp",
+    "tdp_mmu_iter_set_spte", "tdp_mmu_set_spte_atomic", "tdp_mmu_split_huge_page", "trace_kvm_mmu_set_spte",
+    "trace_set_spte",
+    "try_cmpxchg64", "xchg64",
 ]
 
 _EMPTY_TABLE = SHADOW_NONPRESENT_VALUE.to_bytes(8, "little") * 512
@@ -210,6 +212,9 @@ def _handle_removed_pt(kvm: Kvm, pt: int, shared: bool, why: str) -> None:
     level = sp.level
     if (t := kvm.trace.kvm_mmu_prepare_zap_page) is not None:
         t(*_page_args(sp))
+    if sp.nx_huge_page_disallowed:
+        with kvm.tdp_mmu_pages_lock:
+            kvm.nx_recovery.untrack(sp)
     u64 = kvm.ram.u64
     pages = kvm_pages_per_hpage(level)
     for index in range(512):
@@ -395,7 +400,7 @@ def _map_handle_target_level(vcpu: Vcpu, fault: KvmPageFault, it: TdpIter) -> in
             host_writable=fault.map_writable,
         )
         if new & PT_WRITABLE_MASK and kvm_slot_dirty_track_enabled(fault.slot):
-            mark_page_dirty_in_slot(kvm, fault.slot, it.gfn)
+            mark_page_dirty_in_slot(vcpu, fault.slot, it.gfn)
     ret = RET_PF_FIXED
     if new == old:
         ret = RET_PF_SPURIOUS
@@ -408,21 +413,29 @@ def _map_handle_target_level(vcpu: Vcpu, fault: KvmPageFault, it: TdpIter) -> in
         if (t := kvm.trace.mark_mmio_spte) is not None:
             t(it.sptep << 3, it.gfn, new & ACC_ALL, get_mmio_spte_generation(new))
         return RET_PF_EMULATE
-    _trace_set_spte(kvm, fault, it, new)
+    trace_set_spte(kvm, fault.gfn, it.gfn, it.level, it.sptep, new, fault.prefetch)
     return ret
 
 
-def _trace_set_spte(kvm: Kvm, fault: KvmPageFault, it: TdpIter, new: int) -> None:
-    masks = kvm.spte
+def trace_kvm_mmu_set_spte(kvm: Kvm, gfn: int, level: int, sptep: int) -> None:
+    """The kernel's own event of an SPTE that a fault made."""
     if (t := kvm.trace.kvm_mmu_set_spte) is not None:
-        spte = kvm.ram.u64[it.sptep]
+        masks = kvm.spte
+        spte = kvm.ram.u64[sptep]
         u = int(spte & masks.user != 0) if masks.user else -1
         readable = bool(masks.present or spte & 1)
-        t(it.gfn, spte, it.sptep << 3, it.level, readable, masks.is_executable_pte(spte), u)
+        t(gfn, spte, sptep << 3, level, readable, masks.is_executable_pte(spte), u)
+
+
+def trace_set_spte(
+    kvm: Kvm, fault_gfn: int, gfn: int, level: int, sptep: int, new: int, prefetch: bool
+) -> None:
+    """A fault on `fault_gfn` made the leaf of `gfn`: the kernel's event, and which zap this repairs."""
+    trace_kvm_mmu_set_spte(kvm, gfn, level, sptep)
     if (t := kvm.trace.spte_install) is not None:
-        killer = kvm.killed_by.of(fault.gfn)
-        seq = t(it.gfn, it.level, spte_to_pfn(new), new, fault.prefetch, killed_by=killer)
-        kvm.killed_by.installed(it.gfn, it.level, seq)
+        killer = kvm.killed_by.of(fault_gfn)
+        seq = t(gfn, level, spte_to_pfn(new), new, prefetch, killed_by=killer)
+        kvm.killed_by.installed(gfn, level, seq)
 
 
 def kvm_tdp_mmu_map(vcpu: Vcpu, fault: KvmPageFault) -> int:
@@ -446,7 +459,7 @@ def _map_walk(vcpu: Vcpu, fault: KvmPageFault) -> int:
     while it.valid:
         spte = it.old_spte
         if fault.nx_huge_page_workaround_enabled:
-            _disallowed_hugepage_adjust(kvm, fault, spte, it.level)
+            disallowed_hugepage_adjust(kvm, fault, spte, it.level)
         if spte == FROZEN_SPTE:
             return RET_PF_RETRY
         if it.level == fault.goal_level:
@@ -463,11 +476,16 @@ def _map_walk(vcpu: Vcpu, fault: KvmPageFault) -> int:
         if busy:
             tdp_mmu_free_sp(kvm, sp)
             return RET_PF_RETRY
+        if fault.huge_page_disallowed and fault.req_level >= it.level:
+            with kvm.tdp_mmu_pages_lock:
+                if sp.nx_huge_page_disallowed:
+                    kvm.nx_recovery.track(sp)
         it.next()
     return RET_PF_RETRY
 
 
-def _disallowed_hugepage_adjust(kvm: Kvm, fault: KvmPageFault, spte: int, cur_level: int) -> None:
+def disallowed_hugepage_adjust(kvm: Kvm, fault: KvmPageFault, spte: int, cur_level: int) -> None:
+    """Where a table for executable pages stands in the way of a huge leaf, map one level lower."""
     if (
         cur_level > 1 and cur_level == fault.goal_level and is_shadow_present_pte(spte)
         and not spte & PT_PAGE_SIZE_MASK and kvm.sps[spte_to_pfn(spte)].nx_huge_page_disallowed

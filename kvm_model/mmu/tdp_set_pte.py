@@ -29,7 +29,13 @@ from kvm_model.requests import kvm_flush_remote_tlbs_gfn
 if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
 
-__all__ = ["kvm_tdp_mmu_set_spte_gfn"]
+__all__ = ["changed_pte_notifier_make_spte", "kvm_tdp_mmu_set_spte_gfn"]
+
+
+def changed_pte_notifier_make_spte(kvm: Kvm, old: int, pfn: int) -> int:
+    """kvm_mmu_changed_pte_notifier_make_spte: a leaf made read-only and not accessed, of another frame."""
+    new = old & ~(SPTE_BASE_ADDR_MASK | PT_WRITABLE_MASK | kvm.spte.host_writable)
+    return kvm.spte.mark_spte_for_access_track(new | pfn << 12)
 
 
 def kvm_tdp_mmu_set_spte_gfn(kvm: Kvm, gfn: int, pte: int) -> bool:
@@ -38,7 +44,6 @@ def kvm_tdp_mmu_set_spte_gfn(kvm: Kvm, gfn: int, pte: int) -> bool:
     It is zapped and flushed; if the host's entry is read-only one for the new frame takes its place.
     """
     found = False
-    masks = kvm.spte
     kvm.rcu.read_lock()
     for root in for_each_tdp_mmu_root(kvm, invalid=True):
         it = TdpIter(kvm.ram, root, PG_LEVEL_4K, gfn, gfn + 1, skip_nonpresent=True)
@@ -48,8 +53,7 @@ def kvm_tdp_mmu_set_spte_gfn(kvm: Kvm, gfn: int, pte: int) -> bool:
                 tdp_mmu_iter_set_spte(kvm, it, SHADOW_NONPRESENT_VALUE, "change-pte")
                 kvm_flush_remote_tlbs_gfn(kvm, gfn, PG_LEVEL_4K)
                 if not pte_write(pte):
-                    new = old & ~(SPTE_BASE_ADDR_MASK | PT_WRITABLE_MASK | masks.host_writable)
-                    new = masks.mark_spte_for_access_track(new | pte_pfn(pte) << 12)
+                    new = changed_pte_notifier_make_spte(kvm, old, pte_pfn(pte))
                     it.old_spte = SHADOW_NONPRESENT_VALUE
                     tdp_mmu_iter_set_spte(kvm, it, new, "change-pte")
                 found = True

@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "kvm_tdp_mmu_invalidate_roots", "kvm_tdp_mmu_unmap_gfn_range", "kvm_tdp_mmu_zap_all",
-    "kvm_tdp_mmu_zap_invalidated_roots", "kvm_tdp_mmu_zap_leafs", "tdp_mmu_iter_cond_resched",
+    "kvm_tdp_mmu_zap_invalidated_roots", "kvm_tdp_mmu_zap_leafs", "need_resched", "tdp_mmu_iter_cond_resched",
 ]
 
 
-def _need_resched(kvm: Kvm) -> bool:
+def need_resched(kvm: Kvm) -> bool:
+    """Whether a walk that may drop mmu_lock should: somebody wants the lock, or the CPU."""
     if kvm.mmu_lock.wq.waiters:
         return True
     sched = kvm.sched
@@ -49,7 +50,7 @@ def _need_resched(kvm: Kvm) -> bool:
 
 def tdp_mmu_iter_cond_resched(kvm: Kvm, it: TdpIter, *, flush: bool, shared: bool) -> bool:
     """Let others have mmu_lock if they want it; true: the walk must go on with `it.next()`."""
-    if it.next_last_level_gfn == it.yielded_gfn or not _need_resched(kvm):
+    if it.next_last_level_gfn == it.yielded_gfn or not need_resched(kvm):
         return False
     if flush:
         kvm_flush_remote_tlbs(kvm)

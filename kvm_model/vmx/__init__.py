@@ -1,1 +1,2 @@
-"""Intel's part: exits.py, what an exit says; ept.py, the EPT entry's layout; vmx.py, the exit handlers."""
+"""Intel's part: exits.py, what an exit says; ept.py, the EPT entry's layout; vmx.py, the exit handlers;
+pml.py, the log of what the CPU dirtied."""

@@ -28,7 +28,8 @@ __all__ = [
     "EPTP_AD_ENABLE", "EPTP_MT_WB", "EPTP_PWL_4", "EPT_ACCESSED", "EPT_ADDR_MASK", "EPT_DIRTY", "EPT_ENTRIES",
     "EPT_EXECUTABLE", "EPT_IPAT", "EPT_LARGE", "EPT_LEVEL_BITS", "EPT_MAXPHYADDR", "EPT_MEMTYPE_MASK",
     "EPT_MEMTYPE_SHIFT", "EPT_MISCONFIG_WX", "EPT_MT_UC", "EPT_MT_WB", "EPT_MT_WC", "EPT_MT_WP", "EPT_MT_WT",
-    "EPT_READABLE", "EPT_RWX_MASK", "EPT_SUPPRESS_VE", "EPT_WRITABLE", "ept_index", "ept_misconfigured",
+    "EPT_READABLE", "EPT_RWX_MASK", "EPT_SUPPRESS_VE", "EPT_WRITABLE", "PML_ENTRIES", "VMCS_PML_ADDRESS",
+    "VMCS_PML_INDEX", "ept_index", "ept_misconfigured",
     "make_eptp",
 ]
 
@@ -62,6 +63,13 @@ EPT_MISCONFIG_WX = EPT_WRITABLE | EPT_EXECUTABLE
 EPTP_MT_WB = 6
 EPTP_PWL_4 = 3 << 3
 EPTP_AD_ENABLE = 1 << 6
+
+PML_ENTRIES = 512
+"""Entries of a page-modification log: one page of guest-physical addresses."""
+VMCS_PML_ADDRESS = 0
+VMCS_PML_INDEX = 1
+"""Words of the VMCS that the CPU reads, and for the index writes, in the middle of an access. A VMCS's
+layout is the CPU's own affair (SDM vol. 3C 25.2); this CPU keeps no other field in memory."""
 
 _ADDR_RESERVED = EPT_ADDR_MASK & ~((1 << EPT_MAXPHYADDR) - 1)
 _LEAF_MT_LEGAL = 1 << EPT_MT_UC | 1 << EPT_MT_WC | 1 << EPT_MT_WT | 1 << EPT_MT_WP | 1 << EPT_MT_WB

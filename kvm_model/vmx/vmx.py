@@ -38,6 +38,7 @@ from kvm_model.mmu.mmu_internal import (
 )
 from kvm_model.requests import KVM_REQ_EVENT, kvm_make_request
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit, Vcpu
+from kvm_model.vmx import pml
 from kvm_model.vmx.exits import (
     EPT_ACC_EXEC,
     EPT_ACC_READ,
@@ -59,6 +60,7 @@ from kvm_model.vmx.exits import (
     REASON_IO_INSTRUCTION,
     REASON_MSR_READ,
     REASON_MSR_WRITE,
+    REASON_PML_FULL,
     REASON_TRIPLE_FAULT,
     REASON_VMCALL,
     VmExit,
@@ -71,7 +73,7 @@ if TYPE_CHECKING:
 __all__ = ["TRACEPOINTS", "vmx_handle_exit"]
 
 _EPT_PROT_MASK = EPT_ENTRY_READ | EPT_ENTRY_WRITE | EPT_ENTRY_EXEC
-_VECTORING_OK = frozenset((REASON_EXCEPTION_NMI, REASON_EPT_VIOLATION, REASON_EPT_MISCONFIG))
+_VECTORING_OK = frozenset((REASON_EXCEPTION_NMI, REASON_EPT_VIOLATION, REASON_EPT_MISCONFIG, REASON_PML_FULL))
 _MASK64 = (1 << 64) - 1
 _GP = 13
 _MMIO_TYPES = ("unsatisfied-read", "read", "write")
@@ -119,12 +121,16 @@ KVM_MSR = Tracepoint(
         f"msr_{'write' if write else 'read'} {ecx:x} = 0x{data:x}{' (#GP)' if exception else ''}",
 )
 TRACEPOINTS = (
-    KVM_PAGE_FAULT, KVM_PIO, KVM_MMIO, KVM_EMULATE_INSN, VCPU_MATCH_MMIO, KVM_HYPERCALL, KVM_CPUID, KVM_MSR,
+    KVM_PAGE_FAULT, *pml.TRACEPOINTS, KVM_PIO, KVM_MMIO, KVM_EMULATE_INSN, VCPU_MATCH_MMIO, KVM_HYPERCALL,
+    KVM_CPUID, KVM_MSR,
 )
 
 
 def vmx_handle_exit(vcpu: Vcpu, exit_: VmExit) -> int:
     """Dispatch on the exit reason."""
+    if vcpu.kvm.cpu_dirty_log_size:
+        # On every exit: whoever wants an up-to-date log only has to kick the vCPU.
+        pml.vmx_flush_pml_buffer(vcpu)
     if exit_.idt_vectoring_info & INTR_INFO_VALID and exit_.reason not in _VECTORING_OK:
         return _internal_error(vcpu, "an event was being delivered")
     handler = _HANDLERS.get(exit_.reason)
@@ -236,7 +242,7 @@ def _emulate_in_memory(vcpu: Vcpu, gpa: int, access: MmioAccess) -> int:
         if access.write:
             data = access.data & (1 << 8 * access.length) - 1
             copy_to_user(kvm.process, hva, data.to_bytes(access.length, "little"))
-            mark_page_dirty_in_slot(kvm, slot, gpa >> 12)
+            mark_page_dirty_in_slot(vcpu, slot, gpa >> 12)
         else:
             value = int.from_bytes(copy_from_user(kvm.process, hva, access.length), "little")
     except KernelError:
@@ -411,5 +417,6 @@ _HANDLERS = {
     REASON_MSR_WRITE: _handle_wrmsr,
     REASON_EPT_VIOLATION: _handle_ept_violation,
     REASON_EPT_MISCONFIG: _handle_ept_misconfig,
+    REASON_PML_FULL: pml.handle_pml_full,
 }
 """kvm_vmx_exit_handlers, the reasons this CPU produces."""

@@ -7,6 +7,7 @@
 | `emulator_reclaim.py`, `emulator_hugetlb.py` | its steps for reclaim and for huge pages |
 | `emulator_migrate.py` | its steps for migration and compaction |
 | `emulator_files.py` | its steps for files and shared memory |
+| `emulator_dirty.py` | its steps for dirty tracking |
 | `recordings.py` | what the real kernel did |
 | `normal.py` | the form in which the two are compared |
 | `guest.py` | the guest, the same for both |
@@ -18,6 +19,7 @@
 | `linux_mm_reclaim.py` | those of reclaim and access tracking |
 | `linux_mm_thp.py` | those of transparent huge pages |
 | `linux_mm_uffd.py` | those of userfaultfd; `emulator_uffd.py` has their steps |
+| `linux_kvm_dirty.py` | those of dirty tracking in KVM |
 | `recorded/linux-6.18/` | the real kernel's traces |
 """
 

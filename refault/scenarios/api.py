@@ -209,6 +209,35 @@ class Backend(Protocol):
         ...
 
 
+    def log_dirty(self, on: bool) -> Any:
+        """KVM_SET_USER_MEMORY_REGION of the data slot with KVM_MEM_LOG_DIRTY_PAGES set or clear."""
+        ...
+
+    def get_dirty_log(self) -> Any:
+        """KVM_GET_DIRTY_LOG of the data slot: the dirty pages' numbers."""
+        ...
+
+    def count_dirty_log(self) -> Any:
+        """The same; how many they are, and the first six."""
+        ...
+
+    def enable_manual_protect(self, value: int) -> Any:
+        """KVM_ENABLE_CAP of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2; 0."""
+        ...
+
+    def clear_dirty_log(self, first: int, count: int, pages: Sequence[int]) -> Any:
+        """KVM_CLEAR_DIRTY_LOG of `count` pages from `first` with a mask of `pages`; 0."""
+        ...
+
+    def dirty_ring(self) -> Any:
+        """(flags, slot, offset) of the first six entries of vCPU 0's dirty ring."""
+        ...
+
+    def reset_dirty_rings(self) -> Any:
+        """Harvest what the first eight entries have and KVM_RESET_DIRTY_RINGS; what it answers."""
+        ...
+
+
 class Scenario:
     """The steps, told to a back end. Titles follow the recordings'."""
 
@@ -399,3 +428,34 @@ class Scenario:
     def uffd_copy(self, offset: int, title: str) -> Any:
         """UFFDIO_COPY."""
         return self._step(title, "uffd_copy", offset)
+
+    def log_dirty(self, on: bool) -> Any:
+        """Logging of the data slot begins or ends."""
+        return self._step(f"slot flags {'|=' if on else '-='} LOG_DIRTY", "log_dirty", on)
+
+    def get_dirty_log(self, title: str = "GET_DIRTY_LOG") -> Any:
+        """KVM_GET_DIRTY_LOG."""
+        return self._step(title, "get_dirty_log")
+
+    def count_dirty_log(self, note: str = "") -> Any:
+        """KVM_GET_DIRTY_LOG, of many pages."""
+        return self._step(f"GET_DIRTY_LOG {note}", "count_dirty_log")
+
+    def manual_protect(self, value: int) -> Any:
+        """Manual protection."""
+        title = f"ENABLE_CAP MANUAL_DIRTY_LOG_PROTECT2={value}"
+        return self._step(title, "enable_manual_protect", value)
+
+    def clear_dirty_log(self, first: int, count: int, pages: Sequence[int]) -> Any:
+        """KVM_CLEAR_DIRTY_LOG."""
+        shown = list(pages) if len(pages) < 9 else pages
+        title = f"CLEAR_DIRTY_LOG first={first} num={count} pages={shown}"
+        return self._step(title, "clear_dirty_log", first, count, pages)
+
+    def dirty_ring(self, title: str) -> Any:
+        """What is in the ring."""
+        return self._step(title, "dirty_ring")
+
+    def reset_dirty_rings(self) -> Any:
+        """Harvest and reset."""
+        return self._step("KVM_RESET_DIRTY_RINGS", "reset_dirty_rings")

@@ -17,6 +17,7 @@ from emu.hostops import OPERATIONS, perform
 from emu.loaders.image import BOOT_GDT, Image
 from host_mm.kernel.errors import KernelError
 from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
+from refault.scenarios.emulator_dirty import DirtySteps
 from refault.scenarios.emulator_files import FileSteps
 from refault.scenarios.emulator_hugetlb import SLOT0_OFFSET_HUGETLB, HugetlbSteps
 from refault.scenarios.emulator_migrate import MigrateSteps
@@ -48,18 +49,23 @@ def _image() -> Image:
     )
 
 
-class EmulatorBackend(FileSteps, HugetlbSteps, MigrateSteps, ReclaimSteps, UffdSteps):
+class EmulatorBackend(DirtySteps, FileSteps, HugetlbSteps, MigrateSteps, ReclaimSteps, UffdSteps):
     """One machine for one scenario. `lines` is the normalised sequence, `events` the trace."""
 
     def __init__(self, **options: Any) -> None:
         hugetlb, file = options.pop("hugetlb", ""), options.pop("file", "")
+        ring = options.pop("dirty_ring", 0)
         params = {"kvm_intel.eptad": "0", **options.pop("params", {})}
+        if ring:
+            params["vmm.dirty_ring_size"] = str(ring)
         self.vm = VM("2M", params=params, **{"host_ram": "64M", "swap": "64M", **options})
         board = self.board = self.vm.board
         slot0 = board.memory.regions[0]
         self.slot0_offset = SLOT0_OFFSET_HUGETLB if hugetlb else SLOT0_OFFSET
         self.data_hva = slot0.hva - self.slot0_offset
         self.vm.host._board.host.sched.run_task("vmm", lambda: self._create_data(hugetlb, file))
+        if ring:
+            self.log_dirty(True)
         board.load(_image())
         self.vm.run()
         self._run("nop")

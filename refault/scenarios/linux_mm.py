@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import refault.scenarios.linux_kvm_dirty
 import refault.scenarios.linux_mm_files
 import refault.scenarios.linux_mm_hugetlb
 import refault.scenarios.linux_mm_migrate

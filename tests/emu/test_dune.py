@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from errno import EFAULT
 from typing import Any
 
@@ -13,7 +11,6 @@ from emu.dune import Dune
 from host_mm.fork import exit_process, fork_process
 from host_mm.host import HostMm
 from host_mm.kernel.errors import BrokenTruth, KernelError
-from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.mmap import do_mmap
@@ -24,6 +21,7 @@ from host_mm.rmap import folio_referenced
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.machine import ANON, PAGE, RW, make_host, run
+from tests.host_mm.storm import storm
 from trace_events.event import Event
 from trace_events.stream import Listener
 
@@ -189,67 +187,25 @@ def test_a_process_may_exit_with_its_ept_filled() -> None:
     assert not host.mms
 
 
-def storm(seed: int, *breaks: str, profile: MmProfile = LINUX_6_18) -> HostMm:
+def together(seed: int, *breaks: str, profile: MmProfile = LINUX_6_18) -> HostMm:
     dune, process, base = machine(breaks=frozenset(breaks), profile=profile)
-    host = dune.host
-    host.sched.set_strategy(RandomStrategy(seed, period=2))
-    left = [2]
-
-    def user(phase: int, read: Callable[[int], bytes], write: Callable[[int, bytes], object]) -> None:
-        rng = random.Random(seed * 3 + phase)
-        mine = bytearray(PAGES * PAGE)
-        for _ in range(60):
-            at = rng.randrange(PAGES * PAGE // 16) * 16 + phase * 8
-            if rng.random() < 0.5:
-                assert read(at) == mine[at : at + 8]
-            else:
-                mine[at : at + 8] = rng.randbytes(8)
-                write(at, bytes(mine[at : at + 8]))
-            host.sched.point("user")
-        left[0] -= 1
-
-    def kernel() -> None:
-        rng = random.Random(seed)
-        children: list[Process] = []
-        while left[0]:
-            first = rng.randrange(PAGES)
-            count = rng.randrange(1, PAGES + 1 - first)
-            what = rng.randrange(4)
-            if what == 0:
-                do_madvise(process.mm, base + first * PAGE, count * PAGE, MADV_PAGEOUT)
-            elif what == 1:
-                pages = [base + (first + n) * PAGE for n in range(count)]
-                move_pages(process, pages, [rng.randrange(2)] * count)
-            elif what == 2 and not children:
-                children.append(fork_process(process))
-            elif children:
-                exit_process(children.pop())
-            host.sched.sleep(rng.randrange(1, 4000))
-        for child in children:
-            exit_process(child)
-
-    run(
-        host, kernel,
-        lambda: user(
-            0, lambda at: copy_from_user(process, base + at, 8),
-            lambda at, data: copy_to_user(process, base + at, data),
-        ),
-        lambda: user(1, lambda at: dune.load(base + at, 8), lambda at, data: dune.store(base + at, data)),
+    storm(
+        process, base, PAGES, seed, lambda at: dune.load(base + at, 8),
+        lambda at, data: dune.store(base + at, data),
     )
-    host.sched.set_strategy(None)
-    return host
+    return dune.host
 
 
 @pytest.mark.parametrize("profile", [LINUX_6_18, LINUX_5_10], ids=lambda profile: profile.name)
 @pytest.mark.parametrize("seed", range(12))
 def test_the_two_memories_are_one_in_any_order(seed: int, profile: MmProfile) -> None:
-    at_rest(storm(seed, profile=profile))
+    at_rest(together(seed, profile=profile))
 
 
 def test_a_missing_retry_breaks_a_truth() -> None:
     def until_broken() -> None:
         for seed in range(40):
-            storm(seed, "dune-no-retry")
+            together(seed, "dune-no-retry")
 
     with pytest.raises(BrokenTruth, match="secondary-stale"):
         until_broken()

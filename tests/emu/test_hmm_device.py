@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections.abc import Callable
 from errno import EFAULT, EINVAL
@@ -16,7 +15,6 @@ from host_mm.arch.x86.pgtable import decode_pte, walk_lockless
 from host_mm.fork import exit_process, fork_process
 from host_mm.host import HostMm
 from host_mm.kernel.errors import BrokenTruth, KernelError
-from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.mmap import PROT_READ, do_mmap, do_munmap
@@ -26,6 +24,7 @@ from host_mm.profile import LINUX_5_10
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.machine import ANON, PAGE, RW, Recorder, make_host, run
+from tests.host_mm.storm import storm
 
 PAGES = 16
 
@@ -87,6 +86,26 @@ def recorded(device: HmmDevice, process: Process, operation: Callable[[], object
     run(device.host, operation)
     mn.mmu_notifier_unregister(recorder, process.mm)
     return [event for event in recorder.take() if event[0] != "release"]
+
+
+def test_the_charge_goes_with_the_bytes_and_a_hole_that_is_filled_is_charged() -> None:
+    device, process, base = machine()
+    host = device.host
+    memcg = host.memcg.create("vm")
+    host.memcg.attach(process, memcg)
+
+    def body() -> None:
+        copy_to_user(process, base, b"x")
+        assert device.migrate_to_device(base, 2) == 2
+        host.memcg.drain_all_stock(memcg)
+        assert memcg.usage == 2
+        copy_to_user(process, base, b"y")
+        copy_to_user(process, base + PAGE, b"y")
+        host.memcg.drain_all_stock(memcg)
+        assert memcg.usage == 2
+
+    run(host, body)
+    at_rest(host)
 
 
 def test_in_5_10_holes_are_filled_in_a_bracket_that_is_nobodys_and_ends_short() -> None:
@@ -312,28 +331,12 @@ def test_what_the_device_refuses() -> None:
     refused(lambda: device.atomic(base), EFAULT)
 
 
-def storm(seed: int) -> HmmDevice:
+def together(seed: int) -> HmmDevice:
     device, process, base = machine(nr=6)
-    host = device.host
-    host.sched.set_strategy(RandomStrategy(seed, period=2))
-    left = [2]
 
-    def user(phase: int, read: Callable[[int], bytes], write: Callable[[int, bytes], object]) -> None:
-        rng = random.Random(seed * 3 + phase)
-        mine = bytearray(PAGES * PAGE)
-        for _ in range(60):
-            at = rng.randrange(PAGES * PAGE // 16) * 16 + phase * 8
-            if rng.random() < 0.5:
-                assert read(at) == mine[at : at + 8], (phase, hex(at))
-            else:
-                mine[at : at + 8] = rng.randbytes(8)
-                write(at, bytes(mine[at : at + 8]))
-            host.sched.point("user")
-        left[0] -= 1
-
-    def driver() -> None:
+    def driver(busy: Callable[[], bool]) -> None:
         rng = random.Random(seed * 5)
-        while left[0]:
+        while busy():
             first = rng.randrange(PAGES - 4)
             if rng.random() < 0.6:
                 device.migrate_to_device(base + first * PAGE, rng.randrange(1, 5))
@@ -341,45 +344,19 @@ def storm(seed: int) -> HmmDevice:
                 device.atomic(base + first * PAGE)
             else:
                 device.evict()
-            host.sched.sleep(rng.randrange(1, 4000))
+            device.host.sched.sleep(rng.randrange(1, 4000))
 
-    def kernel() -> None:
-        rng = random.Random(seed)
-        children: list[Process] = []
-        while left[0]:
-            first = rng.randrange(PAGES)
-            count = rng.randrange(1, PAGES + 1 - first)
-            what = rng.randrange(4)
-            if what == 0:
-                do_madvise(process.mm, base + first * PAGE, count * PAGE, MADV_PAGEOUT)
-            elif what == 1:
-                pages = [base + (first + n) * PAGE for n in range(count)]
-                move_pages(process, pages, [rng.randrange(2)] * count)
-            elif what == 2 and not children:
-                # While the device holds a page's lock: Linux calls that -ENOMEM, too.
-                with contextlib.suppress(KernelError):
-                    children.append(fork_process(process))
-            elif children:
-                exit_process(children.pop())
-            host.sched.sleep(rng.randrange(1, 4000))
-        for child in children:
-            exit_process(child)
-
-    run(
-        host, kernel, driver,
-        lambda: user(
-            0, lambda at: copy_from_user(process, base + at, 8),
-            lambda at, data: copy_to_user(process, base + at, data),
-        ),
-        lambda: user(1, lambda at: device.read(base + at, 8), lambda at, data: device.write(base + at, data)),
+    # A fork that meets a page whose lock the device holds is -ENOMEM in Linux, too.
+    storm(
+        process, base, PAGES, seed, lambda at: device.read(base + at, 8),
+        lambda at, data: device.write(base + at, data), driver, fork_may_fail=True,
     )
-    host.sched.set_strategy(None)
     return device
 
 
 @pytest.mark.parametrize("seed", range(16))
 def test_no_byte_is_lost_in_any_order(seed: int) -> None:
-    device = storm(seed)
+    device = together(seed)
     at_rest(device.host)
     run(device.host, device.close)
     at_rest(device.host)
@@ -396,7 +373,7 @@ def test_a_device_that_does_not_account_for_what_it_leaves_out_publishes_what_wa
 
     def until_broken() -> None:
         for seed in range(60):
-            storm(seed)
+            together(seed)
 
     with pytest.raises(BrokenTruth, match="secondary-stale"):
         until_broken()

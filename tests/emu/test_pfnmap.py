@@ -86,3 +86,20 @@ def test_what_the_operations_refuse_leaves_nothing_behind() -> None:
             vm.host.swap_out(GPA)
         assert vm.host.host_read(GPA) == 5
         assert len(vm.board.host.mm.device_frames.busy) == 1
+
+
+def test_a_devices_memory_is_no_file_to_the_operations_on_files() -> None:
+    with refault.VM(memory="4M", host_ram="8M", check=True) as vm:
+        vm.host.pfnmap_create(GPA, 2)
+        vm.host.host_write(GPA, 5)
+        for call in (
+            lambda: vm.host.peer_write(GPA, 7),
+            lambda: vm.host.file_write(GPA, 7),
+            lambda: vm.host.punch_hole(GPA),
+            lambda: vm.host.truncate(GPA),
+            lambda: vm.host.fsync(GPA),
+            lambda: vm.host.fadvise_dontneed(GPA),
+        ):
+            with pytest.raises(KernelError, match="EBADF"):
+                call()
+        assert vm.host.host_read(GPA) == 5

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from emu import abi
 from emu.devices.rdma import RdmaDevice
-from host_mm.fork import exit_process, fork_process
+from host_mm.fork import exit_process
 from host_mm.kernel.errors import BrokenTruth
-from host_mm.kernel.sched import RandomStrategy
-from host_mm.madvise import MADV_PAGEOUT, do_madvise
-from host_mm.migrate import move_pages
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.emu.rdma_machine import IOVA, PAGES, at_rest, drain, machine, swap_out
 from tests.host_mm.machine import PAGE, run
+from tests.host_mm.storm import storm
 
 # -- the queue ------------------------------------------------------------------------------------
 SQ, CQ, DATA = IOVA, IOVA + PAGE, IOVA + 2 * PAGE
@@ -145,74 +142,21 @@ def test_the_registers_read_as_the_abi_says(queue: Queue) -> None:
 
 
 # -- races ----------------------------------------------------------------------------------------
-def storm(seed: int, *breaks: str, profile: MmProfile = LINUX_6_18) -> RdmaDevice:
-    """A device, a process and a kernel at work on the same pages; every byte is known to an oracle."""
+def together(seed: int, *breaks: str, profile: MmProfile = LINUX_6_18) -> RdmaDevice:
+    """A device, a process and a kernel at work on the same pages."""
     device, process, base = machine(breaks=frozenset(breaks), profile=profile)
-    host = device.host
     key = device.register(IOVA, base, PAGES * PAGE, pinned=False)
-    host.sched.set_strategy(RandomStrategy(seed, period=2))
-    left = [2]
-    oracle = {"cpu": bytearray(PAGES * PAGE), "device": bytearray(PAGES * PAGE)}
-
-    # Both write everywhere, each every other 8 bytes, so that they share pages and never bytes.
-    def user(
-        name: str, phase: int, read: Callable[[int], bytes], write: Callable[[int, bytes], object]
-    ) -> None:
-        rng = random.Random(seed * 3 + phase)
-        mine = oracle[name]
-        for _ in range(60):
-            at = rng.randrange(PAGES * PAGE // 16) * 16 + phase * 8
-            if rng.random() < 0.5:
-                assert read(at) == mine[at : at + 8], f"{name} at {at:#x}"
-            else:
-                data = rng.randbytes(8)
-                write(at, data)
-                mine[at : at + 8] = data
-            host.sched.point("user")
-        left[0] -= 1
-
-    def kernel() -> None:
-        rng = random.Random(seed)
-        children: list[Process] = []
-        while left[0]:
-            first = rng.randrange(PAGES)
-            count = rng.randrange(1, PAGES + 1 - first)
-            what = rng.randrange(4)
-            if what == 0:
-                do_madvise(process.mm, base + first * PAGE, count * PAGE, MADV_PAGEOUT)
-            elif what == 1:
-                pages = [base + (first + n) * PAGE for n in range(count)]
-                move_pages(process, pages, [rng.randrange(2)] * count)
-            elif what == 2 and not children:
-                children.append(fork_process(process))
-            elif children:
-                exit_process(children.pop())
-            host.sched.sleep(rng.randrange(1, 4000))
-        for child in children:
-            exit_process(child)
-
-    def cpu_read(at: int) -> bytes:
-        return copy_from_user(process, base + at, 8)
-
-    def cpu_write(at: int, data: bytes) -> None:
-        copy_to_user(process, base + at, data)
-
-    run(
-        host, kernel,
-        lambda: user("cpu", 0, cpu_read, cpu_write),
-        lambda: user(
-            "device", 1, lambda at: device.dma_read(key, IOVA + at, 8),
-            lambda at, data: device.dma_write(key, IOVA + at, data),
-        ),
+    storm(
+        process, base, PAGES, seed, lambda at: device.dma_read(key, IOVA + at, 8),
+        lambda at, data: device.dma_write(key, IOVA + at, data),
     )
-    host.sched.set_strategy(None)
     return device
 
 
 @pytest.mark.parametrize("profile", [LINUX_6_18, LINUX_5_10], ids=lambda profile: profile.name)
 @pytest.mark.parametrize("seed", range(12))
 def test_no_byte_is_lost_in_any_order(seed: int, profile: MmProfile) -> None:
-    device = storm(seed, profile=profile)
+    device = together(seed, profile=profile)
     at_rest(device)
     device.close()
     at_rest(device)
@@ -221,7 +165,7 @@ def test_no_byte_is_lost_in_any_order(seed: int, profile: MmProfile) -> None:
 def test_publishing_without_asking_breaks_a_truth() -> None:
     def until_broken() -> None:
         for seed in range(40):
-            storm(seed, "no-interval-retry")
+            together(seed, "no-interval-retry")
 
     with pytest.raises(BrokenTruth, match="interval-publish"):
         until_broken()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from errno import EFAULT, EINVAL, EIO
 from typing import Any
@@ -12,9 +11,7 @@ import pytest
 from emu.devices.sva import SvaDevice
 from host_mm.fork import exit_process, fork_process
 from host_mm.kernel.errors import BrokenTruth, KernelError
-from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
-from host_mm.migrate import move_pages
 from host_mm.mm_types import MmStruct
 from host_mm.mmap import PROT_READ, do_mmap, do_munmap
 from host_mm.mmu_notifier import MmuNotifier, MmuNotifierRange, mmu_notifier_register
@@ -24,6 +21,7 @@ from host_mm.profile import LINUX_5_10
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.machine import ANON, PAGE, RW, make_host, run
+from tests.host_mm.storm import storm
 from trace_events.stream import Listener
 
 PAGES = 16
@@ -198,51 +196,9 @@ def test_an_iotlb_that_nobody_flushes_reaches_a_frame_that_is_somebody_elses() -
 @pytest.mark.parametrize("kw", PROFILES)
 def test_no_translation_outlives_its_frame_in_any_order(kw: dict[str, Any], seed: int) -> None:
     device, process, base = machine(**kw)
-    host = device.host
-    host.sched.set_strategy(RandomStrategy(seed, period=2))
-    left = [2]
-
-    def user(phase: int, read: Callable[[int], bytes], write: Callable[[int, bytes], object]) -> None:
-        rng = random.Random(seed * 3 + phase)
-        mine = bytearray(PAGES * PAGE)
-        for _ in range(60):
-            at = rng.randrange(PAGES * PAGE // 16) * 16 + phase * 8
-            if rng.random() < 0.5:
-                assert read(at) == mine[at : at + 8]
-            else:
-                mine[at : at + 8] = rng.randbytes(8)
-                write(at, bytes(mine[at : at + 8]))
-            host.sched.point("user")
-        left[0] -= 1
-
-    def kernel() -> None:
-        rng = random.Random(seed)
-        children: list[Process] = []
-        while left[0]:
-            first = rng.randrange(PAGES)
-            count = rng.randrange(1, PAGES + 1 - first)
-            what = rng.randrange(4)
-            if what == 0:
-                do_madvise(process.mm, base + first * PAGE, count * PAGE, MADV_PAGEOUT)
-            elif what == 1:
-                pages = [base + (first + n) * PAGE for n in range(count)]
-                move_pages(process, pages, [rng.randrange(2)] * count)
-            elif what == 2 and not children:
-                children.append(fork_process(process))
-            elif children:
-                exit_process(children.pop())
-            host.sched.sleep(rng.randrange(1, 4000))
-        for child in children:
-            exit_process(child)
-
-    run(
-        host, kernel,
-        lambda: user(
-            0, lambda at: copy_from_user(process, base + at, 8),
-            lambda at, data: copy_to_user(process, base + at, data),
-        ),
-        lambda: user(1, lambda at: device.read(base + at, 8), lambda at, data: device.write(base + at, data)),
+    storm(
+        process, base, PAGES, seed, lambda at: device.read(base + at, 8),
+        lambda at, data: device.write(base + at, data),
     )
-    host.sched.set_strategy(None)
-    host.sched.run_task("rest", host.quiesce)
-    audit(host)
+    device.host.sched.run_task("rest", device.host.quiesce)
+    audit(device.host)

@@ -55,9 +55,9 @@ def both(ram: Ram, access: int, *, cr0: int = CR0, cr4: int = P.CR4_PAE, efer: i
     """The result, after the compiled form on a copy agreed on it and on memory."""
     copy = Ram(FRAMES)
     copy.b[:] = ram.b
-    result = walk(ram.i64, FRAMES, cr0, cr3, cr4, efer, eptp, gva, access)
+    result = walk(ram.i64, FRAMES, cr0, cr3, cr4, efer, eptp, 0, gva, access)
     code = native()
-    assert code.walk(code.memory(copy.i64), FRAMES, cr0, cr3, cr4, efer, eptp, gva, access) == result
+    assert code.walk(code.memory(copy.i64), FRAMES, cr0, cr3, cr4, efer, eptp, 0, gva, access) == result
     assert copy.b == ram.b
     return result
 
@@ -140,7 +140,7 @@ def test_hostile_tables_never_lead_outside_ram() -> None:
         for _ in range(2000):
             eptp = rng.choice((0, rng.randrange(FRAMES + 1) << 12 | rng.choice((0x1E, 0x5E))))
             access = rng.choice((ACCESS_READ, ACCESS_WRITE, ACCESS_FETCH)) | rng.choice((0, ACCESS_USER))
-            args = (FRAMES, CR0, rng.getrandbits(18), P.CR4_PAE, LONG, eptp, rng.getrandbits(47), access)
+            args = (FRAMES, CR0, rng.getrandbits(18), P.CR4_PAE, LONG, eptp, 0, rng.getrandbits(47), access)
             result = walk(Bounded(ram.i64), *args)
             assert code.walk(array, *args) == result
             seen.add(STATUS_NAMES[result[0]])

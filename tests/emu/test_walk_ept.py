@@ -25,10 +25,12 @@ from emu.cpu.walk import (
     EPT_VIOLATION,
     OK,
     OUTSIDE_RAM,
+    PML_FULL,
     RIGHT_W,
     walk,
 )
 from host_mm.ram import Ram
+from kvm_model.vmx.ept import VMCS_PML_ADDRESS, VMCS_PML_INDEX
 from tests.emu.page_table_cases import Overlay, to_signed
 
 R, W, X = 1, 2, 4
@@ -38,6 +40,7 @@ GVA = 0x1234_5678_9ABC & ~7
 LEAF_HPA = {1: 0x0060_0000, 2: 0x0100_0000, 3: 0x8000_0000}
 OFFSETS = {1: 0xFFF, 2: 0x1F_FFFF, 3: 0x3FFF_FFFF}
 EPT_ROOT = 1
+VMCS, PML = 100, 101
 CR0 = P.CR0_PG | P.CR0_PE | P.CR0_WP
 CR4 = P.CR4_PAE
 EFER = P.EFER_LME | P.EFER_LMA | P.EFER_NXE
@@ -141,9 +144,9 @@ class Machine:
             flags = P.PTE_PRESENT | P.PTE_RW | P.PTE_USER
             words[self.guest_slot(n, stages[n].leaf)] = self.gpa(n - 1) | flags | stages[n].guest_flags
 
-    def run(self, access: int, eptp: int) -> tuple[tuple[int, ...], dict[int, int]]:
+    def run(self, access: int, eptp: int, pml: int = 0) -> tuple[tuple[int, ...], dict[int, int]]:
         """Result and stores of the interpreted walk, after the compiled one gave the same."""
-        registers = (CR0, self.gpa(4), CR4, EFER, eptp, GVA, access)
+        registers = (CR0, self.gpa(4), CR4, EFER, eptp, pml, GVA, access)
         overlay = Overlay(self.ram.i64)
         result = walk(overlay, FRAMES, *registers)
         before = {slot: self.ram.i64[slot] for slot in overlay.stores}
@@ -153,8 +156,10 @@ class Machine:
             self.ram.i64[slot] = before[slot]
         return result, overlay.stores
 
-    def expected(self, stages: dict[int, Stage], kind: str, ad: bool) -> tuple[int, int, int, dict[int, int]]:
-        """(status, qualification, stage, stores) by the tables above."""
+    def expected(
+        self, stages: dict[int, Stage], kind: str, ad: bool, index: int | None = None
+    ) -> tuple[int, int, int, dict[int, int]]:
+        """(status, qualification, stage, stores) by the tables above; `index`: the log's, if it is on."""
         words, stores = self.ram.i64, dict[int, int]()
         for n in (4, 3, 2, 1, 0):
             stage = stages[n]
@@ -165,15 +170,31 @@ class Machine:
                 qualification = bits | rights << 3 | 0x80 | final if what == "violation" else 0
                 return STATUS[what], qualification, n, stores
             if ad:
-                for level, slot in self.slots(n, stage.leaf).items():
-                    dirty = level == stage.leaf and (n > 0 or kind == "w")
-                    entry = words[slot] | 0x100 | (0x200 if dirty else 0)
-                    if entry != words[slot]:
-                        stores[slot] = entry
+                changed = self.flags_to_set(n, stage, kind)
+                if index is not None and changed:
+                    if index > 511:
+                        return PML_FULL, 0, n, stores
+                    leaf = self.slots(n, stage.leaf)[stage.leaf]
+                    if changed.get(leaf, 0) & ~words[leaf] & 0x200:
+                        stores[PML * 512 + index] = self.gpa(n)
+                        index = (index - 1) & 0xFFFF
+                        stores[VMCS * 512 + VMCS_PML_INDEX] = index
+                stores.update(changed)
             if update:
                 slot = self.guest_slot(n, stage.leaf)
                 stores[slot] = words[slot] | update
         return OK, 0, 0, stores
+
+    def flags_to_set(self, n: int, stage: Stage, kind: str) -> dict[int, int]:
+        """The EPT entries of a stage that its access changes."""
+        words = self.ram.i64
+        changed = {}
+        for level, slot in self.slots(n, stage.leaf).items():
+            dirty = level == stage.leaf and (n > 0 or kind == "w")
+            entry = words[slot] | 0x100 | (0x200 if dirty else 0)
+            if entry != words[slot]:
+                changed[slot] = entry
+        return changed
 
     def stage_outcome(self, stage: Stage, n: int, kind: str, ad: bool) -> tuple[str, int, int]:
         """(outcome, access bits of a violation, guest flags to set) of one stage by the tables."""
@@ -186,6 +207,17 @@ class Machine:
         column = 2 if ad else 1 if update else 0
         what, bits = STRUCTURE_TABLE[0 if bad else stage.combined()][column]
         return (bad or what), bits, update
+
+    def check_logged(self, stages: dict[int, Stage], kind: str, index: int) -> int:
+        """As check, with A/D flags and a log whose next entry is `index`; the status."""
+        words = self.ram.i64
+        words[VMCS * 512 + VMCS_PML_ADDRESS] = PML << 12
+        words[VMCS * 512 + VMCS_PML_INDEX] = index
+        result, stores = self.run(ACCESSES[kind], EPT_ROOT << 12 | 0x5E, VMCS * 512)
+        status, _, stage, expected_stores = self.expected(stages, kind, True, index)
+        assert (result[0], result[5] if status else 0) == (status, stage)
+        assert stores == expected_stores
+        return status
 
     def check(self, stages: dict[int, Stage], kind: str, ad: bool) -> None:
         eptp = EPT_ROOT << 12 | 0x1E | (0x40 if ad else 0)
@@ -244,6 +276,25 @@ def test_random_rights_at_every_level_of_every_stage(machine: Machine, ad: bool)
         machine.build(stages, ept_flags=rng.choice((0, 0x100, 0x300)))
         for kind in "rwx":
             machine.check(stages, kind, ad)
+
+
+def test_what_sets_an_ept_dirty_flag_is_logged_and_a_full_log_lets_no_flag_be_set(machine: Machine) -> None:
+    rng = random.Random(11)
+    seen = set()
+    for _ in range(4000):
+        stages = plain()
+        for stage in stages.values():
+            stage.leaf = rng.choice((1, 1, 2, 3))
+            stage.rights = {n: rng.choices((0, R, X, R | W, R | X, 7), (1, 1, 2, 8, 4, 80))[0]
+                            for n in (1, 2, 3, 4)}
+            stage.guest_flags = rng.choice((0, 0x20, 0x40, 0x60))
+        machine.build(stages, ept_flags=rng.choice((0, 0x100, 0x300)))
+        for stage in rng.sample(range(5), 2):
+            slot = machine.slots(stage, stages[stage].leaf)[stages[stage].leaf]
+            machine.ram.i64[slot] &= ~rng.choice((0, 0x100, 0x200, 0x300))
+        for kind in "rwx":
+            seen.add(machine.check_logged(stages, kind, rng.choice((511, 300, 4, 3, 1, 0, 0xFFFF))))
+    assert seen >= {OK, EPT_VIOLATION, PML_FULL}
 
 
 MISCONFIGURATIONS = [
@@ -311,7 +362,7 @@ def test_paging_off_translates_32_bits_through_ept(machine: Machine) -> None:
     words[42 * 512 + 3] = 0x77_7000 | 6 << 3 | 5
     for gva in (gpa | 0x123, gpa | 0x123 | 5 << 32):
         for kind, status in (("r", OK), ("w", EPT_VIOLATION), ("x", OK)):
-            args = (words, FRAMES, P.CR0_PE, 0, 0, 0, EPT_ROOT << 12 | 0x1E, gva, ACCESSES[kind])
+            args = (words, FRAMES, P.CR0_PE, 0, 0, 0, EPT_ROOT << 12 | 0x1E, 0, gva, ACCESSES[kind])
             result = walk(*args)
             assert result == machine.native.walk(machine.array, *args[1:])
             if status == OK:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from errno import EBUSY
+
 import pytest
 
 from host_mm.arch.x86.pgtable import lookup_address_in_mm, pte_pfn
 from host_mm.fork import exit_process, fork_process
 from host_mm.gup import FOLL_WRITE, get_user_pages_unlocked, pin_user_page, unpin_user_page
 from host_mm.huge_memory_split import deferred_split_scan, split_huge_pages
-from host_mm.kernel.errors import KernelError
+from host_mm.kernel.errors import EHWPOISON, KernelError
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
+from host_mm.memory_failure import memory_failure, soft_offline_page
 from host_mm.migrate import move_pages
 from host_mm.mremap import MREMAP_FIXED, MREMAP_MAYMOVE, do_mremap
 from host_mm.page import PG_head, put_page
@@ -177,6 +180,30 @@ def test_a_target_without_room_for_a_huge_page_gets_small_ones() -> None:
     assert vm.words(0, 4) == [1, 2, 3, 4]
     for pfn in [pfn for pfn in held if pfn not in held[::2][:64]]:
         put_page(vm.host, pfn)
+    vm.audit()
+
+
+def test_one_page_of_it_whose_memory_fails_costs_that_page_only() -> None:
+    vm, _ = filled()
+    first = pte_pfn(lookup_address_in_mm(vm.mm, vm.base)[0])
+    assert vm.task(lambda: memory_failure(vm.host, first + 7)) == 0
+    assert vm.level(0) == 1
+    assert vm.words(0, 7) == list(range(1, 8))
+    with pytest.raises(KernelError, match=r"EFAULT|EHWPOISON"):
+        vm.words(7 * PAGE, 1)
+    assert vm.task(lambda: soft_offline_page(vm.host, first + 9)) == 0
+    assert vm.words(9 * PAGE, 1) == [10]
+    assert vm.pfn(9 * PAGE) != first + 9
+    vm.audit()
+
+
+def test_memory_that_fails_under_who_holds_the_page_stays_whole() -> None:
+    vm, _ = filled()
+    pfn = vm.task(lambda: pin_user_page(vm.mm, vm.base + 3 * PAGE, FOLL_WRITE))
+    assert vm.task(lambda: soft_offline_page(vm.host, pfn + 1)) == -EBUSY
+    assert vm.task(lambda: memory_failure(vm.host, pfn + 1)) == -EHWPOISON
+    assert vm.level(0) == 2
+    vm.task(lambda: unpin_user_page(vm.host, pfn))
     vm.audit()
 
 

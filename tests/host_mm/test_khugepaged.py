@@ -264,3 +264,17 @@ def test_a_fault_a_store_and_a_pin_beside_a_collapse_lose_nothing(seed: int) -> 
         assert by_dma == list(pages)
     assert host.vmstat["thp_collapse_alloc"] > 0
     vm.audit()
+
+
+def test_a_host_that_goes_down_waits_for_khugepaged_to_leave_the_address_space_it_sleeps_in() -> None:
+    vm, _ = small(params={"khugepaged.pages_to_scan": "1"})
+    state = vm.host.khugepaged
+    vm.host.start_daemons()
+    vm.task(vm.host.wake_khugepaged)
+    vm.task(lambda: vm.host.sched.sleep(1_000_000))
+    assert state.mm is vm.mm, "asleep in the middle of a round"
+    vm.task(lambda: exit_process(vm.process))
+    holders = vm.mm.mm_count
+    vm.task(vm.host.shutdown)
+    assert not state.mms
+    assert vm.mm.mm_count == holders - 1

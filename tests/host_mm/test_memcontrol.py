@@ -7,7 +7,7 @@ import random
 import pytest
 
 from host_mm.fork import exit_process, fork_process
-from host_mm.kernel.errors import KernelError, OutOfMemory
+from host_mm.kernel.errors import BrokenTruth, KernelError, OutOfMemory
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.memcontrol import MEMCG_CHARGE_BATCH, MemCgroup
@@ -315,3 +315,10 @@ def test_two_groups_under_limits_beside_reclaim_and_random_scheduling(seed: int)
         host.memcg.drain_all_stock(group)
         assert (group.usage, group.swap) == (0, 0)
     audit(host)
+
+
+def test_a_frame_is_charged_once() -> None:
+    vmm, _ = machine(1)
+    pfn = next(iter(vmm.host.memcg.folios))
+    with pytest.raises(BrokenTruth, match=r"memcg-charge.*twice"):
+        run(vmm.host, lambda: vmm.host.memcg.charge(pfn, vmm.mm))

@@ -223,6 +223,7 @@ def test_what_cannot_be_handled_and_what_failed_before() -> None:
     assert fail(host, pfn) == -EHWPOISON
     assert lines[-1] == f"pfn {pfn:#x}: recovery action for already poisoned page: Failed"
     assert fail(host, 1 << 30) == -ENXIO
+    assert fail(host, host.device_frames.start) == -ENXIO, "a device's own memory"
     assert fail(host, -1) == -ENXIO
 
 

@@ -49,7 +49,7 @@ from host_mm.userfaultfd_k import (
     userfaultfd_ctx_read,
     userfaultfd_poll,
 )
-from tests.host_mm.machine import PAGE, RW, make_host, run
+from tests.host_mm.machine import ANON, PAGE, RW, make_host, run
 from tests.host_mm.uffd_machine import errno_of
 
 MINOR, MISSING, WP = UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
@@ -288,4 +288,19 @@ def test_minor_faults_beside_writers_through_the_other_view(seed: int) -> None:
     f.host.sched.set_strategy(None)
     mapped = {pte_pfn(f.entry(page)) for page in range(PAGES) if pte_present(f.entry(page))}
     assert mapped <= set(f.file.i_pages.values())
+    f.close()
+
+
+def test_a_page_that_userfaultfd_brings_into_a_file_is_charged_once() -> None:
+    f = File(MISSING)
+    memcg = f.host.memcg.create("vm")
+    f.host.memcg.attach(f.process, memcg)
+    source = do_mmap(f.mm, 0, PAGE, RW, ANON)
+    f.task(lambda: copy_to_user(f.process, source, b"\xab" * PAGE))
+    f.host.memcg.drain_all_stock(memcg)
+    before = memcg.usage
+    f.task(lambda: [userfaultfd_copy(f.ctx, f.at + page * PAGE, source, PAGE) for page in range(4)])
+    f.task(lambda: userfaultfd_zeropage(f.ctx, f.at + 4 * PAGE, PAGE))
+    f.host.memcg.drain_all_stock(memcg)
+    assert memcg.usage - before == 5
     f.close()

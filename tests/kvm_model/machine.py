@@ -17,11 +17,23 @@ from host_mm.host import HostMm
 from host_mm.kernel.sched import RandomStrategy, Scheduler
 from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_mmap
 from kvm_model import profile as kvm_profile
+from kvm_model.dirty_log import KVM_CAP_DIRTY_LOG_RING
+from kvm_model.dirty_ring import KVM_DIRTY_GFN_SIZE
 from kvm_model.kvm_main import Kvm
 from kvm_model.kvm_x86_ops import MmioAccess
 from kvm_model.vcpu import UserExit, Vcpu
 from kvm_model.vmx import exits
-from kvm_model.vmx.ept import EPT_ACCESSED, EPT_ADDR_MASK, EPT_DIRTY, EPT_LARGE, ept_index, ept_misconfigured
+from kvm_model.vmx.ept import (
+    EPT_ACCESSED,
+    EPT_ADDR_MASK,
+    EPT_DIRTY,
+    EPT_LARGE,
+    PML_ENTRIES,
+    VMCS_PML_ADDRESS,
+    VMCS_PML_INDEX,
+    ept_index,
+    ept_misconfigured,
+)
 from kvm_model.vmx.exits import VmExit
 from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
 from trace_events.event import Event
@@ -50,6 +62,8 @@ class ScriptedCpu:
         self.injected: list[int] = []
         self.msrs: dict[int, int] = {0x10: 0}
         self.allowed = True
+        self.vmcs: dict[int, int] = {}
+        self.written: set[int] = set()
 
     # -- KvmX86Ops ------------------------------------------------------------------------------
 
@@ -93,6 +107,7 @@ class ScriptedCpu:
             self.out.setdefault(n, []).append(self.host.ram.u64[hpa >> 3])
         elif kind == "w":
             self.host.ram.write(hpa, op[2].to_bytes(8, "little"))
+            self.written.add(gpa >> 12)
         return None
 
     def _translate(self, vcpu: Vcpu, gpa: int, need: int) -> int | VmExit:
@@ -125,6 +140,9 @@ class ScriptedCpu:
             if level == 1 or entry & EPT_LARGE:
                 break
         if self.ad:
+            full = self._log(vcpu, gpa, path, need == 2)
+            if full is not None:
+                return full
             for at in path:
                 u64[at] |= EPT_ACCESSED
             if need == 2:
@@ -133,6 +151,24 @@ class ScriptedCpu:
         old = tlb.get(gpa >> 12, (frame, 0))
         tlb[gpa >> 12] = (frame, need | (old[1] if old[0] == frame else 0))
         return frame << 12 | gpa & 0xFFF
+
+    def _log(self, vcpu: Vcpu, gpa: int, path: list[int], write: bool) -> VmExit | None:
+        """Page-modification logging of an access that is about to set flags; the exit if the log is full."""
+        u64 = self.host.ram.u64
+        vmcs = self.vmcs.get(vcpu.vcpu_id, 0) >> 3
+        dirties = write and not u64[path[-1]] & EPT_DIRTY
+        if not vmcs or not (dirties or any(not u64[at] & EPT_ACCESSED for at in path)):
+            return None
+        index = u64[vmcs + VMCS_PML_INDEX]
+        if index >= PML_ENTRIES:
+            return VmExit(exits.REASON_PML_FULL, self._rip(vcpu.vcpu_id))
+        if dirties:
+            u64[(u64[vmcs + VMCS_PML_ADDRESS] >> 3) + index] = gpa & ~0xFFF
+            u64[vmcs + VMCS_PML_INDEX] = (index - 1) & 0xFFFF
+        return None
+
+    def enable_pml(self, vcpu: Vcpu, vmcs: int) -> None:
+        self.vmcs[vcpu.vcpu_id] = vmcs
 
     def flush_tlb(self, vcpu: Vcpu) -> None:
         self.tlb.setdefault(vcpu.vcpu_id, {}).clear()
@@ -191,6 +227,7 @@ class Machine:
         self, *, pages: int = 64, vcpus: int = 1, breaks: tuple[str, ...] = (),
         params: dict[str, str] | None = None, ram: int = 16 << 20,
         swap: int | None = 16 << 20, seed: int | None = None, slot: bool = True, profile: str = "linux-6.18",
+        dirty_ring: int = 0,
     ) -> None:
         self.stream = TraceStream()
         self.sched = Scheduler(self.stream)
@@ -209,6 +246,8 @@ class Machine:
             self.host, self.process, self.cpu, profile=kvm_profile.PROFILES[profile], params=params or {},
             breaks=frozenset(breaks), checks=True,
         )
+        if dirty_ring:
+            self.kvm.enable_cap(KVM_CAP_DIRTY_LOG_RING, dirty_ring * KVM_DIRTY_GFN_SIZE)
         self.vcpus = [self.kvm.create_vcpu(n) for n in range(vcpus)]
         if slot:
             self.do(lambda: self.kvm.set_user_memory_region(0, 0, pages * PAGE, BASE))

@@ -18,6 +18,7 @@ from host_mm.mmu_notifier import (
     mmu_notifier_invalidate_range_start,
     mmu_notifier_range_init,
 )
+from host_mm.uaccess import copy_to_user
 from kvm_model.breaks import BREAKS
 from tests.kvm_model.machine import BASE, PAGE, Machine
 
@@ -152,6 +153,16 @@ def reclaim_what_only_the_guest_wrote(m: Machine) -> None:
     assert m.run(("r", 0)) == [2]
 
 
+def fault_beside_a_bracket(m: Machine) -> None:
+    """The page is outside the range, its neighbour, which the host still maps, inside."""
+    for gfn in (0, 1):
+        m.do(lambda gfn=gfn: copy_to_user(m.process, BASE + gfn * PAGE, b"x"))
+    range_ = range_of(m, 1, 2)
+    m.do(lambda: mmu_notifier_invalidate_range_start(range_))
+    m.run(("w", 0, 1))
+    m.do(lambda: mmu_notifier_invalidate_range_end(range_))
+
+
 SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
     "drop-ad": (reclaim_what_only_the_guest_wrote, {"dirty-dropped"}),
     "flush-after-unlock": (drop_a_mapped_page, {"flush-before-unlock"}),
@@ -162,6 +173,7 @@ SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
     "no-range-union": (two_brackets, {"no-spte-in-bracket"}),
     "no-retry": (fault_during_a_bracket, {"spte-matches-host"}),
     "plain-store": (fast_fault_against_a_zap, {"spte-matches-host"}),
+    "prefetch-in-bracket": (fault_beside_a_bracket, {"no-spte-in-bracket"}),
     "retry-before-gup-only": (fault_during_a_bracket, {"spte-matches-host"}),
     "seq-before-count": (drop_a_mapped_page, {"bracket-balance"}),
     "skip-end": (drop_a_mapped_page, {"bracket-balance"}),
@@ -169,20 +181,26 @@ SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
 }
 
 
+DIRECT_ONLY = {"prefetch-in-bracket"}
+TDP_ONLY = {"ignore-invalid-roots"}
+CASES = [(name, "Y") for name in sorted(set(SCENES) - DIRECT_ONLY)]
+CASES += [(name, "N") for name in sorted(set(SCENES) - TDP_ONLY)]
+
+
 def test_every_switch_has_its_scene() -> None:
     assert set(SCENES) == set(BREAKS)
 
 
-@pytest.mark.parametrize("name", sorted(SCENES))
-def test_a_switch_breaks_its_truth(name: str) -> None:
+@pytest.mark.parametrize(("name", "tdp_mmu"), CASES)
+def test_a_switch_breaks_its_truth(name: str, tdp_mmu: str) -> None:
     scene, truths = SCENES[name]
     with pytest.raises(BrokenTruth) as info:
-        scene(Machine(breaks=(name,)))
+        scene(Machine(breaks=(name,), params={"kvm.tdp_mmu": tdp_mmu}))
     assert info.value.truth in truths
     # What names no event here is the VMM's own call, which nothing encloses.
     assert info.value.seq is not None or name in ("drop-ad", "no-memslot-wait")
 
 
-@pytest.mark.parametrize("name", sorted(SCENES))
-def test_without_the_switch_the_scene_is_sound(name: str) -> None:
-    SCENES[name][0](Machine())
+@pytest.mark.parametrize(("name", "tdp_mmu"), CASES)
+def test_without_the_switch_the_scene_is_sound(name: str, tdp_mmu: str) -> None:
+    SCENES[name][0](Machine(params={"kvm.tdp_mmu": tdp_mmu}))

@@ -104,6 +104,26 @@ def test_bad_clears_are_refused(slot: int, first: int, num: int, why: int) -> No
     assert info.value.errno == why
 
 
+@pytest.mark.parametrize(
+    ("cap", "value", "flags"), [(168, 2, 0), (168, 4, 0), (168, 7, 0), (168, 1, 1), (225, 1, 0), (999, 0, 0)]
+)
+def test_capabilities_that_cannot_be_enabled_are_refused(cap: int, value: int, flags: int) -> None:
+    m = Machine()
+    with pytest.raises(KernelError) as info:
+        m.kvm.enable_cap(cap, value, flags)
+    assert info.value.errno == errno.EINVAL
+
+
+def test_manual_protection_can_be_turned_off_again() -> None:
+    m = Machine()
+    m.kvm.enable_manual_dirty_log(init_set=True)
+    m.kvm.enable_cap(168, 0)
+    log(m)
+    m.run(("w", 0, 1))
+    assert get(m) == {0}
+    assert get(m) == set()
+
+
 def test_a_slot_without_a_log_has_none() -> None:
     m = Machine()
     with pytest.raises(KernelError) as info:

@@ -56,6 +56,15 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
     ),
     "kvm:vcpu_match_mmio": ("gva gpa write gpa_match", (1, 2, True, True), "gva 0x1 gpa 0x2 Write GPA"),
     "kvm:kvm_vcpu_wakeup": ("ns waited valid", (5, True, True), "wait time 5 ns, polling valid"),
+    "kvm:kvm_dirty_ring_push": (
+        "index dirty_index reset_index slot offset", (0, 3, 2, 1, 0x1F),
+        "ring 0: dirty 0x3 reset 0x2 slot 1 offset 0x1f (used 1)",
+    ),
+    "kvm:kvm_dirty_ring_reset": (
+        "index dirty_index reset_index", (1, 12, 10), "ring 1: dirty 0xc reset 0xa (used 2)",
+    ),
+    "kvm:kvm_dirty_ring_exit": ("vcpu_id", (1,), "vcpu 1"),
+    "kvm:kvm_pml_full": ("vcpu_id", (2,), "vcpu 2: PML full"),
     "kvmmmu:check_mmio_spte": (
         "kvm_gen spte_gen spte", (4, 2, 0x1006), "spte 1006 kvm_gen 4 spte-gen 2 valid 0",
     ),

@@ -30,6 +30,17 @@ def machine(**options: Any) -> Machine:
     return Machine(**{"profile": "linux-5.10"} | options)
 
 
+def tdp_machine(eptad: str = "1") -> Machine:
+    """5.10's other MMU, which is not its default."""
+    return machine(params={"kvm.tdp_mmu": "Y", "kvm_intel.eptad": eptad})
+
+
+def test_only_5_10_maps_by_direct_pages_unless_told_otherwise() -> None:
+    assert not machine().kvm.tdp_mmu_enabled
+    assert tdp_machine().kvm.tdp_mmu_enabled
+    assert Machine().kvm.tdp_mmu_enabled
+
+
 def opened(m: Machine, start: int, end: int) -> Any:
     range_ = mmu_notifier_range_init(MMU_NOTIFY_CLEAR, m.mm, start, end)
     m.do(lambda: mmu_notifier_invalidate_range_start(range_))
@@ -113,8 +124,8 @@ def test_a_page_that_was_only_read_is_dropped_clean() -> None:
 
 
 @pytest.mark.parametrize("eptad", ["0", "1"])
-def test_aging_takes_the_dirty_bit_to_the_page_but_not_the_accessed_one(eptad: str) -> None:
-    m = machine(params={"kvm_intel.eptad": eptad})
+def test_the_tdp_mmus_aging_takes_the_dirty_bit_to_the_page_but_not_the_accessed_one(eptad: str) -> None:
+    m = tdp_machine(eptad)
     m.run(("w", 0, 7))
     pfn = unmarked_frame(m, 0)
     assert m.do(lambda: mmu_notifier_clear_young(m.mm, BASE, BASE + PAGE))
@@ -141,8 +152,8 @@ def test_clear_flush_young_flushes_and_clear_young_does_not() -> None:
         assert m.kvm.stat["remote_tlb_flush_requests"] - before == flushes
 
 
-def test_an_age_shows_as_a_line_for_each_level_of_empty_rmaps() -> None:
-    m = machine()
+def test_an_age_in_the_tdp_mmu_shows_as_a_line_for_each_level_of_empty_rmaps() -> None:
+    m = tdp_machine()
     m.run(("w", 5 * PAGE, 7))
     m.do(lambda: mmu_notifier_clear_young(m.mm, BASE + 5 * PAGE, BASE + 6 * PAGE))
     lines = [event.args for event in m.events if event.name == "kvm_age_page"]
@@ -153,8 +164,8 @@ def test_an_age_shows_as_a_line_for_each_level_of_empty_rmaps() -> None:
     assert "kvm_unmap_hva_range" not in m.names()
 
 
-def test_rights_come_back_by_the_slow_path_only() -> None:
-    m = machine(params={"kvm_intel.eptad": "0"})
+def test_in_the_tdp_mmu_rights_come_back_by_the_slow_path_only() -> None:
+    m = tdp_machine("0")
     m.run(("w", 0, 7))
     m.do(lambda: mmu_notifier_clear_flush_young(m.mm, BASE, BASE + PAGE))
     m.run(("w", 0, 8))

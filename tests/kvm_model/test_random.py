@@ -121,6 +121,16 @@ def test_no_schedule_breaks_a_truth_or_loses_a_store(seed: int) -> None:
     m.do(m.kvm.destroy)
 
 
+@pytest.mark.parametrize("profile", ["linux-6.18", "linux-5.10"])
+@pytest.mark.parametrize("seed", range(4))
+def test_nor_does_any_without_the_tdp_mmu(seed: int, profile: str) -> None:
+    params = {"kvm.tdp_mmu": "N"} | ({"kvm_intel.eptad": "0"} if seed % 3 == 0 else {})
+    m = _storm(seed, params=params, profile=profile)
+    m.truths.sweep()
+    m.truths.quiescent()
+    m.do(m.kvm.destroy)
+
+
 def test_the_same_seed_gives_the_same_events() -> None:
     first, second = _storm(3), _storm(3)
     assert first.events == second.events

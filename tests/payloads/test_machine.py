@@ -26,6 +26,35 @@ def test_payload_passes_in_full(name: str) -> None:
     assert "SKIP" not in text, text
 
 
+@pytest.mark.parametrize("profile", ["linux-6.18", "linux-5.10"])
+@pytest.mark.parametrize("name", ["aging", "dirty-log", "race", "slots"])
+def test_payload_passes_without_the_tdp_mmu(name: str, profile: str) -> None:
+    vcpus = 3 if name in ("smp", "race") else 1
+    text = run(name, vcpus=vcpus, profile=profile, params={"kvm.tdp_mmu": "N"})
+    assert "FAIL" not in text, text
+    assert " 0 unexpected failures" in text, text
+
+
+def test_a_refault_without_the_tdp_mmu_is_explained_back_to_the_host_operation() -> None:
+    with refault.VM(memory="64M", seed=1, check=True, params={"kvm.tdp_mmu": "N"}) as vm:
+        vm.load("migrate")
+        with vm.trace("*") as recording:
+            vm.run(timeout=120)
+        events = {event.seq: event for event in recording}
+    refaults = [e for e in events.values() if e.event == "refault:spte_install" and e.killed_by in events]
+    assert refaults
+    told = 0
+    for refault_ in refaults:
+        zap = events[refault_.killed_by]
+        assert zap.event == "refault:spte_zap"
+        cause = zap.cause
+        while cause is not None and events[cause].event != "refault:host_op":
+            cause = events[cause].cause
+        told += cause is not None
+    assert told > len(refaults) // 2, f"{told} of {len(refaults)}"
+    assert "kvmmmu:kvm_tdp_mmu_spte_changed" not in {event.event for event in events.values()}
+
+
 def test_a_storm_larger_than_the_host_loses_nothing() -> None:
     text = run("swap-storm", "mib=6", "weather=0", host_ram="6M")
     assert " 0 unexpected failures\n" in text, text

@@ -37,7 +37,7 @@ PAGES = 160
 U64 = (1 << 64) - 1
 SLOT_GPAS = [0x2000_0000 + n * 0x10_0000 for n in range(4)]
 SLOT_PAGES = 4
-OWN_RULES = {"get_dirty", "mlock", "munlock", "protect", "slot_create"}
+OWN_RULES = {"clear_dirty", "get_dirty", "mlock", "munlock", "protect", "slot_create"}
 """Operations on a range that have a rule of their own below, as more than bytes depends on them."""
 SHARED_ONLY = {"fadvise_dontneed", "punch_hole", "remove", "uffd_minor"}
 """Operations that only memory of a file can have."""
@@ -452,12 +452,16 @@ class GuestMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.logging)
     @rule(clear=st.integers(0, PAGES // 64))
     def get_dirty(self, clear: int) -> None:
-        kvm = self.board.kvm
-        found: bytearray = self.host(lambda: kvm.get_dirty_log(1))
-        bits = int.from_bytes(found, "little")
+        kvm, rings = self.board.kvm, self.board.dirty_rings
+        found = bytearray()
+        if rings.entries:
+            bits: int = self.host(lambda: rings.take(1))
+        else:
+            found = self.host(lambda: kvm.get_dirty_log(1))
+            bits = int.from_bytes(found, "little")
         missing = [page for page in self.written if not bits >> page & 1]
         assert not missing, f"the guest wrote pages {missing}, the dirty log does not have them"
-        if not self.manual:
+        if rings.entries or not self.manual:
             self.written.clear()
             return
         self.host(lambda: kvm.clear_dirty_log(1, clear * 64, found[clear * 8 : clear * 8 + 8]))
@@ -475,8 +479,10 @@ class GuestMachine(RuleBasedStateMachine):
     @rule(on=st.integers(0, 1))
     def ept_ad(self, on: int) -> None:
         # In 5.10 only the D bit says that a page was written since it was aged, and this takes it away.
-        if self.PARAMS.get("kvm_intel.eptad") != "0" and self.PROFILE != "linux-5.10":
-            self.op("ept_ad", on)
+        if self.PARAMS.get("kvm_intel.eptad") == "0" or self.PROFILE == "linux-5.10":
+            return
+        # Nor may a CPU be without it that logs by it.
+        self.op("ept_ad", on or int("kvm_intel.pml" in self.PARAMS))
 
     @rule()
     def ept_restore(self) -> None:

@@ -2,8 +2,9 @@
 
 Hypothesis chooses guest accesses and host operations (guest_machine.py), with every truth checked, on
 four machines: one that switches tasks only when they block and one that switches at random points;
-with and without EPT accessed and dirty flags; with enough host RAM and with too little. Two more are of
-Linux 5.10.
+with and without EPT accessed and dirty flags; with enough host RAM and with too little. More are of
+Linux 5.10 and without the TDP MMU, which is the same by default; two keep the dirty log in the
+CPU, and in rings.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ VARIANTS = {
     "run-to-block, no A/D": ({"kvm_intel.eptad": "0"}, "4M"),
     "random, little RAM, no A/D": ({"kvm_intel.eptad": "0", **RANDOM}, "768K"),
     "random": ({"kvm_intel.eptad": "1", **RANDOM}, "4M"),
+    "random, PML": ({"kvm_intel.pml": "1", **RANDOM}, "4M"),
+    "PML into rings, little RAM": ({"kvm_intel.pml": "1", "vmm.dirty_ring_size": "1024"}, "1M"),
     "5.10, little RAM": ({"kvm_intel.eptad": "1"}, "768K"),
     "5.10, random, no A/D": ({"kvm_intel.eptad": "0", **RANDOM}, "4M"),
+    "5.10, TDP MMU": ({"kvm_intel.eptad": "1", "kvm.tdp_mmu": "Y"}, "4M"),
+    "direct pages, random, little RAM": ({"kvm_intel.eptad": "1", "kvm.tdp_mmu": "N", **RANDOM}, "768K"),
 }
-FEW = {"5.10, little RAM", "5.10, random, no A/D"}
+FEW = {name for name in VARIANTS if "5.10" in name or "direct" in name or "PML" in name}
 """Variants that get a third of the others' steps."""
 
 

@@ -114,9 +114,17 @@ def test_nor_under_linux_5_10() -> None:
     assert not reasons & Counter({"stale-before-gup": 1, "stale-after-gup": 1}), "it asks under mmu_lock only"
 
 
-def storm(seed: int, profile: str = "linux-6.18") -> Counter[str]:
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("profile", ["linux-6.18", "linux-5.10"])
+def test_nor_in_the_mmu_that_is_not_the_kernels_default(profile: str) -> None:
+    storm(SEEDS[0], profile, "N" if profile == "linux-6.18" else "Y")
+
+
+def storm(seed: int, profile: str = "linux-6.18", tdp_mmu: str = "") -> Counter[str]:
     """Why faults were retried."""
     params = {"sched.strategy": "random", "sched.period": str(3 + seed % 3), "kvm_intel.eptad": str(seed % 2)}
+    if tdp_mmu:
+        params["kvm.tdp_mmu"] = tdp_mmu
     ram = "3M" if seed % 2 else "16M"
     reasons: Counter[str] = Counter()
     with refault.VM(

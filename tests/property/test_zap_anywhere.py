@@ -75,6 +75,16 @@ def test_only_refaults_change(name: str, seed: int) -> None:
     assert not different
 
 
+@pytest.mark.parametrize("name", ["migrate", "slots"])
+def test_nor_do_zaps_through_rmaps_change_more(name: str) -> None:
+    direct = {"host_ram": "32M", "params": {"kvm.tdp_mmu": "N"}}
+    serial, memory, events, _ = run(name, zap=0, seed=1, **direct)
+    zapped_serial, zapped_memory, zapped_events, zaps = run(name, zap=6, seed=1, **direct)
+    assert zaps > 10
+    assert (zapped_serial, zapped_events) == (serial, events)
+    assert zapped_memory == memory
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("strategy", ["run-to-block", "random"])
 def test_a_guest_short_of_memory_loses_nothing(seed: int, strategy: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from emu.board import Board
-from kvm_model.mmu.tdp_zap import kvm_tdp_mmu_zap_leafs
+from kvm_model.mmu.gfn_range import kvm_zap_gfn_range_locked
 
 __all__ = ["Zapper"]
 
@@ -41,7 +41,7 @@ class Zapper:
         try:
             slot = self.rng.choice(list(kvm.slots().id_hash.values()))
             start = slot.base_gfn + self.rng.randrange(slot.npages)
-            if kvm_tdp_mmu_zap_leafs(kvm, start, start + self.rng.choice(LENGTHS), False):
+            if kvm_zap_gfn_range_locked(kvm, start, start + self.rng.choice(LENGTHS)):
                 self.zaps += 1
                 kvm.kvm_flush_remote_tlbs()
             kvm.mmu_lock.unlock()

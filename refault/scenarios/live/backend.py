@@ -18,7 +18,15 @@ from refault.errors import UsageError
 from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
 from refault.scenarios.guest import ENTRY, GUEST_SLOT_SIZE, PML4, RFLAGS_IOPL3, USER_STACK, guest_memory
 from refault.scenarios.live import libc, machine
-from refault.scenarios.live.kvm import EXIT_IO, EXIT_MMIO, EXIT_NAMES, Vm
+from refault.scenarios.live.dirty import DirtySteps
+from refault.scenarios.live.kvm import (
+    EXIT_IO,
+    EXIT_MMIO,
+    EXIT_NAMES,
+    KVM_CAP_DIRTY_LOG_RING,
+    KVM_MEM_LOG_DIRTY_PAGES,
+    Vm,
+)
 from refault.scenarios.live.tracefs import TraceInstance, TraceLine
 from refault.scenarios.normal import NOISE, SLOT0_OFFSET, SLOT0_SIZE
 
@@ -28,10 +36,10 @@ EXIT_PORT = 0xF4
 _U64 = struct.Struct("<Q")
 
 
-class KvmBackend:
+class KvmBackend(DirtySteps):
     """One VM for one scenario; `text()` is its recording."""
 
-    def __init__(self, *, swap: str | None = "64M", **options: Any) -> None:
+    def __init__(self, *, swap: str | None = "64M", dirty_ring: int = 0, **options: Any) -> None:
         if options:
             raise UsageError(f"a machine with {', '.join(options)} is the emulator's, not this one")
         self._undo = contextlib.ExitStack()
@@ -40,7 +48,9 @@ class KvmBackend:
         self.data = self._reserve()
         self.vm = Vm()
         self._undo.callback(self.vm.close)
-        self._make_slots()
+        if dirty_ring:
+            self.vm.enable_cap(KVM_CAP_DIRTY_LOG_RING, 16 * dirty_ring)
+        self._make_slots(KVM_MEM_LOG_DIRTY_PAGES if dirty_ring else 0)
         self.vcpu = self.vm.create_vcpu()
         self.vcpu.start_in_long_mode(PML4)
         self.child = 0
@@ -54,7 +64,7 @@ class KvmBackend:
         self._undo.callback(self.trace.close)
         self.trace.on()
 
-    def _make_slots(self) -> None:
+    def _make_slots(self, flags: int) -> None:
         low = self._map(SLOT0_OFFSET, SLOT0_SIZE)
         libc.madvise(low, SLOT0_SIZE, "NOHUGEPAGE")
         self._map(0, DATA_SIZE)
@@ -62,7 +72,7 @@ class KvmBackend:
         for gpa, content in guest_memory():
             libc.poke(low + gpa, content)
         self.vm.set_slot(0, 0, GUEST_SLOT_SIZE, low)
-        self.vm.set_slot(1, DATA_GPA, DATA_SIZE, self.data)
+        self.vm.set_slot(1, DATA_GPA, DATA_SIZE, self.data, flags)
 
     # -- the VMM's memory ---------------------------------------------------------------------
 

@@ -12,7 +12,10 @@ from ctypes import addressof, c_char
 
 from refault.scenarios.live.libc import ioctl
 
-__all__ = ["EXIT_IO", "EXIT_MMIO", "EXIT_NAMES", "KVM_MEM_LOG_DIRTY_PAGES", "KVM_MEM_READONLY", "Vcpu", "Vm"]
+__all__ = [
+    "EXIT_IO", "EXIT_MMIO", "EXIT_NAMES", "KVM_CAP_DIRTY_LOG_RING", "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
+    "KVM_MEM_LOG_DIRTY_PAGES", "KVM_MEM_READONLY", "Vcpu", "Vm",
+]
 
 KVM_CREATE_VM = 0xAE01
 KVM_GET_VCPU_MMAP_SIZE = 0xAE04
@@ -25,9 +28,15 @@ KVM_RUN = 0xAE80
 KVM_GET_REGS, KVM_SET_REGS = 0x8090AE81, 0x4090AE82
 KVM_GET_SREGS, KVM_SET_SREGS = 0x8138AE83, 0x4138AE84
 KVM_SET_CPUID2 = 0x4008AE90
+KVM_ENABLE_CAP = 0x4068AEA3
+KVM_CLEAR_DIRTY_LOG = 0xC018AEC0
+KVM_RESET_DIRTY_RINGS = 0xAEC7
 KVM_GET_STATS_FD = 0xAECE
 
 KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY = 1, 2
+KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_DIRTY_LOG_RING = 168, 192
+_DIRTY_LOG_PAGE_OFFSET = 64
+_DIRTY_GFN = struct.Struct("<IIQ")
 
 EXIT_IO, EXIT_MMIO = 2, 6
 EXIT_NAMES = {
@@ -76,6 +85,7 @@ class Vm:
         self.fd = ioctl(self._kvm, KVM_CREATE_VM, 0)
         ioctl(self.fd, KVM_SET_TSS_ADDR, 0xFFFBD000)
         self.vcpus: list[Vcpu] = []
+        self.ring_size = 0
 
     def set_slot(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         """KVM_SET_USER_MEMORY_REGION."""
@@ -91,9 +101,25 @@ class Vm:
         bits = int.from_bytes(bitmap, "little")
         return [page for page in range(pages) if bits >> page & 1]
 
+    def clear_dirty_log(self, slot: int, first: int, count: int, mask: bytes) -> None:
+        """KVM_CLEAR_DIRTY_LOG of `count` pages from `first`."""
+        bitmap = bytearray(mask)
+        pointer = addressof(c_char.from_buffer(bitmap))
+        ioctl(self.fd, KVM_CLEAR_DIRTY_LOG, struct.pack("<IIQQ", slot, count, first, pointer))
+
+    def enable_cap(self, cap: int, value: int) -> None:
+        """KVM_ENABLE_CAP; rings of `value` bytes must come before the first vCPU."""
+        ioctl(self.fd, KVM_ENABLE_CAP, struct.pack("<II4Q64s", cap, 0, value, 0, 0, 0, b""))
+        if cap == KVM_CAP_DIRTY_LOG_RING:
+            self.ring_size = value
+
+    def reset_dirty_rings(self) -> int:
+        """KVM_RESET_DIRTY_RINGS."""
+        return ioctl(self.fd, KVM_RESET_DIRTY_RINGS, 0)
+
     def create_vcpu(self) -> Vcpu:
         """The next vCPU, with all of CPUID that KVM supports."""
-        vcpu = Vcpu(self.fd, self._kvm, len(self.vcpus))
+        vcpu = Vcpu(self.fd, self._kvm, len(self.vcpus), self.ring_size)
         self.vcpus.append(vcpu)
         return vcpu
 
@@ -116,9 +142,11 @@ class Vm:
 class Vcpu:
     """One vCPU in long mode."""
 
-    def __init__(self, vm_fd: int, kvm_fd: int, number: int) -> None:
+    def __init__(self, vm_fd: int, kvm_fd: int, number: int, ring_size: int = 0) -> None:
         self.fd = ioctl(vm_fd, KVM_CREATE_VCPU, number)
         self._run = mmap.mmap(self.fd, ioctl(kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0))
+        offset = _DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
+        self._ring = mmap.mmap(self.fd, ring_size, offset=offset) if ring_size else None
         cpuid = bytearray(8 + 40 * 256)
         struct.pack_into("<I", cpuid, 0, 256)
         ioctl(kvm_fd, KVM_GET_SUPPORTED_CPUID, cpuid)
@@ -163,7 +191,20 @@ class Vcpu:
         gpa, data, length, write = struct.unpack_from("<Q8sI?", self._run, 32)
         return write, gpa, length, data[:length]
 
+    def dirty_gfn(self, index: int) -> tuple[int, int, int]:
+        """(flags, slot, offset) of an entry of the dirty ring."""
+        assert self._ring is not None
+        flags, slot, offset = _DIRTY_GFN.unpack_from(self._ring, index * _DIRTY_GFN.size)
+        return flags, slot, offset
+
+    def set_dirty_gfn_flags(self, index: int, flags: int) -> None:
+        """Store an entry's flags."""
+        assert self._ring is not None
+        struct.pack_into("<I", self._ring, index * _DIRTY_GFN.size, flags)
+
     def close(self) -> None:
-        """Give the descriptor and the mapping back."""
+        """Give the descriptor and the mappings back."""
+        if self._ring is not None:
+            self._ring.close()
         self._run.close()
         os.close(self.fd)
