@@ -739,6 +739,7 @@ ask_mbind:
 ask_contig:
     call write_pages                     ; so that the page has a frame of its own
     HOST2 VMCALL_MIGRATE, r12, 1         ; and is on its list
+    mov rax, [r12]
     HOST2 VMCALL_CONTIG_ALLOC, r12, 4
     test rax, rax
     js .end
@@ -749,6 +750,7 @@ ask_contig:
 ask_offline:
     call write_pages
     HOST2 VMCALL_MIGRATE, r12, 1
+    mov rax, [r12]
     HOST1 VMCALL_OFFLINE, r12
     test rax, rax
     js .end
@@ -763,6 +765,7 @@ ask_pin:
     js .end
     HOST2 VMCALL_MIGRATE, rdi, rsi
     HOST2 VMCALL_SWAP_OUT, rdi, rsi
+    mov rcx, [rdi]
     HOST2 VMCALL_UNPIN, rdi, rsi
 .end:
     ret
