@@ -13,6 +13,8 @@ sets (vmx/pml.py), and is told by a bitmap of the slot or by the vCPU's ring (di
 A log is read in four steps: take and clear the bits, protect those pages again, copy the bits
 out, flush. A store between the second and the last is reported by the bits already taken.
 
+Linux turns the CPU's log on where there is one; here kvm_intel.pml=Y does, as machines were recorded without.
+
 Not modelled: capabilities that are about something else.
 """
 

@@ -39,11 +39,12 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     fetch from what is; `fast_fault_fixes_huge`: it may make huge leaves of slots without log writable.
     `prefetches_last_run`: the neighbours behind the last present one are mapped, too.
     `prefetch_leaves_same_pfn`: a prefetch never touches a leaf of the same frame. `noslot_drops_leaf`: an
-    MMIO SPTE takes the leaf that stood there out of its rmap. `large_spte_dropped_first`: a huge leaf goes
-    before the table for its place is found. `recycles_newest_pages`: with too many tables the newest go
-    first. `log_flush_if_changed`: turning a log on flushes only if an SPTE changed.
-    `init_set_protects_huge`: with a log that starts full huge leaves are protected when it starts, not when
-    it is cleared. `collapses_any_compound_page`: when a log ends every 4K leaf of a compound page goes.
+    MMIO SPTE takes the leaf that stood there out of its rmap, and is traced as one set.
+    `large_spte_dropped_first`: a huge leaf goes before the table for its place is found.
+    `recycles_newest_pages`: with too many tables the newest go first. `log_flush_if_changed`: turning a log
+    on flushes only if an SPTE changed. `init_set_protects_huge`: with a log that starts full huge leaves are
+    protected when it starts, not when it is cleared. `collapses_any_compound_page`: when a log ends every 4K
+    leaf of a compound page goes.
 
     `absent_events`: tracepoints this kernel has not.
     `nr_memslot_as_ids`: normal memory and SMM. `mmu_cache_objects`: capacity of a vCPU's cache of

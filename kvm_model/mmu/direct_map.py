@@ -56,7 +56,12 @@ from kvm_model.mmu.spte import (
     kvm_pages_per_hpage,
     spte_to_pfn,
 )
-from kvm_model.mmu.tdp_mmu import disallowed_hugepage_adjust, root_to_sp, trace_set_spte
+from kvm_model.mmu.tdp_mmu import (
+    disallowed_hugepage_adjust,
+    root_to_sp,
+    trace_kvm_mmu_set_spte,
+    trace_set_spte,
+)
 from kvm_model.requests import kvm_flush_remote_tlbs_gfn
 
 if TYPE_CHECKING:
@@ -139,6 +144,7 @@ def _mmu_set_spte(
         _mark_mmio_spte(vcpu, sptep, gfn)
         if flush:
             kvm_flush_remote_tlbs_gfn(kvm, gfn, level)
+        trace_kvm_mmu_set_spte(kvm, gfn, level, sptep)
         return RET_PF_EMULATE
     assert slot is not None
     spte = kvm.spte.make_spte(

@@ -61,7 +61,8 @@ __all__ = [
     "for_each_tdp_mmu_root_yield_safe", "handle_changed_spte", "init_spt", "invalidate_root",
     "is_access_allowed", "kvm_tdp_mmu_alloc_root", "kvm_tdp_mmu_map", "kvm_tdp_mmu_put_root",
     "kvm_tdp_mmu_write_spte", "root_to_sp", "spte_changed", "tdp_mmu_free_sp", "tdp_mmu_init_child_sp",
-    "tdp_mmu_iter_set_spte", "tdp_mmu_set_spte_atomic", "tdp_mmu_split_huge_page", "trace_set_spte",
+    "tdp_mmu_iter_set_spte", "tdp_mmu_set_spte_atomic", "tdp_mmu_split_huge_page", "trace_kvm_mmu_set_spte",
+    "trace_set_spte",
     "try_cmpxchg64", "xchg64",
 ]
 
@@ -416,16 +417,21 @@ def _map_handle_target_level(vcpu: Vcpu, fault: KvmPageFault, it: TdpIter) -> in
     return ret
 
 
-def trace_set_spte(
-    kvm: Kvm, fault_gfn: int, gfn: int, level: int, sptep: int, new: int, prefetch: bool
-) -> None:
-    """A fault on `fault_gfn` made the leaf of `gfn`: the kernel's event, and which zap this repairs."""
-    masks = kvm.spte
+def trace_kvm_mmu_set_spte(kvm: Kvm, gfn: int, level: int, sptep: int) -> None:
+    """The kernel's own event of an SPTE that a fault made."""
     if (t := kvm.trace.kvm_mmu_set_spte) is not None:
+        masks = kvm.spte
         spte = kvm.ram.u64[sptep]
         u = int(spte & masks.user != 0) if masks.user else -1
         readable = bool(masks.present or spte & 1)
         t(gfn, spte, sptep << 3, level, readable, masks.is_executable_pte(spte), u)
+
+
+def trace_set_spte(
+    kvm: Kvm, fault_gfn: int, gfn: int, level: int, sptep: int, new: int, prefetch: bool
+) -> None:
+    """A fault on `fault_gfn` made the leaf of `gfn`: the kernel's event, and which zap this repairs."""
+    trace_kvm_mmu_set_spte(kvm, gfn, level, sptep)
     if (t := kvm.trace.spte_install) is not None:
         killer = kvm.killed_by.of(fault_gfn)
         seq = t(gfn, level, spte_to_pfn(new), new, prefetch, killed_by=killer)
