@@ -85,13 +85,14 @@ def _from_file(path: str, name: str) -> Found:
 
     known = set(SCENARIOS)
     execute(path, _read(path), "scenarios")
-    new = [found for found in SCENARIOS if found not in known]
-    if name and name not in new:
+    # Not ours: `refault list scenarios` and --all know nothing of them.
+    found = {new: (SCENARIOS.pop(new), MACHINES.pop(new)) for new in list(SCENARIOS) if new not in known}
+    if name and name not in found:
         raise UsageError(f"{path} has no function {name!r} under @refault.scenarios.scenario()")
-    if not name and len(new) != 1:
-        raise UsageError(f"{path} has {len(new)} scenarios; name one: {path}:NAME")
-    name = name or new[0]
-    return name, SCENARIOS[name], MACHINES[name]
+    if not name and len(found) != 1:
+        raise UsageError(f"{path} has {len(found)} scenarios; name one: {path}:NAME")
+    name = name or next(iter(found))
+    return name, *found[name]
 
 
 def _both(
