@@ -36,6 +36,8 @@ NOT_ASKED = {
     "cpu_count", "ept_ad", "ept_restore", "ept_set", "last_exit", "map_level", "mmio_device",
     "protect_faults", "start_cpu",
     "child_read",  # changes nothing
+    # How the log is kept is chosen once for a machine: tests/emu/test_dirty_rings.py and tests of KVM's.
+    "clear_dirty", "harvest_rings", "manual_dirty",
 }
 ANSWERED = {"contig_free"}
 """Asked for only where another one was served."""
