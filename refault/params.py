@@ -41,9 +41,9 @@ PARAMS: dict[str, Param] = {
     "kvm.mmio_caching": Param("bool", "Y", "remember MMIO pages as misconfigured EPT entries"),
     "kvm.nx_huge_pages": Param("bool", "N", "no huge page is executable"),
     "kvm.nx_huge_pages_recovery_period_ms": Param(
-        "count", "0", "ms between two recoveries of huge pages split for code; 0: an hour by the ratio"
+        "number", "0", "ms between two recoveries of huge pages split for code; 0: an hour by the ratio"
     ),
-    "kvm.nx_huge_pages_recovery_ratio": Param("count", "60", "1 in so many is recovered each time; 0: none"),
+    "kvm.nx_huge_pages_recovery_ratio": Param("number", "60", "1 in so many is recovered each time; 0: none"),
     "kvm.tdp_mmu": Param(
         "bool", "Y", "EPT by the TDP MMU, not by direct pages with rmaps; N in profile linux-5.10"
     ),

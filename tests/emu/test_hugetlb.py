@@ -250,7 +250,10 @@ def test_a_pool_that_may_grow_has_pages_for_who_asks_and_gives_them_up_again() -
 
 def test_the_end_of_the_log_puts_huge_sptes_back_while_something_else_is_in_a_bracket() -> None:
     # Linux 6.18 would wait for the bracket before it changes the slots.
-    options = {"memory_backend": "hugetlb", "host_ram": "32M", "profile": "linux-5.10", "check": True}
+    options = {
+        "memory_backend": "hugetlb", "host_ram": "32M", "profile": "linux-5.10", "check": True,
+        "params": {"kvm.tdp_mmu": "Y"},
+    }
     with refault.VM("4M", **options) as machine:
         machine.load("first-touch")
         machine.run(max_insns=30_000)

@@ -4,7 +4,8 @@ The same guest runs twice, the second time beside a Zapper. What the guest says,
 and what the host did are the same; only faults, zaps, flushes, entries and exits are more.
 
 Left out are payloads that claim to the page what is young or dirty (a zap takes the accessed flag along,
-a refault dirties), that arm EPT entries, and that print times.
+a refault dirties), that arm EPT entries, and that print times; and the scenario that shows the dirty
+ring, into which a page goes again when its mapping comes back.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def test_a_guest_short_of_memory_loses_nothing(seed: int, strategy: str) -> None
 
 
 @pytest.mark.parametrize("eptad", ["0", "1"])
-@pytest.mark.parametrize("name", sorted(SCENARIOS))
+@pytest.mark.parametrize("name", sorted({*SCENARIOS} - {"dirty_ring"}))
 def test_a_scenario_is_the_same(name: str, eptad: str) -> None:
     lines = []
     for one_in in (0, 3):
