@@ -13,7 +13,7 @@ help:
 	@echo 'make test         the tests'
 	@echo 'make lint         ruff, mypy --strict, the law of imports'
 	@echo 'make bench        measure; bench-check holds the numbers to bench/targets.toml'
-	@echo 'make soak         random runs: SOAK_SEEDS (20) seeds from SOAK_FROM (100), SOAK_STEPS (20000) steps each'
+	@echo 'make soak         random runs: SOAK_SEEDS (20) seeds from SOAK_FROM (100), SOAK_STEPS (20000) steps each, SOAK_OPS (120000) host operations'
 	@echo 'make live         the scenarios on this machine'\''s own KVM, where it can (refault/scenarios/live/README.md)'
 	@echo 'make golden       record the golden traces of the payloads anew (PAYLOADS="migrate smp": only those)'
 	@echo 'make venv         only the environment, with the versions of constraints.txt'
@@ -44,9 +44,10 @@ bench-check: $(STAMP)
 SOAK_FROM ?= 100
 SOAK_SEEDS ?= 20
 SOAK_STEPS ?= 20000
+SOAK_OPS ?= 120000
 soak: $(STAMP)
-	REFAULT_STEPS=$(SOAK_STEPS) REFAULT_SEEDS=$$(seq -s, $(SOAK_FROM) $$(($(SOAK_FROM) + $(SOAK_SEEDS) - 1))) \
-	REFAULT_PROGRESS=1 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q -s -n $(JOBS) --timeout=0 tests/property
+	REFAULT_OPS=$(SOAK_OPS) REFAULT_STEPS=$(SOAK_STEPS) REFAULT_SEEDS=$$(seq -s, $(SOAK_FROM) $$(($(SOAK_FROM) + $(SOAK_SEEDS) - 1))) \
+	REFAULT_PROGRESS=1 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q -s -n $(JOBS) --timeout=0 tests/property tests/payloads/test_everything.py
 
 # One at a time: events are the whole machine's.
 live: $(STAMP)
