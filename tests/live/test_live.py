@@ -13,6 +13,8 @@ from refault.scenarios.normal import normal_recorded
 from refault.scenarios.recordings import recording
 
 LIVE = "REFAULT_LIVE" in os.environ
+CHANCE = {"compact"}
+"""What compaction moves depends on where the machine's frames lie."""
 
 
 def why_not() -> str | None:
@@ -31,6 +33,8 @@ REASON = why_not()
 def test_this_machine_does_what_was_recorded(name: str) -> None:
     from refault.scenarios.live.backend import KvmBackend, run_on_kvm
 
+    if name in CHANCE:
+        pytest.skip("what it does depends on the machine's other memory")
     missing = needs(name) - set(dir(KvmBackend))
     if missing:
         pytest.skip(f"not on a real machine: {', '.join(sorted(missing))}")
