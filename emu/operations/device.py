@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from emu.hostops import LEAVES_GIVEN, operation
 from emu.operations.arguments import check_scalar, scalar_bytes
-from host_mm.hmm_mirror import HmmMirror
 from host_mm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
     from emu.board import Board
+    from host_mm.hmm_mirror import HmmMirror
 
 __all__: list[str] = []
 
@@ -40,6 +40,8 @@ def _mirror(board: Board, gpa: int) -> HmmMirror:
     region = board.memory.region_of(gpa)
     mirror = board.mirrors.get(region.slot)
     if mirror is None:
+        from host_mm.hmm_mirror import HmmMirror
+
         mirror = board.mirrors[region.slot] = HmmMirror(board.process)
         mirror.open(region.hva, region.size)
     return mirror

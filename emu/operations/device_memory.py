@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emu.devices.hmm_device import HmmDevice
 from emu.hostops import operation
 from emu.operations.arguments import check_scalar, scalar_bytes, spans
 
 if TYPE_CHECKING:
     from emu.board import Board
+    from emu.devices.hmm_device import HmmDevice
 
 __all__: list[str] = []
 
@@ -29,6 +29,8 @@ def _device(board: Board, gpa: int) -> tuple[HmmDevice, int]:
     region = board.memory.region_of(gpa)
     device = board.hmm_devices.get(region.slot)
     if device is None:
+        from emu.devices.hmm_device import HmmDevice
+
         device = HmmDevice(board.process, DEVICE_PAGES)
         device.open(region.hva, region.size)
         board.hmm_devices[region.slot] = device

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from emu.devices.pci_bar import PciBar
 from emu.hostops import operation
 from emu.operations.arguments import check_range
 from host_mm.kernel.errors import KernelError
@@ -28,6 +27,8 @@ def pfnmap_create(board: Board, gpa: int, pages: int = 1) -> int:
     """Memory of a PCI function, zeroed, in a new slot at `gpa`; answers the slot's number."""
     check_range(gpa, pages)
     board.memory.check_free(gpa, pages << 12)
+    from emu.devices.pci_bar import PciBar
+
     bar = PciBar(board.host.mm, pages)
     slot = board.memory.show(gpa, pages << 12, bar.mmap(board.process)).slot
     board.bars[slot] = bar

@@ -10,25 +10,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emu.devices.sva import SvaDevice
-from emu.dune import Dune
 from emu.hostops import operation
 from emu.operations.arguments import check_scalar, scalar_bytes
 
 if TYPE_CHECKING:
     from emu.board import Board
+    from emu.devices.sva import SvaDevice
+    from emu.dune import Dune
 
 __all__: list[str] = []
 
 
 def _dune(board: Board) -> Dune:
     if board.dune is None:
+        from emu.dune import Dune
+
         board.dune = Dune(board.process)
     return board.dune
 
 
 def _sva(board: Board) -> SvaDevice:
     if board.sva is None:
+        from emu.devices.sva import SvaDevice
+
         board.sva = SvaDevice(board.process)
     return board.sva
 

@@ -13,7 +13,6 @@ from emu.hostops import operation
 from emu.operations.arguments import check_range, flag
 from host_mm.kernel.errors import KernelError
 from host_mm.ram import PAGE_SHIFT
-from kvm_model.dirty_log import KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
 from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES
 
 if TYPE_CHECKING:
@@ -60,6 +59,8 @@ def _fetch(board: Board, region: Region) -> int:
 @operation(example="manual_dirty(value=1)")
 def manual_dirty(board: Board, value: int) -> int:
     """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 1 get_dirty clears nothing, 3 and new logs start full, 0 neither."""
+    from kvm_model.dirty_log import KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+
     board.kvm.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, value)
     return 0
 
