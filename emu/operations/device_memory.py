@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emu.hostops import operation
+from emu.hostops import LEAVES_GIVEN, operation
 from emu.operations.arguments import check_scalar, scalar_bytes, spans
 
 if TYPE_CHECKING:
@@ -56,7 +56,10 @@ def device_read(board: Board, gpa: int, size: int = 8) -> int:
     return int.from_bytes(device.read(hva, size), "little")
 
 
-@operation(example="device_migrate(gpa=0x300000); vm.host.device_write(gpa=0x300000, value=7)")
+@operation(
+    example="device_migrate(gpa=0x300000); vm.host.device_write(gpa=0x300000, value=7)",
+    leaves=LEAVES_GIVEN,
+)
 def device_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """That device stores the low `size` bytes of `value`, in its memory or in RAM."""
     check_scalar(gpa, size)
@@ -65,7 +68,7 @@ def device_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     return 0
 
 
-@operation("EXCLUSIVE", example="device_add(gpa=0x300000, value=1)")
+@operation("EXCLUSIVE", example="device_add(gpa=0x300000, value=1)", leaves=LEAVES_GIVEN)
 def device_add(board: Board, gpa: int, value: int = 1) -> int:
     """That device adds to 8 bytes while it has the page for itself; answers what was there."""
     check_scalar(gpa, 8)

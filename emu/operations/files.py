@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from emu import files
-from emu.hostops import operation
+from emu.hostops import LEAVES_GIVEN, LEAVES_ZEROS, operation
 from emu.operations.arguments import check_range, check_scalar, flag, scalar_bytes, spans
 from host_mm.ram import PAGE_SHIFT
 
@@ -53,7 +53,7 @@ def fsync(board: Board, gpa: int) -> int:
     return 0
 
 
-@operation("CLEAR", example=f"{_MEMFD}; vm.host.punch_hole(gpa=0xE0000000, pages=4)")
+@operation("CLEAR", example=f"{_MEMFD}; vm.host.punch_hole(gpa=0xE0000000, pages=4)", leaves=LEAVES_ZEROS)
 def punch_hole(board: Board, gpa: int, pages: int = 1) -> int:
     """fallocate(PUNCH_HOLE) of the file behind the range: zeros from now on, but for private copies."""
     for hva, length in spans(board, gpa, pages):
@@ -61,7 +61,7 @@ def punch_hole(board: Board, gpa: int, pages: int = 1) -> int:
     return 0
 
 
-@operation("CLEAR", example=f"{_MEMFD}; vm.host.remove(gpa=0xE0000000, pages=4)")
+@operation("CLEAR", example=f"{_MEMFD}; vm.host.remove(gpa=0xE0000000, pages=4)", leaves=LEAVES_ZEROS)
 def remove(board: Board, gpa: int, pages: int = 1) -> int:
     """madvise(MADV_REMOVE): as punch_hole, asked for through a shared mapping."""
     from host_mm.madvise import MADV_REMOVE
@@ -71,7 +71,7 @@ def remove(board: Board, gpa: int, pages: int = 1) -> int:
     return 0
 
 
-@operation("CLEAR", example=f"{_FILE}; vm.host.truncate(gpa=0xE0000000)")
+@operation("CLEAR", example=f"{_FILE}; vm.host.truncate(gpa=0xE0000000)", leaves=LEAVES_ZEROS)
 def truncate(board: Board, gpa: int) -> int:
     """ftruncate of the file behind `gpa` to end there, and back to its old size: private copies go too."""
     check_range(gpa, 1)
@@ -83,7 +83,7 @@ def truncate(board: Board, gpa: int) -> int:
     return 0
 
 
-@operation(example=f"{_FILE}; vm.host.file_write(gpa=0xE0000000, value=9)")
+@operation(example=f"{_FILE}; vm.host.file_write(gpa=0xE0000000, value=9)", leaves=LEAVES_GIVEN)
 def file_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """pwrite of the low `size` bytes of `value` into the file under `gpa`; private copies keep theirs."""
     check_scalar(gpa, size)
@@ -91,7 +91,7 @@ def file_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     return 0
 
 
-@operation(example=f"{_MEMFD}; vm.host.peer_write(gpa=0xE0000000, value=9)")
+@operation(example=f"{_MEMFD}; vm.host.peer_write(gpa=0xE0000000, value=9)", leaves=LEAVES_GIVEN)
 def peer_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """Another process maps the file behind `gpa` and stores the low `size` bytes of `value` there."""
     check_scalar(gpa, size)

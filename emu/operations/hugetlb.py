@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from emu.hostops import operation
+from emu.hostops import LEAVES_GIVEN, operation
 from emu.operations.arguments import check_range, check_scalar, flag, scalar_bytes
 from host_mm.kernel.errors import KernelError
 from host_mm.ram import PAGE_SHIFT
@@ -54,7 +54,7 @@ def hugetlb_peer_read(board: Board, gpa: int, size: int = 8) -> int:
     return int.from_bytes(peer.read(address, size), "little")
 
 
-@operation(example=_GIB + "vm.host.hugetlb_peer_write(gpa=0x80000000, value=7)")
+@operation(example=_GIB + "vm.host.hugetlb_peer_write(gpa=0x80000000, value=7)", leaves=LEAVES_GIVEN)
 def hugetlb_peer_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """That process stores the low `size` bytes of `value`."""
     check_scalar(gpa, size)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from emu.hostops import operation
+from emu.hostops import LEAVES_ZEROS, operation
 from emu.operations.arguments import check_range
 from host_mm.kernel.errors import KernelError
 
@@ -35,7 +35,10 @@ def pfnmap_create(board: Board, gpa: int, pages: int = 1) -> int:
     return slot
 
 
-@operation("CLEAR", example="pfnmap_revoke(vm.host.pfnmap_create(gpa=0xE0000000, pages=16))")
+@operation(
+    "CLEAR", example="pfnmap_revoke(vm.host.pfnmap_create(gpa=0xE0000000, pages=16))",
+    leaves=LEAVES_ZEROS,
+)
 def pfnmap_revoke(board: Board, slot: int) -> int:
     """The function is reset: its memory goes from VMM and guest, and comes back as other frames of zeros."""
     bar = board.bars.get(slot)

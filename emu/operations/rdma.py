@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from emu.hostops import operation
+from emu.hostops import LEAVES_GIVEN, operation
 from emu.operations.arguments import check_scalar, flag, scalar_bytes, spans
 from host_mm.kernel.errors import KernelError
 
@@ -52,6 +52,7 @@ def rdma_peer_read(board: Board, key: int, gpa: int, size: int = 8) -> int:
 @operation(
     "CLEAR",
     example="fork(); vm.host.rdma_peer_write(vm.host.rdma_register(gpa=0x300000), gpa=0x300000, value=7)",
+    leaves=LEAVES_GIVEN,
 )
 def rdma_peer_write(board: Board, key: int, gpa: int, value: int, size: int = 8) -> int:
     """The engine's peer stores the low `size` bytes of `value` in a registered range."""
@@ -60,7 +61,10 @@ def rdma_peer_write(board: Board, key: int, gpa: int, value: int, size: int = 8)
     return 0
 
 
-@operation(example="rdma_peer_add(vm.host.rdma_register(gpa=0x300000), gpa=0x300000, value=1)")
+@operation(
+    example="rdma_peer_add(vm.host.rdma_register(gpa=0x300000), gpa=0x300000, value=1)",
+    leaves=LEAVES_GIVEN,
+)
 def rdma_peer_add(board: Board, key: int, gpa: int, value: int = 1) -> int:
     """The engine's peer adds to 8 bytes of a registered range, at once; answers what was there."""
     return board.rdma.fetch_add(key, gpa, value)

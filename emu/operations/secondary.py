@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emu.hostops import operation
+from emu.hostops import LEAVES_GIVEN, operation
 from emu.operations.arguments import check_scalar, scalar_bytes
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ def dune_read(board: Board, gpa: int, size: int = 8) -> int:
     return int.from_bytes(_dune(board).load(hva, size), "little")
 
 
-@operation("CLEAR", example="fork(); vm.host.dune_read(0x300000); vm.host.dune_write(gpa=0x300000, value=7)")
+@operation(
+    "CLEAR", example="fork(); vm.host.dune_read(0x300000); vm.host.dune_write(gpa=0x300000, value=7)",
+    leaves=LEAVES_GIVEN,
+)
 def dune_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """The VMM stores the low `size` bytes of `value` in Dune mode."""
     check_scalar(gpa, size)
@@ -62,7 +65,7 @@ def sva_read(board: Board, gpa: int, size: int = 8) -> int:
     return int.from_bytes(_sva(board).read(hva, size), "little")
 
 
-@operation("CLEAR", example="fork(); vm.host.sva_write(gpa=0x300000, value=7)")
+@operation("CLEAR", example="fork(); vm.host.sva_write(gpa=0x300000, value=7)", leaves=LEAVES_GIVEN)
 def sva_write(board: Board, gpa: int, value: int, size: int = 8) -> int:
     """That device stores the low `size` bytes of `value`."""
     check_scalar(gpa, size)
