@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.locks import Mutex, RwLock, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
-from host_mm.mmu_notifier import mmu_notifier_register, mmu_notifier_unregister
+from host_mm.mmu_notifier_register import mmu_notifier_register, mmu_notifier_unregister
 from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, GFP_ZERO, alloc_pages
 from kvm_model import (
     dirty_log,
