@@ -24,7 +24,8 @@ __all__ = [
     "PFERR_RSVD_MASK", "PFERR_USER_MASK", "PFERR_WRITE_MASK", "RET_PF_CONTINUE", "RET_PF_EMULATE",
     "RET_PF_FIXED", "RET_PF_INVALID", "RET_PF_RETRY", "RET_PF_SPURIOUS",
     "RET_PF_WRITE_PROTECTED", "ROLE_INVALID", "KvmMmuPage", "KvmPageFault", "fmt_mmu_page",
-    "is_error_noslot_pfn", "is_error_pfn", "is_obsolete_sp", "pferr_flags", "tdp_root_role",
+    "is_error_noslot_pfn", "is_error_pfn", "is_obsolete_sp", "pferr_flags", "role_is_direct",
+    "tdp_root_role",
 ]
 
 RET_PF_CONTINUE = 0
@@ -94,6 +95,11 @@ def tdp_root_role(*, ad_disabled: bool, level: int = 4) -> int:
     """kvm_calc_tdp_mmu_root_page_role, outside SMM and nesting."""
     role = level | _ROLE_DIRECT | 7 << _ROLE_ACCESS_SHIFT | _ROLE_EFER_NX | _ROLE_CR0_WP
     return role | _ROLE_AD_DISABLED if ad_disabled else role
+
+
+def role_is_direct(role: int) -> bool:
+    """role.direct: the page maps gfns in order, and shadows no table of the guest's."""
+    return role & _ROLE_DIRECT != 0
 
 
 class KvmMmuPage:
