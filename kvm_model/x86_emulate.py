@@ -13,8 +13,8 @@ instruction again. What no memslot takes goes to user space.
 Not modelled: MMIO of more than 8 bytes, the #UD that a guest in ring 3 gets for what cannot be
 emulated (here the VM stops as for ring 0), the emulator's own reads of guest code: where EPT has lost the
 page, the guest fetches it anew; 5.10's endless retry of what cannot be emulated on a page that is not
-shadowed but tracked (it ends the VM as in 6.18); the emulator's reads and writes of operands beside the one that exited go
-by the CPU's walk, which may exit again.
+shadowed but tracked (it ends the VM as in 6.18). Operands beside the one that exited go by the CPU's walk,
+which may exit again.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def tracked(**options: Any) -> tuple[Machine, list[Any]]:
 
 
 def script(m: Machine, *accesses: MmioAccess | None) -> list[int]:
-    """The emulator's next accesses, the first of one instruction each but where one has a `priv` successor."""
+    """The emulator's next accesses, one an instruction; where one has another for `priv`, that follows it."""
     todo = list(accesses)
     data: list[int] = []
 
