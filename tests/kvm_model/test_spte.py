@@ -160,7 +160,9 @@ def test_ept_misconfigurations(entry: int, level: int, bad: bool) -> None:
 LEGACY = legacy_masks()
 
 
-def shadow_leaf(access: int = ACC_ALL, *, level: int = 1, writable: bool = True, prefetch: bool = False) -> int:
+def shadow_leaf(
+    access: int = ACC_ALL, *, level: int = 1, writable: bool = True, prefetch: bool = False
+) -> int:
     return LEGACY.make_spte(
         KvmMmuPage(9, -1, 0, level), access, 0x200, prefetch=prefetch, synchronizing=False,
         host_writable=writable,
@@ -202,5 +204,6 @@ def test_an_mmio_spte_of_shadow_paging_is_present_and_reserved_and_keeps_the_gue
 
 def test_shadow_sptes_in_words() -> None:
     assert decode_spte(shadow_leaf(), 1, LEGACY) == "pfn 0x200 rwxu A D host-w mmu-w"
-    assert decode_spte(shadow_leaf(ACC_WRITE_MASK, prefetch=True), 1, LEGACY) == "pfn 0x200 rw-- D host-w mmu-w"
+    kernels = shadow_leaf(ACC_WRITE_MASK, prefetch=True)
+    assert decode_spte(kernels, 1, LEGACY) == "pfn 0x200 rw-- D host-w mmu-w"
     assert decode_spte(LEGACY.make_nonleaf_spte(5), 2, LEGACY) == "table 0x5 rwxu"
