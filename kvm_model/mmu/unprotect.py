@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage, role_is_direct
+from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage, role_direct
 from kvm_model.mmu.shadow_page import kvm_mmu_commit_zap_page, kvm_mmu_prepare_zap_page
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def kvm_mmu_unprotect_gfn_and_retry(vcpu: Vcpu, addr: int, gpa: int, *, always_r
         invalid_list: list[KvmMmuPage] = []
         with kvm.mmu_lock:
             for sp in tuple(kvm.mmu_page_hash.get(gpa >> 12, ())):
-                if not sp.invalid and not role_is_direct(sp.role):
+                if not sp.invalid and not role_direct(sp.role):
                     kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "unprotect")
             zapped = bool(invalid_list)
             kvm_mmu_commit_zap_page(kvm, invalid_list)
