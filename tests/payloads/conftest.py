@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-CELL = re.compile(r"test_matrix\.py::test_the_payload_passes\[([\w-]+?)-(tdp|direct|shadow)-([\w.-]+)-(\d+)\]")
+CELL = re.compile(r"test_matrix\.py::test_the_payload_passes\[([\w-]+?)-(tdp|direct|shadow)-(.+)-(\d+)\]")
 MARKS = {"passed": "+", "failed": "F", "error": "F", "skipped": "s"}
 
 
@@ -28,11 +28,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     vcpus = sorted({n for row in marks.values() for cell in row.values() for n in cell})
     heads = [f"{mmu} {profile.removeprefix('linux-')}" for mmu, profile in columns]
-    width = max(max(map(len, heads)), len(" ".join(map(str, vcpus)))) + 2
+    width = max(*map(len, heads), len(" ".join(map(str, vcpus)))) + 2
     write = terminalreporter.write_line
     write("")
     write(f"{'payload':<14}" + "".join(f"{head:<{width}}" for head in heads))
     write(f"{'vCPUs':<14}" + f"{' '.join(map(str, vcpus)):<{width}}" * len(heads))
     for name, row in sorted(marks.items()):
         cells = (" ".join(row.get(column, {}).get(n, ".") for n in vcpus) for column in columns)
-        write(f"{name:<14}" + "".join(f"{cell:<{width}}" for cell in cells))
+        write(f"{name:<14}" + "".join(f"{cell:<{width}}" for cell in cells).rstrip())
