@@ -87,6 +87,12 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     mmu_cache_objects: int = 40
     mmu_cache_min: int = 5
 
+    @property
+    def version_code(self) -> int:
+        """LINUX_VERSION_CODE, without the sublevel."""
+        major, minor = self.name.removeprefix("linux-").split(".")
+        return int(major) << 16 | int(minor) << 8
+
 
 LINUX_6_18 = KvmProfile(name="linux-6.18")
 LINUX_5_10 = KvmProfile(

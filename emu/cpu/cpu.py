@@ -463,7 +463,7 @@ class UnicornCpu:
 
     def cpuid(self, vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX, EDX."""
-        return cpuid(leaf, subleaf, vcpu.vcpu_id, len(self.vcpus))
+        return cpuid(leaf, subleaf, vcpu.vcpu_id, len(self.vcpus), vcpu.kvm.profile.version_code)
 
     def skip_emulated_instruction(self, vcpu: Vcpu, insn_len: int) -> None:
         """Step RIP over an instruction that KVM emulated; ends an STI shadow."""
