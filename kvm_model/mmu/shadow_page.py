@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 __all__ = [
     "drop_large_spte", "drop_parent_pte", "drop_spte", "kvm_mmu_available_pages", "kvm_mmu_change_mmu_pages",
     "kvm_mmu_commit_zap_page", "kvm_mmu_get_child_sp", "kvm_mmu_get_shadow_page", "kvm_mmu_prepare_zap_page",
-    "kvm_mmu_zap_all_shadow_pages", "kvm_mmu_zap_oldest_mmu_pages",
-    "kvm_zap_obsolete_pages", "link_shadow_page", "make_mmu_pages_available",
+    "kvm_mmu_zap_all_shadow_pages", "kvm_mmu_zap_oldest_mmu_pages", "kvm_zap_obsolete_pages",
+    "link_shadow_page", "make_mmu_pages_available",
 ]
 
 _BATCH_ZAP_PAGES = 10
