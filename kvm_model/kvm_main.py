@@ -32,7 +32,7 @@ from kvm_model import (
     x86_events,
 )
 from kvm_model.memslots import KvmMemslots
-from kvm_model.mmu import fast_page_fault, gfn_range, invalidate, mmio, mmu, mmu_roots, tdp_mmu
+from kvm_model.mmu import fast_page_fault, gfn_range, invalidate, mmio, mmu, mmu_roots, paging_tmpl, tdp_mmu
 from kvm_model.mmu.killed_by import KilledBy
 from kvm_model.mmu.mmu_internal import PFERR_GUEST_FINAL_MASK, PFERR_WRITE_MASK, KvmMmuPage, tdp_root_role
 from kvm_model.mmu.nx_huge_pages import NxRecovery
@@ -60,7 +60,8 @@ TRACEPOINTS = (
     *requests.TRACEPOINTS, *mmu_notifier.TRACEPOINTS, *memory_region.TRACEPOINTS,
     *follow_pfn.TRACEPOINTS, *gfn_range.TRACEPOINTS, *invalidate.TRACEPOINTS, *dirty_ring.TRACEPOINTS,
     *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
-    *tdp_mmu.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS,
+    *tdp_mmu.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS,
+    *vmx.TRACEPOINTS,
 )
 """Every tracepoint of this room, each declared beside the code that fires it."""
 
@@ -106,6 +107,7 @@ class Kvm:
     def __init__(
         self, host: HostMm, process: Process, cpu: KvmX86Ops, *, profile: KvmProfile = LINUX_6_18,
         params: Mapping[str, str] | None = None, breaks: frozenset[str] = frozenset(), checks: bool = False,
+        tdp_enabled: bool = True,
     ) -> None:
         params = params or {}
         self.host = host
@@ -114,6 +116,7 @@ class Kvm:
         self.cpu = cpu
         self.profile = profile
         self.breaks = breaks
+        self.tdp_enabled = tdp_enabled
         self.sched = host.sched
         self.stream = host.stream
         self.ram = host.ram
@@ -135,7 +138,7 @@ class Kvm:
         host.frame_holders.append(self._table_frames)
 
     def _init_params(self, params: Mapping[str, str]) -> None:
-        self.tdp_mmu_enabled = _flag(params, "kvm.tdp_mmu", self.profile.tdp_mmu)
+        self.tdp_mmu_enabled = self.tdp_enabled and _flag(params, "kvm.tdp_mmu", self.profile.tdp_mmu)
         self.spte = ept_masks(
             has_ad_bits=_flag(params, "kvm_intel.eptad", True),
             mmio_caching=_flag(params, "kvm.mmio_caching", True),

@@ -9,6 +9,10 @@
     tdp_mmu.py          stores, roots, mapping                    tdp_zap.py tdp_age.py tdp_log.py
     nx_huge_pages.py    code in huge pages, and its recovery
 
+The guest's own tables:
+
+    kvm_mmu.py          how the guest pages: roles, rights    paging_tmpl.py    KVM's walk of its tables
+
 Without the TDP MMU (kvm.tdp_mmu=N):
 
     shadow_page.py      pages: hash, links, zaps, how many        shadow_spte.py   stores to their SPTEs
