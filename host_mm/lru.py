@@ -30,6 +30,7 @@ from host_mm.page import (
     PG_dirty,
     PG_head,
     PG_idle,
+    PG_ksm,
     PG_locked,
     PG_lru,
     PG_mlocked,
@@ -59,6 +60,7 @@ __all__ = [
     "LRU_UNEVICTABLE",
     "Lru",
     "Lruvec",
+    "folio_evictable",
     "folio_lru_list",
 ]
 
@@ -76,6 +78,15 @@ LRU_NAMES = ("inactive_anon", "active_anon", "inactive_file", "active_file", "un
 _MUNLOCK = 0
 _LRU_FOLIO = 1
 _NEW_FOLIO = 2
+
+
+def folio_evictable(host: HostMm, pfn: int) -> bool:
+    """Whether reclaim may have the folio: no locked VMA maps it, and its file lets pages go."""
+    value = host.pages.flags[pfn]
+    if value & PG_mlocked:
+        return False
+    mapping = None if value & (PG_anon | PG_ksm | PG_swapcache) else host.pages.mapping.get(pfn)
+    return mapping is None or not mapping.a_ops.unevictable
 
 
 def folio_lru_list(flags: int) -> int:
@@ -177,7 +188,7 @@ class Lru:
         flags = self.host.pages.flags
         value = flags[pfn]
         vmstat = self.host.vmstat
-        if value & PG_mlocked:
+        if not folio_evictable(self.host, pfn):
             if not value & PG_unevictable:
                 vmstat["unevictable_pgs_culled"] += folio_nr_pages(self.host.pages, pfn)
             value = (value & ~PG_active) | PG_unevictable
@@ -442,7 +453,7 @@ class Lru:
         if value & PG_unevictable:
             if value & PG_mlocked:
                 self._mlock_count[pfn] = self._mlock_count.get(pfn, 0) + 1
-            else:
+            elif folio_evictable(self.host, pfn):
                 self._rescue(vec, pfn)
         elif value & PG_mlocked:
             vec.remove(pfn, value)
@@ -480,7 +491,7 @@ class Lru:
             kept = not listed and flags[pfn] & PG_unevictable
             which = "unevictable_pgs_stranded" if kept else "unevictable_pgs_munlocked"
             vmstat[which] += folio_nr_pages(self.host.pages, pfn)
-        if listed and flags[pfn] & PG_unevictable:
+        if listed and flags[pfn] & PG_unevictable and folio_evictable(self.host, pfn):
             self._rescue(vec, pfn)
 
     def _rescue(self, vec: Lruvec, pfn: int) -> None:
