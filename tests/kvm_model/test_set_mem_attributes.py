@@ -124,7 +124,7 @@ def test_a_fault_that_meets_the_change_of_its_attribute_is_told_so() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_conversions_beside_running_vcpus_never_show_one_kind_in_the_place_of_the_other(seed: int) -> None:
-    m, file = protected(vcpus=2, seed=seed)
+    m, _ = protected(vcpus=2, seed=seed)
     for gfn in range(4):
         m.run(("w", gfn * PAGE, 0x1000 + gfn))
     convert(m, 0, 4, PRIVATE)
