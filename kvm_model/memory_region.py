@@ -23,10 +23,8 @@ from kvm_model.memslots import (
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_MAX_NR_PAGES,
     KVM_MEM_READONLY,
-    KVM_MEM_SLOTS_NUM,
     KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS,
     KVM_MEMSLOT_INVALID,
-    KVM_USER_MEM_SLOTS,
     KvmMemorySlot,
     KvmMemslots,
     alloc_lpage_info,
@@ -56,7 +54,7 @@ TRACEPOINTS = (MEMSLOT_UPDATE,)
 
 def kvm_set_user_memory_region(kvm: Kvm, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
     """Create, delete (size 0), move or re-flag a slot; KernelError as the ioctl refuses."""
-    if slot & 0xFFFF >= KVM_USER_MEM_SLOTS:
+    if slot & 0xFFFF >= kvm.profile.user_mem_slots:
         raise KernelError(EINVAL, f"slot {slot & 0xFFFF} is out of range")
     with kvm.slots_lock:
         _kvm_set_memory_region(kvm, slot, gpa, size, hva, flags)
@@ -69,7 +67,7 @@ def _check(kvm: Kvm, as_id: int, id_: int, gpa: int, size: int, hva: int, flags:
         (gpa & 0xFFF or not 0 <= gpa < _U64, f"guest address {gpa:#x} is not page aligned"),
         (hva & 0xFFF or not hva >= 0, f"host address {hva:#x} is not page aligned"),
         (hva + size > TASK_SIZE, f"host range {hva:#x}+{size:#x} is not user memory"),
-        (as_id >= kvm.profile.nr_memslot_as_ids or id_ >= KVM_MEM_SLOTS_NUM, f"no address space {as_id}"),
+        (as_id >= kvm.profile.nr_memslot_as_ids, f"no address space {as_id}"),
         (gpa + size >= _U64, "the guest range wraps around"),
         (size >> 12 > KVM_MEM_MAX_NR_PAGES, f"size {size:#x} is too large for a dirty bitmap"),
     )

@@ -28,16 +28,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS", "KVM_MEMSLOT_INVALID", "KVM_MEM_LOG_DIRTY_PAGES",
-    "KVM_MEM_MAX_NR_PAGES", "KVM_MEM_READONLY", "KVM_MEM_SLOTS_NUM", "KVM_USER_MEM_SLOTS",
-    "KvmMemorySlot", "KvmMemslots", "alloc_lpage_info", "hva_to_gfn_memslot", "kvm_slot_dirty_track_enabled",
-    "lpage_disallowed", "mark_page_dirty_in_slot",
+    "KVM_MEM_MAX_NR_PAGES", "KVM_MEM_READONLY", "KvmMemorySlot", "KvmMemslots", "alloc_lpage_info",
+    "hva_to_gfn_memslot", "kvm_slot_dirty_track_enabled", "lpage_disallowed", "mark_page_dirty_in_slot",
 ]
 
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
 KVM_MEMSLOT_INVALID = 1 << 16
-KVM_MEM_SLOTS_NUM = 32767
-KVM_USER_MEM_SLOTS = KVM_MEM_SLOTS_NUM - 3
 KVM_MEM_MAX_NR_PAGES = (1 << 31) - 1
 KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS = 1 << 63
 

@@ -46,6 +46,8 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     protected when it starts, not when it is cleared. `collapses_any_compound_page`: when a log ends every 4K
     leaf of a compound page goes.
 
+    `user_mem_slots`: memory slots that user space may have, KVM's own come behind. `max_vcpu_ids`: vCPUs are
+    numbered below it; `max_vcpus`: how many there may be.
     `absent_events`: tracepoints this kernel has not.
     `nr_memslot_as_ids`: normal memory and SMM. `mmu_cache_objects`: capacity of a vCPU's cache of
     page-table pages, `mmu_cache_min` what a fault tops it up to at least.
@@ -79,6 +81,9 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     init_set_protects_huge: bool = False
     collapses_any_compound_page: bool = False
     absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page"})
+    user_mem_slots: int = 32764
+    max_vcpu_ids: int = 4096
+    max_vcpus: int = 1024
     nr_memslot_as_ids: int = 2
     mmu_cache_objects: int = 40
     mmu_cache_min: int = 5
@@ -119,6 +124,9 @@ LINUX_5_10 = KvmProfile(
     log_flush_if_changed=True,
     init_set_protects_huge=True,
     collapses_any_compound_page=True,
+    user_mem_slots=509,
+    max_vcpu_ids=1023,
+    max_vcpus=288,
     absent_events=frozenset({
         "kvm:kvm_age_hva", "kvm:kvm_dirty_ring_exit", "kvm:kvm_dirty_ring_push", "kvm:kvm_dirty_ring_reset",
         "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range",
