@@ -48,6 +48,9 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     `user_mem_slots`: memory slots that user space may have, KVM's own come behind. `max_vcpu_ids`: vCPUs are
     numbered below it; `max_vcpus`: how many there may be.
+    `mmu_is_page_track_node`: the MMU itself is a node of the page-track head, hears so of emulated writes,
+    and zaps a slot when the head is told to flush it.
+
     `absent_events`: tracepoints this kernel has not.
     `nr_memslot_as_ids`: normal memory and SMM. `mmu_cache_objects`: capacity of a vCPU's cache of
     page-table pages, `mmu_cache_min` what a fault tops it up to at least.
@@ -80,6 +83,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     log_flush_if_changed: bool = False
     init_set_protects_huge: bool = False
     collapses_any_compound_page: bool = False
+    mmu_is_page_track_node: bool = False
     absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page"})
     user_mem_slots: int = 32764
     max_vcpu_ids: int = 4096
@@ -127,6 +131,7 @@ LINUX_5_10 = KvmProfile(
     user_mem_slots=509,
     max_vcpu_ids=1023,
     max_vcpus=288,
+    mmu_is_page_track_node=True,
     absent_events=frozenset({
         "kvm:kvm_age_hva", "kvm:kvm_dirty_ring_exit", "kvm:kvm_dirty_ring_push", "kvm:kvm_dirty_ring_reset",
         "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range",
