@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS", "KVM_MEMSLOT_INVALID", "KVM_MEM_LOG_DIRTY_PAGES",
-    "KVM_MEM_MAX_NR_PAGES", "KVM_MEM_READONLY", "KvmMemorySlot", "KvmMemslots", "alloc_lpage_info",
-    "hva_to_gfn_memslot", "kvm_gfn_is_write_tracked", "kvm_mmu_gfn_allow_lpage",
+    "KVM_MEM_MAX_NR_PAGES", "KVM_MEM_READONLY", "KVM_USER_MEM_SLOTS", "KvmMemorySlot", "KvmMemslots",
+    "alloc_lpage_info",     "hva_to_gfn_memslot", "kvm_gfn_is_write_tracked", "kvm_mmu_gfn_allow_lpage",
     "kvm_mmu_gfn_disallow_lpage", "kvm_slot_dirty_track_enabled", "lpage_disallowed",
     "mark_page_dirty_in_slot",
 ]
@@ -37,6 +37,8 @@ __all__ = [
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
 KVM_MEMSLOT_INVALID = 1 << 16
+KVM_USER_MEM_SLOTS = 32764
+"""Slots from here on are KVM's own; KvmProfile.user_mem_slots may leave user space fewer."""
 KVM_MEM_MAX_NR_PAGES = (1 << 31) - 1
 KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS = 1 << 63
 

@@ -48,6 +48,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     `user_mem_slots`: memory slots that user space may have, KVM's own come behind. `max_vcpu_ids`: vCPUs are
     numbered below it; `max_vcpus`: how many there may be.
+
     Of the walk of guest tables: `pt_access_per_level`: it keeps the rights on the way to each level, not only
     those of the last table. `cmpxchg_gpte_by_gup`: it sets A and D in a frame that GUP gave, not through the
     VMM's mapping. `smap_implicit_by_cpl`: any supervisor access at CPL 3 counts as implicit, not only what
