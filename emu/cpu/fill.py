@@ -205,10 +205,10 @@ class Fill:
 
     def walk(self, gva: int, access: int) -> Walk:
         """Walk as the vCPU's registers stand, without touching its TLB. Sets A and D flags."""
-        env = self._env
+        env, p = self._env, self.params
         result: Walk = self._walk(
             self._mem, self.ram.nr_frames, env[CR // 8], env[CR // 8 + 3], env[CR // 8 + 4], env[EFER // 8],
-            self.params[body.P_EPTP], self.params[body.P_PML], signed(gva), access,
+            p[body.P_EPTP], p[body.P_PML], p[body.P_PDPTE + (gva >> 30 & 3)], signed(gva), access,
         )
         return result
 

@@ -48,8 +48,9 @@ from emu.cpu.words import Words
 __all__ = [
     "CODE_WRITE", "FRAME_CODE", "FRAME_DATA", "FRAME_MIXED", "NEW_CODE", "NO_PAGE", "P_A", "P_ACCESS",
     "P_B", "P_C", "P_CODE", "P_CODE_MASK", "P_COUNT", "P_DESCRIPTOR", "P_ENV", "P_EPOCH", "P_EPTP",
-    "P_FETCHED", "P_FILLS", "P_FILL_EPOCH", "P_GVA", "P_HPA", "P_IMPLICIT_PAGE", "P_NR_FRAMES", "P_PML",
-    "P_RAM", "P_REFUSED", "P_RIGHTS", "P_STATUS", "P_WRITE_EPOCH", "in_descriptor_tables", "tlb_fill",
+    "P_FETCHED", "P_FILLS", "P_FILL_EPOCH", "P_GVA", "P_HPA", "P_IMPLICIT_PAGE", "P_NR_FRAMES", "P_PDPTE",
+    "P_PML", "P_RAM", "P_REFUSED", "P_RIGHTS", "P_STATUS", "P_WRITE_EPOCH", "in_descriptor_tables",
+    "tlb_fill",
 ]
 
 # Parameter block, inputs.
@@ -77,6 +78,8 @@ P_C = 23
 P_DESCRIPTOR = 24
 P_FILLS = 25
 P_REFUSED = 26
+# Input: the four PDPTE registers, which matter in PAE paging.
+P_PDPTE = 28
 P_COUNT = 32
 
 NO_PAGE = 1
@@ -121,7 +124,7 @@ def tlb_fill(
         access |= ACCESS_AC
     status, hpa, rights, a, b, c = walk(
         mem, params[P_NR_FRAMES], env[CR // 8], env[CR // 8 + 3], env[CR // 8 + 4], env[EFER // 8],
-        params[P_EPTP], params[P_PML], gva, access,
+        params[P_EPTP], params[P_PML], params[P_PDPTE + (gva >> 30 & 3)], gva, access,
     )
     granted = 0
     if status == OK:
