@@ -186,8 +186,22 @@ class Fill:
         """VM entry: read the PDPTEs, if the root is one of PAE paging."""
         if self._pae:
             at = self.params[body.P_ROOT] >> 3
-            for n in range(4):
-                self.params[body.P_PDPTE + n] = self.ram.i64[at + n]
+            self.pdptes = [self.ram.i64[at + n] for n in range(4)]
+
+    @property
+    def pdptes(self) -> list[int]:
+        """The CPU's four PDPTE registers, signed."""
+        return list(self.params[body.P_PDPTE : body.P_PDPTE + 4])
+
+    @pdptes.setter
+    def pdptes(self, entries: list[int]) -> None:
+        for n, entry in enumerate(entries):
+            self.params[body.P_PDPTE + n] = entry
+
+    @property
+    def pml(self) -> int:
+        """Where the VMCS's words for page-modification logging begin, as an index of RAM's; 0: off."""
+        return self.params[body.P_PML]
 
     def set_vmcs(self, vmcs: int) -> None:
         """Log modified pages as the VMCS at physical address `vmcs` says; 0: do not."""
