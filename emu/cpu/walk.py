@@ -358,10 +358,10 @@ def walk_guest(
     if efer & EFER_LMA:
         if not is_canonical(gva, cr4):
             return NON_CANONICAL, 0, 0, 0, 0, 0
-        level = 4
-        if cr4 & CR4_LA57:
-            level = 5
-        table = cr3 & _CR3_MASK
+        if not cr4 & CR4_LA57:
+            # A call of its own: where the compiler knows the level it unrolls the walk.
+            return walk_tables(mem, nr_frames, cr0, cr4, efer, eptp, pml, gva, access, cr3 & _CR3_MASK, 4)
+        table, level = cr3 & _CR3_MASK, 5
     else:
         gva &= 0xFFFFFFFF
         if not cr4 & CR4_PAE:
@@ -369,8 +369,7 @@ def walk_guest(
         if not pdpte & PTE_PRESENT:
             gpa = (cr3 & _CR3_MASK_PAE) + (gva >> 30) * 8
             return PAGE_FAULT, 0, 0, page_fault_code(access, cr4, efer), gpa, 3
-        level = 2
-        table = pdpte & PTE_ADDR_MASK
+        table, level = pdpte & PTE_ADDR_MASK, 2
     return walk_tables(mem, nr_frames, cr0, cr4, efer, eptp, pml, gva, access, table, level)
 
 
