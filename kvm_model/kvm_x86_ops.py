@@ -20,13 +20,17 @@ from kvm_model.vmx.exits import VmExit
 if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
-__all__ = ["EMULATE_RETRY", "KvmX86Ops", "MmioAccess"]
+__all__ = ["EMULATE_RETRY", "PT32E_ROOT_LEVEL", "KvmX86Ops", "MmioAccess"]
+
+PT32E_ROOT_LEVEL = 3
 
 
 class MmioAccess(msgspec.Struct):
     """The memory operand of an instruction that KVM emulates, at most 8 bytes.
 
-    `data` is what a store writes. `insn` and `mode` (kvm_emulate_insn's flags: prot64 is 9, prot32
+    `data` is what a store writes. A `lock`ed store is made only if memory still holds `old`. `parts`:
+    (gpa, length) of the two pieces of an access that crosses a page; without them it is all at the gpa that
+    exited. `insn` and `mode` (kvm_emulate_insn's flags: prot64 is 9, prot32
     5, prot16 1, real 0) are for the trace. What else the CPU needs to finish it keeps in `priv`.
     """
 
@@ -36,6 +40,9 @@ class MmioAccess(msgspec.Struct):
     insn: bytes = b""
     mode: int = 9
     priv: object = None
+    lock: bool = False
+    old: int = 0
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 EMULATE_RETRY = MmioAccess(False, 0)
@@ -57,8 +64,13 @@ class KvmX86Ops(Protocol):
         """Lose translations, as a TLB may at any time: no flush that KVM may count on."""
         ...
 
-    def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int) -> None:
-        """Use the EPT root at `root_hpa` from the next entry on."""
+    def flush_tlb_gva(self, vcpu: Vcpu, gva: int) -> None:
+        """Lose what translates the linear address `gva` (INVVPID of one address)."""
+        ...
+
+    def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int, root_level: int) -> None:
+        """Use the root at `root_hpa` from the next entry on: of EPT, or of the tables that CR3 is to hold,
+        which are PAE paging's at level PT32E_ROOT_LEVEL."""
         ...
 
     def enable_pml(self, vcpu: Vcpu, vmcs: int) -> None:
@@ -66,7 +78,7 @@ class KvmX86Ops(Protocol):
         ...
 
     def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
-        """Decode and start the instruction at RIP, whose memory operand is at MMIO `gpa`.
+        """Decode and start the instruction at RIP, whose memory operand is at `gpa`, MMIO or not.
 
         None where the instruction cannot be emulated, EMULATE_RETRY where its bytes or its other
         operand are not mapped (any more): the guest then meets that fault itself.

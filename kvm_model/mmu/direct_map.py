@@ -23,6 +23,7 @@ from kvm_model.memslots import (
     KVM_MEM_READONLY,
     KVM_MEMSLOT_INVALID,
     KvmMemorySlot,
+    kvm_gfn_is_write_tracked,
     kvm_slot_dirty_track_enabled,
     mark_page_dirty_in_slot,
 )
@@ -31,6 +32,7 @@ from kvm_model.mmu.mmu_internal import (
     RET_PF_EMULATE,
     RET_PF_FIXED,
     RET_PF_SPURIOUS,
+    RET_PF_WRITE_PROTECTED,
     KvmMmuPage,
     KvmPageFault,
 )
@@ -147,9 +149,10 @@ def _mmu_set_spte(
         trace_kvm_mmu_set_spte(kvm, gfn, level, sptep)
         return RET_PF_EMULATE
     assert slot is not None
+    wrprot = kvm_gfn_is_write_tracked(slot, gfn)
     spte = kvm.spte.make_spte(
         sp, ACC_ALL, pfn, prefetch=prefetch, synchronizing=False,
-        host_writable=fault is None or fault.map_writable,
+        host_writable=fault is None or fault.map_writable, wrprot=wrprot,
     )
     if spte & PT_WRITABLE_MASK and kvm_slot_dirty_track_enabled(slot):
         mark_page_dirty_in_slot(vcpu, slot, gfn)
@@ -163,6 +166,8 @@ def _mmu_set_spte(
         kvm_flush_remote_tlbs_gfn(kvm, gfn, level)
     if not was_rmapped:
         rmap_add(kvm, slot, sptep, gfn)
+    if wrprot and fault is not None and fault.write:
+        return RET_PF_WRITE_PROTECTED
     return ret
 
 

@@ -23,8 +23,13 @@ __all__ = [
     "PFERR_FETCH_MASK", "PFERR_GUEST_FINAL_MASK", "PFERR_GUEST_PAGE_MASK", "PFERR_PRESENT_MASK",
     "PFERR_RSVD_MASK", "PFERR_USER_MASK", "PFERR_WRITE_MASK", "RET_PF_CONTINUE", "RET_PF_EMULATE",
     "RET_PF_FIXED", "RET_PF_INVALID", "RET_PF_RETRY", "RET_PF_SPURIOUS",
-    "RET_PF_WRITE_PROTECTED", "ROLE_INVALID", "KvmMmuPage", "KvmPageFault", "fmt_mmu_page",
-    "is_error_noslot_pfn", "is_error_pfn", "is_obsolete_sp", "pferr_flags", "tdp_root_role",
+    "RET_PF_WRITE_PROTECTED", "ROLE_4_BYTE_GPTE", "ROLE_ACCESS_MASK", "ROLE_ACCESS_SHIFT",
+    "ROLE_AD_DISABLED", "ROLE_CR0_WP", "ROLE_DIRECT", "ROLE_EFER_NX", "ROLE_GUEST_MODE", "ROLE_INVALID",
+    "ROLE_LEVEL_MASK", "ROLE_PASSTHROUGH", "ROLE_QUADRANT_MASK", "ROLE_QUADRANT_SHIFT",
+    "ROLE_SMAP_ANDNOT_WP", "ROLE_SMEP_ANDNOT_WP", "ROLE_SMM", "ROLE_SMM_SHIFT", "KvmMmuPage", "KvmPageFault",
+    "fmt_mmu_page", "is_error_noslot_pfn", "is_error_pfn", "is_obsolete_sp", "pferr_flags", "role_access",
+    "role_direct", "role_has_4_byte_gpte", "role_level", "role_quadrant", "role_smm", "role_with_access",
+    "role_with_level", "role_with_quadrant", "tdp_root_role",
 ]
 
 RET_PF_CONTINUE = 0
@@ -54,12 +59,24 @@ KVM_PFN_ERR_SIGPENDING = KVM_PFN_ERR_FAULT + 3
 KVM_PFN_ERR_NEEDS_IO = KVM_PFN_ERR_FAULT + 4
 KVM_PFN_NOSLOT = 1 << 63
 
+# union kvm_mmu_page_role: the word that with the gfn is a shadow page's key.
+ROLE_LEVEL_MASK = 15
+ROLE_4_BYTE_GPTE = 1 << 4
+ROLE_QUADRANT_SHIFT = 5
+ROLE_QUADRANT_MASK = 3 << ROLE_QUADRANT_SHIFT
+ROLE_DIRECT = 1 << 7
+ROLE_ACCESS_SHIFT = 8
+ROLE_ACCESS_MASK = 7 << ROLE_ACCESS_SHIFT
 ROLE_INVALID = 1 << 11
-_ROLE_AD_DISABLED = 1 << 16
-_ROLE_EFER_NX = 1 << 12
-_ROLE_CR0_WP = 1 << 13
-_ROLE_DIRECT = 1 << 7
-_ROLE_ACCESS_SHIFT = 8
+ROLE_EFER_NX = 1 << 12
+ROLE_CR0_WP = 1 << 13
+ROLE_SMEP_ANDNOT_WP = 1 << 14
+ROLE_SMAP_ANDNOT_WP = 1 << 15
+ROLE_AD_DISABLED = 1 << 16
+ROLE_GUEST_MODE = 1 << 17
+ROLE_PASSTHROUGH = 1 << 18
+ROLE_SMM_SHIFT = 24
+ROLE_SMM = 1 << ROLE_SMM_SHIFT
 
 _PFERR_NAMES = (
     (1 << 0, "P"), (1 << 1, "W"), (1 << 2, "U"), (1 << 5, "PK"), (1 << 6, "SS"), (1 << 15, "SGX"),
@@ -90,10 +107,58 @@ def pferr_flags(error_code: int) -> str:
     return "|".join(words)
 
 
+# -- the role word ------------------------------------------------------------------------------
+
+
+def role_level(role: int) -> int:
+    """The level of the page's entries: 1 maps 4K pages."""
+    return role & ROLE_LEVEL_MASK
+
+
+def role_access(role: int) -> int:
+    """ACC_* that the guest's tables grant on the way to the page."""
+    return role >> ROLE_ACCESS_SHIFT & 7
+
+
+def role_quadrant(role: int) -> int:
+    """Which part of a guest table of 4-byte entries the page shadows."""
+    return role >> ROLE_QUADRANT_SHIFT & 3
+
+
+def role_has_4_byte_gpte(role: int) -> bool:
+    """Whether the guest's entries are those of 32-bit paging without PAE."""
+    return role & ROLE_4_BYTE_GPTE != 0
+
+
+def role_direct(role: int) -> bool:
+    """Whether the page maps gfns in order and shadows no table of the guest's."""
+    return role & ROLE_DIRECT != 0
+
+
+def role_smm(role: int) -> int:
+    """The address space whose memslots the page maps: 1 in system-management mode."""
+    return role >> ROLE_SMM_SHIFT
+
+
+def role_with_level(role: int, level: int) -> int:
+    """The role at another level."""
+    return role & ~ROLE_LEVEL_MASK | level
+
+
+def role_with_access(role: int, access: int) -> int:
+    """The role with other rights."""
+    return role & ~ROLE_ACCESS_MASK | access << ROLE_ACCESS_SHIFT
+
+
+def role_with_quadrant(role: int, quadrant: int) -> int:
+    """The role of another part of the same guest table."""
+    return role & ~ROLE_QUADRANT_MASK | quadrant << ROLE_QUADRANT_SHIFT
+
+
 def tdp_root_role(*, ad_disabled: bool, level: int = 4) -> int:
     """kvm_calc_tdp_mmu_root_page_role, outside SMM and nesting."""
-    role = level | _ROLE_DIRECT | 7 << _ROLE_ACCESS_SHIFT | _ROLE_EFER_NX | _ROLE_CR0_WP
-    return role | _ROLE_AD_DISABLED if ad_disabled else role
+    role = level | ROLE_DIRECT | ROLE_ACCESS_MASK | ROLE_EFER_NX | ROLE_CR0_WP
+    return role | ROLE_AD_DISABLED if ad_disabled else role
 
 
 class KvmMmuPage:
@@ -131,7 +196,7 @@ class KvmMmuPage:
     @property
     def ad_disabled(self) -> bool:
         """role.ad_disabled."""
-        return self.role & _ROLE_AD_DISABLED != 0
+        return self.role & ROLE_AD_DISABLED != 0
 
     def __repr__(self) -> str:
         return (

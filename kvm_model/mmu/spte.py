@@ -18,16 +18,33 @@ MMIO SPTE (R = 0, W = X = 1: the CPU reports a misconfiguration); not MMU-presen
     |0|  gen 18:8  |   gfn    | 0 | gen  7:0 |1|1|0|
     +-+------------+----------+---+----------+-+-+-+
 
-The kernel keeps the masks in globals set by the vendor module; here a VM holds a `SpteMasks`.
+Shadow paging's SPTE, an entry of the x86 page tables that the CPU walks in the place of the guest's:
+
+    63 62      52 51      12  11   10   9   8 7  6 5 4 3 2 1 0
+    +--+--------+----------+---+----+----+---+--+-+-+---+-+-+-+
+    |NX|        |   pfn    |MMU|mmu |host|   |PS|D|A|   |U|W|P|
+    +--+--------+----------+---+----+----+---+--+-+-+---+-+-+-+
+                            present  writable
+
+and its MMIO SPTE has P and the reserved bit 51, so that the CPU reports a page fault with RSVD; W and U keep
+the guest's rights. The kernel keeps the masks in globals set by the vendor module; here a VM holds a
+`SpteMasks`.
 
 Not modelled: encrypted memory (shadow_me_*), the L1TF mask of MMIO SPTEs (this CPU has 46 address
-bits and is not affected), host MMIO memory types, unsync of shadowed guest tables.
+bits and is not affected), host MMIO memory types.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from host_mm.arch.x86.pgtable import (
+    _PAGE_ACCESSED,
+    _PAGE_DIRTY,
+    _PAGE_NX,
+    _PAGE_PRESENT,
+    _PAGE_USER,
+)
 from kvm_model.vmx.ept import (
     EPT_ACCESSED,
     EPT_DIRTY,
@@ -46,13 +63,14 @@ if TYPE_CHECKING:
     from kvm_model.mmu.mmu_internal import KvmMmuPage
 
 __all__ = [
-    "ACC_ALL", "ACC_EXEC_MASK", "ACC_USER_MASK", "ACC_WRITE_MASK", "EPT_SPTE_HOST_WRITABLE",
-    "EPT_SPTE_MMU_WRITABLE", "FROZEN_SPTE", "MMIO_SPTE_GEN_MASK", "PG_LEVEL_1G", "PG_LEVEL_2M",
+    "ACC_ALL", "ACC_EXEC_MASK", "ACC_USER_MASK", "ACC_WRITE_MASK", "DEFAULT_SPTE_HOST_WRITABLE",
+    "DEFAULT_SPTE_MMU_WRITABLE", "EPT_SPTE_HOST_WRITABLE", "EPT_SPTE_MMU_WRITABLE",
+    "FROZEN_SPTE", "MMIO_SPTE_GEN_MASK", "PG_LEVEL_1G", "PG_LEVEL_2M",
     "PG_LEVEL_4K", "PG_LEVEL_NUM", "PT_PAGE_SIZE_MASK", "PT_WRITABLE_MASK", "SHADOW_NONPRESENT_VALUE",
     "SPTE_BASE_ADDR_MASK", "SPTE_MMU_PRESENT_MASK", "SPTE_TDP_AD_DISABLED", "SPTE_TDP_AD_MASK",
     "SPTE_TDP_AD_WRPROT_ONLY", "SpteMasks", "decode_spte", "ept_masks", "get_mmio_spte_generation",
     "is_frozen_spte", "is_large_pte", "is_last_spte", "is_shadow_present_pte", "is_writable_pte",
-    "kvm_pages_per_hpage", "spte_ad_enabled", "spte_to_pfn",
+    "kvm_pages_per_hpage", "legacy_masks", "spte_ad_enabled", "spte_to_pfn",
 ]
 
 PG_LEVEL_4K = 1
@@ -73,12 +91,16 @@ ACC_USER_MASK = 4
 ACC_ALL = ACC_EXEC_MASK | ACC_WRITE_MASK | ACC_USER_MASK
 EPT_SPTE_HOST_WRITABLE = 1 << 57
 EPT_SPTE_MMU_WRITABLE = 1 << 58
+DEFAULT_SPTE_HOST_WRITABLE = 1 << 9
+DEFAULT_SPTE_MMU_WRITABLE = 1 << 10
 SHADOW_NONPRESENT_VALUE = 1 << 63
 FROZEN_SPTE = SHADOW_NONPRESENT_VALUE | 0x5A0
 
 _ACC_TRACK_SAVED_BITS = EPT_READABLE | EPT_EXECUTABLE
 _ACC_TRACK_SAVED_SHIFT = 54
 _ACC_TRACK_SAVED_MASK = _ACC_TRACK_SAVED_BITS << _ACC_TRACK_SAVED_SHIFT
+# A bit that this CPU's 46 physical address bits leave reserved.
+_LEGACY_MMIO_VALUE = 1 << 51 | _PAGE_PRESENT
 _GEN_LOW_MASK = 0xFF << 3
 _GEN_HIGH_MASK = 0x7FF << 52
 _GEN_LOW_SHIFT = 3
@@ -286,7 +308,7 @@ class SpteMasks:
 
     def get_mmio_spte_gfn(self, spte: int) -> int:
         """The gfn an MMIO SPTE stands for."""
-        return (spte & SPTE_BASE_ADDR_MASK) >> 12
+        return (spte & SPTE_BASE_ADDR_MASK & ~self.mmio_value) >> 12
 
 
 def ept_masks(*, has_ad_bits: bool, mmio_caching: bool = True, nx_huge_pages: bool = False) -> SpteMasks:
@@ -301,6 +323,17 @@ def ept_masks(*, has_ad_bits: bool, mmio_caching: bool = True, nx_huge_pages: bo
     )
 
 
+def legacy_masks(*, mmio_caching: bool = True, nx_huge_pages: bool = False) -> SpteMasks:
+    """kvm_mmu_reset_all_pte_masks: the entries of shadow paging, which always have A and D."""
+    return SpteMasks(
+        ad_enabled=True, user=_PAGE_USER, accessed=_PAGE_ACCESSED, dirty=_PAGE_DIRTY, nx=_PAGE_NX, x=0,
+        present=_PAGE_PRESENT, acc_track=0, host_writable=DEFAULT_SPTE_HOST_WRITABLE,
+        mmu_writable=DEFAULT_SPTE_MMU_WRITABLE, mmio_value=_LEGACY_MMIO_VALUE if mmio_caching else 0,
+        mmio_mask=_LEGACY_MMIO_VALUE, mmio_access=ACC_WRITE_MASK | ACC_USER_MASK, mt=0,
+        nx_huge_pages=nx_huge_pages,
+    )
+
+
 def decode_spte(spte: int, level: int, masks: SpteMasks) -> str:
     """An SPTE in words, for people."""
     if spte == FROZEN_SPTE:
@@ -309,7 +342,10 @@ def decode_spte(spte: int, level: int, masks: SpteMasks) -> str:
         return f"mmio gfn {masks.get_mmio_spte_gfn(spte):#x} gen {get_mmio_spte_generation(spte):#x}"
     if not is_shadow_present_pte(spte):
         return "not present"
-    rights = "".join(c if spte & b else "-" for b, c in ((1, "r"), (2, "w"), (4, "x")))
+    if masks.nx:
+        rights = f"r{'w' if spte & 2 else '-'}{'-' if spte & masks.nx else 'x'}{'u' if spte & 4 else '-'}"
+    else:
+        rights = "".join(c if spte & b else "-" for b, c in ((1, "r"), (2, "w"), (4, "x")))
     if not is_last_spte(spte, level):
         return f"table {spte_to_pfn(spte):#x} {rights}"
     words = [f"pfn {spte_to_pfn(spte):#x}", rights]

@@ -20,6 +20,7 @@ from emu.cpu.env import IDT as ENV_IDT
 from emu.cpu.env import TR as ENV_TR
 from host_mm.kernel.sched import Scheduler
 from host_mm.ram import Ram
+from kvm_model.profile import LINUX_6_18
 from kvm_model.vmx import exits
 from trace_events.stream import TraceStream
 
@@ -44,7 +45,7 @@ class FakeVcpu(SimpleNamespace):
     def __init__(self, vcpu_id: int) -> None:
         super().__init__(
             vcpu_id=vcpu_id, kicked=False, irq_window=False, entry_intr_info=0, entry_error_code=0,
-            entry_insn_len=0,
+            entry_insn_len=0, kvm=SimpleNamespace(profile=LINUX_6_18),
         )
 
 
@@ -52,11 +53,13 @@ class Machine:
     """`ept=True` puts an identity EPT under everything; `gpa_map` of it can be changed with `ept_set`."""
 
     def __init__(
-        self, *, ept: bool = False, interpreted: bool = False, vcpus: int = 1, mib: int = 16
+        self, *, ept: bool = False, interpreted: bool = False, vcpus: int = 1, mib: int = 16,
+        shadow: bool = False,
     ) -> None:
         self.ram = Ram(mib << 8)
         self.sched = Scheduler(TraceStream())
-        self.cpu = UnicornCpu(SimpleNamespace(ram=self.ram), self.sched, interpreted=interpreted)
+        host = SimpleNamespace(ram=self.ram)
+        self.cpu = UnicornCpu(host, self.sched, interpreted=interpreted, ept=not shadow)
         self.vcpus = [FakeVcpu(n) for n in range(vcpus)]
         self.out: list[tuple[int, int, int]] = []
         self.inputs: list[int] = []
@@ -115,7 +118,7 @@ class Machine:
             for i in range(512):
                 self.q(pt + 8 * i, (n << 21 | i << 12) | 6 << 3 | 7)
         for vcpu in self.vcpus:
-            self.cpu.load_mmu_pgd(vcpu, EPT_AT)
+            self.cpu.load_mmu_pgd(vcpu, EPT_AT, 4)
 
     def ept_set(
         self, gpa: int, entry: int | None = None, *, rwx: int | None = None, hpa: int | None = None

@@ -7,6 +7,9 @@ import pytest
 from kvm_model.mmu.mmu_internal import KvmMmuPage, tdp_root_role
 from kvm_model.mmu.spte import (
     ACC_ALL,
+    ACC_EXEC_MASK,
+    ACC_USER_MASK,
+    ACC_WRITE_MASK,
     FROZEN_SPTE,
     SHADOW_NONPRESENT_VALUE,
     SpteMasks,
@@ -15,6 +18,7 @@ from kvm_model.mmu.spte import (
     get_mmio_spte_generation,
     is_frozen_spte,
     is_shadow_present_pte,
+    legacy_masks,
     spte_ad_enabled,
 )
 from kvm_model.vmx.ept import ept_misconfigured, make_eptp
@@ -149,3 +153,57 @@ def test_the_eptp_says_wb_four_levels_and_ad() -> None:
 )
 def test_ept_misconfigurations(entry: int, level: int, bad: bool) -> None:
     assert ept_misconfigured(entry, level) is bad
+
+
+# -- shadow paging ------------------------------------------------------------------------------
+
+LEGACY = legacy_masks()
+
+
+def shadow_leaf(
+    access: int = ACC_ALL, *, level: int = 1, writable: bool = True, prefetch: bool = False
+) -> int:
+    return LEGACY.make_spte(
+        KvmMmuPage(9, -1, 0, level), access, 0x200, prefetch=prefetch, synchronizing=False,
+        host_writable=writable,
+    )
+
+
+@pytest.mark.parametrize(("access", "writable", "prefetch", "low"), [
+    (ACC_ALL, True, False, 0xE67), (ACC_ALL, False, False, 0x825), (ACC_ALL, True, True, 0xE47),
+    (ACC_ALL & ~ACC_WRITE_MASK, True, True, 0xA05), (ACC_ALL & ~ACC_USER_MASK, True, True, 0xE43),
+    (ACC_ALL & ~ACC_WRITE_MASK, True, False, 0xA25),
+])
+def test_the_low_bits_of_a_shadow_leaf_are_those_that_linux_was_recorded_with(
+    access: int, writable: bool, prefetch: bool, low: int
+) -> None:
+    assert shadow_leaf(access, writable=writable, prefetch=prefetch) == 0x200 << 12 | low
+
+
+def test_a_shadow_leaf_without_exec_has_bit_63_and_a_2m_one_bit_7() -> None:
+    assert shadow_leaf(ACC_ALL & ~ACC_EXEC_MASK) == 1 << 63 | 0x200 << 12 | 0xE67
+    assert shadow_leaf(level=2) == 0x200 << 12 | 0xEE7
+    assert not LEGACY.is_executable_pte(shadow_leaf(ACC_ALL & ~ACC_EXEC_MASK))
+    assert LEGACY.is_executable_pte(shadow_leaf())
+
+
+def test_a_pointer_to_a_shadow_table_is_present_writable_user_and_accessed() -> None:
+    assert LEGACY.make_nonleaf_spte(5) == 5 << 12 | 0x827
+
+
+def test_an_mmio_spte_of_shadow_paging_is_present_and_reserved_and_keeps_the_guests_rights() -> None:
+    spte = LEGACY.make_mmio_spte(0xFEE00, ACC_USER_MASK | ACC_EXEC_MASK, 0x2AB5A)
+    assert spte & (1 << 51 | 7) == 1 << 51 | 1 | ACC_USER_MASK
+    assert LEGACY.is_mmio_spte(spte)
+    assert not is_shadow_present_pte(spte)
+    assert LEGACY.get_mmio_spte_gfn(spte) == 0xFEE00
+    assert get_mmio_spte_generation(spte) == 0x2AB5A
+    assert not LEGACY.is_mmio_spte(shadow_leaf())
+    assert not legacy_masks(mmio_caching=False).is_mmio_spte(spte)
+
+
+def test_shadow_sptes_in_words() -> None:
+    assert decode_spte(shadow_leaf(), 1, LEGACY) == "pfn 0x200 rwxu A D host-w mmu-w"
+    kernels = shadow_leaf(ACC_WRITE_MASK, prefetch=True)
+    assert decode_spte(kernels, 1, LEGACY) == "pfn 0x200 rw-- D host-w mmu-w"
+    assert decode_spte(LEGACY.make_nonleaf_spte(5), 2, LEGACY) == "table 0x5 rwxu"
