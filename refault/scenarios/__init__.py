@@ -9,6 +9,7 @@
 | `emulator_migrate.py` | its steps for migration and compaction |
 | `emulator_files.py` | its steps for files and shared memory |
 | `emulator_dirty.py` | its steps for dirty tracking |
+| `emulator_guest.py`, `emulator_slots.py` | its steps for the guest, and for memory slots |
 | `recordings.py` | what the real kernel did |
 | `normal.py` | the form in which the two are compared |
 | `comparison.py`, `explained.py` | whether they are equal; why they may differ, as typed records |
@@ -23,6 +24,8 @@
 | `linux_mm_thp.py` | those of transparent huge pages |
 | `linux_mm_uffd.py` | those of userfaultfd; `emulator_uffd.py` has their steps |
 | `linux_kvm_dirty.py` | those of dirty tracking in KVM |
+| `linux_kvm_guest.py`, `linux_kvm_prefetch.py` | those of guest instructions and tables; of neighbours |
+| `linux_kvm_slots.py` | those of memory slots |
 | `recorded/linux-6.18/` | the real kernel's traces |
 """
 

@@ -79,7 +79,8 @@ class KvmSteps:
         return self.backend.memory_for_slot(size)
 
     def set_slot(
-        self, title: str, slot: int = 1, offset: int = 0, size: int = DATA_SIZE, memory: int = 0, flags: int = 0
+        self, title: str, slot: int = 1, offset: int = 0, size: int = DATA_SIZE, memory: int = 0,
+        flags: int = 0,
     ) -> Any:
         """KVM_SET_USER_MEMORY_REGION: the VMM's memory at D + `memory` is the guest's at D + `offset`."""
         return self._step(title, "set_slot", slot, offset, size, memory, flags)

@@ -31,7 +31,7 @@ class Backend(Protocol):
         ...
 
     def instruction(self, code: str, offset: int, **registers: int) -> Any:
-        """One guest instruction, by a name of guest.INSTRUCTIONS or in hex, with RSI and RDI at D + offset."""
+        """One guest instruction, by a name of guest.INSTRUCTIONS or in hex; RSI and RDI are at D + offset."""
         ...
 
     def fetch(self, offset: int) -> Any:
@@ -43,8 +43,10 @@ class Backend(Protocol):
         ...
 
     def loop(self, offset: int, count: int, beside: Sequence[tuple[int, str, tuple[Any, ...]]]) -> Any:
-        """A guest loop of `count` turns that stores to the pages at D + offset and after it. Meanwhile another
-        thread of the VMM does `beside`: (ns to sleep before it, method of this class, arguments)."""
+        """A guest loop of `count` turns that stores to the page at D + offset and to the one after it.
+
+        Meanwhile another thread of the VMM does `beside`: (ns to sleep before, method of this class, arguments).
+        """
         ...
 
     def use_vcpu(self, number: int) -> None:

@@ -60,6 +60,7 @@ class EmulatorBackend(GuestSteps, SlotSteps, DirtySteps, FileSteps, MigrateSteps
         slot0 = (self.slot0_offset, self.slot0_offset + SLOT0_SIZE)
         self.normal = Normalizer(self.data_hva, ((0, DATA_SIZE), slot0))
         self.events: list[Event] = []
+        self._recording: Recording | None = None
         self.child: Vmm | None = None
         self.pinned: list[int] = []
         board.host.sched.run_task("vmm", lambda: self._create_data(hugetlb, file, file_bytes, slot_flags))
@@ -81,6 +82,7 @@ class EmulatorBackend(GuestSteps, SlotSteps, DirtySteps, FileSteps, MigrateSteps
 
     def close(self) -> None:
         """Destroy the machine."""
+        self._recording = self.recording()
         self.vm.finish()
         self.close_hugetlb()
         self.unpin()
@@ -101,8 +103,11 @@ class EmulatorBackend(GuestSteps, SlotSteps, DirtySteps, FileSteps, MigrateSteps
 
     def recording(self) -> Recording:
         """The whole sequence, and what KVM counted since the machine stood."""
+        if self._recording is not None:
+            return self._recording
         now = self._stats()
-        return Recording(list(self.normal.lines), {name: now[name] - self._stats_before[name] for name in now})
+        moved = {name: now[name] - before for name, before in self._stats_before.items()}
+        return Recording(list(self.normal.lines), {name: n for name, n in moved.items() if n})
 
     def _stats(self) -> dict[str, int]:
         kvm = self.board.kvm

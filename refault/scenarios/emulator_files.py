@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from emu import files
-from refault.scenarios.layout import DATA_GPA, DATA_SIZE
 from refault.scenarios.emulator_hugetlb import HugetlbSteps
+from refault.scenarios.layout import DATA_GPA, DATA_SIZE
 
 __all__ = ["FILE_BYTE", "FileSteps"]
 

@@ -5,6 +5,7 @@ An invariant takes the normalised lines and answers what is wrong, or nothing.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 
@@ -74,7 +75,7 @@ def _race_each_mapping_is_a_fresh_frame(lines: list[str]) -> str:
     found = re.findall(r"kvm_mmu_set_spte: gfn 10003 spte (P\d+)\|(\w+)", "\n".join(lines))
     if any(low != "e67" for _, low in found):
         return "a store mapped the page without the right to write"
-    if any(one == other for (one, _), (other, _) in zip(found, found[1:], strict=False)):
+    if any(one == other for (one, _), (other, _) in itertools.pairwise(found)):
         return "DONTNEED, and the same frame again"
     return ""
 

@@ -1,4 +1,4 @@
-"""Scenarios of what guest instructions and guest tables do to KVM's, as they were run on a real Linux 6.18."""
+"""Scenarios of guest instructions and guest tables, as they were run on a real Linux 6.18."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def mlock(s: Scenario) -> None:
     s.munlock(0x3000, PAGE)
 
 
-@scenario()
+@scenario(repeats="but for frames")
 def ksm(s: Scenario) -> None:
     """The page that becomes the KSM page is unmapped once, each merged page twice; a write copies."""
     s.mergeable(0, DATA_SIZE, "mergeable")
