@@ -10,6 +10,7 @@
 | `emulator_files.py` | its steps for files and shared memory |
 | `emulator_dirty.py` | its steps for dirty tracking |
 | `emulator_guest.py`, `emulator_slots.py` | its steps for the guest, and for memory slots |
+| `emulator_gmem.py` | its steps for guest_memfd |
 | `recordings.py` | what the real kernel did |
 | `normal.py` | the form in which the two are compared |
 | `comparison.py`, `explained.py` | whether they are equal; why they may differ, as typed records |

@@ -16,6 +16,7 @@ from refault.registry import find_tracepoint
 from refault.scenarios.api import Scenario
 from refault.scenarios.emulator_dirty import DirtySteps
 from refault.scenarios.emulator_files import FileSteps
+from refault.scenarios.emulator_gmem import GmemSteps
 from refault.scenarios.emulator_guest import GuestSteps
 from refault.scenarios.emulator_migrate import MigrateSteps
 from refault.scenarios.emulator_reclaim import ReclaimSteps
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
 __all__ = ["EmulatorBackend", "run_on_emulator"]
 
 
-class EmulatorBackend(GuestSteps, SlotSteps, DirtySteps, FileSteps, MigrateSteps, ReclaimSteps, UffdSteps):
+class EmulatorBackend(
+    GuestSteps, SlotSteps, GmemSteps, DirtySteps, FileSteps, MigrateSteps, ReclaimSteps, UffdSteps
+):
     """One machine for one scenario. `recording()` is the normalised sequence, `events` the trace."""
 
     def __init__(
