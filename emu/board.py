@@ -97,8 +97,10 @@ class _VcpuThread:
 
 
 class Board:
-    """A VM of `config` on `host`. `output` gets the guest's serial bytes. `stops_at_mmio`, where it is set, gets
-    every MMIO exit in the devices' place and says why the VM stopped."""
+    """A VM of `config` on `host`. `output` gets the guest's serial bytes.
+
+    `stops_at_mmio`, where it is set, gets every MMIO exit in the devices' place and says why the VM stopped.
+    """
 
     def __init__(
         self, host: Host, config: MachineConfig, *, interpreted: bool = False,

@@ -114,7 +114,7 @@ def _from_file(path: str, name: str) -> _Scenario:
     from refault.scenarios import MACHINES, REPEATS, SCENARIOS
     from refault.user_code import execute
 
-    known = dict(SCENARIOS), dict(MACHINES), dict(REPEATS)
+    known: tuple[dict[str, Any], ...] = (dict(SCENARIOS), dict(MACHINES), dict(REPEATS))
     # A file may give its scenario the name of one of ours.
     SCENARIOS.clear()
     try:
@@ -122,9 +122,10 @@ def _from_file(path: str, name: str) -> _Scenario:
         new = {each: _Scenario(each, run, path) for each, run in SCENARIOS.items()}
     finally:
         # Not ours: `refault list scenarios` and --all know nothing of them.
-        for registry, before in zip((SCENARIOS, MACHINES, REPEATS), known, strict=True):
+        registries: tuple[dict[str, Any], ...] = (SCENARIOS, MACHINES, REPEATS)
+        for registry, before in zip(registries, known, strict=True):
             registry.clear()
-            registry.update(before)  # type: ignore[arg-type]
+            registry.update(before)
     if name and name not in new:
         raise UsageError(f"{path} has no function {name!r} under @refault.scenarios.scenario()")
     if not name and len(new) != 1:
@@ -141,9 +142,8 @@ def _compare(found: _Scenario, args: argparse.Namespace) -> Comparison:
     if args.mmu:
         machine["mmu"] = args.mmu
     backend = run_on_emulator(found.run, check=args.check, **machine)
-    return compare(
-        found.name, backend.recording(), theirs, repeats=found.repeats, whole=backend.vm.config.mmu == "shadow"
-    )
+    whole = backend.vm.config.mmu == "shadow"
+    return compare(found.name, backend.recording(), theirs, repeats=found.repeats, whole=whole)
 
 
 def _recording(found: _Scenario, args: argparse.Namespace) -> Recording:
@@ -185,7 +185,8 @@ def _all(args: argparse.Namespace) -> int:
             print(f"{name:<22} skipped: {exc}")
             continue
         counts[comparison.verdict] += 1
-        print(f"{name:<22} {_shown(comparison)}  {len(comparison.theirs)} lines{_reasons(comparison)}", flush=True)
+        lines = f"{len(comparison.theirs)} lines"
+        print(f"{name:<22} {_shown(comparison)}  {lines}{_reasons(comparison)}", flush=True)
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     return int(counts["different"] > 0)
 

@@ -45,7 +45,7 @@ class Backend(Protocol):
     def loop(self, offset: int, count: int, beside: Sequence[tuple[int, str, tuple[Any, ...]]]) -> Any:
         """A guest loop of `count` turns that stores to the page at D + offset and to the one after it.
 
-        Meanwhile another thread of the VMM does `beside`: (ns to sleep before, method of this class, arguments).
+        Meanwhile another thread of the VMM does `beside`: (ns to sleep before, method of this, arguments).
         """
         ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from host_mm.address_space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from kvm_model.memslots import KVM_MEM_GUEST_MEMFD
 from refault.scenarios.layout import DATA_GPA
 
@@ -36,7 +37,7 @@ class GmemSteps:
 
     def mmap_guest_memfd(self) -> Any:
         """A shared mapping of it."""
-        at = self._ioctl(lambda: self.board.vmm.mmap_file(self.gmem, self.gmem.size))
+        at = self._ioctl(lambda: self.board.vmm.mmap_file(self.gmem, self.gmem.i_size))
         if isinstance(at, str):
             return at
         self.gmem_at = at
@@ -44,7 +45,7 @@ class GmemSteps:
 
     def set_guest_memfd_slot(self, slot: int, offset: int) -> Any:
         """KVM_SET_USER_MEMORY_REGION2."""
-        gpa, size = DATA_GPA + offset, self.gmem.size
+        gpa, size = DATA_GPA + offset, self.gmem.i_size
         return self._ioctl(lambda: self.board.kvm.set_user_memory_region2(
             slot, gpa, size, self.gmem_at, KVM_MEM_GUEST_MEMFD, self.gmem
         ))
@@ -56,4 +57,5 @@ class GmemSteps:
 
     def punch_guest_memfd(self, offset: int, length: int) -> Any:
         """A hole."""
-        return self._ioctl(lambda: self.gmem.a_ops.punch_hole(self.gmem, offset, length)) or 0
+        mode = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+        return self._ioctl(lambda: self.gmem.a_ops.fallocate(self.gmem, mode, offset, length)) or 0

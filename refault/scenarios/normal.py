@@ -32,8 +32,9 @@ __all__ = [
 HOST_EVENTS = ("kvm_unmap_hva_range", "kvm_age_hva", "kvm_test_age_hva")
 IGNORED = frozenset((
     "kvm_entry", "kvm_exit", "kvm_page_fault", "fast_page_fault", "kvm_tdp_mmu_spte_changed",
-    "mark_mmio_spte", "kvm_fpu", "kvm_emulate_insn", "kvm_pio", "kvm_update_master_clock", "kvm_mmu_paging_element",
-    "kvm_cr", "kvm_msr", "kvm_cpuid", "kvm_eoi", "kvm_set_irq", "kvm_vcpu_wakeup", "kvm_halt_poll_ns",
+    "mark_mmio_spte", "kvm_fpu", "kvm_emulate_insn", "kvm_pio", "kvm_update_master_clock",
+    "kvm_mmu_paging_element", "kvm_cr", "kvm_msr", "kvm_cpuid", "kvm_eoi", "kvm_set_irq",
+    "kvm_vcpu_wakeup", "kvm_halt_poll_ns",
     "kvm_hypercall", "kvm_write_tsc_offset", "kvm_track_tsc", "kvm_apic", "kvm_apicv_inhibit_changed",
     "handle_mmio_page_fault", "check_mmio_spte",
 ))
