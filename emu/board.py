@@ -37,12 +37,13 @@ from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import Task, WaitQueue
 from host_mm.ram import PAGE_SIZE
-from kvm_model.kvm_main import Kvm
+from kvm_model.kvm_main import KVM_CAP_DISABLE_QUIRKS2, Kvm
 from kvm_model.mem_attributes import (
     KVM_X86_DEFAULT_VM,
     KVM_X86_SW_PROTECTED_VM,
     kvm_mem_is_private,
 )
+from kvm_model.mmu.mmu_roots import KVM_X86_QUIRK_SLOT_ZAP_ALL
 from kvm_model.profile import PROFILES
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
 from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
@@ -148,6 +149,8 @@ class Board:
             breaks=frozenset(config.breaks), checks=config.checks,
             vm_type=_VM_TYPES[config.params.get("vmm.vm_type", "default")],
         )
+        if config.params.get("vmm.quirk_slot_zap_all", "Y").lower() in ("0", "n", "no", "off", "false"):
+            self.kvm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL)
         self.dirty_rings = DirtyRings(self.kvm, int(config.params.get("vmm.dirty_ring_size", "0")))
         self.vcpus = [self.kvm.create_vcpu(n) for n in range(config.vcpus)]
         self.vcpus[0].irq_source = self.pic
