@@ -10,7 +10,7 @@ D = 0x7F00_0000_0000
 RAW = """\
         0us >> guest st D+0x3000=0x1 COW of zero page
       413us kvm_mmu_pagetable_walk: addr 10003000 pferr 7 P|W|U
-      429us kvm_unmap_hva_range: mmu notifier unmap range: 0x7f7684803000 -- 0x7f7684804000 [D+0x3000..D+0x4000]
+ 429us kvm_unmap_hva_range: mmu notifier unmap range: 0x7f7684803000 -- 0x7f7684804000 [D+0x3000..D+0x4000]
       443us kvm_mmu_pagetable_walk: addr 1003 pferr 4 U
       448us kvm_mmu_spte_requested: gfn 10003 pfn 2adc23 level 1
       450us kvm_mmu_set_spte: gfn 10003 spte 2adc23e67 (rwxu) level 1 at 10592c018
