@@ -17,6 +17,7 @@ import msgspec
 
 from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import WaitQueue
+from kvm_model.mmu.kvm_mmu import KvmMmu
 from kvm_model.mmu.mmu_internal import INVALID_PAGE
 from kvm_model.requests import KVM_REQ_EVENT, KVM_REQ_NMI, OUTSIDE_GUEST_MODE, kvm_make_request, kvm_vcpu_kick
 from kvm_model.vmx.exits import VmExit
@@ -64,7 +65,8 @@ class UserExit(msgspec.Struct):
 
     `io` (port, size, write, data), `mmio` (gpa, size, write, data), `hypercall` (nr, args), `hlt`,
     `shutdown` (triple fault), `dirty-ring-full` (harvest and reset it first),
-    `memory-fault` (gpa: no usable host memory), `internal-error` (why) and
+    `memory-fault` (gpa: no usable host memory), `memory-fault-exit` (KVM_EXIT_MEMORY_FAULT: gpa, size,
+    private: no guest_memfd, or the page was of the other kind), `internal-error` (why) and
     `intr` (user space asked for the vCPU back).
     """
 
@@ -76,6 +78,7 @@ class UserExit(msgspec.Struct):
     data: int = 0
     nr: int = 0
     args: tuple[int, int, int, int] = (0, 0, 0, 0)
+    private: bool = False
     why: str = ""
 
 
@@ -118,6 +121,7 @@ class Vcpu:
         self.srcu_idx = -1
 
         self.root_hpa = INVALID_PAGE
+        self.mmu = KvmMmu()
         self.mmu_shadow_page_cache: list[int] = []
         self.dirty_ring: KvmDirtyRing | None = None
         self.pml_pg = -1

@@ -40,7 +40,7 @@ from emu.cpu.env import (
 )
 from emu.cpu.fill import Fill
 from emu.cpu.intercept import Intercepts
-from emu.cpu.memory import EptExit, GuestFault, GuestMemory
+from emu.cpu.memory import GuestFault, GuestMemory, MemoryExit
 from emu.cpu.paging import CR0_PE, CR0_PG, CR4_PAE, EFER_LME
 from emu.cpu.segments import FLAT_CODE32, FLAT_CODE64, FLAT_DATA, load_seg_cache
 from emu.cpu.walk import ACCESS_READ, EPT_MISCONFIG, EPT_VIOLATION, OK, PML_FULL
@@ -59,11 +59,17 @@ _FPU_RESET = ((x86.UC_X86_REG_FPCW, 0x37F), (x86.UC_X86_REG_MXCSR, 0x1F80), (x86
 
 
 class UnicornVcpu:
-    """The CPU proper. `stale` collects frames whose translated code must be dropped before the next run."""
+    """The CPU proper. `stale` collects frames whose translated code must be dropped before the next run.
 
-    def __init__(self, ram: Ram, vcpu_id: int, *, interpreted: bool = False) -> None:
+    `shadow`: it runs without EPT, on KVM's shadow tables.
+    """
+
+    def __init__(
+        self, ram: Ram, vcpu_id: int, *, interpreted: bool = False, shadow: bool = False
+    ) -> None:
         self.ram = ram
         self.vcpu_id = vcpu_id
+        self.shadow = shadow
         self.uc = unicorn.Uc(uc_const.UC_ARCH_X86, uc_const.UC_MODE_64)
         self.uc.ctl_set_cpu_model(x86.UC_CPU_X86_BROADWELL)  # the oldest one with SMAP
         self.uc.mem_map_ptr(0, ram.size, uc_const.UC_PROT_ALL, ram.ptr)
@@ -138,7 +144,7 @@ class UnicornVcpu:
         self.deferred = None
         try:
             step()
-        except (GuestFault, EptExit):
+        except (GuestFault, MemoryExit):
             self.deferred = step
 
     def run_deferred(self) -> None:
@@ -147,7 +153,7 @@ class UnicornVcpu:
         if step is not None:
             try:
                 step()
-            except EptExit:
+            except MemoryExit:
                 raise
             except GuestFault:
                 self.deferred = None
@@ -194,6 +200,7 @@ class UnicornVcpu:
         for reg, value in _FPU_RESET:
             self.uc.reg_write(reg, value)
         intercepts.request_interrupt_window(False)
+        intercepts.intercept_cr3(self.shadow)
         self.fill.flush()
 
     def _leave_long_mode(self) -> None:
