@@ -45,6 +45,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
+    "CPUID_KERNEL_LEAF",
     "CPUID_SIGNATURE",
     "CPUID_SIGNATURE_EBX",
     "CPUID_SIGNATURE_ECX",
@@ -154,12 +155,15 @@ __all__ = [
     "WC_SUCCESS",
     "WC_WR_FLUSH_ERR",
     "Vmcall",
+    "cpuid_kernel_leaf",
     "cpuid_signature_leaf",
     "vmcall_by_name",
     "vmcall_by_number",
 ]
 
 CPUID_SIGNATURE_LEAF = 0x4000_0000
+CPUID_KERNEL_LEAF = 0x4000_0001
+"""EAX is the version of the host's kernel, major << 16 | minor << 8, as LINUX_VERSION_CODE counts."""
 CPUID_SIGNATURE = b"refault\0\0\0\0\0"
 """EBX, ECX, EDX of the leaf, in this order, little-endian; EAX is the highest leaf of the range."""
 CPUID_SIGNATURE_EBX = int.from_bytes(CPUID_SIGNATURE[0:4], "little")
@@ -225,7 +229,7 @@ WC_SUCCESS, WC_LOC_QP_OP_ERR, WC_LOC_PROT_ERR, WC_WR_FLUSH_ERR, WC_REM_ACCESS_ER
 
 ENOENT, ECHILD, ENOMEM, EFAULT, EBUSY, EEXIST, EINVAL, ENOSYS, ENODATA = 2, 10, 12, 14, 16, 17, 22, 38, 61
 EIO, EHWPOISON = 5, 133
-EAGAIN = 11
+EAGAIN, EOPNOTSUPP = 11, 95
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 
 VMCALL_SWAP_OUT = 0x5246_0001
@@ -729,4 +733,9 @@ def vmcall_by_number(nr: int) -> Vmcall | None:
 
 def cpuid_signature_leaf() -> tuple[int, int, int, int]:
     """EAX, EBX, ECX, EDX of leaf CPUID_SIGNATURE_LEAF on a machine that serves these vmcalls."""
-    return (CPUID_SIGNATURE_LEAF, CPUID_SIGNATURE_EBX, CPUID_SIGNATURE_ECX, CPUID_SIGNATURE_EDX)
+    return (CPUID_KERNEL_LEAF, CPUID_SIGNATURE_EBX, CPUID_SIGNATURE_ECX, CPUID_SIGNATURE_EDX)
+
+
+def cpuid_kernel_leaf(version_code: int) -> tuple[int, int, int, int]:
+    """EAX, EBX, ECX, EDX of leaf CPUID_KERNEL_LEAF on a host whose kernel is `version_code`."""
+    return (version_code, 0, 0, 0)

@@ -2,6 +2,7 @@
 
     NAME.s              a payload; its leading comment is its documentation
     runtime.inc         what every payload includes; it pulls in the other .inc files
+    kernel.inc          which kernel the host runs, for those that must know
     preprocess, expr    source text -> statements and numbers
     assemble            statements -> bytes at fixed addresses, by keystone
     elf32               bytes -> a Multiboot ELF32 image

@@ -19,6 +19,7 @@
 ; vmcalls: thp_enable collapse thp_split khugepaged
 ; vmcalls: lru_gen_enable lru_gen_age lru_gen_evict memcg_limit memcg_reclaim zswap_enable zswap_writeback oom_kill
 .include "runtime.inc"
+.include "kernel.inc"
 
 .equ OTHERS, 4                           ; pages that are looked at beside the piece
 .equ SLOT_PAGES, 2
@@ -593,6 +594,15 @@ ask_device:
     call stored_word
     mov r8, [rdi]
     HOST2 VMCALL_DEVICE_ADD, rdi, 1
+    cmp rax, -EOPNOTSUPP
+    jne .added
+    HOST_KERNEL                          ; make_device_exclusive came with 5.14
+    cmp eax, 5 << 16 | 14 << 8
+    mov rax, -EOPNOTSUPP
+    jae .end
+    xor eax, eax
+    ret
+.added:
     call added_one
 .end:
     ret

@@ -1,6 +1,6 @@
 """What differs between kernel generations in mm, as data named by behaviour.
 
-Source of truth: mm/*.c, fs/proc/task_mmu.c and include/trace/events/*.h of Linux 6.18 and 5.10.
+Source of truth: mm/*.c, fs/proc/task_mmu.c and include/trace/events/*.h of Linux 6.18 and 5.10 (5.10.13).
 
 Not modelled: generations other than these two. Of 5.10: that clear_refs flushes nothing if it was alone;
 mlock without counts, and munlock by a walk of the reverse map; that a COW drops the old page under the
@@ -35,10 +35,9 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     Copies. `anon_exclusive`: who owns an anonymous page goes by PG_anon_exclusive, which COW reuse, pins,
     migration, swap entries and mprotect look at; without it COW reuses a page that nobody else refers to.
     `cow_frees_swap_cache`: a COW gives the old page's slot back if it was the last that used it.
-    `pinned_stay_out_of_swap`: reclaim leaves alone what may be pinned. `soft_dirty_spares_pinned`: clear_refs
-    does not write-protect what may be pinned. `lazyfree_checks_references`: reclaim drops a MADV_FREE page
-    only if nobody but its mappings refers to it. `migration_keeps_ad`: migration entries carry the accessed
-    and dirty bits over.
+    `reclaim_asks_for_pins_twice`: reclaim looks whether a page may be pinned once more when it is unmapped.
+    `lazyfree_checks_references`: reclaim drops a MADV_FREE page only if nobody but its mappings refers to it.
+    `migration_keeps_ad`: migration entries carry the accessed and dirty bits over.
 
     Features. `mremap_moves_level`: the highest level whose whole tables mremap moves. `mremap_realigns`: it
     extends the range down to 2 MiB for that. `madv_populate`: MADV_POPULATE_* exist. `madv_collapse`: so does
@@ -61,8 +60,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     hugetlb_unmap_brackets: bool = False
     anon_exclusive: bool = True
     cow_frees_swap_cache: bool = True
-    pinned_stay_out_of_swap: bool = True
-    soft_dirty_spares_pinned: bool = True
+    reclaim_asks_for_pins_twice: bool = True
     lazyfree_checks_references: bool = True
     migration_keeps_ad: bool = True
     mremap_moves_level: int = 3
@@ -97,8 +95,7 @@ LINUX_5_10 = MmProfile(
     hugetlb_unmap_brackets=True,
     anon_exclusive=False,
     cow_frees_swap_cache=False,
-    pinned_stay_out_of_swap=False,
-    soft_dirty_spares_pinned=False,
+    reclaim_asks_for_pins_twice=False,
     lazyfree_checks_references=False,
     migration_keeps_ad=False,
     mremap_moves_level=2,

@@ -106,7 +106,7 @@ class _Shrink:
     """One call of shrink_folio_list."""
 
     __slots__ = (
-        "free", "host", "ignore_references", "reclaimed", "sc", "spares_pinned", "stat", "todo",
+        "asks_twice", "free", "host", "ignore_references", "reclaimed", "sc", "stat", "todo",
     )
 
     def __init__(
@@ -117,7 +117,7 @@ class _Shrink:
         self.host = host
         self.sc = sc
         self.ignore_references = ignore_references
-        self.spares_pinned = host.profile.pinned_stay_out_of_swap
+        self.asks_twice = host.profile.reclaim_asks_for_pins_twice
         self.stat = ReclaimStat()
         self.free: list[int] = []
 
@@ -165,7 +165,7 @@ class _Shrink:
             self.stat.nr_ref_keep += folio_nr_pages(host.pages, pfn)
             return _KEPT_LOCKED
         if flags[pfn] & (PG_anon | PG_swapbacked | PG_swapcache) == PG_anon | PG_swapbacked:
-            if self.spares_pinned and folio_maybe_dma_pinned(host.pages, pfn):
+            if folio_maybe_dma_pinned(host.pages, pfn):
                 return _KEPT_LOCKED
             if folio_test_large(host.pages, pfn) and not self._split(pfn):
                 return _ACTIVATED
@@ -174,7 +174,7 @@ class _Shrink:
             set_page_dirty(host, pfn)
         if folio_mapcount(host.pages, pfn) and not self._unmap(pfn):
             return _ACTIVATED
-        if self.spares_pinned and folio_maybe_dma_pinned(host.pages, pfn):
+        if self.asks_twice and folio_maybe_dma_pinned(host.pages, pfn):
             return _ACTIVATED
         if flags[pfn] & PG_dirty and (flags[pfn] & PG_swapbacked or not flags[pfn] & PG_anon):
             kept = self._pageout(pfn, references)

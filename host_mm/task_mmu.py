@@ -129,7 +129,5 @@ def _is_pinned(vma: VmArea, entry: int) -> bool:
     host = vma.mm.host
     if not entry & 2 or not is_cow_mapping(vma.flags) or not vma.mm.flags & MMF_HAS_PINNED:
         return False
-    if not host.profile.soft_dirty_spares_pinned:
-        return False
     pfn = vm_normal_page(host, entry)
     return pfn >= 0 and folio_maybe_dma_pinned(host.pages, pfn)

@@ -1,7 +1,7 @@
 """A process's own reads and writes of its memory.
 
-Source of truth: arch/x86/lib/usercopy_64.c (copy_to_user, copy_from_user), which end in the CPU's
-translation (arch/x86/fault.py); Linux 6.18.
+Source of truth: arch/x86/lib/usercopy_64.c (copy_to_user, copy_from_user), arch/x86/include/asm/uaccess.h:
+__try_cmpxchg_user; they end in the CPU's translation (arch/x86/fault.py); Linux 6.18.
 
 Not modelled: partial copies (a copy that fails has written what came before and raises).
 """
@@ -20,7 +20,7 @@ from host_mm.process import BUS_MCEERR_AR
 if TYPE_CHECKING:
     from host_mm.process import Process
 
-__all__ = ["copy_from_user", "copy_from_user_nofault", "copy_to_user"]
+__all__ = ["copy_from_user", "copy_from_user_nofault", "copy_to_user", "try_cmpxchg_user"]
 
 _WHY = (
     (VM_FAULT_BADMAP, "no mapping allows it"), (VM_FAULT_OOM, "out of memory"),
@@ -76,3 +76,16 @@ def copy_to_user(process: Process, hva: int, data: bytes | memoryview) -> None:
         ram.write((pfn << 12) + (hva & 4095), data[done : done + size])
         hva += size
         done += size
+
+
+def try_cmpxchg_user(process: Process, hva: int, old: bytes, new: bytes) -> bool:
+    """Store `new` if memory holds `old`, at once; whether it did. Within a page. KernelError(EFAULT).
+
+    It is a write access either way.
+    """
+    ram = process.host.ram
+    at = (_frame(process, hva, True) << 12) + (hva & 4095)
+    if ram.read(at, len(old)) != old:
+        return False
+    ram.write(at, new)
+    return True

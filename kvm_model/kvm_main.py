@@ -12,7 +12,7 @@ Not modelled: shadow paging, in-kernel irqchips, file descriptors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from errno import EEXIST, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
@@ -29,10 +29,20 @@ from kvm_model import (
     mmu_notifier,
     requests,
     x86,
+    x86_emulate,
     x86_events,
 )
 from kvm_model.memslots import KvmMemslots
-from kvm_model.mmu import fast_page_fault, gfn_range, invalidate, mmio, mmu, mmu_roots, tdp_mmu
+from kvm_model.mmu import (
+    fast_page_fault,
+    gfn_range,
+    invalidate,
+    mmio,
+    mmu,
+    mmu_roots,
+    page_track,
+    tdp_mmu,
+)
 from kvm_model.mmu.killed_by import KilledBy
 from kvm_model.mmu.mmu_internal import PFERR_GUEST_FINAL_MASK, PFERR_WRITE_MASK, KvmMmuPage, tdp_root_role
 from kvm_model.mmu.nx_huge_pages import NxRecovery
@@ -59,7 +69,8 @@ __all__ = ["TRACEPOINTS", "Kvm"]
 TRACEPOINTS = (
     *requests.TRACEPOINTS, *mmu_notifier.TRACEPOINTS, *memory_region.TRACEPOINTS,
     *follow_pfn.TRACEPOINTS, *gfn_range.TRACEPOINTS, *invalidate.TRACEPOINTS, *dirty_ring.TRACEPOINTS,
-    *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
+    *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *page_track.TRACEPOINTS, *x86_emulate.TRACEPOINTS,
+    *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
     *tdp_mmu.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS,
 )
 """Every tracepoint of this room, each declared beside the code that fires it."""
@@ -181,7 +192,19 @@ class Kvm:
         self.n_used_mmu_pages = 0
         self.n_max_mmu_pages = 0
         self.killed_by = KilledBy()
+        self.indirect_shadow_pages = 0
+        self.shadow_root_allocated = False
+        self._init_page_track()
         self.instrumented: set[int] = set()
+
+    def _init_page_track(self) -> None:
+        self.track_notifier_list: list[page_track.KvmPageTrackNotifierNode] = []
+        self.track_srcu = Srcu(self.sched, "track_srcu")
+        self.external_write_tracking_enabled = False
+        # What shadow paging does about an emulated write: kvm_mmu_track_write, in 5.10 kvm_mmu_pte_write.
+        self.mmu_track_write: Callable[[Vcpu, int, bytes], None] = lambda vcpu, gpa, new: None
+        if self.profile.mmu_is_page_track_node:
+            self.track_notifier_list.append(mmu_roots.KvmMmuPageTrackNode(self))
 
     def _table_frames(self) -> dict[int, int]:
         """The frames KVM allocated for itself, for the host's audit: one reference each."""

@@ -26,7 +26,9 @@ __all__ = ["EMULATE_RETRY", "KvmX86Ops", "MmioAccess"]
 class MmioAccess(msgspec.Struct):
     """The memory operand of an instruction that KVM emulates, at most 8 bytes.
 
-    `data` is what a store writes. `insn` and `mode` (kvm_emulate_insn's flags: prot64 is 9, prot32
+    `data` is what a store writes. A `lock`ed store is made only if memory still holds `old`. `parts`:
+    (gpa, length) of the two pieces of an access that crosses a page; without them it is all at the gpa that
+    exited. `insn` and `mode` (kvm_emulate_insn's flags: prot64 is 9, prot32
     5, prot16 1, real 0) are for the trace. What else the CPU needs to finish it keeps in `priv`.
     """
 
@@ -36,6 +38,9 @@ class MmioAccess(msgspec.Struct):
     insn: bytes = b""
     mode: int = 9
     priv: object = None
+    lock: bool = False
+    old: int = 0
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 EMULATE_RETRY = MmioAccess(False, 0)
@@ -66,7 +71,7 @@ class KvmX86Ops(Protocol):
         ...
 
     def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
-        """Decode and start the instruction at RIP, whose memory operand is at MMIO `gpa`.
+        """Decode and start the instruction at RIP, whose memory operand is at `gpa`, MMIO or not.
 
         None where the instruction cannot be emulated, EMULATE_RETRY where its bytes or its other
         operand are not mapped (any more): the guest then meets that fault itself.

@@ -32,6 +32,7 @@ from kvm_model.memslots import (
     alloc_lpage_info,
 )
 from kvm_model.mmu.mmu_roots import kvm_arch_flush_shadow_memslot, kvm_mmu_invalidate_mmio_sptes
+from kvm_model.mmu.page_track import kvm_page_track_delete_slot, kvm_page_track_has_external_user
 from kvm_model.mmu.shadow_page import kvm_mmu_change_mmu_pages
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from trace_events.tracepoint import Tracepoint
@@ -177,9 +178,10 @@ def _prepare(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot | None, cha
             new.dirty_bitmap[:] = ones.to_bytes(new.dirty_bitmap_bytes(), "little")
     if change == "flags-only":
         assert old is not None
-        new.lpage_info = old.lpage_info
-        new.rmap = old.rmap
+        new.take_arch(old)
         return
+    if change == "move" and kvm_page_track_has_external_user(kvm):
+        raise KernelError(EINVAL, "a slot does not move under who tracks its pages")
     if new.end_gfn > TDP_MMU_MAX_GFN_EXCLUSIVE:
         raise KernelError(EINVAL, f"gfn {new.end_gfn - 1:#x} is beyond the physical address width")
     alloc_lpage_info(new)
@@ -233,6 +235,8 @@ def _kvm_commit_memory_region(
     if change == "delete":
         assert old is not None
         kvm.nr_memslot_pages -= old.npages
+        if not kvm.profile.mmu_is_page_track_node:
+            kvm_page_track_delete_slot(kvm, old)
     elif change == "create":
         assert new is not None
         kvm.nr_memslot_pages += new.npages

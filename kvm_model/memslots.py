@@ -2,13 +2,13 @@
 
 Source of truth: include/linux/kvm_host.h (kvm_memory_slot, kvm_memslots, gfn_to_hva), virt/kvm/
 kvm_main.c (kvm_replace_memslot, search_memslots, mark_page_dirty_in_slot), arch/x86/kvm/x86.c:
-kvm_alloc_memslot_metadata (lpage_info); Linux 6.18.
+kvm_alloc_memslot_metadata (lpage_info), mmu/page_track.c: kvm_gfn_is_write_tracked; Linux 6.18.
 
 Each address space has two sets of slots; an update changes the inactive one and swaps. The hva
 "interval tree" is a list sorted by start with the running maximum of ends: slots are few, and two
 may share host addresses.
 
-Not modelled: guest_memfd slots, memory attributes, page-track arrays (shadow paging).
+Not modelled: guest_memfd slots, memory attributes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 __all__ = [
     "KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS", "KVM_MEMSLOT_INVALID", "KVM_MEM_LOG_DIRTY_PAGES",
     "KVM_MEM_MAX_NR_PAGES", "KVM_MEM_READONLY", "KVM_MEM_SLOTS_NUM", "KVM_USER_MEM_SLOTS",
-    "KvmMemorySlot", "KvmMemslots", "alloc_lpage_info", "hva_to_gfn_memslot", "kvm_slot_dirty_track_enabled",
-    "lpage_disallowed", "mark_page_dirty_in_slot",
+    "KvmMemorySlot", "KvmMemslots", "alloc_lpage_info", "hva_to_gfn_memslot", "kvm_gfn_is_write_tracked",
+    "kvm_mmu_gfn_allow_lpage",
+    "kvm_mmu_gfn_disallow_lpage", "kvm_slot_dirty_track_enabled", "lpage_disallowed",
+    "mark_page_dirty_in_slot",
 ]
 
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
@@ -46,11 +48,13 @@ class KvmMemorySlot:
     """struct kvm_memory_slot. `dirty_bitmap` holds one bit a page, little-endian, in 64-bit words.
 
     `lpage_info[level - 2]` counts, per huge page of that level, the reasons not to map it huge. `rmap[level
-    - 1]` has the rmap heads that hold something, by the index of their gfn at that level.
+    - 1]` has the rmap heads that hold something, by the index of their gfn at that level. `gfn_write_track`
+    has how many want to hear of the writes to a page of the slot, where that is anybody.
     """
 
     __slots__ = (
-        "as_id", "base_gfn", "dirty_bitmap", "flags", "id", "lpage_info", "npages", "rmap", "userspace_addr",
+        "as_id", "base_gfn", "dirty_bitmap", "flags", "gfn_write_track", "id", "lpage_info", "npages", "rmap",
+        "userspace_addr",
     )
 
     def __init__(self, as_id: int, id_: int, base_gfn: int, npages: int, flags: int, hva: int) -> None:
@@ -63,6 +67,7 @@ class KvmMemorySlot:
         self.dirty_bitmap: bytearray | None = None
         self.lpage_info: tuple[array[int], ...] = ()
         self.rmap: tuple[dict[int, RmapHead], ...] = ({}, {}, {})
+        self.gfn_write_track: dict[int, int] = {}
 
     @property
     def end_gfn(self) -> int:
@@ -81,9 +86,14 @@ class KvmMemorySlot:
         """kvm_copy_memslot."""
         new = KvmMemorySlot(self.as_id, self.id, self.base_gfn, self.npages, self.flags, self.userspace_addr)
         new.dirty_bitmap = self.dirty_bitmap
-        new.lpage_info = self.lpage_info
-        new.rmap = self.rmap
+        new.take_arch(self)
         return new
+
+    def take_arch(self, old: KvmMemorySlot) -> None:
+        """Have the same `arch` part as `old`, for the same gfns."""
+        self.lpage_info = old.lpage_info
+        self.rmap = old.rmap
+        self.gfn_write_track = old.gfn_write_track
 
     def __repr__(self) -> str:
         return (
@@ -137,6 +147,27 @@ def lpage_disallowed(slot: KvmMemorySlot, gfn: int, level: int) -> bool:
     """Whether the huge page of `level` around `gfn` may not be mapped huge."""
     shift = 9 * (level - 1)
     return slot.lpage_info[level - 2][(gfn >> shift) - (slot.base_gfn >> shift)] != 0
+
+
+def kvm_gfn_is_write_tracked(slot: KvmMemorySlot | None, gfn: int) -> bool:
+    """Whether a write to `gfn` must be emulated. Faults ask without a lock, and once more under mmu_lock."""
+    return slot is not None and bool(slot.gfn_write_track) and gfn - slot.base_gfn in slot.gfn_write_track
+
+
+def _update_disallow_lpage(slot: KvmMemorySlot, gfn: int, count: int) -> None:
+    for level in (PG_LEVEL_2M, PG_LEVEL_1G):
+        shift = 9 * (level - 1)
+        slot.lpage_info[level - 2][(gfn >> shift) - (slot.base_gfn >> shift)] += count
+
+
+def kvm_mmu_gfn_disallow_lpage(slot: KvmMemorySlot, gfn: int) -> None:
+    """One more reason not to map `gfn` by a huge page; mmu_lock is held for write."""
+    _update_disallow_lpage(slot, gfn, 1)
+
+
+def kvm_mmu_gfn_allow_lpage(slot: KvmMemorySlot, gfn: int) -> None:
+    """One reason less."""
+    _update_disallow_lpage(slot, gfn, -1)
 
 
 class KvmMemslots:

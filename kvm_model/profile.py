@@ -46,6 +46,9 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     protected when it starts, not when it is cleared. `collapses_any_compound_page`: when a log ends every 4K
     leaf of a compound page goes.
 
+    `mmu_is_page_track_node`: the MMU itself is a node of the page-track head, hears so of emulated writes,
+    and zaps a slot when the head is told to flush it.
+
     `absent_events`: tracepoints this kernel has not.
     `nr_memslot_as_ids`: normal memory and SMM. `mmu_cache_objects`: capacity of a vCPU's cache of
     page-table pages, `mmu_cache_min` what a fault tops it up to at least.
@@ -78,10 +81,17 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     log_flush_if_changed: bool = False
     init_set_protects_huge: bool = False
     collapses_any_compound_page: bool = False
+    mmu_is_page_track_node: bool = False
     absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page"})
     nr_memslot_as_ids: int = 2
     mmu_cache_objects: int = 40
     mmu_cache_min: int = 5
+
+    @property
+    def version_code(self) -> int:
+        """LINUX_VERSION_CODE, without the sublevel."""
+        major, minor = self.name.removeprefix("linux-").split(".")
+        return int(major) << 16 | int(minor) << 8
 
 
 LINUX_6_18 = KvmProfile(name="linux-6.18")
@@ -113,6 +123,7 @@ LINUX_5_10 = KvmProfile(
     log_flush_if_changed=True,
     init_set_protects_huge=True,
     collapses_any_compound_page=True,
+    mmu_is_page_track_node=True,
     absent_events=frozenset({
         "kvm:kvm_age_hva", "kvm:kvm_dirty_ring_exit", "kvm:kvm_dirty_ring_push", "kvm:kvm_dirty_ring_reset",
         "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range",

@@ -11,6 +11,7 @@
     spte-of-freed-frame   no leaf of any root, invalid ones included, maps a frame that is freed
     write-logged          a leaf of a logged slot that can be written unseen (W, and D where the CPU logs) is
                           in the dirty log: the bitmap, a ring, or a CPU's log that is not drained yet
+    write-tracked         no leaf lets a vCPU write unseen to a page whose writes somebody tracks
     dirty-ring            a ring never holds more than it has room for
     no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
     rmap-matches-sptes    without the TDP MMU every leaf is in its gfn's rmap, once, and nothing else is; the
@@ -357,6 +358,8 @@ class KvmTruths:
             self._broken("spte-matches-host", f"gfn {gfn:#x}: level {level}, host level {host_level}", seq)
         if spte & PT_WRITABLE_MASK:
             self._check_logged(slot, gfn, spte, seq)
+            if slot.gfn_write_track:
+                self._check_tracked(slot, gfn, level, spte, seq)
         if spte & kvm.spte.host_writable and not entry & _PAGE_RW:
             self._broken(
                 "spte-matches-host", f"gfn {gfn:#x}: {spte:#x} is host-writable, the host says {entry:#x}",
@@ -381,6 +384,15 @@ class KvmTruths:
         if not logged:
             why = f"gfn {gfn:#x} is writable by {spte:#x}, its dirty bit is clear"
             self._broken("write-logged", why, seq)
+
+    def _check_tracked(self, slot: KvmMemorySlot, gfn: int, level: int, spte: int, seq: int | None) -> None:
+        if self.kvm.mmu_lock.owner is not None:
+            # Counted before it is protected, both under mmu_lock.
+            return
+        for index in range(gfn - slot.base_gfn, gfn - slot.base_gfn + kvm_pages_per_hpage(level)):
+            if index in slot.gfn_write_track:
+                why = f"gfn {slot.base_gfn + index:#x} is tracked, {spte:#x} lets it be written"
+                self._broken("write-tracked", why, seq)
 
     def sweep(self) -> int:
         """Check every leaf of every root; how many there are."""

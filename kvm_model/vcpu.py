@@ -99,6 +99,7 @@ class Vcpu:
     `kicked`: leave with REASON_EXTERNAL_INTERRUPT before the next guest instruction.
     `need_resched`: its thread gives way to others before the next entry (TIF_NEED_RESCHED).
     `immediate_exit`: KVM_RUN returns `intr` instead of entering the guest (a pending signal).
+    `last_retry_eip` and `last_retry_addr`: where a write to a protected page was left to the CPU.
     `pml_pg` and `vmcs`: frames of the CPU's page-modification log and of its VMCS, -1 without PML.
     """
 
@@ -125,6 +126,8 @@ class Vcpu:
         self.mmio_gfn = 0
         self.mmio_gen = 0
         self.fault_gpa = 0
+        self.last_retry_eip = 0
+        self.last_retry_addr = 0
 
         self.entry_intr_info = 0
         self.entry_error_code = 0

@@ -402,7 +402,7 @@ class UnicornCpu:
     # -- KVM's view of the guest's state -----------------------------------------------------------
 
     def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
-        """Start the instruction at RIP, whose memory operand is at MMIO `gpa`; None if it is unknown."""
+        """Start the instruction at RIP, whose memory operand is at `gpa`; None if it is unknown."""
         v = self.vcpu(vcpu)
         try:
             insn = self.fills.decode(v)
@@ -431,7 +431,7 @@ class UnicornCpu:
         finish = cast("mmio.Finish", access.priv)
         store = finish(data & ((1 << (8 * access.length)) - 1))
         if store is not None:
-            store.insn, store.mode = access.insn, access.mode
+            store.insn, store.mode, store.parts = access.insn, access.mode, access.parts
         return store
 
     def get_reg(self, vcpu: Vcpu, name: str) -> int:
@@ -463,7 +463,7 @@ class UnicornCpu:
 
     def cpuid(self, vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX, EDX."""
-        return cpuid(leaf, subleaf, vcpu.vcpu_id, len(self.vcpus))
+        return cpuid(leaf, subleaf, vcpu.vcpu_id, len(self.vcpus), vcpu.kvm.profile.version_code)
 
     def skip_emulated_instruction(self, vcpu: Vcpu, insn_len: int) -> None:
         """Step RIP over an instruction that KVM emulated; ends an STI shadow."""

@@ -1,6 +1,6 @@
 """CPUID: one fixed CPU, no more than Unicorn executes and the walk models.
 
-Source: Intel SDM vol. 2A CPUID; AMD APM vol. 3 for 8000_000xH; emu/abi.py for the hypervisor leaf.
+Source: Intel SDM vol. 2A CPUID; AMD APM vol. 3 for 8000_000xH; emu/abi.py for the hypervisor's leaves.
 
 Present: long mode, NX, SYSCALL, 1 GiB pages, SSE to SSE4.2, CMPXCHG16B, POPCNT, SMEP, SMAP, PSE, PGE,
 PAT, TSC, MSR, RDTSCP. Absent although Unicorn knows some: AVX, XSAVE, RDRAND (not deterministic),
@@ -11,7 +11,7 @@ Not modelled: cache and topology leaves beyond what makes Linux content.
 
 from __future__ import annotations
 
-from emu.abi import CPUID_SIGNATURE_LEAF, cpuid_signature_leaf
+from emu.abi import CPUID_KERNEL_LEAF, CPUID_SIGNATURE_LEAF, cpuid_kernel_leaf, cpuid_signature_leaf
 from emu.cpu.paging import MAXPHYADDR
 
 __all__ = ["CPU_MODEL", "cpuid"]
@@ -43,10 +43,17 @@ def _u32(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
 
-def cpuid(leaf: int, subleaf: int, vcpu_id: int, nr_vcpus: int) -> tuple[int, int, int, int]:
-    """EAX, EBX, ECX, EDX of a leaf. Leaves above the basic range answer like the highest basic one."""
+def cpuid(
+    leaf: int, subleaf: int, vcpu_id: int, nr_vcpus: int, version_code: int
+) -> tuple[int, int, int, int]:
+    """EAX, EBX, ECX, EDX of a leaf. Leaves above the basic range answer like the highest basic one.
+
+    `version_code`: the host's kernel, KvmProfile.version_code.
+    """
     if leaf & 0xFFFF0000 == CPUID_SIGNATURE_LEAF:
-        return cpuid_signature_leaf() if leaf == CPUID_SIGNATURE_LEAF else (0, 0, 0, 0)
+        if leaf == CPUID_SIGNATURE_LEAF:
+            return cpuid_signature_leaf()
+        return cpuid_kernel_leaf(version_code) if leaf == CPUID_KERNEL_LEAF else (0, 0, 0, 0)
     if leaf & 0xFFFF0000 == 0x8000_0000:
         return _extended(leaf)
     if leaf > _MAX_BASIC:

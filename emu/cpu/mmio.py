@@ -1,15 +1,15 @@
-"""Emulating the instruction that touched device memory, as KVM's emulator does.
+"""Emulating the instruction that touched a device or a write-protected page, as KVM's emulator does.
 
-The instruction at RIP is decoded; what it loads or stores at the device is an MmioAccess, which KVM
-takes to user space; `complete` puts the answer where the instruction wants it, sets the flags and steps
-RIP. A read-modify-write is two accesses: completing its load gives the store. Strings are done one
-element at a time: while the count lasts RIP stays, and the next element exits by itself.
+The instruction at RIP is decoded; what it loads or stores is an MmioAccess, which KVM
+does in guest memory or takes to user space; `complete` puts the answer where the instruction wants it, sets
+the flags and steps RIP. A read-modify-write is two accesses: completing its load gives the store, which if it
+is locked says what the load found. Strings are done one element at a time: while the count lasts RIP stays,
+and the next element exits by itself. An operand that crosses a page is told in two parts.
 
-Source: arch/x86/kvm/emulate.c (x86_emulate_insn), x86.c: emulator_read_write_onepage,
+Source: arch/x86/kvm/emulate.c (x86_emulate_insn, writeback), x86.c: emulator_read_write,
 complete_emulated_mmio; Intel SDM vol. 2.
 
-Not modelled: SSE and AVX moves, shifts and bit tests on devices, PUSH, POP and CALL with device
-operands, CMPS and SCAS, an access that crosses from RAM into a device page.
+Not modelled: SSE and AVX moves, shifts and bit tests, PUSH, POP and CALL, CMPS and SCAS.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from capstone import x86_const as cx
 
 from emu.cpu.alu import alu
 from emu.cpu.env import R_DS, R_ES, R_FS, R_GS
-from emu.cpu.insn import REGISTERS
+from emu.cpu.insn import REGISTERS, effective_address
 from emu.cpu.vcpu import UnicornVcpu
 from kvm_model.kvm_x86_ops import MmioAccess
 
@@ -44,6 +44,7 @@ _STOS = (cx.X86_INS_STOSB, cx.X86_INS_STOSW, cx.X86_INS_STOSD, cx.X86_INS_STOSQ)
 _LODS = (cx.X86_INS_LODSB, cx.X86_INS_LODSW, cx.X86_INS_LODSD, cx.X86_INS_LODSQ)
 _MOVS = (cx.X86_INS_MOVSB, cx.X86_INS_MOVSW, cx.X86_INS_MOVSD, cx.X86_INS_MOVSQ)
 _REP = (0xF2, 0xF3)
+_LOCK = 0xF0
 
 
 Finish = Callable[[int], MmioAccess | None]
@@ -97,8 +98,18 @@ def advance_string(vcpu: UnicornVcpu, insn: Any, size: int, *indexes: int) -> No
     vcpu.skip(insn.size)
 
 
+def _crossing(vcpu: UnicornVcpu, linear: int, size: int) -> tuple[tuple[int, int], ...] | None:
+    """(gpa, length) of the two parts of an operand that crosses a page, () of another; None: unmapped."""
+    first = 4096 - (linear & 0xFFF)
+    if first >= size:
+        return ()
+    low = vcpu.guest_physical(linear)
+    high = vcpu.guest_physical((linear + first) & _M64)
+    return None if low is None or high is None else ((low, first), (high, size - first))
+
+
 def emulate(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
-    """The access of the instruction at RIP, whose memory operand is the device at `gpa`; None if unknown."""
+    """The first access of the instruction at RIP, whose memory operand is at `gpa`; None if it is unknown."""
     if insn is None:
         return None
     if insn.id in _STOS or insn.id in _LODS or insn.id in _MOVS:
@@ -107,37 +118,48 @@ def emulate(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
     if memory is None:
         return None
     size = insn.operands[memory].size
-    if size not in (1, 2, 4, 8) or (gpa & 0xFFF) + size > 4096:
+    if size not in (1, 2, 4, 8):
         return None
+    linear = effective_address(vcpu.env, insn, insn.operands[memory], vcpu.long_code)
+    parts = _crossing(vcpu, linear, size)
+    access = None if parts is None else _plain(vcpu, insn, size, memory)
+    if access is not None and parts:
+        access.parts = parts
+    return access
+
+
+def _plain(vcpu: UnicornVcpu, insn: Any, size: int, memory: int) -> MmioAccess | None:
+    """Of an instruction that is not a string's, whose operand number `memory` has `size` bytes."""
     if insn.id in _LOADS:
-        return _move(vcpu, insn, gpa, size, memory)
+        return _move(vcpu, insn, size, memory)
     if insn.id in _ONE_OPERAND:
-        return _modify(vcpu, insn, gpa, size, 1)
+        return _modify(vcpu, insn, size, 1)
     if insn.id in _TWO_OPERAND:
         other = insn.operands[1 - memory]
         immediate = other.type == cx.X86_OP_IMM
         b = other.imm & ((1 << (8 * size)) - 1) if immediate else read_register(vcpu, other.reg)
         if memory == 1 and insn.id not in (cx.X86_INS_CMP, cx.X86_INS_TEST):
-            return _into_register(vcpu, insn, gpa, size, other.reg)
-        return _modify(vcpu, insn, gpa, size, b, reverse=memory == 1)
+            return _into_register(vcpu, insn, size, other.reg)
+        return _modify(vcpu, insn, size, b, reverse=memory == 1)
     if insn.id in (cx.X86_INS_XCHG, cx.X86_INS_XADD, cx.X86_INS_CMPXCHG):
-        return _exchange(vcpu, insn, gpa, size, insn.operands[1 - memory].reg)
+        return _exchange(vcpu, insn, size, insn.operands[1 - memory].reg)
     return None
 
 
 def _store(
-    vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, data: int, then: Callable[[], None]
+    vcpu: UnicornVcpu, insn: Any, size: int, data: int, then: Callable[[], None], old: int | None = None
 ) -> MmioAccess:
-    """The last access of an instruction: a store, then registers and RIP."""
+    """The last access of an instruction: a store, then registers and RIP. `old`: what its load found."""
 
     def finish(_: int) -> None:
         then()
         vcpu.skip(insn.size)
 
-    return MmioAccess(True, size, data, priv=finish)
+    locked = old is not None and (insn.prefix[0] == _LOCK or insn.id == cx.X86_INS_XCHG)
+    return MmioAccess(True, size, data, lock=locked, old=old or 0, priv=finish)
 
 
-def _move(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, memory: int) -> MmioAccess | None:
+def _move(vcpu: UnicornVcpu, insn: Any, size: int, memory: int) -> MmioAccess | None:
     other = insn.operands[1 - memory]
     if memory == 0:
         if other.type == cx.X86_OP_IMM:
@@ -146,7 +168,7 @@ def _move(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, memory: int) -> Mmi
             value = read_register(vcpu, other.reg)
         else:
             return None
-        return _store(vcpu, insn, gpa, size, value & ((1 << (8 * size)) - 1), lambda: None)
+        return _store(vcpu, insn, size, value & ((1 << (8 * size)) - 1), lambda: None)
     if other.reg not in REGISTERS:
         return None
 
@@ -159,9 +181,7 @@ def _move(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, memory: int) -> Mmi
     return MmioAccess(False, size, 0, priv=finish)
 
 
-def _modify(
-    vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, b: int, *, reverse: bool = False
-) -> MmioAccess:
+def _modify(vcpu: UnicornVcpu, insn: Any, size: int, b: int, *, reverse: bool = False) -> MmioAccess:
     def finish(a: int) -> MmioAccess | None:
         x, y = (b, a) if reverse else (a, b)
         if insn.id == cx.X86_INS_NEG:
@@ -175,12 +195,12 @@ def _modify(
             then()
             vcpu.skip(insn.size)
             return None
-        return _store(vcpu, insn, gpa, size, result, then)
+        return _store(vcpu, insn, size, result, then, a)
 
     return MmioAccess(False, size, 0, priv=finish)
 
 
-def _into_register(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, reg: int) -> MmioAccess:
+def _into_register(vcpu: UnicornVcpu, insn: Any, size: int, reg: int) -> MmioAccess:
     def finish(data: int) -> None:
         result, vcpu.env.eflags = alu(insn.id, size, read_register(vcpu, reg), data, vcpu.env.eflags)
         write_register(vcpu, reg, result)
@@ -189,13 +209,13 @@ def _into_register(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, reg: int) 
     return MmioAccess(False, size, 0, priv=finish)
 
 
-def _exchange(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, reg: int) -> MmioAccess:
+def _exchange(vcpu: UnicornVcpu, insn: Any, size: int, reg: int) -> MmioAccess:
     accumulator = {1: cx.X86_REG_AL, 2: cx.X86_REG_AX, 4: cx.X86_REG_EAX, 8: cx.X86_REG_RAX}[size]
 
     def finish(old: int) -> MmioAccess:
         value = read_register(vcpu, reg)
         if insn.id == cx.X86_INS_XCHG:
-            return _store(vcpu, insn, gpa, size, value, lambda: write_register(vcpu, reg, old))
+            return _store(vcpu, insn, size, value, lambda: write_register(vcpu, reg, old), old)
         if insn.id == cx.X86_INS_XADD:
             total, rflags = alu(insn.id, size, old, value, vcpu.env.eflags)
 
@@ -203,7 +223,7 @@ def _exchange(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, reg: int) -> Mm
                 vcpu.env.eflags = rflags
                 write_register(vcpu, reg, old)
 
-            return _store(vcpu, insn, gpa, size, total, then)
+            return _store(vcpu, insn, size, total, then, old)
         expected = read_register(vcpu, accumulator)
         _, rflags = alu(insn.id, size, expected, old, vcpu.env.eflags)
 
@@ -212,45 +232,51 @@ def _exchange(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int, reg: int) -> Mm
             if expected != old:
                 write_register(vcpu, accumulator, old)
 
-        return _store(vcpu, insn, gpa, size, value if expected == old else old, compared)
+        return _store(vcpu, insn, size, value if expected == old else old, compared, old)
 
     return MmioAccess(False, size, 0, priv=finish)
 
 
 def _string(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
-    operand = insn.operands[0]
-    size = operand.size
-    if (gpa & 0xFFF) + size > 4096:
-        return None
+    size = insn.operands[0].size
     mask = (1 << (8 * size)) - 1
     if insn.id in _STOS:
+        parts = _crossing(vcpu, string_address(vcpu, insn, RDI, R_ES), size)
+        if parts is None:
+            return None
 
         def stored(_: int) -> None:
             advance_string(vcpu, insn, size, RDI)
 
-        return MmioAccess(True, size, vcpu.env.reg(RAX) & mask, priv=stored)
+        return MmioAccess(True, size, vcpu.env.reg(RAX) & mask, parts=parts, priv=stored)
     if insn.id in _LODS:
+        parts = _crossing(vcpu, string_address(vcpu, insn, RSI, source_segment(insn)), size)
+        if parts is None:
+            return None
 
         def loaded(data: int) -> None:
             write_register(vcpu, insn.operands[0].reg, data)
             advance_string(vcpu, insn, size, RSI)
 
-        return MmioAccess(False, size, 0, priv=loaded)
+        return MmioAccess(False, size, 0, parts=parts, priv=loaded)
     return _movs(vcpu, insn, gpa, size)
 
 
-def _movs(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int) -> MmioAccess:
-    """One side is the device, the other RAM, or both devices: the source's page tells."""
+def _movs(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int) -> MmioAccess | None:
+    """One side is emulated, the other RAM, or both are: the source's page tells."""
     source = string_address(vcpu, insn, RSI, source_segment(insn))
     target = string_address(vcpu, insn, RDI, R_ES)
+    from_parts, to_parts = (_crossing(vcpu, linear, size) for linear in (source, target))
+    if from_parts is None or to_parts is None:
+        return None
 
     def moved(_: int) -> None:
         advance_string(vcpu, insn, size, RSI, RDI)
 
     source_gpa = vcpu.guest_physical(source)
-    if source_gpa is None or source_gpa != gpa:
+    if source_gpa is None or gpa not in (source_gpa, *(at for at, _ in from_parts)):
         data = int.from_bytes(vcpu.memory.read(source, size), "little")
-        return MmioAccess(True, size, data, priv=moved)
+        return MmioAccess(True, size, data, parts=to_parts, priv=moved)
 
     def loaded(data: int) -> None:
         def store() -> None:
@@ -259,4 +285,4 @@ def _movs(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int) -> MmioAccess:
 
         vcpu.run_or_defer(store)
 
-    return MmioAccess(False, size, 0, priv=loaded)
+    return MmioAccess(False, size, 0, parts=from_parts, priv=loaded)

@@ -3,14 +3,13 @@
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): kvm_mmu_page_fault, kvm_mmu_do_page_fault,
 kvm_tdp_mmu_page_fault, direct_page_fault, kvm_mmu_faultin_pfn, kvm_handle_noslot_fault, kvm_handle_error_pfn,
 is_page_fault_stale, kvm_mmu_hugepage_adjust, kvm_mmu_max_mapping_level, host_pfn_mapping_level,
-kvm_mmu_finish_page_fault.
+kvm_mmu_finish_page_fault, page_fault_handle_page_track, kvm_mmu_write_protect_fault.
 
 KVM holds its reference to the page only until the SPTE is in place. What keeps the frame from being
 freed under the mapping is that every change of the host's translation is bracketed, that
 range_start zaps, and that `is_page_fault_stale` is asked under mmu_lock.
 
-Not modelled: private memory, async page faults, write tracking (nothing shadows guest tables),
-the APIC access page.
+Not modelled: private memory, async page faults, the APIC access page.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from kvm_model.memslots import (
     KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS,
     KVM_MEMSLOT_INVALID,
     KvmMemorySlot,
+    kvm_gfn_is_write_tracked,
     kvm_slot_dirty_track_enabled,
     lpage_disallowed,
 )
@@ -42,13 +42,17 @@ from kvm_model.mmu.mmu_internal import (
     KVM_PFN_ERR_RO_FAULT,
     KVM_PFN_ERR_SIGPENDING,
     KVM_PFN_NOSLOT,
+    PFERR_GUEST_PAGE_MASK,
+    PFERR_PRESENT_MASK,
     PFERR_RSVD_MASK,
+    PFERR_WRITE_MASK,
     RET_PF_CONTINUE,
     RET_PF_EMULATE,
     RET_PF_FIXED,
     RET_PF_INVALID,
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
+    RET_PF_WRITE_PROTECTED,
     KvmPageFault,
     is_error_noslot_pfn,
     is_error_pfn,
@@ -59,6 +63,7 @@ from kvm_model.mmu.shadow_page import make_mmu_pages_available
 from kvm_model.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, kvm_pages_per_hpage
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from kvm_model.mmu.tdp_mmu import kvm_tdp_mmu_map, root_to_sp
+from kvm_model.mmu.unprotect import kvm_mmu_unprotect_gfn_and_retry
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -69,6 +74,8 @@ __all__ = [
     "TRACEPOINTS", "host_pfn_mapping_level", "kvm_mmu_max_mapping_level", "kvm_mmu_page_fault",
     "kvm_tdp_map_page",
 ]
+
+_WRITE_TO_GUEST_PAGE_TABLE = PFERR_GUEST_PAGE_MASK | PFERR_WRITE_MASK | PFERR_PRESENT_MASK
 
 FAULT_RETRY = Tracepoint(
     "refault", "fault_retry", ("gfn", "reason", "mmu_seq", "seq", "in_progress"),
@@ -211,8 +218,17 @@ def _stale_reason(vcpu: Vcpu, fault: KvmPageFault) -> str:
     return "stale-under-lock" if mmu_invalidate_retry_gfn(kvm, fault.mmu_seq, fault.gfn) else ""
 
 
+def _page_fault_handle_page_track(fault: KvmPageFault) -> bool:
+    """Whether no right to write can be given: every write to the page is to be heard of."""
+    if fault.rsvd or not fault.present or not fault.write:
+        return False
+    return kvm_gfn_is_write_tracked(fault.slot, fault.gfn)
+
+
 def _kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
     kvm = vcpu.kvm
+    if _page_fault_handle_page_track(fault):
+        return RET_PF_WRITE_PROTECTED
     if kvm.profile.fast_page_fault:
         r = fast_page_fault(vcpu, fault)
         if r != RET_PF_INVALID:
@@ -239,6 +255,8 @@ def _kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
 def _direct_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
     """Without the TDP MMU: one fault at a time."""
     kvm = vcpu.kvm
+    if _page_fault_handle_page_track(fault):
+        return RET_PF_WRITE_PROTECTED
     r = fast_page_fault(vcpu, fault)
     if r != RET_PF_INVALID:
         return r
@@ -293,11 +311,23 @@ def kvm_tdp_map_page(vcpu: Vcpu, gpa: int, error_code: int, max_level: int) -> i
     return min(r, 0)
 
 
+def _kvm_mmu_write_protect_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
+    """RET_PF_RETRY, RET_PF_EMULATE, or RET_PF_WRITE_PROTECTED: the CPU may try what cannot be emulated."""
+    if vcpu.last_retry_eip == vcpu.kvm.cpu.get_reg(vcpu, "rip") and vcpu.last_retry_addr == gpa:
+        return RET_PF_EMULATE
+    vcpu.last_retry_eip = 0
+    vcpu.last_retry_addr = 0
+    of_guest_table = error_code & _WRITE_TO_GUEST_PAGE_TABLE == _WRITE_TO_GUEST_PAGE_TABLE
+    if of_guest_table and kvm_mmu_unprotect_gfn_and_retry(vcpu, gpa, gpa):
+        return RET_PF_RETRY
+    return RET_PF_WRITE_PROTECTED
+
+
 def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
     """Handle a TDP fault at `gpa` with PFERR word `error_code`.
 
-    A negative errno, RET_PF_EMULATE if the caller must emulate the instruction, or another RET_PF_*
-    if the guest can go on.
+    A negative errno, RET_PF_EMULATE or RET_PF_WRITE_PROTECTED if the caller must emulate the instruction (and
+    with the latter may leave to the CPU what it cannot), or another RET_PF_* if the guest can go on.
     """
     kvm = vcpu.kvm
     if vcpu.root_hpa == INVALID_PAGE:
@@ -313,9 +343,11 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
         fault = KvmPageFault(gpa, error_code, nx_workaround=kvm.spte.nx_huge_pages)
         fault.slot = kvm.slots().gfn_to_memslot(fault.gfn)
         r = _kvm_tdp_page_fault(vcpu, fault)
+    if r == RET_PF_WRITE_PROTECTED:
+        r = _kvm_mmu_write_protect_fault(vcpu, gpa, error_code)
     if r == RET_PF_FIXED:
         stat["pf_fixed"] += 1
-    elif r == RET_PF_EMULATE:
+    elif r in (RET_PF_EMULATE, RET_PF_WRITE_PROTECTED):
         stat["pf_emulate"] += 1
     elif r == RET_PF_SPURIOUS:
         stat["pf_spurious"] += 1

@@ -19,6 +19,7 @@ from host_mm.page import put_page
 from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, alloc_pages
 from kvm_model.mmu.direct_map import mmu_alloc_direct_root, mmu_free_root_page
 from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage, is_obsolete_sp
+from kvm_model.mmu.page_track import KvmPageTrackNotifierNode, kvm_page_track_flush_slot
 from kvm_model.mmu.shadow_page import (
     kvm_mmu_commit_zap_page,
     kvm_mmu_zap_all_shadow_pages,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "TRACEPOINTS", "kvm_arch_flush_shadow_memslot", "kvm_mmu_flush_ahead",
+    "TRACEPOINTS", "KvmMmuPageTrackNode", "kvm_arch_flush_shadow_memslot", "kvm_mmu_flush_ahead",
     "kvm_mmu_free_obsolete_roots",
     "kvm_mmu_invalidate_mmio_sptes", "kvm_mmu_load", "kvm_mmu_reload", "kvm_mmu_unload", "kvm_mmu_zap_all",
     "kvm_mmu_zap_all_fast", "mmu_free_memory_caches", "mmu_topup_memory_caches",
@@ -162,7 +163,25 @@ def kvm_mmu_zap_all_fast(kvm: Kvm) -> None:
 
 def kvm_arch_flush_shadow_memslot(kvm: Kvm, slot: KvmMemorySlot) -> None:
     """Leave nothing mapped of a slot that is being deleted or moved."""
-    kvm_mmu_zap_all_fast(kvm)
+    if kvm.profile.mmu_is_page_track_node:
+        kvm_page_track_flush_slot(kvm, slot)
+    else:
+        kvm_mmu_zap_all_fast(kvm)
+
+
+class KvmMmuPageTrackNode(KvmPageTrackNotifierNode):
+    """The MMU's own node (5.10): kvm_mmu_pte_write and kvm_mmu_invalidate_zap_pages_in_memslot."""
+
+    def __init__(self, kvm: Kvm) -> None:
+        self.kvm = kvm
+
+    def track_write(self, vcpu: Vcpu, gpa: int, new: bytes) -> None:
+        """What is shadowed there follows."""
+        self.kvm.mmu_track_write(vcpu, gpa, new)
+
+    def track_flush_slot(self, kvm: Kvm, slot: KvmMemorySlot) -> None:
+        """Not by slot: everything is made obsolete."""
+        kvm_mmu_zap_all_fast(kvm)
 
 
 def kvm_mmu_invalidate_mmio_sptes(kvm: Kvm, gen: int) -> None:

@@ -21,13 +21,18 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.page import put_page
-from kvm_model.memslots import kvm_slot_dirty_track_enabled, mark_page_dirty_in_slot
+from kvm_model.memslots import (
+    kvm_gfn_is_write_tracked,
+    kvm_slot_dirty_track_enabled,
+    mark_page_dirty_in_slot,
+)
 from kvm_model.mmu.marks import transfer_marks
 from kvm_model.mmu.mmu_internal import (
     RET_PF_EMULATE,
     RET_PF_FIXED,
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
+    RET_PF_WRITE_PROTECTED,
     ROLE_INVALID,
     KvmMmuPage,
     KvmPageFault,
@@ -392,12 +397,14 @@ def _map_handle_target_level(vcpu: Vcpu, fault: KvmPageFault, it: TdpIter) -> in
         and is_last_spte(old, it.level)
     ):
         return RET_PF_SPURIOUS
+    wrprot = False
     if fault.slot is None:
         new = masks.make_mmio_spte(it.gfn, ACC_ALL, kvm.slots().generation)
     else:
+        wrprot = kvm_gfn_is_write_tracked(fault.slot, it.gfn)
         new = masks.make_spte(
             sp, ACC_ALL, fault.pfn, prefetch=fault.prefetch, synchronizing=False,
-            host_writable=fault.map_writable,
+            host_writable=fault.map_writable, wrprot=wrprot,
         )
         if new & PT_WRITABLE_MASK and kvm_slot_dirty_track_enabled(fault.slot):
             mark_page_dirty_in_slot(vcpu, fault.slot, it.gfn)
@@ -408,6 +415,8 @@ def _map_handle_target_level(vcpu: Vcpu, fault: KvmPageFault, it: TdpIter) -> in
         return RET_PF_RETRY
     elif is_shadow_present_pte(old) and not is_last_spte(old, it.level):
         kvm_flush_remote_tlbs_gfn(kvm, it.gfn, it.level)
+    if wrprot and fault.write:
+        ret = RET_PF_WRITE_PROTECTED
     if masks.is_mmio_spte(new):
         vcpu.stat["pf_mmio_spte_created"] += 1
         if (t := kvm.trace.mark_mmio_spte) is not None:

@@ -2,28 +2,18 @@
 
 Source of truth: arch/x86/kvm/vmx/vmx.c (Linux 6.18): kvm_vmx_exit_handlers, handle_ept_violation,
 handle_ept_misconfig, handle_io, handle_interrupt_window; vmx/common.h: __vmx_handle_ept_violation;
-x86.c: kvm_emulate_halt, kvm_emulate_cpuid, kvm_emulate_rdmsr, kvm_fast_pio, x86_emulate_instruction,
-emulator_read_write_onepage.
+x86.c: kvm_emulate_halt, kvm_emulate_cpuid, kvm_emulate_rdmsr, kvm_fast_pio.
 
 A handler returns above 0 to enter the guest again, 0 for user space, or a negative errno.
 
-Not modelled: string port I/O, MMIO of more than 8 bytes or across pages, KVM's own hypercalls
-(every VMCALL goes to user space), CR and INVLPG intercepts (EPT needs none), #PF and NMI intercepts,
-the #UD that a guest in ring 3 gets for what cannot be emulated (here the VM stops as for ring 0), and
-handle_ept_misconfig's endless re-entry when an event is delivered through a known MMIO page (it stops too),
-the emulator's own reads of guest code: where EPT has lost the page, the guest fetches it anew.
+Not modelled: string port I/O, KVM's own hypercalls (every VMCALL goes to user space), CR and INVLPG
+intercepts (EPT needs none), #PF and NMI intercepts, handle_ept_misconfig's endless re-entry when an event is
+delivered through a known MMIO page (it stops, as through any other).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from host_mm.kernel.costs import COST_FAULT
-from host_mm.kernel.errors import KernelError
-from host_mm.uaccess import copy_from_user, copy_to_user
-from kvm_model.kvm_x86_ops import EMULATE_RETRY
-from kvm_model.memslots import KVM_MEM_READONLY, KVM_MEMSLOT_INVALID, mark_page_dirty_in_slot
-from kvm_model.mmu.mmio import vcpu_match_mmio_gpa
 from kvm_model.mmu.mmu import kvm_mmu_page_fault
 from kvm_model.mmu.mmu_internal import (
     PFERR_FETCH_MASK,
@@ -35,6 +25,7 @@ from kvm_model.mmu.mmu_internal import (
     PFERR_WRITE_MASK,
     RET_PF_EMULATE,
     RET_PF_RETRY,
+    RET_PF_WRITE_PROTECTED,
 )
 from kvm_model.requests import KVM_REQ_EVENT, kvm_make_request
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit, Vcpu
@@ -48,7 +39,6 @@ from kvm_model.vmx.exits import (
     EPT_ENTRY_WRITE,
     EPT_GVA_TRANSLATED,
     EPT_GVA_VALID,
-    EXIT_REASON_NAMES,
     INTR_INFO_VALID,
     REASON_CPUID,
     REASON_EPT_MISCONFIG,
@@ -65,10 +55,8 @@ from kvm_model.vmx.exits import (
     REASON_VMCALL,
     VmExit,
 )
+from kvm_model.x86_emulate import internal_error, x86_emulate_instruction
 from trace_events.tracepoint import Tracepoint
-
-if TYPE_CHECKING:
-    from kvm_model.kvm_x86_ops import MmioAccess
 
 __all__ = ["TRACEPOINTS", "vmx_handle_exit"]
 
@@ -76,8 +64,6 @@ _EPT_PROT_MASK = EPT_ENTRY_READ | EPT_ENTRY_WRITE | EPT_ENTRY_EXEC
 _VECTORING_OK = frozenset((REASON_EXCEPTION_NMI, REASON_EPT_VIOLATION, REASON_EPT_MISCONFIG, REASON_PML_FULL))
 _MASK64 = (1 << 64) - 1
 _GP = 13
-_MMIO_TYPES = ("unsatisfied-read", "read", "write")
-_MODES = {0: "real", 3: "vm16", 1: "prot16", 5: "prot32", 9: "prot64"}
 
 KVM_PAGE_FAULT = Tracepoint(
     "kvm", "kvm_page_fault", ("vcpu_id", "guest_rip", "fault_address", "error_code"),
@@ -90,20 +76,6 @@ KVM_PIO = Tracepoint(
     lambda rw, port, size, count, val:
         f"pio_{'write' if rw else 'read'} at {port:#x} size {size} count {count} val {val:#x} "
         f"{'(...)' if count > 1 else ''}",
-)
-KVM_MMIO = Tracepoint(
-    "kvm", "kvm_mmio", ("type", "len", "gpa", "val"),
-    lambda kind, length, gpa, val: f"mmio {_MMIO_TYPES[kind]} len {length} gpa 0x{gpa:x} val 0x{val:x}",
-)
-KVM_EMULATE_INSN = Tracepoint(
-    "kvm", "kvm_emulate_insn", ("rip", "csbase", "len", "insn", "flags", "failed"),
-    lambda rip, csbase, length, insn, flags, failed:
-        f"{csbase:x}:{rip:x}:{insn} ({_MODES.get(flags, hex(flags))}){' failed' if failed else ''}",
-)
-VCPU_MATCH_MMIO = Tracepoint(
-    "kvm", "vcpu_match_mmio", ("gva", "gpa", "write", "gpa_match"),
-    lambda gva, gpa, write, gpa_match:
-        f"gva {gva:#x} gpa {gpa:#x} {'Write' if write else 'Read'} {'GPA' if gpa_match else 'GVA'}",
 )
 KVM_HYPERCALL = Tracepoint(
     "kvm", "kvm_hypercall", ("nr", "a0", "a1", "a2", "a3"),
@@ -121,8 +93,7 @@ KVM_MSR = Tracepoint(
         f"msr_{'write' if write else 'read'} {ecx:x} = 0x{data:x}{' (#GP)' if exception else ''}",
 )
 TRACEPOINTS = (
-    KVM_PAGE_FAULT, *pml.TRACEPOINTS, KVM_PIO, KVM_MMIO, KVM_EMULATE_INSN, VCPU_MATCH_MMIO, KVM_HYPERCALL,
-    KVM_CPUID, KVM_MSR,
+    KVM_PAGE_FAULT, *pml.TRACEPOINTS, KVM_PIO, KVM_HYPERCALL, KVM_CPUID, KVM_MSR,
 )
 
 
@@ -132,17 +103,11 @@ def vmx_handle_exit(vcpu: Vcpu, exit_: VmExit) -> int:
         # On every exit: whoever wants an up-to-date log only has to kick the vCPU.
         pml.vmx_flush_pml_buffer(vcpu)
     if exit_.idt_vectoring_info & INTR_INFO_VALID and exit_.reason not in _VECTORING_OK:
-        return _internal_error(vcpu, "an event was being delivered")
+        return internal_error(vcpu, "an event was being delivered")
     handler = _HANDLERS.get(exit_.reason)
     if handler is None:
-        return _internal_error(vcpu, "no handler")
+        return internal_error(vcpu, "no handler")
     return handler(vcpu, exit_)
-
-
-def _internal_error(vcpu: Vcpu, why: str) -> int:
-    reason = EXIT_REASON_NAMES.get(vcpu.exit.reason, str(vcpu.exit.reason))
-    vcpu.run = UserExit("internal-error", why=f"{reason} at rip {vcpu.exit.rip:#x}: {why}")
-    return 0
 
 
 # -- memory -------------------------------------------------------------------------------------
@@ -176,104 +141,11 @@ def _handle_ept_misconfig(vcpu: Vcpu, exit_: VmExit) -> int:
 def _page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
     vcpu.kvm.sched.advance(COST_FAULT)
     r = kvm_mmu_page_fault(vcpu, gpa, error_code)
-    if r == RET_PF_EMULATE:
-        if vcpu.exit.idt_vectoring_info & INTR_INFO_VALID:
-            # The access was the CPU's own, to deliver an event; no instruction at RIP makes it.
-            return _internal_error(vcpu, "an event was being delivered through MMIO")
-        return _x86_emulate_instruction(vcpu, gpa)
+    if r in (RET_PF_EMULATE, RET_PF_WRITE_PROTECTED):
+        return x86_emulate_instruction(vcpu, gpa, allow_retry=r == RET_PF_WRITE_PROTECTED)
     # Whoever makes this fault retry is on another CPU; let it get on.
     vcpu.need_resched |= r == RET_PF_RETRY
     return r
-
-
-def _x86_emulate_instruction(vcpu: Vcpu, gpa: int) -> int:
-    """Emulate the instruction at RIP, whose memory operand is at `gpa`."""
-    kvm = vcpu.kvm
-    rip = kvm.cpu.get_reg(vcpu, "rip")
-    access = kvm.cpu.emulate(vcpu, gpa)
-    if access is EMULATE_RETRY:
-        return 1
-    insn = access.insn if access is not None else b""
-    mode = access.mode if access is not None else 9
-    t = kvm.trace.kvm_emulate_insn
-    if t is not None:
-        t(rip, 0, len(insn), insn.hex(" "), mode, False)
-    vcpu.stat["insn_emulation"] += 1
-    if access is None:
-        vcpu.stat["insn_emulation_fail"] += 1
-        if t is not None:
-            t(rip, 0, len(insn), insn.hex(" "), mode, True)
-        return _internal_error(vcpu, "the instruction cannot be emulated")
-    return _emulate_access(vcpu, gpa, access)
-
-
-def _emulate_access(vcpu: Vcpu, gpa: int, access: MmioAccess) -> int:
-    """emulator_read_write_onepage: through the memslot if there is one, else as MMIO."""
-    if not _is_mmio_gpa(vcpu, gpa, access.write):
-        r = _emulate_in_memory(vcpu, gpa, access)
-        if r >= 0:
-            return r
-    return _emulate_mmio(vcpu, gpa, access)
-
-
-def _finish_access(vcpu: Vcpu, gpa: int, access: MmioAccess, data: int) -> int:
-    """The access is done; the load of a read-modify-write is followed by its store."""
-    store = vcpu.kvm.cpu.complete_mmio(vcpu, access, data)
-    return 1 if store is None else _emulate_access(vcpu, gpa, store)
-
-
-def _is_mmio_gpa(vcpu: Vcpu, gpa: int, write: bool) -> bool:
-    if not vcpu_match_mmio_gpa(vcpu, gpa):
-        return False
-    if (t := vcpu.kvm.trace.vcpu_match_mmio) is not None:
-        t(vcpu.exit.guest_linear, gpa, write, True)
-    return True
-
-
-def _emulate_in_memory(vcpu: Vcpu, gpa: int, access: MmioAccess) -> int:
-    """Do the access through the VMM's mapping, as with a read-only slot's loads; -1 if no slot takes it."""
-    kvm = vcpu.kvm
-    slot = kvm.slots().gfn_to_memslot(gpa >> 12)
-    if slot is None or slot.flags & KVM_MEMSLOT_INVALID or (access.write and slot.flags & KVM_MEM_READONLY):
-        return -1
-    hva = slot.gfn_to_hva(gpa >> 12) | gpa & 0xFFF
-    value = 0
-    try:
-        if access.write:
-            data = access.data & (1 << 8 * access.length) - 1
-            copy_to_user(kvm.process, hva, data.to_bytes(access.length, "little"))
-            mark_page_dirty_in_slot(vcpu, slot, gpa >> 12)
-        else:
-            value = int.from_bytes(copy_from_user(kvm.process, hva, access.length), "little")
-    except KernelError:
-        return -1
-    return _finish_access(vcpu, gpa, access, value)
-
-
-def _emulate_mmio(vcpu: Vcpu, gpa: int, access: MmioAccess) -> int:
-    kvm = vcpu.kvm
-    t = kvm.trace.kvm_mmio
-    length = access.length
-    vcpu.stat["mmio_exits"] += 1
-    if access.write:
-        data = access.data & (1 << 8 * length) - 1
-        if t is not None:
-            t(2, length, gpa, data)
-        vcpu.run = UserExit("mmio", gpa=gpa, size=length, write=True, data=data)
-        kvm.cpu.complete_mmio(vcpu, access, 0)
-        return 0
-    if t is not None:
-        t(0, length, gpa, 0)
-    vcpu.run = UserExit("mmio", gpa=gpa, size=length)
-
-    def complete() -> int:
-        data = (vcpu.user_data or 0) & (1 << 8 * length) - 1
-        if (t := kvm.trace.kvm_mmio) is not None:
-            t(1, length, gpa, data)
-        return _finish_access(vcpu, gpa, access, data)
-
-    vcpu.complete_userspace_io = complete
-    return 0
 
 
 # -- instructions -------------------------------------------------------------------------------
@@ -285,7 +157,7 @@ def _handle_io(vcpu: Vcpu, exit_: VmExit) -> int:
     qualification = exit_.qualification
     vcpu.stat["io_exits"] += 1
     if qualification & 16:
-        return _internal_error(vcpu, "string port I/O is not modelled")
+        return internal_error(vcpu, "string port I/O is not modelled")
     port = qualification >> 16 & 0xFFFF
     size = (qualification & 7) + 1
     mask = (1 << 8 * size) - 1

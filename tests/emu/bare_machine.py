@@ -20,6 +20,7 @@ from emu.cpu.env import IDT as ENV_IDT
 from emu.cpu.env import TR as ENV_TR
 from host_mm.kernel.sched import Scheduler
 from host_mm.ram import Ram
+from kvm_model.profile import LINUX_6_18
 from kvm_model.vmx import exits
 from trace_events.stream import TraceStream
 
@@ -44,7 +45,7 @@ class FakeVcpu(SimpleNamespace):
     def __init__(self, vcpu_id: int) -> None:
         super().__init__(
             vcpu_id=vcpu_id, kicked=False, irq_window=False, entry_intr_info=0, entry_error_code=0,
-            entry_insn_len=0,
+            entry_insn_len=0, kvm=SimpleNamespace(profile=LINUX_6_18),
         )
 
 

@@ -27,6 +27,12 @@ def test_cpuid_exits_and_shows_the_signature(m):
     assert m.reg("rbx").to_bytes(4, "little") == b"refa"
 
 
+def test_cpuid_tells_the_kernel_of_the_host(m):
+    m.put(CODE, "mov eax, 0x40000001; cpuid; hlt")
+    m.hlt()
+    assert m.reg("rax") == 6 << 16 | 18 << 8
+
+
 def test_vmcall_exits_before_it(m):
     m.put(CODE, "mov eax, 7; vmcall; hlt")
     e = m.run()

@@ -176,3 +176,51 @@ def test_a_guest_table_that_ept_refuses_is_reported_as_such():
     e = m.step()
     assert e.qualification & 0x187 == 0x083 or e.qualification & 0x187 == 0x081
     assert e.guest_physical == 0x4000 + 8 * (e.guest_linear >> 12)
+
+
+def first_access(code, **regs):
+    """The access and its successor of an instruction whose operand crosses from RAM into DEVICE."""
+    m, _ = device_machine()
+    m.put(CODE, code + "; hlt")
+    m.set(rbx=DEVICE - 4, rax=3, rcx=5, **regs)
+    e = m.step()
+    access = m.cpu.emulate(m.vcpus[0], e.guest_physical)
+    assert access is not None
+    return m, access
+
+
+CROSSING = ((DEVICE - 4, 4), (DEVICE, 4))
+
+
+@pytest.mark.parametrize(
+    ("code", "writes"),
+    [
+        ("mov [rbx], rax", [True]), ("mov rax, [rbx]", [False]), ("add [rbx], rax", [False, True]),
+        ("mov rdi, rbx; stosq", [True]), ("mov rsi, rbx; lodsq", [False]),
+        ("mov rdi, rbx; mov rsi, 0x300000; movsq", [True]),
+    ],
+)
+def test_an_operand_that_crosses_a_page_is_told_in_two_parts(code, writes):
+    m, access = first_access(code)
+    while access is not None:
+        assert (access.write, access.parts) == (writes.pop(0), CROSSING)
+        access = m.cpu.complete_mmio(m.vcpus[0], access, 0)
+    assert not writes
+
+
+@pytest.mark.parametrize(
+    ("code", "locked"),
+    [
+        ("add dword ptr [rbx + 8], eax", False), ("lock add dword ptr [rbx + 8], eax", True),
+        ("xchg dword ptr [rbx + 8], eax", True), ("lock cmpxchg dword ptr [rbx + 8], ecx", True),
+        ("cmpxchg dword ptr [rbx + 8], ecx", False), ("lock inc dword ptr [rbx + 8]", True),
+        ("lock xadd dword ptr [rbx + 8], ecx", True), ("mov dword ptr [rbx + 8], eax", False),
+    ],
+)
+def test_a_locked_store_says_what_its_load_found(code, locked):
+    m, access = first_access(code)
+    if not access.write:
+        access = m.cpu.complete_mmio(m.vcpus[0], access, 0x55)
+    assert access.lock == locked
+    if locked:
+        assert access.old == 0x55

@@ -32,6 +32,7 @@ from host_mm.mmzone import PAGEBLOCK_NR_PAGES, ZONE_MOVABLE, ZONE_NORMAL
 from host_mm.mprotect import MM_CP_PROT_NUMA, change_protection
 from host_mm.page import put_page
 from host_mm.page_isolation import PB_ISOLATE_MODE_OTHER, start_isolate_page_range, undo_isolate_page_range
+from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
 from host_mm.truths import audit
 from host_mm.uaccess import copy_to_user
 from tests.host_mm.files import Shared
@@ -213,6 +214,18 @@ def test_pins_resist_migration_compaction_merging_and_paging() -> None:
     assert vmm.host.vmstat["ksm_pages_shared"] == 0 or vmm.host.ksm.pages_sharing >= 0
     unpin_user_pages(vmm.host, pfns)
     audit(vmm.host)
+
+
+@pytest.mark.parametrize("profile", [LINUX_6_18, LINUX_5_10], ids=lambda profile: profile.name)
+def test_paging_out_leaves_pinned_pages_mapped(profile: MmProfile) -> None:
+    vmm = Vmm(profile=profile)
+    for page in range(4):
+        vmm.host_write(page * PAGE, page)
+    pfns = pin(vmm, 2)
+    vmm.host.lru.lru_add_drain_all()
+    vmm.host.sched.run_task("pageout", lambda: do_madvise(vmm.mm, vmm.base, 4 * PAGE, MADV_PAGEOUT))
+    assert vmm.brackets() == [("clear", 2 * PAGE, 3 * PAGE), ("clear", 3 * PAGE, 4 * PAGE)]
+    unpin_user_pages(vmm.host, pfns)
 
 
 def test_fork_copies_pinned_pages_at_once_and_shares_the_others() -> None:

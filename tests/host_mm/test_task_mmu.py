@@ -8,6 +8,7 @@ from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, _PAGE_SOFT_DIRTY, pte_write
 from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, pin_user_page, unpin_user_page
 from host_mm.madvise import MADV_DONTNEED, do_madvise
 from host_mm.page import PG_referenced
+from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
 from host_mm.task_mmu import clear_refs_write
 from host_mm.truths import audit
 from tests.host_mm.machine import PAGE, Vmm
@@ -37,8 +38,9 @@ def test_kinds_1_to_3_forget_accesses_of_their_pages_and_tell_nobody(kind: int, 
     assert vm.brackets() == []
 
 
-def test_kind_4_protects_and_forgets_writes_but_not_of_pinned_pages() -> None:
-    vm = Vmm()
+@pytest.mark.parametrize("profile", [LINUX_6_18, LINUX_5_10], ids=lambda profile: profile.name)
+def test_kind_4_protects_and_forgets_writes_but_not_of_pinned_pages(profile: MmProfile) -> None:
+    vm = Vmm(profile=profile)
     vm.guest_store(0, 1)
     vm.guest_store(PAGE, 1)
     pfn = pin_user_page(vm.mm, vm.base + PAGE, FOLL_WRITE | FOLL_LONGTERM)

@@ -23,7 +23,8 @@ def test_lookup_by_name_and_number() -> None:
 
 
 def test_the_signature_leaf_spells_the_name() -> None:
-    _, ebx, ecx, edx = abi.cpuid_signature_leaf()
+    highest, ebx, ecx, edx = abi.cpuid_signature_leaf()
+    assert highest == abi.CPUID_KERNEL_LEAF
     assert b"".join(word.to_bytes(4, "little") for word in (ebx, ecx, edx)) == b"refault\0\0\0\0\0"
 
 
