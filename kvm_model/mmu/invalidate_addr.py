@@ -68,8 +68,6 @@ def kvm_mmu_invalidate_addr(vcpu: Vcpu, addr: int, *, current: bool = True, prev
         return
     kvm, mmu = vcpu.kvm, vcpu.mmu
     kvm.cpu.flush_tlb_gva(vcpu, addr)
-    if kvm.truths is not None:
-        kvm.truths.note_guest_flush(vcpu, addr)
     if role_direct(mmu.root_role) or "no-invlpg-sync" in kvm.breaks:
         return
     if current:

@@ -233,12 +233,16 @@ def fmt_mmu_page(gen: int, gfn: int, role: int, root_count: int, unsync: bool) -
 
 
 class KvmPageFault:
-    """struct kvm_page_fault: one TDP fault on its way. `refcounted_page` is a pfn, -1: none."""
+    """struct kvm_page_fault: one fault on its way. `refcounted_page` is a pfn, -1: none.
+
+    `addr` is a gpa under TDP, else the guest's linear address; then `gfn` is known after the guest's tables
+    were walked. `write_fault_to_shadow_pgtable`: the write is to a table that translates its own address.
+    """
 
     __slots__ = (
         "addr", "error_code", "exec", "gfn", "goal_level", "huge_page_disallowed", "map_writable",
         "max_level", "mmu_seq", "nx_huge_page_workaround_enabled", "pfn", "prefetch", "present",
-        "refcounted_page", "req_level", "rsvd", "slot", "user", "write",
+        "refcounted_page", "req_level", "rsvd", "slot", "user", "write", "write_fault_to_shadow_pgtable",
     )
 
     def __init__(
@@ -264,3 +268,4 @@ class KvmPageFault:
         self.pfn = KVM_PFN_ERR_FAULT
         self.refcounted_page = -1
         self.map_writable = False
+        self.write_fault_to_shadow_pgtable = False

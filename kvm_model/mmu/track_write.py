@@ -1,12 +1,10 @@
 """Writes to guest tables that KVM emulated: what they change in the shadow pages.
 
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): kvm_mmu_track_write, detect_write_flooding,
-detect_write_misaligned, get_written_sptes, mmu_pte_write_fetch_gpte, __kvm_mmu_unprotect_gfn_and_retry,
-kvm_mmu_write_protect_fault; 5.10: kvm_mmu_pte_write, kvm_mmu_unprotect_page.
+detect_write_misaligned, get_written_sptes, mmu_pte_write_fetch_gpte; 5.10: kvm_mmu_pte_write.
 
 The SPTE that shadows the written entry goes; the guest's next access makes it anew. A page whose table is
-written three times without being used, or not in whole entries, is taken for a table no more and zapped. The
-same is done instead of emulating where that is not possible: the guest then executes the instruction itself.
+written three times without being used, or not in whole entries, is taken for a table no more and zapped.
 
 Not modelled: 5.10's new SPTE for the new entry at once; nested guests.
 """
@@ -17,24 +15,8 @@ from typing import TYPE_CHECKING
 
 from kvm_model.guest_access import kvm_vcpu_read_guest_atomic
 from kvm_model.mmu.kvm_mmu import PT32_ROOT_LEVEL, is_cr4_pae
-from kvm_model.mmu.mmio import mmio_info_in_cache
-from kvm_model.mmu.mmu_internal import (
-    EMULTYPE_ALLOW_RETRY_PF,
-    INVALID_PAGE,
-    PFERR_GUEST_PAGE_MASK,
-    PFERR_PRESENT_MASK,
-    PFERR_USER_MASK,
-    PFERR_WRITE_MASK,
-    RET_PF_EMULATE,
-    RET_PF_RETRY,
-    KvmMmuPage,
-    role_direct,
-    role_has_4_byte_gpte,
-    role_quadrant,
-)
-from kvm_model.mmu.paging_tmpl import gva_to_gpa
+from kvm_model.mmu.mmu_internal import KvmMmuPage, role_has_4_byte_gpte, role_quadrant
 from kvm_model.mmu.shadow_zap import (
-    kvm_mmu_commit_zap_page,
     kvm_mmu_prepare_zap_page,
     kvm_mmu_remote_flush_or_zap,
     mmu_page_zap_pte,
@@ -45,13 +27,9 @@ from kvm_model.mmu.unsync import for_each_gfn_valid_sp_with_gptes
 if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
-__all__ = [
-    "kvm_mmu_track_write", "kvm_mmu_unprotect_gfn_and_retry", "kvm_mmu_write_protect_fault",
-    "last_retry_was_here",
-]
+__all__ = ["kvm_mmu_track_write"]
 
 _FLOODING = 3
-_USER_MODE_CPL = 3
 
 
 # -- a write ------------------------------------------------------------------------------------
@@ -114,9 +92,6 @@ def kvm_mmu_track_write(vcpu: Vcpu, gpa: int, new: bytes) -> None:
         gpa, length, gentry = _fetch_gpte(vcpu, gpa, len(new))
         kvm.stat["mmu_pte_write"] += 1
         for sp in for_each_gfn_valid_sp_with_gptes(kvm, gpa >> 12):
-            if sp.invalid:
-                # It went with one before it.
-                continue
             if _detect_write_misaligned(sp, gpa, length) or _detect_write_flooding(sp):
                 kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "flooded")
                 kvm.stat["mmu_flooded"] += 1
@@ -128,71 +103,3 @@ def kvm_mmu_track_write(vcpu: Vcpu, gpa: int, new: bytes) -> None:
                     kvm.stat["mmu_pde_zapped"] += 1
                 flush |= is_shadow_present_pte(spte)
         kvm_mmu_remote_flush_or_zap(kvm, invalid_list, flush)
-
-
-# -- instead of emulating -----------------------------------------------------------------------
-
-
-def _zap_shadowing(vcpu: Vcpu, gfn: int) -> bool:
-    kvm = vcpu.kvm
-    invalid_list: list[KvmMmuPage] = []
-    with kvm.mmu_lock:
-        for sp in for_each_gfn_valid_sp_with_gptes(kvm, gfn):
-            if not sp.invalid:
-                kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "unprotect")
-        zapped = bool(invalid_list)
-        kvm_mmu_commit_zap_page(kvm, invalid_list)
-    return zapped
-
-
-def kvm_mmu_unprotect_gfn_and_retry(vcpu: Vcpu, addr: int, *, always_retry: bool = False) -> bool:
-    """Zap what shadows the guest table at `addr` (a fault's address), so that the guest can write it itself.
-
-    Whether something was; with `always_retry` the guest will retry in any case.
-    """
-    kvm = vcpu.kvm
-    zapped = False
-    if kvm.indirect_shadow_pages:
-        gpa = addr
-        if not role_direct(vcpu.mmu.root_role):
-            user = PFERR_USER_MASK if kvm.cpu.get_reg(vcpu, "cs") & 3 == _USER_MODE_CPL else 0
-            gpa = gva_to_gpa(vcpu, addr, user | PFERR_WRITE_MASK)
-        if gpa != INVALID_PAGE:
-            zapped = _zap_shadowing(vcpu, gpa >> 12)
-    if zapped or always_retry:
-        vcpu.last_retry_eip = kvm.cpu.get_reg(vcpu, "rip")
-        vcpu.last_retry_addr = addr
-    return zapped
-
-
-def last_retry_was_here(vcpu: Vcpu, addr: int) -> bool:
-    """Whether the vCPU faulted here before and retrying did not help."""
-    return vcpu.last_retry_addr == addr and vcpu.last_retry_eip == vcpu.kvm.cpu.get_reg(vcpu, "rip")
-
-
-def _is_write_to_guest_page_table(error_code: int) -> bool:
-    mask = PFERR_GUEST_PAGE_MASK | PFERR_WRITE_MASK | PFERR_PRESENT_MASK
-    return error_code & mask == mask
-
-
-def kvm_mmu_write_protect_fault(vcpu: Vcpu, addr: int, error_code: int) -> int:
-    """A write to a protected page: RET_PF_RETRY if it is protected no more, else RET_PF_EMULATE.
-
-    `vcpu.emulation_type` then says whether unprotecting may be tried later.
-    """
-    direct = role_direct(vcpu.mmu.root_role)
-    if last_retry_was_here(vcpu, addr):
-        return RET_PF_EMULATE
-    vcpu.last_retry_eip = 0
-    vcpu.last_retry_addr = 0
-    if mmio_info_in_cache(vcpu, addr, direct):
-        return RET_PF_EMULATE
-    if direct:
-        unprotect = _is_write_to_guest_page_table(error_code)
-    else:
-        # Emulation would delay the event that is to be injected again.
-        unprotect = vcpu.event_needs_reinjection()
-    if unprotect and kvm_mmu_unprotect_gfn_and_retry(vcpu, addr):
-        return RET_PF_RETRY
-    vcpu.emulation_type |= EMULTYPE_ALLOW_RETRY_PF
-    return RET_PF_EMULATE

@@ -61,6 +61,7 @@ def sp_has_gptes(sp: KvmMmuPage) -> bool:
 
 def for_each_gfn_valid_sp_with_gptes(kvm: Kvm, gfn: int) -> Iterator[KvmMmuPage]:
     """The valid pages that shadow the guest table at `gfn`, newest first. They may be zapped meanwhile."""
+    # Looked at only when its turn comes: one may go with another.
     for sp in tuple(kvm.mmu_page_hash.get(gfn, ())):
         if sp_has_gptes(sp) and not is_obsolete_sp(kvm, sp):
             yield sp
