@@ -13,7 +13,7 @@ from functools import partial
 from bench.lab import GPA, Lab
 from bench.report import Group, Measure
 from bench.timing import in_turns
-from host_mm.gup import mm_populate
+from host_mm.gup_populate import mm_populate
 
 __all__ = ["GROUP", "PAGES", "measure", "populated"]
 

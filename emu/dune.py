@@ -29,7 +29,8 @@ from emu.cpu.walk import OK, ept_translate
 from host_mm.gup import FOLL_WRITE, get_user_page_fast_only, get_user_pages_unlocked
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.locks import Spinlock
-from host_mm.mmu_notifier import MmuNotifier, mmu_notifier_register, mmu_notifier_unregister
+from host_mm.mmu_notifier import MmuNotifier
+from host_mm.mmu_notifier_register import mmu_notifier_register, mmu_notifier_unregister
 from host_mm.page import page_folio, put_page, set_page_dirty
 from host_mm.page_alloc import GFP_KERNEL, GFP_ZERO
 from host_mm.tlb import HostTlb

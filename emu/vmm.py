@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.lru_gen import GenLruvec
     from host_mm.memcontrol import MemCgroup
-    from host_mm.pagemap import PageRegion, PmScanArg
+    from host_mm.pagemap_scan import PageRegion, PmScanArg
     from host_mm.process import Process
     from host_mm.userfaultfd_k import UserfaultfdCtx
 
@@ -193,13 +193,14 @@ class Vmm:
 
     def pagemap_scan(self, arg: PmScanArg) -> list[PageRegion]:
         """PAGEMAP_SCAN on /proc/PID/pagemap."""
-        from host_mm.pagemap import do_pagemap_scan
+        from host_mm.pagemap_scan import do_pagemap_scan
 
         return do_pagemap_scan(self.process.mm, arg)
 
     def pin(self, address: int) -> int:
         """A long-term pin for writing, as io_uring takes on a registered buffer: the frame; KernelError."""
-        from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, pin_user_page
+        from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE
+        from host_mm.gup_pin import pin_user_page
 
         pfn = pin_user_page(self.process.mm, address, FOLL_WRITE | FOLL_LONGTERM)
         if pfn < 0:
@@ -208,7 +209,7 @@ class Vmm:
 
     def unpin(self, pfn: int) -> None:
         """Give a pin back; the page was written."""
-        from host_mm.gup import unpin_user_page
+        from host_mm.gup_pin import unpin_user_page
 
         unpin_user_page(self.mm, pfn, dirty=True)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from errno import ENOMEM, ESRCH
 from typing import TYPE_CHECKING
 
-from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.address_space import flush_delayed_fput
 from host_mm.huge_mm import mm_put_huge_zero_folio
@@ -26,9 +25,10 @@ from host_mm.memory_copy import copy_page_range
 from host_mm.memory_zap import free_pgtables, unmap_vmas
 from host_mm.mm_types import MMF_OOM_SKIP, VM_DONTCOPY, VM_HUGETLB, VM_LOCKED_MASK, VM_WIPEONFORK, MmStruct
 from host_mm.mmu_gather import MmuGather
+from host_mm.mmu_notifier_register import mmu_notifier_release, mmu_notifier_subscriptions_destroy
 from host_mm.pgtable_generic import pgd_alloc, pgd_free
 from host_mm.process import Process
-from host_mm.rmap import anon_vma_fork
+from host_mm.rmap_anon_vma import anon_vma_fork
 from host_mm.userfaultfd_k import dup_userfaultfd
 from host_mm.vma import insert_vma, vm_area_dup, vma_close, vma_open
 
@@ -53,7 +53,7 @@ def mm_init(host: HostMm, process: Process) -> MmStruct:
 
 def free_mm(mm: MmStruct) -> None:
     """__mmdrop: the last holder of the struct is gone."""
-    mmu_notifier.mmu_notifier_subscriptions_destroy(mm)
+    mmu_notifier_subscriptions_destroy(mm)
     pgd_free(mm)
     if any(mm.rss) or mm.pgtables_bytes:
         raise BrokenTruth("mm-accounting", f"an mm ends with rss {mm.rss}, {mm.pgtables_bytes} table bytes")
@@ -73,7 +73,7 @@ def mmput(mm: MmStruct) -> None:
 
 def exit_mmap(mm: MmStruct) -> None:
     """Unmap everything; the notifiers hear of it first."""
-    mmu_notifier.mmu_notifier_release(mm)
+    mmu_notifier_release(mm)
     mm.mmap_lock.read_lock()
     vmas = list(mm.vmas)
     if not vmas:

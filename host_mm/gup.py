@@ -1,7 +1,7 @@
 """get_user_pages: a page and a reference to it, for whoever is not the CPU.
 
 Source of truth: mm/gup.c (gup_fast_pte_range, follow_page_pte, can_follow_write_pte, faultin_page,
-__get_user_pages_locked, check_vma_flags, try_grab_folio, __mm_populate, populate_vma_page_range),
+__get_user_pages_locked, check_vma_flags, try_grab_folio),
 include/linux/mm.h: gup_must_unshare, include/linux/mm_types.h: FOLL_*; Linux 6.18.
 
 Fast GUP reads the entry without locks, takes the reference, and reads the entry again: a page that left
@@ -9,7 +9,8 @@ it in between is given back. It never takes the zero page. Slow GUP faults under
 (FOLL_PIN) counts 1024 references at once, of a large folio one and a pin count, and must hold an exclusive
 page; a read-only long-term pin of anything else first makes one (unshare).
 
-Several pages in a call are in gup_range.py, where long-term pins may be in gup_longterm.py.
+Pins as drivers take them are in gup_pin.py, several pages in a call in gup_range.py, where long-term pins
+may be in gup_longterm.py, and faults ahead of use in gup_populate.py.
 
 Not modelled: coherent device memory, signals (FOLL_INTERRUPTIBLE never interrupts), callers that hold
 mmap_lock and must keep it (all are FOLL_UNLOCKABLE), 5.10's FOLL_COW (a forced write there
@@ -18,8 +19,7 @@ follows any dirty entry).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from errno import EAGAIN, EBUSY, EFAULT, EINVAL, EMLINK, ENOENT, ENOMEM
+from errno import EAGAIN, EBUSY, EFAULT, EMLINK, ENOENT, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import (
@@ -40,13 +40,14 @@ from host_mm.arch.x86.pgtable import (
     pte_write,
     walk_lockless,
 )
-from host_mm.gup_longterm import folio_is_longterm_pinnable, gup_longterm_locked
+from host_mm.gup_longterm import folio_is_longterm_pinnable
 from host_mm.huge_mm import is_huge_zero_pfn
 from host_mm.hugetlb_share import hugetlb_vma_lock_read, hugetlb_vma_unlock_read
 from host_mm.kernel.costs import COST_WALK
-from host_mm.kernel.errors import EHWPOISON, BrokenTruth
-from host_mm.memory import handle_mm_fault, vm_normal_page
+from host_mm.kernel.errors import EHWPOISON
+from host_mm.memory import handle_mm_fault
 from host_mm.memory_copy import is_cow_mapping
+from host_mm.memory_folio import vm_normal_page
 from host_mm.mm_types import (
     FAULT_FLAG_ALLOW_RETRY,
     FAULT_FLAG_INTERRUPTIBLE,
@@ -56,7 +57,6 @@ from host_mm.mm_types import (
     FAULT_FLAG_TRIED,
     FAULT_FLAG_UNSHARE,
     FAULT_FLAG_WRITE,
-    MMF_HAS_PINNED,
     VM_ACCESS_FLAGS,
     VM_FAULT_ERROR,
     VM_FAULT_HWPOISON,
@@ -64,12 +64,10 @@ from host_mm.mm_types import (
     VM_FAULT_RETRY,
     VM_HUGETLB,
     VM_IO,
-    VM_LOCKONFAULT,
     VM_MAYREAD,
     VM_MAYWRITE,
     VM_PFNMAP,
     VM_READ,
-    VM_SHARED,
     VM_WRITE,
 )
 from host_mm.page import (
@@ -94,11 +92,10 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
-    "FOLL_ANON", "FOLL_FORCE", "FOLL_GET", "FOLL_HONOR_NUMA_FAULT", "FOLL_HWPOISON",
-    "FOLL_INTERRUPTIBLE", "FOLL_LONGTERM", "FOLL_NOFAULT", "FOLL_NOWAIT", "FOLL_PIN", "FOLL_TOUCH",
-    "FOLL_WRITE", "TRACEPOINTS", "faultin_page_range", "get_user_page_fast_only", "get_user_page_remote",
-    "get_user_pages_unlocked", "gup_fast", "gup_longterm", "gup_slow", "mm_populate", "note_pins",
-    "pin_user_page", "trace_gup", "unpin_user_page",
+    "FOLL_ANON", "FOLL_FORCE", "FOLL_GET", "FOLL_HONOR_NUMA_FAULT", "FOLL_HWPOISON", "FOLL_INTERRUPTIBLE",
+    "FOLL_LONGTERM", "FOLL_NOFAULT", "FOLL_NOWAIT", "FOLL_PIN", "FOLL_TOUCH", "FOLL_WRITE", "TRACEPOINTS",
+    "get_user_page_fast_only", "get_user_page_remote", "get_user_pages_unlocked", "gup_fast", "gup_slow",
+    "trace_gup",
 ]
 
 FOLL_WRITE = 1 << 0
@@ -148,7 +145,7 @@ def _grab(host: HostMm, pfn: int, flags: int) -> bool:
     """try_grab_folio: one reference, or a pin; zero pages are never pinned."""
     if not flags & FOLL_PIN:
         return try_get_page(host, pfn)
-    if _never_pinned(host, pfn):
+    if never_pinned(host, pfn):
         return True
     pages = host.pages
     head = page_folio(pages, pfn)
@@ -160,10 +157,10 @@ def _grab(host: HostMm, pfn: int, flags: int) -> bool:
     return True
 
 
-def _ungrab(host: HostMm, pfn: int, flags: int) -> None:
+def gup_put_folio(host: HostMm, pfn: int, flags: int) -> None:
     if not flags & FOLL_PIN:
         put_page(host, pfn)
-    elif not _never_pinned(host, pfn):
+    elif not never_pinned(host, pfn):
         head = page_folio(host.pages, pfn)
         if host.pages.flags[head] & PG_head:
             host.pages.pincount[head] -= 1
@@ -172,7 +169,7 @@ def _ungrab(host: HostMm, pfn: int, flags: int) -> None:
             put_page(host, pfn, GUP_PIN_COUNTING_BIAS)
 
 
-def _never_pinned(host: HostMm, pfn: int) -> bool:
+def never_pinned(host: HostMm, pfn: int) -> bool:
     return pfn == host.zero_pfn or is_huge_zero_pfn(host, pfn)
 
 
@@ -229,14 +226,14 @@ def gup_fast(mm: MmStruct, addr: int, flags: int) -> int:
     if not _grab(host, pfn, flags):
         return -1
     if walk_lockless(host.ram, mm.pgd, addr) != (entry, level):
-        _ungrab(host, pfn, flags)
+        gup_put_folio(host, pfn, flags)
         return -1
     unshare = not pte_write(entry) and _must_unshare(host, None, flags, head)
     if unshare or not _fast_folio_allowed(host, page_folio(host.pages, pfn), flags):
-        _ungrab(host, pfn, flags)
+        gup_put_folio(host, pfn, flags)
         return -1
     if flags & FOLL_PIN and mm.write_protect_seq != seq:
-        _ungrab(host, pfn, flags)
+        gup_put_folio(host, pfn, flags)
         return -1
     host.pages.flags[page_folio(host.pages, pfn)] |= PG_referenced
     return pfn
@@ -258,7 +255,7 @@ def get_user_page_remote(mm: MmStruct, addr: int, flags: int) -> int:
     """
     flags |= FOLL_REMOTE | FOLL_TOUCH | FOLL_TRIED
     while True:
-        pfn, locked = _get_user_page(mm, addr, flags)
+        pfn, locked = get_user_page_locked(mm, addr, flags)
         if locked:
             return trace_gup(mm, addr, flags, "slow", pfn)
         mm.mmap_lock.read_lock()
@@ -276,7 +273,7 @@ def gup_slow(mm: MmStruct, addr: int, nr_pages: int, flags: int) -> tuple[list[i
     tried = 0
     err = 0
     while len(pfns) < nr_pages:
-        answer, locked = _get_user_page(mm, addr + (len(pfns) << 12), flags | tried)
+        answer, locked = get_user_page_locked(mm, addr + (len(pfns) << 12), flags | tried)
         if not locked:
             # The fault dropped mmap_lock to wait. From now on it waits for folios with the lock held; for a
             # userfaultfd it drops it every time.
@@ -292,7 +289,7 @@ def gup_slow(mm: MmStruct, addr: int, nr_pages: int, flags: int) -> tuple[list[i
     return pfns, err
 
 
-def _check_vma_flags(vma: VmArea, flags: int) -> bool:
+def check_vma_flags(vma: VmArea, flags: int) -> bool:
     if vma.flags & (VM_IO | VM_PFNMAP) or (flags & FOLL_ANON and vma.file is not None):
         return False
     if flags & FOLL_WRITE:
@@ -304,10 +301,10 @@ def _check_vma_flags(vma: VmArea, flags: int) -> bool:
     return bool(flags & FOLL_FORCE and vma.flags & VM_MAYREAD)
 
 
-def _get_user_page(mm: MmStruct, addr: int, flags: int) -> tuple[int, bool]:
+def get_user_page_locked(mm: MmStruct, addr: int, flags: int) -> tuple[int, bool]:
     """(answer, mmap_lock still held); not held: ask again."""
     vma = mm.vma_lookup(addr)
-    if vma is None or not _check_vma_flags(vma, flags):
+    if vma is None or not check_vma_flags(vma, flags):
         return -EFAULT, True
     while True:
         answer = _follow_page_pte(vma, addr, flags)
@@ -440,108 +437,3 @@ def _faultin_page(vma: VmArea, addr: int, flags: int, *, unshare: bool) -> int:
             return -EHWPOISON
         return -EFAULT
     return -EBUSY if ret & VM_FAULT_RETRY else 0
-
-
-def faultin_page_range(mm: MmStruct, start: int, end: int, *, write: bool) -> int:
-    """MADV_POPULATE_*: fault every page in, keep no reference; 0 or a negative errno.
-
-    -ENOMEM: a hole or no memory, -EINVAL: the mapping does not allow it, -EFAULT: the fault failed.
-    """
-    flags = FOLL_HWPOISON | (FOLL_WRITE if write else 0)
-    for addr in range(start, end, 4096):
-        vma = mm.vma_lookup(addr)
-        if vma is None:
-            return -ENOMEM
-        if not _check_vma_flags(vma, flags):
-            return -EINVAL
-        pfn = _gup_slow(mm, addr, flags)
-        if pfn < 0:
-            return pfn
-        put_page(mm.host, pfn)
-    return 0
-
-
-def mm_populate(mm: MmStruct, start: int, length: int, *, ignore_errors: bool = True) -> int:
-    """Fault in what is mapped of the range, for mlock; 0 or a negative errno. Holes are skipped.
-
-    Private memory that may be written is faulted for writing, so that its COW is done. With
-    `ignore_errors` a VMA that fails is left and the next one tried.
-    """
-    address, end = start, start + length
-    tried = ret = 0
-    mm.mmap_lock.read_lock()
-    while address < end and not ret:
-        vma = mm.find_vma_intersection(address, end)
-        if vma is None:
-            break
-        address = max(address, vma.start)
-        if vma.flags & (VM_IO | VM_PFNMAP | VM_LOCKONFAULT):
-            address = vma.end
-            continue
-        pfn, locked = _populate_page(vma, address, tried)
-        tried = 0
-        if not locked:
-            mm.mmap_lock.read_lock()
-            tried = FOLL_TRIED
-        elif pfn >= 0:
-            put_page(mm.host, pfn)
-            address += 4096
-        elif ignore_errors:
-            address = vma.end
-        else:
-            ret = pfn
-    mm.mmap_lock.read_unlock()
-    mm.host.lru.lru_add_drain()
-    return ret
-
-
-def _populate_page(vma: VmArea, address: int, flags: int) -> tuple[int, bool]:
-    """populate_vma_page_range for one page; as _get_user_page."""
-    if not vma.flags & VM_ACCESS_FLAGS:
-        return -EFAULT, True
-    write = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE
-    return _get_user_page(vma.mm, address, flags | FOLL_TOUCH | (FOLL_WRITE if write else FOLL_FORCE))
-
-
-# -- pins -----------------------------------------------------------------------------------------
-def pin_user_page(mm: MmStruct, addr: int, flags: int) -> int:
-    """Pin the page at `addr` (fast, then slow); its frame or a negative errno. See unpin_user_page."""
-    flags |= FOLL_PIN
-    mm.flags |= MMF_HAS_PINNED
-    pfn = gup_fast(mm, addr, flags)
-    path = "fast"
-    if pfn < 0:
-        path = "slow"
-        pfns, err = gup_longterm(mm.host, flags, lambda: gup_slow(mm, addr, 1, flags | FOLL_TOUCH))
-        pfn = pfns[0] if pfns else err
-    if pfn >= 0:
-        note_pins(mm.host, [pfn])
-    return trace_gup(mm, addr, flags, path, pfn)
-
-
-def note_pins(host: HostMm, pfns: list[int]) -> None:
-    """Account for pins that their caller keeps."""
-    for pfn in pfns:
-        if not _never_pinned(host, pfn):
-            host.pins[page_folio(host.pages, pfn)] += 1
-
-
-def gup_longterm(
-    host: HostMm, flags: int, pin: Callable[[], tuple[list[int], int]]
-) -> tuple[list[int], int]:
-    """`pin()`, and again until what it pinned may stay pinned, if that is for long."""
-    if not flags & FOLL_LONGTERM:
-        return pin()
-    return gup_longterm_locked(host, pin, lambda pfn: _ungrab(host, pfn, FOLL_PIN))
-
-
-def unpin_user_page(host: HostMm, pfn: int, *, dirty: bool = False) -> None:
-    """Give a pin back; `dirty` first marks the page written (unpin_user_pages_dirty_lock)."""
-    if not _never_pinned(host, pfn):
-        if dirty:
-            set_page_dirty(host, pfn)
-        head = page_folio(host.pages, pfn)
-        if not host.pins[head]:
-            raise BrokenTruth("page-pins", f"pfn {pfn:#x} is unpinned but has no pin", host.stream.here())
-        host.pins[head] -= 1
-    _ungrab(host, pfn, FOLL_PIN)

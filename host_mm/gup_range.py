@@ -24,12 +24,10 @@ from host_mm.gup import (
     FOLL_TOUCH,
     FOLL_WRITE,
     gup_fast,
-    gup_longterm,
     gup_slow,
-    note_pins,
     trace_gup,
-    unpin_user_page,
 )
+from host_mm.gup_pin import gup_longterm, note_pins, unpin_user_page
 from host_mm.kernel.errors import KernelError
 from host_mm.mm_types import MMF_HAS_PINNED
 

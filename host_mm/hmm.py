@@ -24,6 +24,13 @@ from typing import TYPE_CHECKING, Any
 from host_mm.arch.x86.pgtable import (
     _PAGE_PSE,
     PMD_SIZE,
+    pte_pfn,
+    pte_present,
+    pte_protnone,
+    pte_write,
+    walk_lockless,
+)
+from host_mm.arch.x86.swapops import (
     SWP_PFN_MASK,
     is_device_exclusive_entry,
     is_device_private_entry,
@@ -32,16 +39,12 @@ from host_mm.arch.x86.pgtable import (
     is_writable_device_private_entry,
     non_swap_entry,
     pte_none_mostly,
-    pte_pfn,
-    pte_present,
-    pte_protnone,
     pte_to_swp_entry,
-    pte_write,
     swp_offset,
-    walk_lockless,
 )
 from host_mm.interval_notifier import MmuIntervalNotifier, mmu_interval_check_retry
-from host_mm.memory import handle_mm_fault, vm_normal_page
+from host_mm.memory import handle_mm_fault
+from host_mm.memory_folio import vm_normal_page
 from host_mm.memremap import page_pgmap
 from host_mm.mm_types import (
     FAULT_FLAG_REMOTE,

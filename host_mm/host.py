@@ -28,54 +28,32 @@ from typing import TYPE_CHECKING, Any
 
 from host_mm import (
     address_space,
-    backing_file,
     compaction,
-    compaction_trace,
-    filemap_cache,
-    filemap_fault,
     fork,
-    gup,
-    hmm_mirror,
-    huge_memory_pmd,
     huge_memory_split,
     hugetlb,
-    interval_notifier,
+    hugetlb_pool,
     kcompactd,
     khugepaged,
-    khugepaged_trace,
     ksm,
-    ksm_merge,
-    ksm_tree,
     lru,
     lru_gen,
-    lru_gen_walk,
-    memory,
-    memory_device,
-    memory_failure,
     memory_file,
+    memory_wp,
     memremap,
-    migrate_device,
-    migrate_types,
-    mmu_notifier,
     numa_balancing,
     oom_kill,
     page_alloc,
     page_io,
-    page_isolation,
     page_writeback,
-    process,
-    rmap_device,
-    rmap_unmap,
-    shmem,
     shmem_file,
     shrinker,
     swap_state,
     swapin,
     tlb,
-    truths,
-    userfaultfd_k,
+    truths_running,
     vmscan,
-    vmscan_trace,
+    vmscan_kswapd,
     zram,
     zswap,
 )
@@ -93,6 +71,7 @@ from host_mm.ram import PAGE_SHIFT, Ram
 from host_mm.secondary_tables import SecondaryTables
 from host_mm.swap_readahead import SwapReadahead
 from host_mm.swapfile import SwapInfo
+from host_mm.tracepoints import all_tracepoints
 
 if TYPE_CHECKING:
     from host_mm.address_space import AddressSpace
@@ -107,48 +86,6 @@ ZERO_PFN = 1
 _RESERVED = 2
 QUIESCE_POLL = 100_000
 """ns between two looks at whether the daemons sleep."""
-_MODULES = (
-    backing_file,
-    compaction_trace,
-    filemap_cache,
-    filemap_fault,
-    fork,
-    gup,
-    hmm_mirror,
-    huge_memory_pmd,
-    huge_memory_split,
-    khugepaged,
-    khugepaged_trace,
-    interval_notifier,
-    ksm,
-    ksm_merge,
-    ksm_tree,
-    lru,
-    lru_gen_walk,
-    memory,
-    memory_device,
-    memory_failure,
-    migrate_types,
-    migrate_device,
-    mmu_notifier,
-    numa_balancing,
-    oom_kill,
-    page_alloc,
-    page_io,
-    page_isolation,
-    process,
-    rmap_device,
-    rmap_unmap,
-    shmem,
-    swap_state,
-    swapin,
-    tlb,
-    userfaultfd_k,
-    vmscan,
-    vmscan_trace,
-    zswap,
-)
-
 
 class HostMm:
     """The host kernel's memory management. Any number of processes, any number of VMs among them.
@@ -174,7 +111,7 @@ class HostMm:
         self.breaks = breaks
         self.seed = seed
         self.vmstat: defaultdict[str, int] = defaultdict(int)
-        self.trace: Any = stream.bind(_tracepoints(), profile.absent_events)
+        self.trace: Any = stream.bind(all_tracepoints(), profile.absent_events)
         nr_frames = ram_bytes >> PAGE_SHIFT
         if nr_frames < 64:
             raise ValueError("a host needs 256 KiB of RAM at least")
@@ -233,9 +170,9 @@ class HostMm:
         self.delayed_fput: list[AddressSpace] = []
         self.next_pid = 1
         self.daemons: list[Task] = []
-        self.checks: truths.HostTruths | None = None
+        self.checks: truths_running.HostTruths | None = None
         if checks:
-            self.checks = truths.HostTruths(self)
+            self.checks = truths_running.HostTruths(self)
             self.free_hooks.append(self.checks.frame_freed)
             self.pte_hooks.append(self.checks.pte_set)
             self.pmd_hooks.append(self.checks.pmd_set)
@@ -297,9 +234,9 @@ class HostMm:
         """Start kswapd on every node; each sleeps until an allocation finds its node short."""
         self.hstate.nr_overcommit = int(self.params.get("hugetlb.nr_overcommit_hugepages", "0"))
         if pages := int(self.params.get("hugetlb.nr_hugepages", "0")):
-            hugetlb.set_max_huge_pages(self, pages)
+            hugetlb_pool.set_max_huge_pages(self, pages)
         for node in self.allocator.nodes:
-            body = partial(vmscan.kswapd, self, node.nid)
+            body = partial(vmscan_kswapd.kswapd, self, node.nid)
             self.daemons.append(self.sched.spawn(f"kswapd{node.nid}", body))
 
     def quiesce(self) -> None:
@@ -314,7 +251,7 @@ class HostMm:
 
     def _at_work(self) -> bool:
         return self.ksm.scanning or self.khugepaged.scanning or self.flusher.running or any(
-            not vmscan.kswapd_asleep(self, node.nid) or not kcompactd.kcompactd_asleep(self, node.nid)
+            not vmscan_kswapd.kswapd_asleep(self, node.nid) or not kcompactd.kcompactd_asleep(self, node.nid)
             for node in self.nodes
         )
 
@@ -334,7 +271,7 @@ class HostMm:
         if self.swap is not None:
             swap_state.try_to_unuse(self)
         self.hstate.nr_overcommit = 0
-        hugetlb.set_max_huge_pages(self, 0)
+        hugetlb_pool.set_max_huge_pages(self, 0)
         self.quiesce()
         shrink_huge_zero_folio(self)
 
@@ -352,19 +289,19 @@ class HostMm:
         return vmscan.try_to_free_pages(self, order, nid, gfp)
 
     def wakeup_kswapd(self, nid: int, order: int, gfp: int) -> None:
-        """page_alloc -> vmscan."""
-        vmscan.wakeup_kswapd(self, nid, order, gfp)
+        """page_alloc -> vmscan_kswapd."""
+        vmscan_kswapd.wakeup_kswapd(self, nid, order, gfp)
 
     def try_to_compact_pages(self, gfp: int, order: int, zonelist: list[page_alloc.Zone], prio: int) -> int:
         """page_alloc -> compaction: direct compaction; a COMPACT_* result."""
         return compaction.try_to_compact_pages(self, gfp, order, zonelist, prio)
 
     def wakeup_kcompactd(self, nid: int, order: int, zoneidx: int) -> None:
-        """vmscan -> kcompactd."""
+        """vmscan_kswapd -> kcompactd."""
         kcompactd.wakeup_kcompactd(self, nid, order, zoneidx)
 
     def reset_isolation_suitable(self, nid: int) -> None:
-        """vmscan -> compaction."""
+        """vmscan_kswapd -> compaction."""
         for zone in self.allocator.nodes[nid].zones:
             compaction.reset_isolation_suitable(zone)
 
@@ -427,8 +364,8 @@ class HostMm:
         return numa_balancing.do_numa_page(vmf)
 
     def do_wp_page(self, vmf: VmFault) -> tuple[str, int]:
-        """swapin -> memory."""
-        return memory.do_wp_page(vmf)
+        """swapin -> memory_wp."""
+        return memory_wp.do_wp_page(vmf)
 
     def free_huge_folio(self, pfn: int) -> None:
         """page -> hugetlb: the last reference to a huge page is gone."""
@@ -447,7 +384,3 @@ class HostMm:
         """folio_mark_accessed, for holders of a reference outside mm."""
         if pfn != self.zero_pfn:
             self.lru.folio_mark_accessed(page_folio(self.pages, pfn))
-
-
-def _tracepoints() -> list[Any]:
-    return [tp for module in _MODULES for tp in getattr(module, "TRACEPOINTS", ())]

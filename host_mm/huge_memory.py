@@ -71,7 +71,8 @@ from host_mm.pgtable_huge import (
     pmdp_huge_clear_flush,
     pmdp_set_access_flags,
 )
-from host_mm.rmap import anon_vma_prepare, folio_add_new_anon_rmap, folio_move_anon_rmap
+from host_mm.rmap import folio_add_new_anon_rmap, folio_move_anon_rmap
+from host_mm.rmap_anon_vma import anon_vma_prepare
 from host_mm.userfaultfd_k import handle_userfault, userfaultfd_wp_async
 
 if TYPE_CHECKING:

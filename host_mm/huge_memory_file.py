@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from host_mm.arch.x86.pgtable import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PMD_SIZE, mk_pmd, pte_mkdirty
 from host_mm.filemap_cache import filemap_add_folio
 from host_mm.huge_mm import thp_vma_suitable_order, vma_thp_gfp_mask
-from host_mm.memory import maybe_mkwrite
+from host_mm.memory_folio import maybe_mkwrite
 from host_mm.mm_types import FAULT_FLAG_WRITE, VM_FAULT_FALLBACK, VM_HUGEPAGE, VM_NOHUGEPAGE
 from host_mm.page import PG_swapbacked, mm_counter, put_page
 from host_mm.page_alloc import alloc_pages

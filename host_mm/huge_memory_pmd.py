@@ -23,17 +23,9 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_SOFT_DIRTY,
     _PAGE_SPECIAL,
-    _PAGE_SWP_SOFT_DIRTY,
     HPAGE_PMD_NR,
     PMD_SIZE,
-    SWP_MIG_DIRTY,
-    SWP_MIG_YOUNG,
-    SWP_MIGRATION_READ,
-    SWP_MIGRATION_READ_EXCLUSIVE,
-    SWP_MIGRATION_WRITE,
-    SWP_PFN_MASK,
     is_swap_pmd,
-    make_migration_entry,
     mk_pmd,
     mk_pte,
     pmd_pfn,
@@ -43,8 +35,18 @@ from host_mm.arch.x86.pgtable import (
     pte_mkold,
     pte_mksoft_dirty,
     pte_mkwrite,
-    pte_to_swp_entry,
     pte_write,
+)
+from host_mm.arch.x86.swapops import (
+    _PAGE_SWP_SOFT_DIRTY,
+    SWP_MIG_DIRTY,
+    SWP_MIG_YOUNG,
+    SWP_MIGRATION_READ,
+    SWP_MIGRATION_READ_EXCLUSIVE,
+    SWP_MIGRATION_WRITE,
+    SWP_PFN_MASK,
+    make_migration_entry,
+    pte_to_swp_entry,
     swp_entry_to_pte,
     swp_offset,
     swp_type,
@@ -334,6 +336,6 @@ def unmap_huge_pmd_locked(vma: VmArea, address: int, pmd: int, folio: int) -> bo
     zap_deposited_table(mm, pmd)
     mm.rss[MM_ANONPAGES] -= HPAGE_PMD_NR
     if vma.flags & VM_LOCKED:
-        host.lru.mlock_drain_local()
+        host.lru.mlock.mlock_drain_local()
     put_page(host, folio)
     return True

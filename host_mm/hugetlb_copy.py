@@ -15,15 +15,12 @@ from errno import ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
-from host_mm.arch.x86.pgtable import (
+from host_mm.arch.x86.pgtable import PMD_SIZE, pmd_pfn, pte_present, pte_wrprotect
+from host_mm.arch.x86.swapops import (
     _PAGE_SWP_SOFT_DIRTY,
-    PMD_SIZE,
     SWP_MIGRATION_READ,
     is_migration_entry,
-    pmd_pfn,
-    pte_present,
     pte_to_swp_entry,
-    pte_wrprotect,
     swp_entry,
     swp_entry_to_pte,
     swp_offset,

@@ -17,18 +17,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
-from host_mm.arch.x86.pgtable import (
-    PMD_SIZE,
-    SWP_PFN_MASK,
-    is_migration_entry,
-    pmd_pfn,
-    pte_mkdirty,
-    pte_mkyoung,
-    pte_present,
-    pte_to_swp_entry,
-    pte_write,
-    swp_offset,
-)
+from host_mm.arch.x86.pgtable import PMD_SIZE, pmd_pfn, pte_mkdirty, pte_mkyoung, pte_present, pte_write
+from host_mm.arch.x86.swapops import SWP_PFN_MASK, is_migration_entry, pte_to_swp_entry, swp_offset
 from host_mm.filemap import folio_lock, folio_trylock, folio_unlock, folio_wait_locked, folio_wait_unlock
 from host_mm.filemap_cache import filemap_lock_folio
 from host_mm.hugetlb import HPG_migratable
@@ -72,7 +62,8 @@ from host_mm.mm_types import (
 )
 from host_mm.page import PG_anon, PG_anon_exclusive, get_page, put_page
 from host_mm.pgtable_generic import pmd_lock, pmd_lockptr, set_pmd
-from host_mm.rmap import anon_vma_prepare, folio_move_anon_rmap
+from host_mm.rmap import folio_move_anon_rmap
+from host_mm.rmap_anon_vma import anon_vma_prepare
 
 if TYPE_CHECKING:
     from host_mm.kernel.locks import Mutex

@@ -19,13 +19,8 @@ from __future__ import annotations
 from errno import EINVAL, ENOSPC
 from typing import TYPE_CHECKING
 
-from host_mm.hugetlb import (
-    HPG_restore_reserve,
-    alloc_surplus_hugetlb_folio,
-    dequeue_hugetlb_folio_vma,
-    huge_node,
-    hugetlb_acct_memory,
-)
+from host_mm.hugetlb import HPG_restore_reserve, dequeue_hugetlb_folio_vma, huge_node
+from host_mm.hugetlb_pool import alloc_surplus_hugetlb_folio, hugetlb_acct_memory
 from host_mm.kernel.locks import RwSem, Spinlock
 from host_mm.mm_types import VM_MAYSHARE, VM_NORESERVE
 

@@ -19,17 +19,19 @@ from host_mm import mmu_notifier
 from host_mm.address_space import vmas_of_pages
 from host_mm.arch.x86.pgtable import (
     _PAGE_PSE,
-    _PAGE_SWP_SOFT_DIRTY,
     PMD_SIZE,
     PUD_SIZE,
-    SWP_MIGRATION_READ,
-    SWP_MIGRATION_READ_EXCLUSIVE,
-    SWP_PFN_MASK,
-    is_writable_migration_entry,
     pmd_pfn,
     pte_dirty,
     pte_modify,
     pte_present,
+)
+from host_mm.arch.x86.swapops import (
+    _PAGE_SWP_SOFT_DIRTY,
+    SWP_MIGRATION_READ,
+    SWP_MIGRATION_READ_EXCLUSIVE,
+    SWP_PFN_MASK,
+    is_writable_migration_entry,
     pte_to_swp_entry,
     swp_entry,
     swp_entry_to_pte,

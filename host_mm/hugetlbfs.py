@@ -31,7 +31,8 @@ from host_mm.address_space import (
 from host_mm.arch.x86.pgtable import PMD_SIZE, pmd_pfn, pte_present
 from host_mm.filemap import folio_lock, folio_unlock
 from host_mm.filemap_cache import NOT_CACHED, filemap_lock_folio
-from host_mm.hugetlb import HPG_migratable, hugetlb_acct_memory
+from host_mm.hugetlb import HPG_migratable
+from host_mm.hugetlb_pool import hugetlb_acct_memory
 from host_mm.hugetlb_resv import (
     HPAGE_RESV_OWNER,
     LONG_MAX,

@@ -39,8 +39,8 @@ from host_mm.mmu_notifier import (
     MmuNotifierSubscriptions,
     mmu_notifier_range_blockable,
     mmu_notifier_range_init,
-    mmu_notifier_register_locked,
 )
+from host_mm.mmu_notifier_register import mmu_notifier_register_locked
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:

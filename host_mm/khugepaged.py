@@ -17,14 +17,8 @@ from errno import EAGAIN, EBUSY, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.address_space import fput, get_file
-from host_mm.arch.x86.pgtable import (
-    _PAGE_UFFD_WP,
-    HPAGE_PMD_NR,
-    PMD_SIZE,
-    is_swap_pte,
-    pte_pfn,
-    pte_swp_uffd_wp_any,
-)
+from host_mm.arch.x86.pgtable import _PAGE_UFFD_WP, HPAGE_PMD_NR, PMD_SIZE, pte_pfn
+from host_mm.arch.x86.swapops import is_swap_pte, pte_swp_uffd_wp_any
 from host_mm.huge_mm import TVA_FORCED_COLLAPSE, TVA_KHUGEPAGED, thp_vma_allowable_order, vma_is_anonymous
 from host_mm.kernel.costs import COST_SCAN_PAGE
 from host_mm.khugepaged_collapse import (
@@ -60,7 +54,7 @@ from host_mm.khugepaged_trace import (
     SCAN_PTE_UFFD_WP,
     SCAN_SUCCEED,
 )
-from host_mm.memory import vm_normal_page
+from host_mm.memory_folio import vm_normal_page
 from host_mm.page import PG_anon, PG_locked, PG_lru, folio_maybe_mapped_shared, page_folio
 from host_mm.pgtable_generic import pte_lockptr, pte_offset_map_lock
 from host_mm.userfaultfd_k import userfaultfd_armed

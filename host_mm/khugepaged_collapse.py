@@ -30,12 +30,12 @@ from host_mm.arch.x86.pgtable import (
     PFN_MASK,
     PMD_SIZE,
     is_swap_pmd,
-    is_swap_pte,
     pmd_present,
     pmd_trans_huge,
     pte_pfn,
     pte_present,
 )
+from host_mm.arch.x86.swapops import is_swap_pte
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.huge_memory import map_anon_folio_pmd
 from host_mm.huge_mm import (
@@ -72,7 +72,7 @@ from host_mm.khugepaged_trace import (
     SCAN_VMA_NULL,
 )
 from host_mm.ksm_types import ksm_might_unmap_zero_page
-from host_mm.memory import vm_normal_page
+from host_mm.memory_folio import vm_normal_page
 from host_mm.mm_types import (
     FAULT_FLAG_ALLOW_RETRY,
     MM_ANONPAGES,

@@ -51,7 +51,7 @@ from host_mm.khugepaged_trace import (
     SCAN_TRUNCATED,
     SCAN_VMA_CHECK,
 )
-from host_mm.memory import vm_normal_page
+from host_mm.memory_folio import vm_normal_page
 from host_mm.mm_types import VM_UFFD_MISSING, VM_UFFD_WP, VmFault
 from host_mm.page import (
     PG_active,

@@ -14,17 +14,13 @@ from __future__ import annotations
 from errno import ENOMEM
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import (
-    SWP_PFN_MASK,
-    is_migration_entry,
-    pte_present,
-    pte_to_swp_entry,
-    swp_offset,
-)
+from host_mm.arch.x86.pgtable import pte_present
+from host_mm.arch.x86.swapops import SWP_PFN_MASK, is_migration_entry, pte_to_swp_entry, swp_offset
 from host_mm.kernel.costs import COST_COPY_PAGE
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.ksm_types import KSM_RUN_UNMERGE, is_ksm_zero_pte, ksm_test_exit
-from host_mm.memory import folio_prealloc, handle_mm_fault, vm_normal_page
+from host_mm.memory import handle_mm_fault
+from host_mm.memory_folio import folio_prealloc, vm_normal_page
 from host_mm.mm_types import (
     FAULT_FLAG_REMOTE,
     FAULT_FLAG_UNSHARE,

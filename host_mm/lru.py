@@ -2,9 +2,8 @@
 
 Source of truth: mm/swap.c (folio_add_lru, folio_mark_accessed, lru_activate, lru_deactivate,
 lru_lazyfree, lru_move_tail, folio_batch_move_lru), include/linux/mm_inline.h, mm/vmscan.c:
-folio_isolate_lru, folio_putback_lru, mm/mlock.c (mlock_folio, mlock_new_folio, munlock_folio and
-mlock_folio_batch; its system calls are in mlock.py), mm/internal.h: mlock_vma_folio (Linux 6.18, the
-lists of the classic LRU; those of the multi-generational one are in lru_gen.py).
+folio_isolate_lru, folio_putback_lru (Linux 6.18, the lists of the classic LRU; those of the
+multi-generational one are in lru_gen.py, mlocked folios in mlock_folio.py).
 
 A folio goes to its list when a batch of FOLIO_BATCH_SIZE is full or drained. Until then it is not
 on any list (PG_lru clear) and the batch holds a reference, which migration and COW reuse can see.
@@ -23,8 +22,9 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Spinlock
-from host_mm.mm_types import VM_LOCKED, VM_SPECIAL
+from host_mm.mlock_folio import Mlock, vma_locks
 from host_mm.page import (
+    FOLIO_BATCH_SIZE,
     PG_active,
     PG_anon,
     PG_dirty,
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from host_mm.mm_types import VmArea
 
 __all__ = [
-    "FOLIO_BATCH_SIZE",
     "LRU_ACTIVE_ANON",
     "LRU_ACTIVE_FILE",
     "LRU_INACTIVE_ANON",
@@ -62,8 +61,6 @@ __all__ = [
     "folio_lru_list",
 ]
 
-FOLIO_BATCH_SIZE = 31
-
 # enum lru_list
 LRU_INACTIVE_ANON = 0
 LRU_ACTIVE_ANON = 1
@@ -71,11 +68,6 @@ LRU_INACTIVE_FILE = 2
 LRU_ACTIVE_FILE = 3
 LRU_UNEVICTABLE = 4
 LRU_NAMES = ("inactive_anon", "active_anon", "inactive_file", "active_file", "unevictable")
-
-# What an entry of the mlock batch asks for; in Linux the low bits of the folio pointer.
-_MUNLOCK = 0
-_LRU_FOLIO = 1
-_NEW_FOLIO = 2
 
 
 def folio_lru_list(flags: int) -> int:
@@ -154,8 +146,8 @@ class Lru:
         for node, vec in zip(host.allocator.nodes, self.vecs, strict=True):
             node.lruvec = vec
         self._cpus: dict[int, _Batches] = {}
-        self._mlock_count: dict[int, int] = {}
-        self._disabled = 0
+        self.mlock = Mlock(self)
+        self.disabled = 0
 
     def lruvec(self, pfn: int) -> Lruvec:
         """folio_lruvec: its group's, on its node."""
@@ -163,7 +155,8 @@ class Lru:
         vecs = self.vecs if memcg is None else memcg.lruvecs
         return vecs[self.host.allocator.nid_of(pfn)]
 
-    def _batches(self) -> _Batches:
+    def batches(self) -> _Batches:
+        """The current CPU's."""
         # vCPU n's thread runs on CPU n; everybody else takes turns with vCPU 0 on CPU 0.
         cpu = max(self.host.sched.current.ctx.vcpu, 0)
         batches = self._cpus.get(cpu)
@@ -181,7 +174,7 @@ class Lru:
             if not value & PG_unevictable:
                 vmstat["unevictable_pgs_culled"] += folio_nr_pages(self.host.pages, pfn)
             value = (value & ~PG_active) | PG_unevictable
-            self._mlock_count[pfn] = 0
+            self.mlock.count[pfn] = 0
         elif value & PG_unevictable:
             vmstat["unevictable_pgs_rescued"] += folio_nr_pages(self.host.pages, pfn)
             value &= ~PG_unevictable
@@ -254,7 +247,7 @@ class Lru:
         get_page(self.host, pfn)
         batch.append(pfn)
         # A large folio does not wait: its references would be in everybody's way.
-        if len(batch) >= FOLIO_BATCH_SIZE or self._disabled or self.host.pages.flags[pfn] & PG_head:
+        if len(batch) >= FOLIO_BATCH_SIZE or self.disabled or self.host.pages.flags[pfn] & PG_head:
             self._move(batch, fn, adding=adding)
 
     # -- the interface of mm/swap.c -----------------------------------------------------------
@@ -269,13 +262,12 @@ class Lru:
         if host.lru_gen_enabled and task in host.gens.in_fault and task not in host.allocator.memalloc:
             if not flags[pfn] & PG_unevictable:
                 flags[pfn] |= PG_active
-        self._queue(self._batches().add, pfn, self._lru_add, adding=True)
+        self._queue(self.batches().add, pfn, self._lru_add, adding=True)
 
     def folio_add_lru_vma(self, pfn: int, vma: VmArea) -> None:
         """As folio_add_lru, but a folio of a locked VMA becomes unevictable."""
-        if vma.flags & (VM_LOCKED | VM_SPECIAL) == VM_LOCKED:
-            self._set_mlocked(pfn)
-            self._queue_mlock(pfn, _NEW_FOLIO)
+        if vma_locks(vma):
+            self.mlock.mlock_new_folio(pfn)
         else:
             self.folio_add_lru(pfn)
 
@@ -291,7 +283,7 @@ class Lru:
         elif not value & (PG_unevictable | PG_active):
             if value & PG_lru:
                 self.folio_activate(pfn)
-            elif pfn in self._batches().add:
+            elif pfn in self.batches().add:
                 flags[pfn] |= PG_active
             flags[pfn] &= ~PG_referenced
         if value & PG_idle:
@@ -301,7 +293,7 @@ class Lru:
         """Queue a move to the active list."""
         value = self.host.pages.flags[pfn]
         if value & PG_lru and not value & (PG_active | PG_unevictable):
-            self._queue(self._batches().activate, pfn, self._lru_activate)
+            self._queue(self.batches().activate, pfn, self._lru_activate)
 
     def folio_deactivate(self, pfn: int) -> None:
         """Queue a move from the active to the inactive list, or to the generation of what is not used."""
@@ -310,21 +302,21 @@ class Lru:
             return
         old = self.host.gens.clear_refs(pfn) if self.host.lru_gen_enabled else not value & PG_active
         if not old:
-            self._queue(self._batches().deactivate, pfn, self._lru_deactivate)
+            self._queue(self.batches().deactivate, pfn, self._lru_deactivate)
 
     def folio_mark_lazyfree(self, pfn: int) -> None:
         """Queue a clean anonymous folio to become discardable (MADV_FREE)."""
         value = self.host.pages.flags[pfn]
         wanted = PG_anon | PG_swapbacked | PG_lru
         if value & wanted == wanted and not value & (PG_swapcache | PG_unevictable):
-            self._queue(self._batches().lazyfree, pfn, self._lru_lazyfree)
+            self._queue(self.batches().lazyfree, pfn, self._lru_lazyfree)
 
     def folio_rotate_reclaimable(self, pfn: int) -> None:
         """Writeback for reclaim ends: queue a move to the tail. From I/O completion, so no lock."""
         value = self.host.pages.flags[pfn]
         if value & PG_lru and not value & (PG_locked | PG_dirty | PG_unevictable):
             get_page(self.host, pfn)
-            self._batches().move_tail.append(pfn)
+            self.batches().move_tail.append(pfn)
 
     def _drain(self, batches: _Batches) -> None:
         if batches.add:
@@ -338,11 +330,11 @@ class Lru:
         if batches.activate:
             self._move(batches.activate, self._lru_activate)
         if batches.mlock:
-            self._mlock_folio_batch(batches.mlock)
+            self.mlock.mlock_folio_batch(batches.mlock)
 
     def lru_add_drain(self) -> None:
         """Empty this CPU's batches."""
-        self._drain(self._batches())
+        self._drain(self.batches())
 
     def lru_add_drain_all(self) -> None:
         """Empty every CPU's batches."""
@@ -351,12 +343,12 @@ class Lru:
 
     def lru_cache_disable(self) -> None:
         """Empty all batches and let none fill until lru_cache_enable: migration wants no stray references."""
-        self._disabled += 1
+        self.disabled += 1
         self.lru_add_drain_all()
 
     def lru_cache_enable(self) -> None:
         """Let batches fill again."""
-        self._disabled -= 1
+        self.disabled -= 1
 
     def lru_del(self, pfn: int) -> None:
         """__page_cache_release: the folio's last reference went while it was on a list."""
@@ -365,7 +357,7 @@ class Lru:
         with vec.lock:
             vec.remove(pfn, flags[pfn])
             flags[pfn] &= ~(PG_lru | PG_active | PG_unevictable)
-        self._mlock_count.pop(pfn, None)
+        self.mlock.count.pop(pfn, None)
 
     # -- isolation ----------------------------------------------------------------------------
 
@@ -384,111 +376,6 @@ class Lru:
         """Give an isolated folio back to the lists and drop the isolation's reference."""
         self.folio_add_lru(pfn)
         put_page(self.host, pfn)
-
-    # -- mlock --------------------------------------------------------------------------------
-
-    def mlock_folio(self, pfn: int) -> None:
-        """A locked VMA maps the folio: queue its move to the unevictable list, or one more count there."""
-        self._set_mlocked(pfn)
-        self._queue_mlock(pfn, _LRU_FOLIO)
-
-    def mlock_vma_folio(self, pfn: int, vma: VmArea) -> None:
-        """mlock_folio if this VMA is locked, and not in the middle of being locked."""
-        if vma.flags & (VM_LOCKED | VM_SPECIAL) == VM_LOCKED:
-            self.mlock_folio(pfn)
-
-    def munlock_folio(self, pfn: int) -> None:
-        """A locked VMA lets go of the folio: queue one count less, with the last one its move back."""
-        self._queue_mlock(pfn, _MUNLOCK)
-
-    def mlock_drain_local(self) -> None:
-        """Empty this CPU's mlock batch."""
-        self._mlock_folio_batch(self._batches().mlock)
-
-    def _set_mlocked(self, pfn: int) -> None:
-        host = self.host
-        if not host.pages.flags[pfn] & PG_mlocked:
-            host.pages.flags[pfn] |= PG_mlocked
-            host.vmstat["nr_mlock"] += folio_nr_pages(self.host.pages, pfn)
-            host.vmstat["unevictable_pgs_mlocked"] += folio_nr_pages(self.host.pages, pfn)
-
-    def _queue_mlock(self, pfn: int, what: int) -> None:
-        get_page(self.host, pfn)
-        batch = self._batches().mlock
-        batch.append((pfn, what))
-        if len(batch) >= FOLIO_BATCH_SIZE or self._disabled or self.host.pages.flags[pfn] & PG_head:
-            self._mlock_folio_batch(batch)
-
-    def _mlock_folio_batch(self, batch: list[tuple[int, int]]) -> None:
-        folios, batch[:] = list(batch), []
-        for pfn, what in folios:
-            vec = self.lruvec(pfn)
-            with vec.lock:
-                if what == _LRU_FOLIO:
-                    self._mlock_one(vec, pfn)
-                elif what == _NEW_FOLIO:
-                    self._mlock_new(vec, pfn)
-                else:
-                    self._munlock_one(vec, pfn)
-        for pfn, _ in folios:
-            put_page(self.host, pfn)
-
-    def _mlock_one(self, vec: Lruvec, pfn: int) -> None:
-        """__mlock_folio. Off the lists nothing can be done: whoever puts it back sees PG_mlocked."""
-        flags = self.host.pages.flags
-        value = flags[pfn]
-        if not value & PG_lru:
-            return
-        if value & PG_unevictable:
-            if value & PG_mlocked:
-                self._mlock_count[pfn] = self._mlock_count.get(pfn, 0) + 1
-            else:
-                self._rescue(vec, pfn)
-        elif value & PG_mlocked:
-            vec.remove(pfn, value)
-            flags[pfn] = value = (value & ~PG_active) | PG_unevictable
-            self._mlock_count[pfn] = 1
-            vec.add(pfn, value)
-            self.host.vmstat["unevictable_pgs_culled"] += folio_nr_pages(self.host.pages, pfn)
-
-    def _mlock_new(self, vec: Lruvec, pfn: int) -> None:
-        """__mlock_new_folio: the folio's first list is the unevictable one, if it is still locked."""
-        flags = self.host.pages.flags
-        if flags[pfn] & PG_lru:
-            raise BrokenTruth("lru", f"pfn {pfn:#x} is added to the lists twice")
-        if flags[pfn] & PG_mlocked:
-            flags[pfn] |= PG_unevictable
-            self._mlock_count[pfn] = 1
-            self.host.vmstat["unevictable_pgs_culled"] += folio_nr_pages(self.host.pages, pfn)
-        vec.add(pfn, flags[pfn])
-        flags[pfn] |= PG_lru
-
-    def _munlock_one(self, vec: Lruvec, pfn: int) -> None:
-        """__munlock_folio. The count may be too low, never too high: reclaim locks again what it finds."""
-        flags = self.host.pages.flags
-        vmstat = self.host.vmstat
-        listed = flags[pfn] & PG_lru
-        if listed and flags[pfn] & PG_unevictable:
-            count = self._mlock_count.get(pfn, 0)
-            if count:
-                self._mlock_count[pfn] = count = count - 1
-            if count:
-                return
-        if flags[pfn] & PG_mlocked:
-            flags[pfn] &= ~PG_mlocked
-            vmstat["nr_mlock"] -= folio_nr_pages(self.host.pages, pfn)
-            kept = not listed and flags[pfn] & PG_unevictable
-            which = "unevictable_pgs_stranded" if kept else "unevictable_pgs_munlocked"
-            vmstat[which] += folio_nr_pages(self.host.pages, pfn)
-        if listed and flags[pfn] & PG_unevictable:
-            self._rescue(vec, pfn)
-
-    def _rescue(self, vec: Lruvec, pfn: int) -> None:
-        flags = self.host.pages.flags
-        vec.remove(pfn, flags[pfn])
-        flags[pfn] &= ~PG_unevictable
-        vec.add(pfn, flags[pfn])
-        self.host.vmstat["unevictable_pgs_rescued"] += folio_nr_pages(self.host.pages, pfn)
 
     # -- for audits ---------------------------------------------------------------------------
 

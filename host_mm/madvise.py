@@ -26,20 +26,17 @@ from host_mm import mmu_notifier
 from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
     PMD_SIZE,
-    SWP_HWPOISON,
     ULONG_MAX,
-    non_swap_entry,
     page_align,
     pmd_table,
     pte_dirty,
     pte_mkclean,
     pte_mkold,
     pte_present,
-    pte_to_swp_entry,
-    swp_type,
 )
+from host_mm.arch.x86.swapops import SWP_HWPOISON, non_swap_entry, pte_to_swp_entry, swp_type
 from host_mm.filemap import folio_trylock, folio_unlock
-from host_mm.gup import faultin_page_range
+from host_mm.gup_populate import faultin_page_range
 from host_mm.gup_range import get_user_pages
 from host_mm.huge_memory_map import madvise_free_huge_pmd
 from host_mm.kernel.costs import COST_SYSCALL

@@ -25,7 +25,7 @@ from host_mm.arch.x86.pgtable import (
 )
 from host_mm.filemap import folio_lock, folio_trylock, folio_unlock
 from host_mm.huge_memory_map import pmd_folio
-from host_mm.memory import vm_normal_page
+from host_mm.memory_folio import vm_normal_page
 from host_mm.page import (
     PG_active,
     PG_referenced,

@@ -17,10 +17,20 @@ from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
 from host_mm.arch.x86.pgtable import (
+    _PAGE_UFFD_WP,
+    mk_pte,
+    pmd_table,
+    pte_mkclean,
+    pte_mkdirty,
+    pte_mkold,
+    pte_present,
+    pte_write,
+    pte_wrprotect,
+)
+from host_mm.arch.x86.swapops import (
     _PAGE_SWP_EXCLUSIVE,
     _PAGE_SWP_SOFT_DIRTY,
     _PAGE_SWP_UFFD_WP,
-    _PAGE_UFFD_WP,
     PTE_MARKER_UFFD_WP,
     SWP_MIGRATION_READ,
     SWP_PFN_MASK,
@@ -30,17 +40,9 @@ from host_mm.arch.x86.pgtable import (
     is_migration_entry,
     is_swap_pte,
     make_pte_marker,
-    mk_pte,
     non_swap_entry,
-    pmd_table,
     pte_marker_get,
-    pte_mkclean,
-    pte_mkdirty,
-    pte_mkold,
-    pte_present,
     pte_to_swp_entry,
-    pte_write,
-    pte_wrprotect,
     swp_entry,
     swp_entry_to_pte,
     swp_offset,
@@ -49,8 +51,8 @@ from host_mm.arch.x86.pgtable import (
 from host_mm.huge_memory_map import copy_huge_pmd
 from host_mm.hugetlb_copy import copy_hugetlb_page_range
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_WALK
-from host_mm.memory import folio_prealloc, maybe_mkwrite, vm_normal_page
 from host_mm.memory_device import copy_device_private_entry, try_restore_exclusive_pte
+from host_mm.memory_folio import folio_prealloc, maybe_mkwrite, vm_normal_page
 from host_mm.mm_types import (
     MM_ANONPAGES,
     MM_SWAPENTS,

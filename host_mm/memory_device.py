@@ -18,6 +18,13 @@ from typing import TYPE_CHECKING
 from host_mm import mmu_notifier
 from host_mm.arch.x86.pgtable import (
     _PAGE_SOFT_DIRTY,
+    mk_pte,
+    pte_mkdirty,
+    pte_mkold,
+    pte_mkuffd_wp,
+    pte_mkwrite,
+)
+from host_mm.arch.x86.swapops import (
     _PAGE_SWP_SOFT_DIRTY,
     _PAGE_SWP_UFFD_WP,
     SWP_DEVICE_READ,
@@ -26,11 +33,6 @@ from host_mm.arch.x86.pgtable import (
     is_device_exclusive_entry,
     is_device_private_entry,
     is_writable_device_private_entry,
-    mk_pte,
-    pte_mkdirty,
-    pte_mkold,
-    pte_mkuffd_wp,
-    pte_mkwrite,
     pte_to_swp_entry,
     swp_entry,
     swp_entry_to_pte,

@@ -23,7 +23,9 @@ from host_mm.arch.x86.pgtable import mk_pte, pte_mkdirty, pte_mkuffd_wp, pte_mky
 from host_mm.filemap import folio_lock, folio_unlock
 from host_mm.huge_memory_file import do_set_pmd
 from host_mm.kernel.costs import COST_COPY_PAGE
-from host_mm.memory import folio_prealloc, maybe_mkwrite, vmf_orig_pte_uffd_wp, wp_page_reuse
+from host_mm.memory import vmf_orig_pte_uffd_wp
+from host_mm.memory_folio import folio_prealloc, maybe_mkwrite
+from host_mm.memory_wp import wp_page_reuse
 from host_mm.memory_zap import zap_page_range_single
 from host_mm.mm_types import (
     FAULT_FLAG_MKWRITE,
@@ -55,7 +57,8 @@ from host_mm.page import (
     set_page_dirty,
 )
 from host_mm.pgtable_generic import pte_alloc, pte_lockptr, pte_offset_map_lock, ptep_get, set_pte
-from host_mm.rmap import anon_vma_prepare, folio_add_file_rmap_pte, folio_add_new_anon_rmap
+from host_mm.rmap import folio_add_file_rmap_pte, folio_add_new_anon_rmap
+from host_mm.rmap_anon_vma import anon_vma_prepare
 
 if TYPE_CHECKING:
     from host_mm.address_space import AddressSpace

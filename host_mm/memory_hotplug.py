@@ -20,7 +20,8 @@ from __future__ import annotations
 from errno import EBUSY, EINVAL
 from typing import TYPE_CHECKING
 
-from host_mm.hugetlb import dissolve_free_hugetlb_folios, folio_isolate_hugetlb
+from host_mm.hugetlb import folio_isolate_hugetlb
+from host_mm.hugetlb_pool import dissolve_free_hugetlb_folios
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.migrate import (

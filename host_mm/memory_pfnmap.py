@@ -30,8 +30,9 @@ from host_mm.arch.x86.pgtable import (
     pte_write,
 )
 from host_mm.kernel.errors import EHWPOISON, BrokenTruth
-from host_mm.memory import handle_mm_fault, maybe_mkwrite
+from host_mm.memory import handle_mm_fault
 from host_mm.memory_copy import is_cow_mapping
+from host_mm.memory_folio import maybe_mkwrite
 from host_mm.memory_zap import zap_page_range_single
 from host_mm.mm_types import (
     FAULT_FLAG_REMOTE,

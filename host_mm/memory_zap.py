@@ -18,24 +18,20 @@ from typing import TYPE_CHECKING
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.address_space import i_mmap_remove
-from host_mm.arch.x86.pgtable import (
-    PMD_SIZE,
+from host_mm.arch.x86.pgtable import PMD_SIZE, pmd_table, pte_dirty, pte_present, pte_young
+from host_mm.arch.x86.swapops import (
     SWP_PFN_MASK,
     is_migration_entry,
     non_swap_entry,
-    pmd_table,
-    pte_dirty,
-    pte_present,
     pte_to_swp_entry,
-    pte_young,
     swp_offset,
 )
 from host_mm.huge_memory_map import zap_huge_pmd
 from host_mm.huge_memory_pmd import split_huge_pmd
 from host_mm.hugetlb_unmap import hugetlb_zap_begin, hugetlb_zap_end, unmap_hugepages
 from host_mm.ksm_types import ksm_might_unmap_zero_page
-from host_mm.memory import vm_normal_page
 from host_mm.memory_device import device_entry_pfn, zap_device_entry
+from host_mm.memory_folio import vm_normal_page
 from host_mm.mm_types import MM_SWAPENTS, VM_HUGETLB, VM_RAND_READ, VM_SEQ_READ, VM_UFFD_WP
 from host_mm.mmu_gather import MmuGather
 from host_mm.page import PG_anon, mm_counter, page_folio, set_page_dirty
@@ -48,7 +44,8 @@ from host_mm.pgtable_generic import (
     ptep_get_and_clear,
 )
 from host_mm.pgtable_huge import pmdp_get
-from host_mm.rmap import folio_remove_rmap_pte, unlink_anon_vmas
+from host_mm.rmap import folio_remove_rmap_pte
+from host_mm.rmap_anon_vma import unlink_anon_vmas
 from host_mm.swap_state import free_swap_and_cache
 from host_mm.userfaultfd_k import pte_install_uffd_wp_if_needed
 

@@ -17,13 +17,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from host_mm.arch.x86.pgtable import (
-    is_migration_entry,
-    is_swap_pmd,
-    pte_pfn,
-    pte_present,
-    pte_to_swp_entry,
-)
+from host_mm.arch.x86.pgtable import is_swap_pmd, pte_pfn, pte_present
+from host_mm.arch.x86.swapops import is_migration_entry, pte_to_swp_entry
 from host_mm.huge_memory_map import pmd_folio
 from host_mm.hugetlb_migrate import queue_folios_hugetlb
 from host_mm.kernel.costs import COST_SYSCALL

@@ -1,8 +1,8 @@
 """Migration between RAM and a device's memory, in three steps that the device's driver calls.
 
-Source of truth: mm/migrate_device.c (migrate_vma_setup, migrate_vma_collect_pmd, migrate_device_unmap,
-migrate_vma_check_page, migrate_vma_pages, migrate_vma_insert_page, migrate_vma_finalize,
-migrate_device_range), include/linux/migrate.h: struct migrate_vma, MIGRATE_PFN_*; Linux 6.18.
+Source of truth: mm/migrate_device.c (migrate_vma_setup, migrate_device_unmap, migrate_vma_check_page,
+migrate_vma_pages, migrate_vma_insert_page, migrate_vma_finalize, migrate_device_range); Linux 6.18.
+Collecting is in migrate_device_collect.py.
 
     migrate_vma_setup       collects: entries become migration entries, pages are locked and, if nobody else
                             holds them, taken off the LRU
@@ -22,73 +22,49 @@ memory.
 from __future__ import annotations
 
 from errno import EINVAL
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
-from host_mm import tlb as _tlb
 from host_mm.arch.x86.pgtable import (
-    _PAGE_ACCESSED,
-    _PAGE_SOFT_DIRTY,
-    _PAGE_SWP_SOFT_DIRTY,
-    _PAGE_SWP_UFFD_WP,
-    _PAGE_UFFD_WP,
-    SWP_MIGRATION_READ,
-    SWP_MIGRATION_READ_EXCLUSIVE,
-    SWP_MIGRATION_WRITE,
-    SWP_PFN_MASK,
-    is_device_private_entry,
-    is_writable_device_private_entry,
-    make_migration_entry,
     mk_pte,
-    pte_dirty,
     pte_mkdirty,
     pte_mkwrite,
     pte_pfn,
     pte_present,
-    pte_to_swp_entry,
-    pte_write,
-    swp_entry_to_pte,
-    swp_offset,
 )
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.kernel.errors import BrokenTruth
-from host_mm.memory import vm_normal_page
 from host_mm.memory_device import make_device_private_pte
-from host_mm.memremap import page_pgmap
 from host_mm.migrate_batch import folio_migrate_flags
+from host_mm.migrate_device_collect import (
+    MIGRATE_PFN_MIGRATE,
+    MigrateVma,
+    migrate_pfn,
+    migrate_pfn_to_page,
+    migrate_vma_collect,
+)
 from host_mm.mm_types import MM_ANONPAGES, MMF_UNSTABLE, VM_SPECIAL, VM_WRITE
 from host_mm.page import (
-    PG_anon,
-    PG_anon_exclusive,
-    PG_ksm,
     PG_lru,
     PG_swapcache,
     PG_uptodate,
     PG_writeback,
     PG_zone_device,
-    folio_test_large,
     get_page,
     put_page,
-    set_page_dirty,
     try_get_page,
 )
 from host_mm.pgtable_generic import (
     pmd_alloc,
-    pmd_offset,
     pte_alloc,
     pte_lockptr,
     pte_offset_map_lock,
     ptep_clear_flush,
     ptep_get,
-    ptep_get_and_clear,
     set_pte,
 )
-from host_mm.rmap import (
-    anon_vma_prepare,
-    folio_add_new_anon_rmap,
-    folio_remove_rmap_pte,
-    folio_try_share_anon_rmap_pte,
-)
+from host_mm.rmap import folio_add_new_anon_rmap
+from host_mm.rmap_anon_vma import anon_vma_prepare
 from host_mm.rmap_unmap import remove_migration_ptes, try_to_migrate
 from host_mm.swap_state import folio_free_swap
 from trace_events.tracepoint import Tracepoint
@@ -98,18 +74,10 @@ if TYPE_CHECKING:
     from host_mm.mm_types import MmStruct, VmArea
 
 __all__ = [
-    "MIGRATE_PFN_MIGRATE", "MIGRATE_PFN_VALID", "MIGRATE_PFN_WRITE", "MIGRATE_VMA_SELECT_DEVICE_PRIVATE",
-    "MIGRATE_VMA_SELECT_SYSTEM", "TRACEPOINTS", "MigrateVma", "migrate_device_finalize",
-    "migrate_device_pages", "migrate_device_range", "migrate_pfn", "migrate_pfn_to_page",
+    "TRACEPOINTS", "migrate_device_finalize", "migrate_device_pages", "migrate_device_range",
     "migrate_vma_finalize", "migrate_vma_pages", "migrate_vma_setup",
 ]
 
-MIGRATE_PFN_VALID = 1 << 0
-MIGRATE_PFN_MIGRATE = 1 << 1
-MIGRATE_PFN_WRITE = 1 << 3
-_PFN_SHIFT = 6
-MIGRATE_VMA_SELECT_SYSTEM = 1 << 0
-MIGRATE_VMA_SELECT_DEVICE_PRIVATE = 1 << 1
 
 MIGRATE_DEVICE = Tracepoint(
     "refault", "migrate_device", ("src", "dst", "moved"),
@@ -117,37 +85,6 @@ MIGRATE_DEVICE = Tracepoint(
     doc="A page went to or from a device's memory, or could not.",
 )
 TRACEPOINTS = (MIGRATE_DEVICE,)
-
-
-def migrate_pfn(pfn: int) -> int:
-    """The word of a page."""
-    return pfn << _PFN_SHIFT | MIGRATE_PFN_VALID
-
-
-def migrate_pfn_to_page(word: int) -> int:
-    """The page of a word, or -1."""
-    return word >> _PFN_SHIFT if word & MIGRATE_PFN_VALID else -1
-
-
-class MigrateVma:
-    """struct migrate_vma: [start, end) of one VMA. `fault_page`: the locked page of a CPU fault, or -1."""
-
-    __slots__ = (
-        "cpages", "dst", "end", "fault_page", "flags", "pgmap_owner", "src", "start", "vma",
-    )
-
-    def __init__(
-        self, vma: VmArea | None, start: int, end: int, *, pgmap_owner: Any, flags: int, fault_page: int = -1
-    ) -> None:
-        self.vma = vma
-        self.start = start & ~0xFFF
-        self.end = end & ~0xFFF
-        self.pgmap_owner = pgmap_owner
-        self.flags = flags
-        self.fault_page = fault_page
-        self.src: list[int] = []
-        self.dst: list[int] = []
-        self.cpages = 0
 
 
 def migrate_vma_setup(args: MigrateVma) -> int:
@@ -159,127 +96,10 @@ def migrate_vma_setup(args: MigrateVma) -> int:
         return -EINVAL
     nr = (args.end - args.start) >> 12
     args.src, args.dst, args.cpages = [0] * nr, [0] * nr, 0
-    _collect(args, vma)
+    migrate_vma_collect(args, vma)
     if args.cpages:
         args.cpages = _unmap(vma.mm.host, args.src, args.fault_page)
     return 0
-
-
-# -- collecting -----------------------------------------------------------------------------------
-def _collect(args: MigrateVma, vma: VmArea) -> None:
-    mm = vma.mm
-    range_ = mmu_notifier.mmu_notifier_range_init(
-        mmu_notifier.MMU_NOTIFY_MIGRATE, mm, args.start, args.end, order=mmu_notifier.ORDER_UNDER_PTL,
-        owner=args.pgmap_owner,
-    )
-    mmu_notifier.mmu_notifier_invalidate_range_start(range_)
-    address = args.start
-    while address < args.end:
-        following = min(args.end, (address & -(1 << 21)) + (1 << 21))
-        _collect_pmd(args, vma, address, following)
-        address = following
-    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
-
-
-def _collect_pmd(args: MigrateVma, vma: VmArea, start: int, end: int) -> None:
-    mm = vma.mm
-    pmd = pmd_offset(mm, start)
-    if not pmd or not mm.host.ram.u64[pmd >> 3]:
-        _collect_hole(args, vma, start, end)
-        return
-    pte = pte_offset_map_lock(mm, pmd, start)
-    if not pte:
-        return
-    ptl = pte_lockptr(mm, pte)
-    unmapped = False
-    for address in range(start, end, 4096):
-        word, present = _collect_pte(args, vma, address, pte)
-        args.src[(address - args.start) >> 12] = word
-        unmapped |= present
-        pte += 8
-    if unmapped:
-        _tlb.flush_tlb_range(mm, start, end)
-    ptl.unlock()
-
-
-def _collect_hole(args: MigrateVma, vma: VmArea, start: int, end: int) -> None:
-    if vma.ops is None:
-        for address in range(start, end, 4096):
-            args.src[(address - args.start) >> 12] = MIGRATE_PFN_MIGRATE
-            args.cpages += 1
-
-
-def _collect_pte(args: MigrateVma, vma: VmArea, address: int, pte: int) -> tuple[int, bool]:
-    """(word, whether a present entry was replaced)."""
-    host = vma.mm.host
-    entry = ptep_get(vma.mm, pte)
-    if not entry:
-        hole = vma.ops is None
-        args.cpages += hole
-        return (MIGRATE_PFN_MIGRATE if hole else 0), False
-    pfn, word = -1, 0
-    if not pte_present(entry):
-        swp = pte_to_swp_entry(entry)
-        if not is_device_private_entry(swp) or not args.flags & MIGRATE_VMA_SELECT_DEVICE_PRIVATE:
-            return 0, False
-        pfn = swp_offset(swp) & SWP_PFN_MASK
-        if page_pgmap(host, pfn).owner is not args.pgmap_owner:
-            return 0, False
-        word = MIGRATE_PFN_WRITE if is_writable_device_private_entry(swp) else 0
-    elif args.flags & MIGRATE_VMA_SELECT_SYSTEM:
-        if pte_pfn(entry) == host.zero_pfn:
-            args.cpages += 1
-            return MIGRATE_PFN_MIGRATE, False
-        pfn = vm_normal_page(host, entry)
-        word = MIGRATE_PFN_WRITE if pte_write(entry) else 0
-    unfit = pfn < 0 or pfn not in host.pages.mapping or folio_test_large(host.pages, pfn)
-    if unfit or host.pages.flags[pfn] & (PG_anon | PG_ksm) != PG_anon:
-        return 0, False
-    get_page(host, pfn)
-    if pfn != args.fault_page and not folio_trylock(host, pfn):
-        put_page(host, pfn)
-        return 0, False
-    if not _set_migration_entry(vma, address, pte, pfn, bool(word)):
-        if pfn != args.fault_page:
-            folio_unlock(host, pfn)
-        put_page(host, pfn)
-        return 0, False
-    args.cpages += 1
-    return word | migrate_pfn(pfn) | MIGRATE_PFN_MIGRATE, pte_present(entry)
-
-
-def _set_migration_entry(vma: VmArea, address: int, pte: int, pfn: int, writable: bool) -> bool:
-    """The entry of a locked page with a reference becomes a migration entry; false if it is pinned."""
-    mm = vma.mm
-    host = mm.host
-    flags = host.pages.flags[pfn]
-    exclusive = flags & (PG_anon | PG_anon_exclusive) == PG_anon | PG_anon_exclusive
-    if exclusive:
-        old = ptep_clear_flush(mm, address, pte)
-        if not folio_try_share_anon_rmap_pte(host, pfn):
-            set_pte(mm, address, pte, old)
-            return False
-    else:
-        old = ptep_get_and_clear(mm, address, pte)
-    present = pte_present(old)
-    if present and pte_dirty(old):
-        set_page_dirty(host, pfn)
-    kind = SWP_MIGRATION_READ_EXCLUSIVE if exclusive else SWP_MIGRATION_READ
-    if writable:
-        kind = SWP_MIGRATION_WRITE
-    keep = old if present else 0
-    value = swp_entry_to_pte(
-        make_migration_entry(kind, pfn, young=bool(keep & _PAGE_ACCESSED), dirty=pte_dirty(keep))
-    )
-    if present:
-        value |= _PAGE_SWP_SOFT_DIRTY if old & _PAGE_SOFT_DIRTY else 0
-        value |= _PAGE_SWP_UFFD_WP if old & _PAGE_UFFD_WP else 0
-    else:
-        value |= old & (_PAGE_SWP_SOFT_DIRTY | _PAGE_SWP_UFFD_WP)
-    set_pte(mm, address, pte, value)
-    folio_remove_rmap_pte(host, pfn, vma)
-    put_page(host, pfn)
-    return True
 
 
 # -- unmapping ------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """mlock and munlock: memory that reclaim leaves where it is.
 
 Source of truth: mm/mlock.c (do_mlock, apply_vma_lock_flags, mlock_fixup, mlock_vma_pages_range,
-mlock_pte_range, apply_mlockall_flags); Linux 6.18. The folios' side, counts and batches, is in lru.py.
+mlock_pte_range, apply_mlockall_flags); Linux 6.18. The folios' side, counts and batches, is in
+mlock_folio.py.
 
 A locked VMA is one with VM_LOCKED: the range is split off (which brackets its 2 MiB, see vma.py), the
 pages that are there move to the unevictable list, and what is missing is faulted in, for writing where
@@ -18,11 +19,11 @@ from errno import EAGAIN, EFAULT, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import TASK_SIZE, ULONG_MAX, page_align, pmd_trans_huge, pte_pfn, pte_present
-from host_mm.gup import mm_populate
+from host_mm.gup_populate import mm_populate
 from host_mm.huge_memory_map import pmd_folio
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
-from host_mm.memory import vm_normal_page
+from host_mm.memory_folio import vm_normal_page
 from host_mm.mm_types import (
     VM_IO,
     VM_LOCKED,
@@ -182,11 +183,11 @@ def _mlock_pte_range(vma: VmArea, pmd: int, address: int, end: int) -> None:
 
 
 def _mlock_or_munlock(vma: VmArea, folio: int) -> None:
-    lru = vma.mm.host.lru
+    mlock = vma.mm.host.lru.mlock
     if vma.flags & VM_LOCKED:
-        lru.mlock_folio(folio)
+        mlock.mlock_folio(folio)
     else:
-        lru.munlock_folio(folio)
+        mlock.munlock_folio(folio)
 
 
 def _allow_mlock_munlock(vma: VmArea, folio: int, pte: int, most: int) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from host_mm.address_space import flush_delayed_fput, fput
 from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE, page_align
-from host_mm.gup import mm_populate
+from host_mm.gup_populate import mm_populate
 from host_mm.hugetlbfs import hugetlb_file_setup
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError

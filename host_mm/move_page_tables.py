@@ -24,16 +24,18 @@ from typing import TYPE_CHECKING
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.arch.x86.pgtable import (
-    _PAGE_SWP_SOFT_DIRTY,
-    _PAGE_SWP_UFFD_WP,
     _PAGE_UFFD_WP,
     PMD_SIZE,
-    PTE_MARKER_UFFD_WP,
     PUD_SIZE,
     pmd_table,
-    pte_marker_get,
     pte_mksoft_dirty,
     pte_present,
+)
+from host_mm.arch.x86.swapops import (
+    _PAGE_SWP_SOFT_DIRTY,
+    _PAGE_SWP_UFFD_WP,
+    PTE_MARKER_UFFD_WP,
+    pte_marker_get,
 )
 from host_mm.huge_memory_map import move_huge_pmd
 from host_mm.huge_memory_pmd import split_huge_pmd

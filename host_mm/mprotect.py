@@ -29,34 +29,36 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_PRESENT,
     _PAGE_RW,
     _PAGE_SOFT_DIRTY,
-    _PAGE_SWP_SOFT_DIRTY,
-    _PAGE_SWP_UFFD_WP,
     _PAGE_UFFD_WP,
     _PAGE_USER,
     PFN_MASK,
     PGDIR_SIZE,
     PMD_SIZE,
-    PTE_MARKER_UFFD_WP,
     PUD_SIZE,
-    SWP_MIGRATION_READ,
-    SWP_MIGRATION_READ_EXCLUSIVE,
-    SWP_PFN_MASK,
     ULONG_MAX,
-    is_pte_marker,
-    is_writable_device_private_entry,
-    is_writable_migration_entry,
-    make_pte_marker,
     page_align,
     pmd_table,
     pte_dirty,
-    pte_marker_get,
     pte_mkuffd_wp,
     pte_mkwrite,
     pte_modify,
     pte_present,
     pte_protnone,
-    pte_to_swp_entry,
     pte_write,
+)
+from host_mm.arch.x86.swapops import (
+    _PAGE_SWP_SOFT_DIRTY,
+    _PAGE_SWP_UFFD_WP,
+    PTE_MARKER_UFFD_WP,
+    SWP_MIGRATION_READ,
+    SWP_MIGRATION_READ_EXCLUSIVE,
+    SWP_PFN_MASK,
+    is_pte_marker,
+    is_writable_device_private_entry,
+    is_writable_migration_entry,
+    make_pte_marker,
+    pte_marker_get,
+    pte_to_swp_entry,
     swp_entry,
     swp_entry_to_pte,
     swp_offset,
@@ -66,9 +68,9 @@ from host_mm.huge_memory_pmd import split_huge_pmd
 from host_mm.hugetlb_unmap import hugetlb_change_protection
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
-from host_mm.memory import vm_normal_page
 from host_mm.memory_copy import is_cow_mapping
 from host_mm.memory_device import make_device_private_pte
+from host_mm.memory_folio import vm_normal_page
 from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_HUGETLB, VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE
 from host_mm.mmu_gather import MmuGather
 from host_mm.page import (

@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING
 
 from host_mm.address_space import flush_delayed_fput
 from host_mm.arch.x86.pgtable import PMD_SIZE, TASK_SIZE, page_align
-from host_mm.gup import mm_populate
+from host_mm.gup_populate import mm_populate
 from host_mm.hugetlb_resv import clear_vma_resv_huge_pages
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.mm_types import VM_DONTEXPAND, VM_HUGETLB, VM_LOCKED, VM_LOCKED_MASK, VM_PFNMAP, VM_SHARED
 from host_mm.mmap import MAP_FIXED, do_vmi_munmap, get_unmapped_area
 from host_mm.move_page_tables import move_page_tables
-from host_mm.rmap import anon_vma_clone, unlink_anon_vmas
+from host_mm.rmap_anon_vma import anon_vma_clone, unlink_anon_vmas
 from host_mm.userfaultfd_k import mremap_userfaultfd_prep
 from host_mm.vma import insert_vma, vm_area_dup, vma_merge_new_range, vma_open
 

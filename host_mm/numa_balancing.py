@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import PMD_SIZE, pte_mkwrite, pte_mkyoung, pte_modify, pte_write
 from host_mm.kernel.costs import COST_SYSCALL
-from host_mm.memory import vm_normal_page
+from host_mm.memory_folio import vm_normal_page
 from host_mm.migrate import (
     MIGRATE_ASYNC,
     MR_NUMA_MISPLACED,

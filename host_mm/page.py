@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from host_mm.host import HostMm
 
 __all__ = [
-    "ENTIRELY_MAPPED", "GUP_PIN_COUNTING_BIAS", "PAGE_FLAGS_CHECK_AT_FREE", "PG_active", "PG_anon",
-    "PG_anon_exclusive", "PG_buddy", "PG_dirty", "PG_head", "PG_hugetlb", "PG_hwpoison", "PG_idle", "PG_ksm",
-    "PG_locked",
-    "PG_lru", "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced", "PG_reserved", "PG_swapbacked",
-    "PG_swapcache", "PG_table", "PG_unevictable", "PG_uptodate", "PG_workingset", "PG_writeback",
-    "PG_young", "PG_zone_device", "Pages", "decode_page_flags", "folio_mapcount", "folio_maybe_dma_pinned",
-    "folio_maybe_mapped_shared", "folio_nr_pages", "folio_ref_freeze", "folio_ref_unfreeze",
-    "folio_test_large", "get_page", "mm_counter", "page_folio", "put_page", "set_page_dirty", "try_get_page",
+    "ENTIRELY_MAPPED", "FOLIO_BATCH_SIZE", "GUP_PIN_COUNTING_BIAS", "PAGE_FLAGS_CHECK_AT_FREE", "PG_active",
+    "PG_anon", "PG_anon_exclusive", "PG_buddy", "PG_dirty", "PG_head", "PG_hugetlb", "PG_hwpoison", "PG_idle",
+    "PG_ksm", "PG_locked", "PG_lru", "PG_mlocked", "PG_readahead", "PG_reclaim", "PG_referenced",
+    "PG_reserved", "PG_swapbacked", "PG_swapcache", "PG_table", "PG_unevictable", "PG_uptodate",
+    "PG_workingset", "PG_writeback", "PG_young", "PG_zone_device", "Pages", "decode_page_flags",
+    "folio_mapcount", "folio_maybe_dma_pinned", "folio_maybe_mapped_shared", "folio_nr_pages",
+    "folio_ref_freeze", "folio_ref_unfreeze", "folio_test_large", "get_page", "mm_counter", "page_folio",
+    "put_page", "set_page_dirty", "try_get_page",
 ]
 
 # Masks, at the kernel's bit numbers.
@@ -79,6 +79,9 @@ PAGE_FLAGS_CHECK_AT_FREE = PG_locked | PG_writeback | PG_lru | PG_active | PG_sw
 
 ENTIRELY_MAPPED = 1 << 23
 """mm/internal.h: what one mapping of the whole adds to nr_pages_mapped."""
+
+FOLIO_BATCH_SIZE = 31
+"""include/linux/folio_batch.h: how many folios a batch holds."""
 
 GUP_PIN_COUNTING_BIAS = 1024
 """include/linux/mm.h: what one pin_user_pages() adds to the reference count of a small folio; a large one

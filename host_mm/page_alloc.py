@@ -2,19 +2,15 @@
 
 Source of truth: mm/page_alloc.c (get_page_from_freelist, __alloc_pages_slowpath,
 __alloc_pages_direct_compact, should_compact_retry, free_pages_prepare, __setup_per_zone_wmarks,
-calculate_min_free_kbytes, gfp_migratetype), mm/mm_init.c: find_zone_movable_pfns_for_nodes; Linux 6.18.
+calculate_min_free_kbytes, gfp_migratetype); Linux 6.18.
 
-The free lists are in mmzone.py. At start a zone is cut into blocks of the highest order, so nothing is
-paid per frame. Freeing poisons the frame, raises its generation and tells `host.free_hooks`.
-
-With `mm.movablecore=SIZE` the upper SIZE bytes of the host's memory, spread over its nodes, are
-ZONE_MOVABLE: only what can be migrated is put there. A poisoned frame (memory_failure.py) never comes back
-to the lists.
+The free lists are in mmzone.py, what zones there are in mm_init.py. Freeing poisons the frame, raises its
+generation and tells `host.free_hooks`. A poisoned frame (memory_failure.py) never comes back to the lists.
 
 The allocator never gives way in its own body, so the zone lock is not needed; only reclaim and
 compaction sleep.
 
-Not modelled: per-CPU lists, zones DMA and DMA32, lowmem reserves, highatomic reserves, watermark boost.
+Not modelled: per-CPU lists, lowmem reserves, highatomic reserves, watermark boost.
 """
 
 from __future__ import annotations
@@ -24,12 +20,12 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.costs import COST_CLEAR_PAGE, COST_DIRECT_RECLAIM
 from host_mm.kernel.errors import BrokenTruth, OutOfMemory
+from host_mm.mm_init import free_area_init, memblock_free_all, node_spanned_pages
 from host_mm.mmzone import (
     MAX_ORDER,
     MIGRATE_MOVABLE,
     MIGRATE_RECLAIMABLE,
     MIGRATE_UNMOVABLE,
-    PAGEBLOCK_NR_PAGES,
     ZONE_MOVABLE,
     ZONE_NAMES,
     ZONE_NORMAL,
@@ -132,11 +128,6 @@ def gfp_zone(gfp: int) -> int:
     return ZONE_MOVABLE if gfp & movable == movable else ZONE_NORMAL
 
 
-def _memparse(text: str) -> int:
-    unit = {"k": 10, "m": 20, "g": 30}.get(text[-1:].lower())
-    return int(text[:-1]) << unit if unit else int(text)
-
-
 class PageAllocator:
     """The buddy system of one host. `reserved` frames at the bottom are never handed out.
 
@@ -153,44 +144,19 @@ class PageAllocator:
         self.hwpoisoned: dict[int, int] = {}
         self.offline: dict[int, int] = {}
         self.page_group_by_mobility = host.params.get("mm.page_group_by_mobility", "N").lower() in _YES
-        self.nodes: list[PgData] = []
-        per_node = (nr_frames // nr_nodes) >> MAX_ORDER << MAX_ORDER or nr_frames // nr_nodes
-        movable = _memparse(host.params.get("mm.movablecore", "0")) >> 12
-        for nid in range(nr_nodes):
-            start = nid * per_node
-            end = nr_frames if nid == nr_nodes - 1 else start + per_node
-            # At least a page block stays for what cannot move.
-            split = max(end - movable // nr_nodes, start + PAGEBLOCK_NR_PAGES) & -PAGEBLOCK_NR_PAGES
-            bounds = [(ZONE_NORMAL, start, end)]
-            if movable and split < end:
-                bounds = [(ZONE_NORMAL, start, split), (ZONE_MOVABLE, split, end)]
-            zones = [Zone(host.pages, self.blocks, nid, idx, first, last) for idx, first, last in bounds]
-            self.nodes.append(PgData(nid, zones))
+        per_node = node_spanned_pages(nr_frames, nr_nodes)
+        self.nodes = free_area_init(host, self.blocks, nr_frames, nr_nodes)
         self._per_node = per_node
         self._zonelists: dict[tuple[int, int, int], list[Zone]] = {}
         self.highest_zoneidx = max(zone.idx for zone in self.zones)
         for zone in self.zones:
-            self._release_boot_memory(zone, max(zone.start, reserved))
+            memblock_free_all(zone, max(zone.start, reserved))
         self.setup_per_zone_wmarks()
 
     @property
     def zones(self) -> list[Zone]:
         """Every zone of every node."""
         return [zone for node in self.nodes for zone in node.zones]
-
-    def _release_boot_memory(self, zone: Zone, start: int) -> None:
-        blocks: list[tuple[int, int]] = []
-        pfn = start
-        while pfn < zone.end:
-            order = MAX_ORDER
-            while pfn & ((1 << order) - 1) or pfn + (1 << order) > zone.end:
-                order -= 1
-            blocks.append((pfn, order))
-            pfn += 1 << order
-        # The lowest block last, so that it is taken first.
-        for pfn, order in reversed(blocks):
-            zone.add_to_free_list(pfn, order, MIGRATE_MOVABLE)
-            zone.managed += 1 << order
 
     def setup_per_zone_wmarks(self) -> None:
         """Watermarks by the size of the zones; again when memory goes offline or comes online."""

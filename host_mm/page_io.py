@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import swp_offset
+from host_mm.arch.x86.swapops import swp_offset
 from host_mm.filemap import folio_end_writeback, folio_start_writeback, folio_unlock
 from host_mm.kernel.costs import COST_DECOMPRESS_PAGE, COST_SWAP_READ, COST_SWAP_WRITE
 from host_mm.kernel.errors import BrokenTruth

@@ -20,16 +20,18 @@ from typing import TYPE_CHECKING
 from host_mm.arch.x86.pgtable import (
     HPAGE_PMD_NR,
     PMD_SIZE,
-    SWP_PFN_MASK,
-    is_device_exclusive_entry,
-    is_device_private_entry,
-    is_migration_entry,
     is_swap_pmd,
-    is_swap_pte,
     pmd_pfn,
     pmd_trans_huge,
     pte_pfn,
     pte_present,
+)
+from host_mm.arch.x86.swapops import (
+    SWP_PFN_MASK,
+    is_device_exclusive_entry,
+    is_device_private_entry,
+    is_migration_entry,
+    is_swap_pte,
     pte_to_swp_entry,
     swp_offset,
 )

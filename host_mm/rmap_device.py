@@ -16,17 +16,8 @@ from errno import EFAULT, EOPNOTSUPP
 from typing import TYPE_CHECKING, Any
 
 from host_mm import mmu_notifier
-from host_mm.arch.x86.pgtable import (
-    _PAGE_SOFT_DIRTY,
-    _PAGE_SWP_SOFT_DIRTY,
-    SWP_DEVICE_EXCLUSIVE,
-    pte_dirty,
-    pte_pfn,
-    pte_present,
-    pte_write,
-    swp_entry,
-    swp_entry_to_pte,
-)
+from host_mm.arch.x86.pgtable import _PAGE_SOFT_DIRTY, pte_dirty, pte_pfn, pte_present, pte_write
+from host_mm.arch.x86.swapops import _PAGE_SWP_SOFT_DIRTY, SWP_DEVICE_EXCLUSIVE, swp_entry, swp_entry_to_pte
 from host_mm.filemap import folio_lock, folio_unlock
 from host_mm.gup import FOLL_WRITE, get_user_page_remote
 from host_mm.page import PG_anon, PG_hugetlb, page_folio, put_page, set_page_dirty

@@ -159,7 +159,7 @@ def _removed(
         deferred_split_folio(host, folio, partially_mapped=True)
     _mod_stat(host, folio, -nr, -nr_thps)
     if vma.flags & VM_LOCKED:
-        host.lru.munlock_folio(folio)
+        host.lru.mlock.munlock_folio(folio)
 
 
 # -- sharing ------------------------------------------------------------------------------------

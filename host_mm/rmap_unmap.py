@@ -26,10 +26,21 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_SOFT_DIRTY,
     _PAGE_SPECIAL,
+    _PAGE_UFFD_WP,
+    mk_pte,
+    pte_dirty,
+    pte_mkdirty,
+    pte_mkold,
+    pte_mkuffd_wp,
+    pte_mkwrite,
+    pte_pfn,
+    pte_present,
+    pte_write,
+)
+from host_mm.arch.x86.swapops import (
     _PAGE_SWP_EXCLUSIVE,
     _PAGE_SWP_SOFT_DIRTY,
     _PAGE_SWP_UFFD_WP,
-    _PAGE_UFFD_WP,
     SWP_HWPOISON,
     SWP_MIG_DIRTY,
     SWP_MIG_YOUNG,
@@ -39,16 +50,7 @@ from host_mm.arch.x86.pgtable import (
     SWP_PFN_MASK,
     is_writable_device_private_entry,
     make_migration_entry,
-    mk_pte,
-    pte_dirty,
-    pte_mkdirty,
-    pte_mkold,
-    pte_mkuffd_wp,
-    pte_mkwrite,
-    pte_pfn,
-    pte_present,
     pte_to_swp_entry,
-    pte_write,
     swp_entry,
     swp_entry_to_pte,
     swp_offset,
@@ -195,7 +197,7 @@ class _Unmap:
         """Restore the mlock that got missed, of a folio that the VMA maps as a whole."""
         if walk.pte and walk.nr_pages > 1 and self.host.pages.large_mapcount[self.pfn] != walk.nr_pages:
             return
-        self.host.lru.mlock_vma_folio(self.pfn, vma)
+        self.host.lru.mlock.mlock_vma_folio(self.pfn, vma)
 
     def _unmap_huge(self, vma: VmArea, walk: PageVmaMappedWalk) -> bool:
         if not self.host.pages.flags[self.pfn] & PG_swapbacked:
@@ -304,7 +306,7 @@ class _Unmap:
             t(address, value, 0)
         folio_remove_rmap_pte(host, page, vma)
         if vma.flags & VM_LOCKED:
-            host.lru.mlock_drain_local()
+            host.lru.mlock.mlock_drain_local()
         put_page(host, pfn)
         return True
 
@@ -390,7 +392,7 @@ def _restore_pte(vma: VmArea, walk: PageVmaMappedWalk, src: int, dst: int) -> No
     if (t := host.trace.remove_migration_pte) is not None:
         t(walk.address, value, 0)
     if vma.flags & VM_LOCKED:
-        host.lru.mlock_drain_local()
+        host.lru.mlock.mlock_drain_local()
 
 
 def _map_unused_to_zeropage(vma: VmArea, walk: PageVmaMappedWalk, pfn: int) -> bool:

@@ -20,7 +20,7 @@ from errno import EEXIST, EINVAL, EIO, ENOENT, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.address_space import fput
-from host_mm.arch.x86.pgtable import swp_offset
+from host_mm.arch.x86.swapops import swp_offset
 from host_mm.filemap import folio_lock, folio_unlock, folio_wait_writeback
 from host_mm.filemap_cache import (
     NOT_CACHED,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import (
+from host_mm.arch.x86.swapops import (
     is_swap_pte,
     non_swap_entry,
     pte_to_swp_entry,

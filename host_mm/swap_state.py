@@ -16,7 +16,7 @@ from collections.abc import Callable
 from errno import EEXIST, ENOMEM
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import swp_entry, swp_offset
+from host_mm.arch.x86.swapops import swp_entry, swp_offset
 from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.page import (

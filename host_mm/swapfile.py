@@ -23,7 +23,7 @@ import tempfile
 from errno import EEXIST, EINVAL, ENOENT
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import swp_offset
+from host_mm.arch.x86.swapops import swp_offset
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Spinlock
 from host_mm.ram import PAGE_SHIFT, PAGE_SIZE, column

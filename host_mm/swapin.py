@@ -20,6 +20,13 @@ from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import (
     _PAGE_SOFT_DIRTY,
+    mk_pte,
+    pte_mkdirty,
+    pte_mksoft_dirty,
+    pte_mkuffd_wp,
+    pte_mkwrite,
+)
+from host_mm.arch.x86.swapops import (
     _PAGE_SWP_EXCLUSIVE,
     _PAGE_SWP_SOFT_DIRTY,
     _PAGE_SWP_UFFD_WP,
@@ -29,20 +36,15 @@ from host_mm.arch.x86.pgtable import (
     is_device_private_entry,
     is_migration_entry,
     is_swap_pte,
-    mk_pte,
     non_swap_entry,
-    pte_mkdirty,
-    pte_mksoft_dirty,
-    pte_mkuffd_wp,
-    pte_mkwrite,
     pte_to_swp_entry,
     swp_offset,
     swp_type,
 )
 from host_mm.filemap import folio_lock_or_retry, folio_unlock, folio_wait_unlock
 from host_mm.ksm_break import ksm_might_need_to_copy
-from host_mm.memory import folio_alloc
 from host_mm.memory_device import migrate_to_ram, remove_device_exclusive_entry
+from host_mm.memory_folio import folio_alloc
 from host_mm.mm_types import (
     FAULT_FLAG_WRITE,
     MM_ANONPAGES,

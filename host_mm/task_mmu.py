@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
-from host_mm.arch.x86.pgtable import _PAGE_SOFT_DIRTY, _PAGE_SWP_SOFT_DIRTY, pte_present, pte_wrprotect
+from host_mm.arch.x86.pgtable import _PAGE_SOFT_DIRTY, pte_present, pte_wrprotect
+from host_mm.arch.x86.swapops import _PAGE_SWP_SOFT_DIRTY
 from host_mm.huge_memory_map import clear_refs_huge_pmd
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
-from host_mm.memory import vm_normal_page
 from host_mm.memory_copy import is_cow_mapping
+from host_mm.memory_folio import vm_normal_page
 from host_mm.mm_types import MMF_HAS_PINNED, VM_PFNMAP, VM_SOFTDIRTY
 from host_mm.page import PG_referenced, PG_young, folio_maybe_dma_pinned, page_folio
 from host_mm.pgtable_generic import (

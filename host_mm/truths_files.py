@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import _PAGE_RW, swp_offset
+from host_mm.arch.x86.pgtable import _PAGE_RW
+from host_mm.arch.x86.swapops import swp_offset
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.page import PG_anon, PG_dirty, PG_locked, PG_writeback, folio_nr_pages, page_folio
 

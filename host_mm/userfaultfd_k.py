@@ -21,15 +21,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from host_mm.arch.x86.pgtable import (
-    _PAGE_UFFD_WP,
-    PTE_MARKER_UFFD_WP,
-    make_pte_marker,
-    pte_none_mostly,
-    pte_present,
-    pte_swp_uffd_wp_any,
-    pte_write,
-)
+from host_mm.arch.x86.pgtable import _PAGE_UFFD_WP, pte_present, pte_write
+from host_mm.arch.x86.swapops import PTE_MARKER_UFFD_WP, make_pte_marker, pte_none_mostly, pte_swp_uffd_wp_any
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.locks import Spinlock
 from host_mm.kernel.sched import WaitQueue

@@ -21,22 +21,13 @@ from __future__ import annotations
 from errno import EAGAIN, EEXIST, EFAULT, EINVAL, EIO, ENOENT, ENOMEM
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import (
-    _PAGE_SPECIAL,
-    PTE_MARKER_POISONED,
-    make_pte_marker,
-    mk_pte,
-    pmd_table,
-    pte_mkdirty,
-    pte_mkuffd_wp,
-    pte_mkwrite,
-    pte_none_mostly,
-)
+from host_mm.arch.x86.pgtable import _PAGE_SPECIAL, mk_pte, pmd_table, pte_mkdirty, pte_mkuffd_wp, pte_mkwrite
+from host_mm.arch.x86.swapops import PTE_MARKER_POISONED, make_pte_marker, pte_none_mostly
 from host_mm.filemap import folio_unlock
 from host_mm.filemap_cache import filemap_add_folio, filemap_page, filemap_remove_folio
 from host_mm.kernel.costs import COST_COPY_PAGE
 from host_mm.kernel.errors import KernelError
-from host_mm.memory import folio_alloc, folio_prealloc
+from host_mm.memory_folio import folio_alloc, folio_prealloc
 from host_mm.mm_types import VM_SHARED, VM_UFFD_WP, VM_WRITE
 from host_mm.page import PG_hwpoison, PG_swapbacked, mm_counter, page_folio, put_page
 from host_mm.pgtable_generic import (
@@ -47,7 +38,8 @@ from host_mm.pgtable_generic import (
     ptep_get,
     set_pte,
 )
-from host_mm.rmap import anon_vma_prepare, folio_add_file_rmap_pte, folio_add_new_anon_rmap
+from host_mm.rmap import folio_add_file_rmap_pte, folio_add_new_anon_rmap
+from host_mm.rmap_anon_vma import anon_vma_prepare
 from host_mm.shmem import SGP_NOALLOC, shmem_get_folio
 from host_mm.uaccess import copy_from_user, copy_from_user_nofault
 from host_mm.userfaultfd_wp import vma_is_shmem

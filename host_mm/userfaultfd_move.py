@@ -25,12 +25,8 @@ from host_mm import mmu_notifier
 from host_mm import tlb as _tlb
 from host_mm.arch.x86.pgtable import (
     _PAGE_SPECIAL,
-    _PAGE_SWP_EXCLUSIVE,
-    _PAGE_SWP_SOFT_DIRTY,
     PMD_SIZE,
-    is_migration_entry,
     mk_pte,
-    non_swap_entry,
     pmd_pfn,
     pmd_present,
     pmd_table,
@@ -40,6 +36,12 @@ from host_mm.arch.x86.pgtable import (
     pte_mkwrite,
     pte_pfn,
     pte_present,
+)
+from host_mm.arch.x86.swapops import (
+    _PAGE_SWP_EXCLUSIVE,
+    _PAGE_SWP_SOFT_DIRTY,
+    is_migration_entry,
+    non_swap_entry,
     pte_to_swp_entry,
     swp_offset,
 )
@@ -47,7 +49,7 @@ from host_mm.filemap import folio_lock, folio_trylock, folio_unlock
 from host_mm.huge_memory_pmd import split_huge_pmd
 from host_mm.huge_memory_split import split_folio_to_list
 from host_mm.kernel.locks import Spinlock
-from host_mm.memory import vm_normal_page
+from host_mm.memory_folio import vm_normal_page
 from host_mm.mm_types import VM_ACCESS_FLAGS, VM_IO, VM_LOCKED, VM_MIXEDMAP, VM_PFNMAP, VM_SHARED, VM_WRITE
 from host_mm.page import (
     PG_anon_exclusive,
@@ -69,7 +71,8 @@ from host_mm.pgtable_generic import (
     ptep_get_and_clear,
     set_pte,
 )
-from host_mm.rmap import anon_vma_prepare, folio_get_anon_vma, folio_move_anon_rmap
+from host_mm.rmap import folio_get_anon_vma, folio_move_anon_rmap
+from host_mm.rmap_anon_vma import anon_vma_prepare
 from host_mm.swap_state import swap_cache_get_folio
 from host_mm.swapin import migration_entry_wait
 

@@ -40,7 +40,7 @@ from host_mm.mm_types import (
     VM_WRITE,
     VmArea,
 )
-from host_mm.rmap import anon_vma_clone, unlink_anon_vmas
+from host_mm.rmap_anon_vma import anon_vma_clone, unlink_anon_vmas
 
 if TYPE_CHECKING:
     from host_mm.kernel.locks import RwSem

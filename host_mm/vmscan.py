@@ -1,8 +1,8 @@
-"""Reclaim: aging and shrinking the LRU lists, by kswapd, by who allocates, and by MADV_PAGEOUT.
+"""Reclaim: aging and shrinking the LRU lists, by who allocates and by MADV_PAGEOUT.
 
 Source of truth: mm/vmscan.c: isolate_lru_folios, shrink_inactive_list, shrink_active_list,
-move_folios_to_lru, inactive_is_low, shrink_lruvec, do_try_to_free_pages, balance_pgdat, kswapd,
-reclaim_throttle, reclaim_pages; Linux 6.18. The classic LRU; with mm.lru_gen=Y the lists are lru_gen's.
+move_folios_to_lru, inactive_is_low, shrink_lruvec, do_try_to_free_pages, reclaim_throttle, reclaim_pages;
+Linux 6.18. kswapd is in vmscan_kswapd.py. The classic LRU; with mm.lru_gen=Y the lists are lru_gen's.
 
 Folios enter the inactive list; one found referenced there once stays, twice is activated; the tail
 of the active list is deactivated while the inactive one is small. Priority goes from 12 to 0: a pass
@@ -11,10 +11,9 @@ looks at size >> priority of each list.
 A reclaimer that made no progress while I/O is in flight waits for some of it to complete (the
 kernel's VMSCAN_THROTTLE_WRITEBACK), so that out of memory means that nothing is left.
 
-Not modelled: kswapd's short first sleep, swappiness and the anon/file cost balance (the file lists go
-first), workingset refaults, reclaim that goes on or stops for the sake of compaction, watermark boost, slab
-shrinkers other than those of shrinker.py and zswap.py, too_many_isolated, pfmemalloc throttling, node
-reclaim.
+Not modelled: swappiness and the anon/file cost balance (the file lists go first), workingset refaults,
+reclaim that goes on or stops for the sake of compaction, slab shrinkers other than those of shrinker.py
+and zswap.py, too_many_isolated, pfmemalloc throttling, node reclaim.
 """
 
 from __future__ import annotations
@@ -46,15 +45,11 @@ from host_mm.page import (
     try_get_page,
 )
 from host_mm.page_alloc import (
-    GFP_DIRECT_RECLAIM,
     GFP_HIGHUSER_MOVABLE,
     GFP_KERNEL,
     GFP_THISNODE,
-    MAX_RECLAIM_RETRIES,
     ZONE_MOVABLE,
     ZONE_NAMES,
-    ZONE_NORMAL,
-    gfp_zone,
 )
 from host_mm.page_io import SWAP_CLUSTER_MAX
 from host_mm.rmap import folio_referenced
@@ -66,15 +61,7 @@ if TYPE_CHECKING:
     from host_mm.memcontrol import MemCgroup
 
 __all__ = [
-    "DEF_PRIORITY",
-    "TRACEPOINTS",
-    "Kswapd",
-    "kswapd",
-    "kswapd_asleep",
-    "reclaim_pages",
-    "try_to_free_mem_cgroup_pages",
-    "try_to_free_pages",
-    "wakeup_kswapd",
+    "DEF_PRIORITY", "TRACEPOINTS", "reclaim_pages", "try_to_free_mem_cgroup_pages", "try_to_free_pages",
 ]
 
 _THROTTLE_NS = 100_000_000
@@ -82,6 +69,20 @@ _THROTTLE_NS = 100_000_000
 
 _FILE = 1 << 1
 _ANON = 1 << 0
+
+
+class Kswapd:
+    """What struct pglist_data keeps for its kswapd."""
+
+    __slots__ = ("cause", "failures", "highest_zoneidx", "order", "wait", "woken")
+
+    def __init__(self, host: HostMm, nid: int) -> None:
+        self.wait = WaitQueue(host.sched, f"kswapd{nid}")
+        self.order = 0
+        self.highest_zoneidx = -1
+        self.woken = False
+        self.failures = 0
+        self.cause: int | None = None
 
 
 # -- lists --------------------------------------------------------------------------------------
@@ -239,16 +240,16 @@ def _shrink_lruvec(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
         if reclaimed >= sc.nr_to_reclaim and not whole:
             break
     sc.nr_reclaimed += reclaimed
-    _age_anon(host, vec, sc)
+    kswapd_age_node(host, vec, sc)
 
 
-def _age_anon(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
+def kswapd_age_node(host: HostMm, vec: Lruvec, sc: ScanControl) -> None:
     """Rebalance the anonymous lists whether or not any of them is reclaimed."""
     if host.swap is not None and _inactive_is_low([vec], LRU_INACTIVE_ANON):
         _shrink_active_list(host, vec, LRU_ACTIVE_ANON, SWAP_CLUSTER_MAX, sc)
 
 
-def _shrink_node(host: HostMm, nid: int, sc: ScanControl) -> None:
+def shrink_node(host: HostMm, nid: int, sc: ScanControl) -> None:
     before = sc.nr_reclaimed
     if host.lru_gen_enabled and sc.target_mem_cgroup is None:
         lru_gen_shrink_node(host, nid, sc)
@@ -281,7 +282,7 @@ def _shrink_node_memcgs(host: HostMm, nid: int, sc: ScanControl) -> None:
 # -- who reclaims -------------------------------------------------------------------------------
 
 
-def _reclaim_throttle(host: HostMm, nid: int) -> None:
+def reclaim_throttle(host: HostMm, nid: int) -> None:
     """Wait until a cluster of folios was written, or HZ / 10."""
     sched = host.sched
     queue = host.reclaim_wait
@@ -319,7 +320,7 @@ def _do_try_to_free_pages(host: HostMm, nid: int, sc: ScanControl) -> int:
         while sc.priority >= 0:
             sc.nr_scanned = 0
             for node in _zonelist(host, nid, sc.gfp_mask):
-                _shrink_node(host, node, sc)
+                shrink_node(host, node, sc)
             if sc.nr_reclaimed >= sc.nr_to_reclaim:
                 break
             sc.priority -= 1
@@ -329,7 +330,7 @@ def _do_try_to_free_pages(host: HostMm, nid: int, sc: ScanControl) -> int:
             sc.force_deactivate, sc.skipped_deactivate = True, False
             continue
         if host.swap_device is not None and host.swap_device.inflight and not retried:
-            _reclaim_throttle(host, nid)
+            reclaim_throttle(host, nid)
             # Once more for what was just written; if nothing at all is in flight then, give up.
             retried = not host.swap_device.inflight
             continue
@@ -402,110 +403,3 @@ def reclaim_pages(host: HostMm, pfns: list[int]) -> int:
         if not nested:
             host.allocator.memalloc.discard(task)
     return total
-
-
-# -- kswapd -------------------------------------------------------------------------------------
-
-
-class Kswapd:
-    """What struct pglist_data keeps for its kswapd."""
-
-    __slots__ = ("cause", "failures", "highest_zoneidx", "order", "wait", "woken")
-
-    def __init__(self, host: HostMm, nid: int) -> None:
-        self.wait = WaitQueue(host.sched, f"kswapd{nid}")
-        self.order = 0
-        self.highest_zoneidx = -1
-        self.woken = False
-        self.failures = 0
-        self.cause: int | None = None
-
-
-def _balanced(host: HostMm, nid: int, order: int, zoneidx: int) -> bool:
-    """pgdat_balanced: one zone that such a request may use has enough."""
-    zones = host.allocator.nodes[nid].zones
-    return any(zone.watermark_ok(zone.wmark_high, order) for zone in zones if zone.idx <= zoneidx)
-
-
-def wakeup_kswapd(host: HostMm, nid: int, order: int, gfp: int) -> None:
-    """Wake the node's kswapd if it runs at all, the node is short and reclaim is not hopeless."""
-    state = host.allocator.nodes[nid].vmscan
-    if not isinstance(state, Kswapd):
-        return
-    state.order = max(state.order, order)
-    state.highest_zoneidx = max(state.highest_zoneidx, gfp_zone(gfp))
-    if state.woken or not state.wait.waiters:
-        return
-    if state.failures >= MAX_RECLAIM_RETRIES or _balanced(host, nid, order, gfp_zone(gfp)):
-        # There may be enough of it, in pieces.
-        if not gfp & GFP_DIRECT_RECLAIM:
-            host.wakeup_kcompactd(nid, order, gfp_zone(gfp))
-        return
-    if (t := host.trace.mm_vmscan_wakeup_kswapd) is not None:
-        t(nid, gfp_zone(gfp), order, gfp)
-    state.woken = True
-    state.cause = host.stream.ctx.cause
-    state.wait.wake_all()
-
-
-def _balance_pgdat(host: HostMm, nid: int, state: Kswapd, order: int, zoneidx: int) -> None:
-    """Reclaim until the node is above its high watermark or priority runs out."""
-    zone = host.allocator.nodes[nid].zone
-    sc = ScanControl(GFP_KERNEL, order=order)
-    sc.reclaim_idx = zoneidx
-    sc.is_kswapd = True
-    host.vmstat["pageoutrun"] += 1
-    while sc.priority >= 1:
-        if _balanced(host, nid, order, zoneidx):
-            return
-        for vec in host.memcg.iter(nid, None) if not host.lru_gen_enabled else ():
-            _age_anon(host, vec, sc)
-        before = sc.nr_reclaimed
-        sc.nr_scanned = 0
-        sc.nr_to_reclaim = max(zone.wmark_high, SWAP_CLUSTER_MAX)
-        sc.nr_writeback = sc.nr_taken = 0
-        _shrink_node(host, nid, sc)
-        progress = sc.nr_reclaimed - before
-        if not progress and sc.nr_writeback and host.swap_device.inflight:
-            _reclaim_throttle(host, nid)
-        if not progress or max(sc.nr_scanned, progress) < sc.nr_to_reclaim:
-            sc.priority -= 1
-    if not sc.nr_reclaimed:
-        state.failures += 1
-
-
-def kswapd_asleep(host: HostMm, nid: int) -> bool:
-    """Whether the node has no kswapd at work."""
-    state = host.allocator.nodes[nid].vmscan
-    return not isinstance(state, Kswapd) or bool(state.wait.waiters)
-
-
-def kswapd(host: HostMm, nid: int) -> None:
-    """The body of a node's kswapd task: sleep until woken, balance, sleep again. Never returns."""
-    state = Kswapd(host, nid)
-    host.allocator.nodes[nid].vmscan = state
-    task = host.sched.current
-    host.allocator.memalloc.add(task)
-    ctx = task.ctx
-    order, zoneidx = 0, ZONE_NORMAL
-    alloc_order = 0
-    while True:
-        # prepare_kswapd_sleep: a node that is still short gets another round unless that is hopeless.
-        if _balanced(host, nid, order, zoneidx) or state.failures >= MAX_RECLAIM_RETRIES:
-            host.reset_isolation_suitable(nid)
-            host.wakeup_kcompactd(nid, alloc_order, zoneidx)
-            if (t := host.trace.mm_vmscan_kswapd_sleep) is not None:
-                t(nid)
-            ctx.cause = None
-            while not state.woken:
-                state.wait.wait()
-            ctx.cause = state.cause
-        state.woken = False
-        order, state.order = max(order, state.order), 0
-        if state.highest_zoneidx >= 0:
-            zoneidx, state.highest_zoneidx = state.highest_zoneidx, -1
-        if (t := host.trace.mm_vmscan_kswapd_wake) is not None:
-            ctx.cause = t(nid, zoneidx, order)
-        _balance_pgdat(host, nid, state, order, zoneidx)
-        # A higher order that was not reached is not asked for again by itself.
-        alloc_order, order = order, 0

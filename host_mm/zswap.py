@@ -27,7 +27,7 @@ from collections import OrderedDict
 from errno import EAGAIN, EEXIST, ENOENT, ENOMEM
 from typing import TYPE_CHECKING
 
-from host_mm.arch.x86.pgtable import swp_entry, swp_offset
+from host_mm.arch.x86.swapops import swp_entry, swp_offset
 from host_mm.filemap import folio_unlock
 from host_mm.kernel.costs import COST_COMPRESS_PAGE, COST_DECOMPRESS_PAGE
 from host_mm.page import (

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.locks import Mutex, RwLock, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
-from host_mm.mmu_notifier import mmu_notifier_register, mmu_notifier_unregister
+from host_mm.mmu_notifier_register import mmu_notifier_register, mmu_notifier_unregister
 from host_mm.page import put_page
 from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, GFP_ZERO, alloc_pages
 from kvm_model import (
@@ -42,6 +42,7 @@ from kvm_model.mmu import (
     mmu,
     mmu_roots,
     page_track,
+    paging_tmpl,
     tdp_mmu,
     unsync,
 )
@@ -64,11 +65,11 @@ from kvm_model.mmu.spte import (
     is_shadow_present_pte,
     legacy_masks,
 )
-from kvm_model.mmu.track_write import kvm_mmu_track_write
 from kvm_model.mmu.tdp_zap import (
     kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_zap_invalidated_roots,
 )
+from kvm_model.mmu.track_write import kvm_mmu_track_write
 from kvm_model.pfncache import GfnToPfnCache
 from kvm_model.profile import LINUX_6_18, KvmProfile
 from kvm_model.truths import KvmTruths
@@ -88,7 +89,8 @@ TRACEPOINTS = (
     *follow_pfn.TRACEPOINTS, *gfn_range.TRACEPOINTS, *invalidate.TRACEPOINTS, *dirty_ring.TRACEPOINTS,
     *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *page_track.TRACEPOINTS, *x86_emulate.TRACEPOINTS,
     *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
-    *tdp_mmu.TRACEPOINTS, *unsync.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS,
+    *tdp_mmu.TRACEPOINTS, *unsync.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS,
+    *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS,
 )
 """Every tracepoint of this room, each declared beside the code that fires it."""
 
@@ -140,6 +142,7 @@ class Kvm:
     def __init__(
         self, host: HostMm, process: Process, cpu: KvmX86Ops, *, profile: KvmProfile = LINUX_6_18,
         params: Mapping[str, str] | None = None, breaks: frozenset[str] = frozenset(), checks: bool = False,
+        tdp_enabled: bool = True,
     ) -> None:
         params = params or {}
         self.host = host
@@ -148,6 +151,7 @@ class Kvm:
         self.cpu = cpu
         self.profile = profile
         self.breaks = breaks
+        self.tdp_enabled = tdp_enabled
         self.sched = host.sched
         self.stream = host.stream
         self.ram = host.ram
@@ -169,7 +173,7 @@ class Kvm:
         host.frame_holders.append(self._table_frames)
 
     def _init_params(self, params: Mapping[str, str]) -> None:
-        self.tdp_mmu_enabled = _flag(params, "kvm.tdp_mmu", self.profile.tdp_mmu)
+        self.tdp_mmu_enabled = self.tdp_enabled and _flag(params, "kvm.tdp_mmu", self.profile.tdp_mmu)
         mmio_caching = _flag(params, "kvm.mmio_caching", True)
         nx_huge_pages = _flag(params, "kvm.nx_huge_pages", False)
         if self.tdp_enabled:

@@ -28,22 +28,24 @@ from host_mm.hmm_mirror import HmmMirror
 from host_mm.interval_notifier import mmu_interval_read_begin, mmu_interval_read_retry
 from host_mm.kernel.costs import COST_MIGRATE_PAGE
 from host_mm.kernel.errors import KernelError
-from host_mm.memory import folio_alloc
+from host_mm.memory_folio import folio_alloc
 from host_mm.memremap import memremap_pages, memunmap_pages, zone_device_page_init
 from host_mm.migrate_device import (
+    migrate_device_finalize,
+    migrate_device_pages,
+    migrate_device_range,
+    migrate_vma_finalize,
+    migrate_vma_pages,
+    migrate_vma_setup,
+)
+from host_mm.migrate_device_collect import (
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_WRITE,
     MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
     MIGRATE_VMA_SELECT_SYSTEM,
     MigrateVma,
-    migrate_device_finalize,
-    migrate_device_pages,
-    migrate_device_range,
     migrate_pfn,
     migrate_pfn_to_page,
-    migrate_vma_finalize,
-    migrate_vma_pages,
-    migrate_vma_setup,
 )
 from host_mm.mm_types import VM_FAULT_OOM, VM_FAULT_SIGBUS, VM_READ, VM_WRITE
 from host_mm.mmu_notifier import MMU_NOTIFY_EXCLUSIVE, MMU_NOTIFY_MIGRATE

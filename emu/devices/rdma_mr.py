@@ -17,7 +17,8 @@ from errno import EFAULT, EPERM
 from typing import TYPE_CHECKING
 
 from emu.devices.umem_odp import UmemOdp
-from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.sched import WaitQueue
 

@@ -32,7 +32,8 @@ from host_mm.mm_types import (
     VM_READ,
     VM_WRITE,
 )
-from host_mm.mmu_notifier import MmuNotifier, mmu_notifier_register, mmu_notifier_unregister
+from host_mm.mmu_notifier import MmuNotifier
+from host_mm.mmu_notifier_register import mmu_notifier_register, mmu_notifier_unregister
 from host_mm.tlb import TLB_FLUSH_ALL, HostTlb
 from trace_events.tracepoint import Tracepoint
 

@@ -62,7 +62,8 @@ def mirror_read(board: Board, gpa: int, size: int = 8) -> int:
 )
 def dma_write(board: Board, gpa: int, value: int, size: int = 8, ns: int = 10_000) -> int:
     """A device pins the page, stores `value` by DMA `ns` later, and unpins it dirty."""
-    from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
+    from host_mm.gup import FOLL_WRITE
+    from host_mm.gup_pin import pin_user_page, unpin_user_page
 
     _check(gpa, size, ns)
     mm, host = board.process.mm, board.host.mm

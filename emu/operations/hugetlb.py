@@ -30,7 +30,7 @@ _SHARED = _GIB + "vm.host.host_write(0x80000000, 7); vm.host.hugetlb_peer_read(g
 @operation(example="nr_hugepages(count=2)")
 def nr_hugepages(board: Board, count: int) -> int:
     """Write `count` to /proc/sys/vm/nr_hugepages; answers how many the pool has then."""
-    from host_mm.hugetlb import set_max_huge_pages
+    from host_mm.hugetlb_pool import set_max_huge_pages
 
     if not 0 <= count <= MAX_HUGE_PAGES:
         raise KernelError(errno.EINVAL, f"{count} huge pages")

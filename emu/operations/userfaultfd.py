@@ -118,7 +118,7 @@ def pagemap_scan(board: Board, gpa: int, pages: int = 1, protect: int = 1) -> in
 
     The first one finds every page written that is there. With `protect` what was found is protected again.
     """
-    from host_mm.pagemap import (
+    from host_mm.pagemap_scan import (
         PAGE_IS_PRESENT,
         PAGE_IS_SWAPPED,
         PAGE_IS_WRITTEN,

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from kvm_model.mmu.kvm_mmu import PT32E_ROOT_LEVEL, PT32_ROOT_LEVEL, is_cr0_wp, is_cr4_smep
+from kvm_model.mmu.kvm_mmu import PT32_ROOT_LEVEL, PT32E_ROOT_LEVEL, is_cr0_wp, is_cr4_smep
 from kvm_model.mmu.mmu_internal import (
     INVALID_PAGE,
     RET_PF_RETRY,

@@ -11,13 +11,15 @@ import pytest
 
 from emu.devices.hmm_device import HmmDevice
 from host_mm import mmu_notifier as mn
-from host_mm.arch.x86.pgtable import decode_pte, walk_lockless
+from host_mm.arch.x86.pgtable import walk_lockless
+from host_mm.arch.x86.swapops import decode_pte
 from host_mm.fork import exit_process, fork_process
 from host_mm.host import HostMm
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.mmap import PROT_READ, do_mmap, do_munmap
+from host_mm.mmu_notifier_register import mmu_notifier_register, mmu_notifier_unregister
 from host_mm.mprotect import do_mprotect
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10
@@ -82,9 +84,9 @@ def test_holes_and_the_zero_page_become_zeros_in_device_memory() -> None:
 
 def recorded(device: HmmDevice, process: Process, operation: Callable[[], object]) -> list[Any]:
     recorder = Recorder()
-    mn.mmu_notifier_register(recorder, process.mm)
+    mmu_notifier_register(recorder, process.mm)
     run(device.host, operation)
-    mn.mmu_notifier_unregister(recorder, process.mm)
+    mmu_notifier_unregister(recorder, process.mm)
     return [event for event in recorder.take() if event[0] != "release"]
 
 
@@ -127,7 +129,7 @@ def test_in_5_10_holes_are_filled_in_a_bracket_that_is_nobodys_and_ends_short() 
         def change_pte(self, mm: object, address: int, pte: int) -> None:
             log.append("change")
 
-    mn.mmu_notifier_register(Old(), process.mm)
+    mmu_notifier_register(Old(), process.mm)
     run(device.host, lambda: device.migrate_to_device(base, 3))
     collected = [("migrate", device), "range", "end"]
     # The zero page is taken away and its place told; where nothing was nothing is.
@@ -145,7 +147,7 @@ def test_the_brackets_bear_the_migration_and_its_owner() -> None:
             owners.append(range_.owner)
             return 0
 
-    mn.mmu_notifier_register(Owners(), process.mm)
+    mmu_notifier_register(Owners(), process.mm)
     seen = recorded(device, process, lambda: device.migrate_to_device(base, 4))
     # Collecting; then, from the first hole on, filling.
     assert seen == [("migrate", base, base + 4 * PAGE), ("migrate", base + PAGE, base + 4 * PAGE)]
@@ -164,9 +166,9 @@ def order(device: HmmDevice, process: Process, operation: Callable[[], object]) 
     from tests.host_mm.test_order_classes import Recorder as Order
 
     seen = Order(device.host, process.mm)
-    mn.mmu_notifier_register(seen, process.mm)
+    mmu_notifier_register(seen, process.mm)
     run(device.host, operation)
-    mn.mmu_notifier_unregister(seen, process.mm)
+    mmu_notifier_unregister(seen, process.mm)
     return seen.log
 
 
@@ -299,7 +301,8 @@ def test_a_device_that_goes_gives_everything_back_first() -> None:
 
 
 def test_a_pinned_page_and_one_too_many_stay_in_ram() -> None:
-    from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, pin_user_page, unpin_user_page
+    from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE
+    from host_mm.gup_pin import pin_user_page, unpin_user_page
 
     device, process, base = machine(nr=2)
 

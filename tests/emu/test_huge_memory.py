@@ -19,7 +19,7 @@ from host_mm.hmm import (
     hmm_range_fault,
 )
 from host_mm.hmm_mirror import HmmMirror
-from host_mm.hugetlb import set_max_huge_pages
+from host_mm.hugetlb_pool import set_max_huge_pages
 from host_mm.interval_notifier import mmu_interval_read_begin
 from host_mm.madvise import MADV_DONTNEED, do_madvise
 from host_mm.mmap import MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, do_mmap

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from emu.devices.pci_bar import PciBar
-from host_mm import mmu_notifier as mn
 from host_mm.fork import exit_process, fork_process
 from host_mm.kernel.errors import KernelError
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.process import Process
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
@@ -46,7 +46,7 @@ def test_revoking_zaps_every_mapping_in_a_bracket_and_a_fault_finds_the_new_fram
     for each in (process, child):
         run(bar.host, lambda each=each: copy_to_user(each, base, b"old"))  # type: ignore[misc]
         recorder = Recorder(base)
-        mn.mmu_notifier_register(recorder, each.mm)
+        mmu_notifier_register(recorder, each.mm)
         recorders.append(recorder)
     run(bar.host, bar.revoke)
     assert [recorder.take() for recorder in recorders] == [[("clear", 0, PAGES * PAGE)]] * 2

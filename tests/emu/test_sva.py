@@ -14,7 +14,8 @@ from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.mm_types import MmStruct
 from host_mm.mmap import PROT_READ, do_mmap, do_munmap
-from host_mm.mmu_notifier import MmuNotifier, MmuNotifierRange, mmu_notifier_register
+from host_mm.mmu_notifier import MmuNotifier, MmuNotifierRange
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.mprotect import do_mprotect
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10

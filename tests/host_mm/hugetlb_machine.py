@@ -9,7 +9,7 @@ from host_mm import mmu_notifier as mn
 from host_mm.address_space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, AddressSpace, fput
 from host_mm.arch.x86.pgtable import pte_present, pte_write, walk_lockless
 from host_mm.host import HostMm
-from host_mm.hugetlb import set_max_huge_pages
+from host_mm.hugetlb_pool import set_max_huge_pages
 from host_mm.hugetlbfs import hugetlb_file_setup
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.mm_types import MmStruct, VmArea
@@ -22,6 +22,7 @@ from host_mm.mmap import (
     MAP_SHARED,
     do_mmap,
 )
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.process import Process
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
@@ -64,7 +65,7 @@ class Witness(mn.MmuNotifier):
             if event.args.get("pid", mm.process.pid) == mm.process.pid else None,
             ancestors=False,
         ))
-        assert mn.mmu_notifier_register(self, mm) == 0
+        assert mmu_notifier_register(self, mm) == 0
 
     @staticmethod
     def kind(old: int, new: int) -> str:

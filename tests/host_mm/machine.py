@@ -6,19 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from host_mm import mmu_notifier as mn
-from host_mm.arch.x86.pgtable import (
-    is_swap_pte,
-    pte_pfn,
-    pte_present,
-    pte_to_swp_entry,
-    swp_offset,
-    walk_lockless,
-)
+from host_mm.arch.x86.pgtable import pte_pfn, pte_present, walk_lockless
+from host_mm.arch.x86.swapops import is_swap_pte, pte_to_swp_entry, swp_offset
 from host_mm.gup import FOLL_WRITE, get_user_page_fast_only, get_user_pages_unlocked
 from host_mm.host import HostMm
 from host_mm.kernel.sched import Scheduler
 from host_mm.mm_types import MmStruct
 from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_mmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import PG_swapcache, put_page, set_page_dirty
 from host_mm.pgtable_generic import pmd_offset, pte_offset_map
 from host_mm.process import Process
@@ -86,7 +81,7 @@ class Vmm:
         copy_to_user(self.process, low, b"x")
         self.base = do_mmap(self.mm, 0x7FFFF0400000, SLOT, RW, ANON)
         self.notifier = Recorder(self.base)
-        assert mn.mmu_notifier_register(self.notifier, self.mm) == 0
+        assert mmu_notifier_register(self.notifier, self.mm) == 0
 
     def guest_load(self, offset: int) -> int:
         """What a guest read fault does: GUP for reading, the reference given back."""

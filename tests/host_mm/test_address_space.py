@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from host_mm import mmu_notifier as mn
 from host_mm.address_space import AddressSpace, fput
 from host_mm.arch.x86.pgtable import lookup_address_in_mm
 from host_mm.filemap import folio_lock, folio_unlock
@@ -17,6 +16,7 @@ from host_mm.madvise import MADV_DONTFORK, do_madvise
 from host_mm.memfd import memfd_create
 from host_mm.mm_types import MM_SHMEMPAGES
 from host_mm.mmap import MAP_PRIVATE, MAP_SHARED, PROT_READ, do_mmap, do_munmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.mprotect import do_mprotect
 from host_mm.mremap import MREMAP_FIXED, MREMAP_MAYMOVE, do_mremap
 from host_mm.process import Process
@@ -130,7 +130,7 @@ def test_registering_a_notifier_waits_for_walks_of_the_files_mappings() -> None:
 
     def register() -> None:
         s.host.sched.sleep(1000)
-        mn.mmu_notifier_register(Recorder(), s.a.mm)
+        mmu_notifier_register(Recorder(), s.a.mm)
         order.append("registered")
 
     run(s.host, walker, register)

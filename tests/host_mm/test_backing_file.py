@@ -21,6 +21,7 @@ from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES
 from host_mm.mmap import MAP_PRIVATE, MAP_SHARED, do_mmap, do_munmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import put_page
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
@@ -57,7 +58,7 @@ def test_a_clean_page_is_dropped_by_reclaim_and_read_again() -> None:
     s.do(lambda: copy_from_user(s.a, s.at, 4))
     s.host.lru.lru_add_drain_all()
     order = Order(s.host, s.a.mm)
-    mn.mmu_notifier_register(order, s.a.mm)
+    mmu_notifier_register(order, s.a.mm)
     s.do(lambda: do_madvise(s.a.mm, s.at, PAGE, MADV_PAGEOUT))
     assert order.log == ["start", "clear", "end", "flush", "free"], "nothing to write"
     assert 0 not in s.file.i_pages
@@ -73,7 +74,7 @@ def test_a_dirty_page_is_unmapped_by_reclaim_and_stays() -> None:
     s.do(lambda: copy_to_user(s.a, s.at, b"new!"))
     s.host.lru.lru_add_drain_all()
     order = Order(s.host, s.a.mm)
-    mn.mmu_notifier_register(order, s.a.mm)
+    mmu_notifier_register(order, s.a.mm)
     s.do(lambda: do_madvise(s.a.mm, s.at, PAGE, MADV_PAGEOUT))
     assert order.log[:3] == ["start", "clear", "end"]
     assert "free" not in order.log
@@ -86,7 +87,7 @@ def test_a_shorter_file_unmaps_flushes_and_frees_and_looks_again() -> None:
     s.do(lambda: copy_to_user(s.a, s.at + 3 * PAGE, b"x"))
     s.host.lru.lru_add_drain_all()
     order = Order(s.host, s.a.mm)
-    mn.mmu_notifier_register(order, s.a.mm)
+    mmu_notifier_register(order, s.a.mm)
     s.do(lambda: s.file.a_ops.set_size(s.file, 3 * PAGE))
     assert order.log[:4] == ["start", "clear", "end", "flush"], "class 3: the gather's flush is after the end"
     assert order.log[4:-2].count("free") == 13

@@ -11,11 +11,13 @@ from host_mm import mmu_notifier as mn
 from host_mm.arch.x86.pgtable import lookup_address_in_mm, pte_pfn, pte_present
 from host_mm.compaction import compact_nodes
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.host import HostMm
 from host_mm.kernel.sched import RandomStrategy, Scheduler
 from host_mm.madvise import MADV_DONTNEED, MADV_MERGEABLE, do_madvise
 from host_mm.mmap import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_mmap, do_munmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import put_page
 from host_mm.page_alloc import GFP_COMP, GFP_DIRECT_RECLAIM, GFP_HIGHUSER_MOVABLE, GFP_KSWAPD_RECLAIM
 from host_mm.process import Process
@@ -132,7 +134,7 @@ def test_the_order_is_bracket_entry_flush_copy_set_free_for_each_page() -> None:
         def invalidate_range_end(self, range_: mn.MmuNotifierRange) -> None:
             seen.append("end")
 
-    mn.mmu_notifier_register(Recorder(), process.mm)
+    mmu_notifier_register(Recorder(), process.mm)
     names = {
         "set_migration_pte": "entry", "primary_flush": "flush", "migrate_folio": "copy",
         "remove_migration_pte": "set", "frame_free": "free", "mm_migrate_pages_start": "begin",

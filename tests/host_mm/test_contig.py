@@ -9,7 +9,8 @@ import pytest
 
 from host_mm.contig import alloc_contig_pages, alloc_contig_range, free_contig_range
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.host import HostMm
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.sched import RandomStrategy

@@ -7,7 +7,6 @@ from errno import EFBIG, EINVAL
 
 import pytest
 
-from host_mm import mmu_notifier as mn
 from host_mm.filemap_rw import (
     POSIX_FADV_DONTNEED,
     POSIX_FADV_WILLNEED,
@@ -17,6 +16,7 @@ from host_mm.filemap_rw import (
 )
 from host_mm.kernel.errors import KernelError
 from host_mm.madvise import MADV_DONTNEED, do_madvise
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.files import Shared
 from tests.host_mm.machine import PAGE, Recorder
@@ -29,7 +29,7 @@ def test_a_write_is_seen_by_who_has_the_page_mapped_and_tells_nobody(disk: bytes
     def use() -> None:
         assert copy_from_user(s.a, s.at + 3 * PAGE, 1) == b"\0"
         notifier = Recorder(s.at)
-        mn.mmu_notifier_register(notifier, s.a.mm)
+        mmu_notifier_register(notifier, s.a.mm)
         assert file_write(s.file, 3 * PAGE + 5, b"hello") == 5
         assert copy_from_user(s.a, s.at + 3 * PAGE + 4, 7) == b"\0hello\0"
         assert file_read(s.file, 3 * PAGE + 4, 3) == b"\0he"

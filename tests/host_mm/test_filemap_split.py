@@ -15,6 +15,7 @@ from host_mm.filemap_split import folio_split
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_PAGEOUT, do_madvise
 from host_mm.mm_types import MM_FILEPAGES
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import PG_writeback, folio_mapcount, get_page, put_page
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
@@ -53,7 +54,7 @@ def test_cleaning_takes_every_writable_entry_in_one_bracket_over_the_folio() -> 
     s, _ = large()
     copy_to_user(s.a, s.at + 5 * PAGE, b"x")
     order = Order(s.host, s.a.mm)
-    mn.mmu_notifier_register(order, s.a.mm)
+    mmu_notifier_register(order, s.a.mm)
     s.do(lambda: s.file.a_ops.fsync(s.file))
     assert order.ranges == [(mn.MMU_NOTIFY_PROTECTION_PAGE, s.at, s.at + 16 * PAGE, mn.ORDER_UNDER_PTL)]
     assert order.log == ["start", *["clear", "flush", "set"] * 16, "end", "io"], "one fault made all writable"
@@ -71,7 +72,7 @@ def test_the_pieces_are_as_large_as_they_can_be(split_at: int, expected: list[tu
     copy_from_user(s.a, s.at, 1)
     copy_to_user(s.b, s.bt + PAGE, b"y")
     notifier = Recorder(s.at)
-    mn.mmu_notifier_register(notifier, s.a.mm)
+    mmu_notifier_register(notifier, s.a.mm)
     get_page(s.host, folio)
     folio_lock(s.host, folio)
     assert folio_split(s.file, folio, folio + split_at) == 0
@@ -105,7 +106,7 @@ def test_a_hole_in_a_large_folio_frees_its_pages_and_keeps_the_rest() -> None:
     s, _ = large()
     copy_from_user(s.a, s.at, 1)
     notifier = Recorder(s.at)
-    mn.mmu_notifier_register(notifier, s.a.mm)
+    mmu_notifier_register(notifier, s.a.mm)
     s.do(lambda: s.file.a_ops.fallocate(s.file, HOLE, 3 * PAGE, 3 * PAGE))
     assert notifier.take() == [
         ("clear", 3 * PAGE, 6 * PAGE), ("clear", 0, 16 * PAGE), ("clear", 4 * PAGE, 8 * PAGE),
@@ -135,7 +136,7 @@ def test_reclaim_drops_a_large_folio_as_a_whole() -> None:
     copy_from_user(s.a, s.at, 1)
     s.host.lru.lru_add_drain_all()
     order = Order(s.host, s.a.mm)
-    mn.mmu_notifier_register(order, s.a.mm)
+    mmu_notifier_register(order, s.a.mm)
     s.do(lambda: do_madvise(s.a.mm, s.at, 16 * PAGE, MADV_PAGEOUT))
     assert order.log[0] == "start"
     assert order.log[-1] == "free"

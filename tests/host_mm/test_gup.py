@@ -15,9 +15,8 @@ from host_mm.gup import (
     FOLL_WRITE,
     get_user_page_fast_only,
     get_user_pages_unlocked,
-    pin_user_page,
-    unpin_user_page,
 )
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.madvise import MADV_PAGEOUT, do_madvise
 from host_mm.memory import handle_mm_fault

@@ -19,8 +19,8 @@ from host_mm.gup import (
     FOLL_PIN,
     FOLL_WRITE,
     get_user_pages_unlocked,
-    pin_user_page,
 )
+from host_mm.gup_pin import pin_user_page
 from host_mm.gup_range import get_user_pages, pin_user_pages, unpin_user_pages
 from host_mm.kernel.errors import KernelError
 from host_mm.ksm import scan_until_quiet

@@ -8,7 +8,8 @@ import pytest
 
 from host_mm.arch.x86.pgtable import lookup_address_in_mm, pmd_pfn
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.kernel.errors import KernelError
 from host_mm.madvise import MADV_DONTNEED, MADV_NOHUGEPAGE, do_madvise
 from host_mm.mm_types import VM_HUGEPAGE

@@ -8,7 +8,8 @@ import pytest
 
 from host_mm.arch.x86.pgtable import lookup_address_in_mm, pte_pfn
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_WRITE, get_user_pages_unlocked, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_WRITE, get_user_pages_unlocked
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.huge_memory_split import deferred_split_scan, split_huge_pages
 from host_mm.kernel.errors import EHWPOISON, KernelError
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise

@@ -11,13 +11,11 @@ from host_mm.hugetlb import (
     HPG_migratable,
     HPG_temporary,
     alloc_hugetlb_folio_nodemask,
-    alloc_surplus_hugetlb_folio,
     folio_isolate_hugetlb,
     folio_putback_hugetlb,
-    hugetlb_acct_memory,
     move_hugetlb_state,
-    set_max_huge_pages,
 )
+from host_mm.hugetlb_pool import alloc_surplus_hugetlb_folio, hugetlb_acct_memory, set_max_huge_pages
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.page import PG_hugetlb, put_page
 from host_mm.page_alloc import GFP_COMP, GFP_HIGHUSER_MOVABLE, GFP_NORETRY, GFP_THISNODE, alloc_pages

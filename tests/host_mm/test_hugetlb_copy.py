@@ -9,7 +9,8 @@ import pytest
 
 from host_mm.arch.x86.pgtable import pmd_pfn, pte_write
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.kernel.errors import KernelError
 from host_mm.mmap import MAP_PRIVATE
 from host_mm.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, do_mremap

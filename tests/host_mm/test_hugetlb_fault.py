@@ -8,14 +8,8 @@ import pytest
 
 from host_mm.arch.x86.pgtable import pmd_pfn, pte_dirty, pte_write
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import (
-    FOLL_LONGTERM,
-    FOLL_WRITE,
-    get_user_page_fast_only,
-    get_user_pages_unlocked,
-    pin_user_page,
-    unpin_user_page,
-)
+from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, get_user_page_fast_only, get_user_pages_unlocked
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.kernel.errors import KernelError
 from host_mm.madvise import MADV_DONTNEED, do_madvise
 from host_mm.mm_types import VM_LOCKED

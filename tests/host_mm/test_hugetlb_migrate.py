@@ -9,8 +9,9 @@ import pytest
 
 from host_mm.arch.x86.pgtable import pmd_pfn, pte_write
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_WRITE, get_user_pages_unlocked, pin_user_page, unpin_user_page
-from host_mm.hugetlb import set_max_huge_pages
+from host_mm.gup import FOLL_WRITE, get_user_pages_unlocked
+from host_mm.gup_pin import pin_user_page, unpin_user_page
+from host_mm.hugetlb_pool import set_max_huge_pages
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.mempolicy import (
     MPOL_BIND,

@@ -9,8 +9,9 @@ import pytest
 
 from host_mm.address_space import FALLOC_FL_KEEP_SIZE
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
-from host_mm.hugetlb import set_max_huge_pages
+from host_mm.gup import FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
+from host_mm.hugetlb_pool import set_max_huge_pages
 from host_mm.hugetlb_share import hugetlb_unshare_all_pmds
 from host_mm.madvise import MADV_DONTNEED, MADV_POPULATE_WRITE, do_madvise
 from host_mm.migrate import move_pages

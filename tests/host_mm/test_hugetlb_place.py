@@ -7,8 +7,9 @@ from errno import EBUSY, ENOMEM, EOPNOTSUPP
 import pytest
 
 from host_mm.arch.x86.pgtable import pmd_pfn
-from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, pin_user_page, unpin_user_page
-from host_mm.hugetlb import set_max_huge_pages
+from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
+from host_mm.hugetlb_pool import set_max_huge_pages
 from host_mm.kernel.errors import KernelError
 from host_mm.memory_failure import MF_COUNT_INCREASED, memory_failure, soft_offline_page
 from host_mm.memory_hotplug import offline_pages, online_pages

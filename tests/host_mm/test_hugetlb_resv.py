@@ -8,7 +8,8 @@ from errno import ENOSPC
 import pytest
 
 from host_mm.host import HostMm
-from host_mm.hugetlb import HPG_restore_reserve, hugetlb_acct_memory, set_max_huge_pages
+from host_mm.hugetlb import HPG_restore_reserve
+from host_mm.hugetlb_pool import hugetlb_acct_memory, set_max_huge_pages
 from host_mm.hugetlb_resv import (
     HPAGE_RESV_OWNER,
     HugetlbInode,

@@ -22,7 +22,7 @@ from host_mm.hugetlb_rmap import (
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.mmap import PROT_READ
 from host_mm.page import PG_anon_exclusive, PG_dirty, PG_hugetlb
-from host_mm.rmap import anon_vma_prepare
+from host_mm.rmap_anon_vma import anon_vma_prepare
 from tests.host_mm.hugetlb_machine import BASE, Machine
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from host_mm.address_space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fput
 from host_mm.fork import exit_process
-from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.hugetlbfs import hugetlb_file_setup
 from host_mm.kernel.errors import KernelError
 from host_mm.mmap import MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, do_mmap, do_munmap

@@ -13,6 +13,7 @@ from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Srcu
 from host_mm.kernel.sched import Scheduler
 from host_mm.mm_types import MmStruct
+from host_mm.mmu_notifier_register import mmu_notifier_register, mmu_notifier_release
 from host_mm.profile import LINUX_6_18
 from trace_events.stream import Listener, TraceStream
 
@@ -191,7 +192,7 @@ def test_a_list_refusal_after_the_tree_was_told_leaves_the_tree_told() -> None:
 
     mm = make_mm()
     inserted(mm, 0x1000, 0x1000)
-    mn.mmu_notifier_register(Refuser(), mm)
+    mmu_notifier_register(Refuser(), mm)
     range_ = mn.mmu_notifier_range_init(mn.MMU_NOTIFY_UNMAP, mm, 0x1000, 0x2000)
     assert mn.mmu_notifier_invalidate_range_start_nonblock(range_) == -EAGAIN
     assert mm.notifier_subscriptions.active_invalidate_ranges == 1, "the hole that Linux has too"
@@ -221,9 +222,9 @@ def test_the_tree_is_told_before_the_list_and_of_release_too() -> None:
         def release(self, mm: MmStruct) -> None:
             log.append(f"release after {len(sub.calls)}")
 
-    mn.mmu_notifier_register(Listed(), mm)
+    mmu_notifier_register(Listed(), mm)
     mn.mmu_notifier_invalidate_range_end(start(mm, 0x1000, 0x2000))
-    mn.mmu_notifier_release(mm)
+    mmu_notifier_release(mm)
     assert log == ["list after 1", "release after 2"]
     assert sub.calls[-1][0] == mn.MMU_NOTIFY_RELEASE
 

@@ -9,7 +9,8 @@ import pytest
 from host_mm import khugepaged
 from host_mm.arch.x86.pgtable import lookup_address_in_mm, pmd_pfn, pte_mkold
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.huge_memory_split import split_huge_pages
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.sched import RandomStrategy

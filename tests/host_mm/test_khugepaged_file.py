@@ -9,7 +9,8 @@ import pytest
 
 from host_mm.arch.x86.pgtable import lookup_address_in_mm
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.huge_memory_split import split_huge_pages
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.sched import RandomStrategy
@@ -25,7 +26,7 @@ from host_mm.madvise import (
 )
 from host_mm.migrate import move_pages
 from host_mm.mm_types import MM_SHMEMPAGES
-from host_mm.mmu_notifier import mmu_notifier_register
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.mprotect import do_mprotect
 from host_mm.page import folio_mapcount
 from host_mm.process import Process

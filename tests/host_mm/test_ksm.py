@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 
-from host_mm import ksm, ksm_merge, ksm_tree
+from host_mm import ksm_merge
 from host_mm import mmu_notifier as mn
-from host_mm.arch.x86.pgtable import lookup_address_in_mm, pte_dirty, pte_pfn, pte_present, pte_write
+from host_mm.arch.x86.pgtable import pte_dirty, pte_write
 from host_mm.filemap import folio_lock, folio_unlock
-from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, get_user_pages_unlocked, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, get_user_pages_unlocked
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.host import HostMm
 from host_mm.ksm import run_store, scan_until_quiet
-from host_mm.ksm_types import KSM_RUN_MERGE, KSM_RUN_STOP, KSM_RUN_UNMERGE, folio_stable_node
-from host_mm.madvise import MADV_FREE, MADV_MERGEABLE, MADV_UNMERGEABLE, do_madvise
+from host_mm.ksm_types import KSM_RUN_UNMERGE, folio_stable_node
+from host_mm.madvise import MADV_FREE, MADV_UNMERGEABLE, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.mm_types import VM_MERGEABLE, MmStruct
-from host_mm.mmap import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, do_mmap, do_munmap
+from host_mm.mmap import do_munmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import PG_dirty, PG_ksm, get_page, put_page
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10
@@ -27,73 +28,9 @@ from host_mm.rmap_unmap import try_to_unmap
 from host_mm.swap_state import folio_alloc_swap
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
-from tests.host_mm.machine import PAGE, RW, make_host
+from tests.host_mm.ksm_machine import BASE, entry, fill, frame, holds, leave_nothing, mergeable, on
+from tests.host_mm.machine import PAGE, make_host
 from trace_events.stream import Listener
-
-BASE = 0x10000000
-ANON = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED
-
-
-def fill(process: Process, page: int, byte: int, address: int = BASE) -> None:
-    copy_to_user(process, address + page * PAGE, bytes([byte]) * PAGE)
-
-
-def holds(process: Process, page: int, byte: int) -> bool:
-    return copy_from_user(process, BASE + page * PAGE, PAGE) == bytes([byte]) * PAGE
-
-
-def entry(process: Process, page: int = 0) -> int:
-    return lookup_address_in_mm(process.mm, BASE + page * PAGE)[0]
-
-
-def frame(process: Process, page: int = 0) -> int:
-    value = entry(process, page)
-    return pte_pfn(value) if pte_present(value) else -1
-
-
-def mergeable(host: HostMm, contents: str | bytes, name: str = "p") -> Process:
-    """A process whose pages are filled with these bytes, on ksmd's round."""
-    process = host.create_process(name)
-    data = contents.encode() if isinstance(contents, str) else contents
-    do_mmap(process.mm, BASE, len(data) * PAGE, RW, ANON)
-    for page, byte in enumerate(data):
-        fill(process, page, byte)
-    do_madvise(process.mm, BASE, len(data) * PAGE, MADV_MERGEABLE)
-    return process
-
-
-def on(host: HostMm, body: Callable[[], Any]) -> Any:
-    return host.sched.run_task("test", body)
-
-
-def leave_nothing(host: HostMm, *processes: Process) -> None:
-    """End the processes, let ksmd forget them, and look for every frame and slot."""
-
-    def body() -> None:
-        audit(host)
-        for process in processes:
-            exit_process(process)
-        run_store(host, KSM_RUN_MERGE)
-        while host.ksm.mm_slots:
-            host.sched.sleep(1_000_000)
-        run_store(host, KSM_RUN_STOP)
-        for node in host.ksm.stable_tree:
-            # Stale by now: the last page went with the last process. The next search would drop them.
-            assert all(folio_stable_node(host, dup.kpfn) is not dup for dup in getattr(node, "dups", [node]))
-        host.quiesce()
-        host.lru.lru_add_drain_all()
-        for nid in range(len(host.nodes)):
-            while host.reclaim(0, nid):
-                pass
-        host.quiesce()
-        audit(host)
-
-    on(host, body)
-    assert host.ksm.ksm_rmap_items == host.ksm.ksm_zero_pages == 0
-    assert not host.mms
-    assert host.allocator.nr_free_pages() == sum(zone.managed for zone in host.zones)
-    assert host.swap is not None
-    assert host.swap.inuse_pages == 0
 
 
 class Steps(mn.MmuNotifier):
@@ -121,7 +58,7 @@ class Steps(mn.MmuNotifier):
 
 def steps(process: Process, body: Callable[[], Any]) -> list[str]:
     seen = Steps(process.host, process.mm)
-    mn.mmu_notifier_register(seen, process.mm)
+    mmu_notifier_register(seen, process.mm)
     on(process.host, body)
     assert seen.classes <= {(mn.MMU_NOTIFY_CLEAR, mn.ORDER_UNDER_PTL)}
     return seen.log
@@ -199,7 +136,7 @@ def test_a_write_between_the_two_brackets_keeps_its_page() -> None:
                 fill(process, 0, 7)
             return 0
 
-    mn.mmu_notifier_register(Writer(), process.mm)
+    mmu_notifier_register(Writer(), process.mm)
     on(host, lambda: scan_until_quiet(host))
     assert starts[:3] == [1, 0, 0]
     assert on(host, lambda: holds(process, 0, 7) and holds(process, 1, ord("a")))
@@ -225,25 +162,6 @@ def test_the_dirty_bit_that_write_protection_takes_goes_to_the_page() -> None:
     assert on(host, body) == entry(process)
     assert host.pages.flags[pfn] & PG_dirty
     assert not pte_dirty(entry(process))
-
-
-def test_a_page_that_changes_between_two_scans_is_left_alone() -> None:
-    host = make_host()
-    process = on(host, lambda: mergeable(host, "ab"))
-
-    def body() -> None:
-        run_store(host, KSM_RUN_MERGE)
-        for byte in range(8):
-            fill(process, 0, byte)
-            fill(process, 1, byte)
-            done = host.ksm.full_scans
-            while host.ksm.full_scans == done:
-                host.sched.sleep(1_000_000)
-        run_store(host, KSM_RUN_STOP)
-
-    on(host, body)
-    assert host.ksm.ksm_pages_shared == host.ksm.ksm_pages_unshared == 0
-    assert host.ksm.stat()["pages_volatile"] == 2
 
 
 def test_the_last_sharers_write_copies_too_and_the_node_goes_with_its_page() -> None:
@@ -305,41 +223,6 @@ def test_a_full_ksm_page_is_followed_by_another_in_a_chain() -> None:
     assert (stat["pages_shared"], stat["pages_sharing"]) == (1, 1)
     assert (stat["stable_node_chains"], stat["stable_node_dups"]) == (0, 0)
     leave_nothing(host, process)
-
-
-def test_smart_scan_passes_over_pages_that_found_no_partner() -> None:
-    host = make_host()
-    on(host, lambda: mergeable(host, "abc"))
-
-    def body() -> None:
-        run_store(host, KSM_RUN_MERGE)
-        while host.ksm.full_scans < 12:
-            host.sched.sleep(1_000_000)
-        run_store(host, KSM_RUN_STOP)
-
-    on(host, body)
-    # Ages 0 to 3 are looked at; then 1 scan is passed over, one looked at (age 5), 2 passed over, ...
-    assert host.ksm.ksm_pages_skipped == 3 * 6
-    assert host.ksm.ksm_pages_scanned == 3 * 6
-
-
-def test_a_forked_ksm_page_is_found_in_the_child_that_ksmd_never_saw() -> None:
-    host = make_host()
-    parent = on(host, lambda: mergeable(host, "aab"))
-    on(host, lambda: scan_until_quiet(host))
-    child = on(host, lambda: fork_process(parent))
-    kpfn = frame(parent)
-    assert {frame(child, 0), frame(child, 1)} == {kpfn}
-    assert host.pages.mapcount[kpfn] == 4
-    assert on(host, lambda: move_pages(parent, [BASE], [1], move_all=True)) == [1]
-    assert {frame(who, page) for who in (parent, child) for page in (0, 1)} == {frame(parent)} != {kpfn}
-    on(host, lambda: scan_until_quiet(host))
-    assert host.ksm.ksm_pages_sharing >= 3
-    on(host, lambda: fill(child, 0, 9))
-    assert on(host, lambda: holds(parent, 0, ord("a")))
-    on(host, lambda: exit_process(parent))
-    assert on(host, lambda: holds(child, 1, ord("a")))
-    leave_nothing(host, child)
 
 
 def test_after_migration_the_node_leads_to_the_new_frame() -> None:
@@ -431,47 +314,6 @@ def test_run_2_parts_everything_and_forgets_it() -> None:
     leave_nothing(host, first, second)
 
 
-def test_a_process_that_ends_stays_on_the_list_until_ksmd_comes_by() -> None:
-    host = make_host()
-    process = on(host, lambda: mergeable(host, "aab"))
-    on(host, lambda: scan_until_quiet(host))
-    on(host, lambda: exit_process(process))
-    assert process.mm in host.mms
-    assert process.mm.pgd
-    leave_nothing(host)
-    assert host.ksm.ksm_pages_shared == host.ksm.ksm_pages_sharing == 0
-
-
-def test_a_mapping_that_is_never_scanned_leaves_at_once() -> None:
-    host = make_host()
-    process = on(host, lambda: mergeable(host, "aab"))
-    on(host, lambda: exit_process(process))
-    assert not host.mms
-    assert not host.ksm.mm_slots
-
-
-def test_the_events_read_as_the_kernels() -> None:
-    host = make_host()
-    lines: list[str] = []
-    formats = {tp.name: tp for module in (ksm, ksm_merge, ksm_tree) for tp in module.TRACEPOINTS}
-    host.stream.listen(Listener(
-        ["ksm:*"],
-        lambda event: lines.append(f"{event.name}: {formats[event.name].format(tuple(event.args.values()))}"),
-    ))
-    process = on(host, lambda: mergeable(host, "aa"))
-    on(host, lambda: scan_until_quiet(host))
-    kpfn = frame(process)
-    assert lines == [
-        "ksm_enter: mm 0000000000000001",
-        "ksm_start_scan: seq 0 rmap size 0", "ksm_stop_scan: seq 0 rmap size 2",
-        "ksm_start_scan: seq 1 rmap size 2",
-        f"ksm_merge_with_ksm_page: pfn {kpfn} rmap_item 0000000010001000 mm 0000000000000001 error 0",
-        f"ksm_merge_with_ksm_page: ksm pfn {kpfn} rmap_item 0000000010000000 mm 0000000000000001 error 0",
-        "ksm_stop_scan: seq 1 rmap size 2",
-        "ksm_start_scan: seq 2 rmap size 2", "ksm_stop_scan: seq 2 rmap size 2",
-    ]
-
-
 def test_linux_5_10_tells_the_new_entry_before_it_sets_it() -> None:
     host = make_host(profile=LINUX_5_10)
     told: list[int] = []
@@ -481,7 +323,7 @@ def test_linux_5_10_tells_the_new_entry_before_it_sets_it() -> None:
             told.append((address - BASE) // PAGE)
 
     process = on(host, lambda: mergeable(host, "aa"))
-    mn.mmu_notifier_register(Told(), process.mm)
+    mmu_notifier_register(Told(), process.mm)
     on(host, lambda: scan_until_quiet(host))
     assert told == [1, 0, 0]
     on(host, lambda: fill(process, 0, 4))

@@ -8,14 +8,13 @@ from host_mm.host import HostMm
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.sched import Scheduler
 from host_mm.lru import (
-    FOLIO_BATCH_SIZE,
     LRU_ACTIVE_ANON,
     LRU_INACTIVE_ANON,
     LRU_INACTIVE_FILE,
     LRU_UNEVICTABLE,
 )
 from host_mm.mm_types import VM_LOCKED, MmStruct, VmArea
-from host_mm.page import PG_active, PG_anon, PG_lru, PG_referenced, PG_swapbacked, put_page
+from host_mm.page import FOLIO_BATCH_SIZE, PG_active, PG_anon, PG_lru, PG_referenced, PG_swapbacked, put_page
 from host_mm.page_alloc import GFP_KERNEL
 from trace_events.stream import TraceStream
 
@@ -141,7 +140,7 @@ def test_pages_of_a_locked_vma_are_unevictable_until_munlocked(host: HostMm) -> 
     host.lru.folio_add_lru_vma(pfn, vma)
     host.lru.lru_add_drain()
     assert listed(host, LRU_UNEVICTABLE) == [pfn]
-    host.lru.munlock_folio(pfn)
+    host.lru.mlock.munlock_folio(pfn)
     host.lru.lru_add_drain()
     assert listed(host, LRU_INACTIVE_ANON) == [pfn]
 

@@ -7,6 +7,7 @@ import pytest
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.madvise import MADV_COLD, MADV_FREE, do_madvise
 from host_mm.mlock import do_mlock, do_munlock
+from host_mm.mmu_notifier_register import mmu_notifier_unregister
 from host_mm.page import PG_active, PG_referenced, PG_workingset
 from host_mm.rmap import folio_referenced
 from host_mm.truths import audit
@@ -126,10 +127,9 @@ def test_an_entry_that_is_old_everywhere_is_not_looked_around() -> None:
 
 def test_without_a_secondary_mmu_only_entries_that_are_young_are_touched() -> None:
     vmm = Vmm(params={"mm.lru_gen": "Y"})
-    from host_mm import mmu_notifier as mn
     from tests.host_mm.gens import fill
 
-    mn.mmu_notifier_unregister(vmm.notifier, vmm.mm)
+    mmu_notifier_unregister(vmm.notifier, vmm.mm)
     run(vmm.host, lambda: fill(vmm, 4))
     stores: list[int] = []
     for page in (0, 2):

@@ -6,7 +6,6 @@ from errno import EACCES, EINVAL
 
 import pytest
 
-from host_mm import mmu_notifier as mn
 from host_mm.fork import exit_process
 from host_mm.kernel.errors import KernelError
 from host_mm.madvise import (
@@ -19,6 +18,7 @@ from host_mm.madvise import (
 )
 from host_mm.mlock import do_mlock
 from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, do_mmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import PG_swapcache
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.files import Shared
@@ -34,7 +34,7 @@ def test_remove_punches_a_hole_at_the_place_in_the_file(disk: bytes | None) -> N
         copy_to_user(s.a, s.at, b"x" * 16 * PAGE)
         at = do_mmap(s.b.mm, 0, 4 * PAGE, RW, 1, file=s.file, pgoff=8)
         notifier = Recorder(s.at)
-        mn.mmu_notifier_register(notifier, s.a.mm)
+        mmu_notifier_register(notifier, s.a.mm)
         do_madvise(s.b.mm, at + PAGE, 2 * PAGE, MADV_REMOVE)
         assert notifier.take() == [("clear", 9 * PAGE, 11 * PAGE)]
         assert copy_from_user(s.a, s.at + 9 * PAGE - 1, 2) == b"x\0"
@@ -88,7 +88,7 @@ def test_lazy_freeing_is_for_anonymous_memory_and_cold_is_for_all() -> None:
         do_madvise(s.a.mm, s.at, PAGE, MADV_FREE)
     assert refused.value.errno == EINVAL
     notifier = Recorder(s.at)
-    mn.mmu_notifier_register(notifier, s.a.mm)
+    mmu_notifier_register(notifier, s.a.mm)
     do_madvise(s.a.mm, s.at, PAGE, MADV_COLD)
     assert notifier.take() == []
     s.end()

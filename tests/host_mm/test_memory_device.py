@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from host_mm.arch.x86.pgtable import (
+from host_mm.arch.x86.swapops import (
     SWP_DEVICE_EXCLUSIVE,
     SWP_MIGRATION_WRITE,
     decode_pte,

@@ -8,15 +8,11 @@ from errno import EBUSY, EFAULT, EIO, ENXIO
 import pytest
 
 from host_mm import mmu_notifier as mn
-from host_mm.arch.x86.pgtable import (
-    SWP_HWPOISON,
-    lookup_address_in_mm,
-    pte_present,
-    pte_to_swp_entry,
-    swp_type,
-)
+from host_mm.arch.x86.pgtable import lookup_address_in_mm, pte_present
+from host_mm.arch.x86.swapops import SWP_HWPOISON, pte_to_swp_entry, swp_type
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_HWPOISON, FOLL_WRITE, get_user_pages_unlocked, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_HWPOISON, FOLL_WRITE, get_user_pages_unlocked
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.host import HostMm
 from host_mm.kernel.errors import EHWPOISON, BrokenTruth, KernelError
 from host_mm.kernel.sched import RandomStrategy

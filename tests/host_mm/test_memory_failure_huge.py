@@ -8,7 +8,8 @@ from errno import EBUSY, EFAULT
 import pytest
 
 from host_mm.arch.x86.pgtable import lookup_address_in_mm, pte_pfn
-from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.host import HostMm
 from host_mm.kernel.errors import EHWPOISON, KernelError
 from host_mm.madvise import MADV_DONTNEED, do_madvise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from host_mm import mmu_notifier as mn
 from host_mm.fork import exit_process, fork_process
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.ksm import scan_until_quiet
@@ -12,6 +11,7 @@ from host_mm.madvise import MADV_DONTNEED, MADV_MERGEABLE, do_madvise
 from host_mm.memory_file import unmap_mapping_pages
 from host_mm.mm_types import MM_ANONPAGES, MM_SHMEMPAGES
 from host_mm.mmap import MAP_PRIVATE
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import PG_anon, PG_ksm
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.files import Shared, frame
@@ -21,7 +21,7 @@ from tests.host_mm.machine import PAGE, Recorder, run
 def test_a_private_mapping_reads_the_file_and_keeps_what_it_writes() -> None:
     s = Shared(kind=MAP_PRIVATE)
     notifier = Recorder(s.bt)
-    mn.mmu_notifier_register(notifier, s.b.mm)
+    mmu_notifier_register(notifier, s.b.mm)
     copy_to_user(s.a, s.at, b"file")
     assert copy_from_user(s.b, s.bt, 4) == b"file"
     copy_to_user(s.b, s.bt, b"mine")
@@ -46,8 +46,8 @@ def test_unmapping_a_files_pages_takes_copies_only_when_asked(even_cows: bool) -
     copy_to_user(s.b, s.bt + PAGE, b"mine")
     copy_to_user(s.b, s.bt + 9 * PAGE, b"mine")
     a, b = Recorder(s.at), Recorder(s.bt)
-    mn.mmu_notifier_register(a, s.a.mm)
-    mn.mmu_notifier_register(b, s.b.mm)
+    mmu_notifier_register(a, s.a.mm)
+    mmu_notifier_register(b, s.b.mm)
     unmap_mapping_pages(s.file, 1, 2, even_cows=even_cows)
     assert a.take() == b.take() == [("clear", PAGE, 3 * PAGE)]
     assert (s.b.mm.rss[MM_SHMEMPAGES], s.b.mm.rss[MM_ANONPAGES]) == (2, 1 if even_cows else 2)

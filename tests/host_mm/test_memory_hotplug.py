@@ -6,7 +6,8 @@ from errno import EBUSY, EINVAL
 
 import pytest
 
-from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.host import HostMm
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.memory_failure import memory_failure

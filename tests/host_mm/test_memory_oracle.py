@@ -19,7 +19,7 @@ from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.mlock import do_mlock, do_munlockall
 from host_mm.mmap import MAP_FIXED, PROT_READ, do_mmap, do_munmap
-from host_mm.mmu_notifier import mmu_notifier_register
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.mprotect import do_mprotect
 from host_mm.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, do_mremap
 from host_mm.process import Process

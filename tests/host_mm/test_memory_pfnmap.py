@@ -6,7 +6,6 @@ from errno import EFAULT, EINVAL
 
 import pytest
 
-from host_mm import mmu_notifier as mn
 from host_mm.address_space import VmOperations
 from host_mm.arch.x86.pgtable import _PAGE_SPECIAL, pte_pfn, pte_write, walk_lockless
 from host_mm.fork import exit_process, fork_process
@@ -16,6 +15,7 @@ from host_mm.memory_pfnmap import fixup_user_fault, follow_pfnmap_end, follow_pf
 from host_mm.memremap import release_reserved, request_reserved
 from host_mm.mm_types import VM_PFNMAP
 from host_mm.mmap import MAP_PRIVATE, MAP_SHARED, do_mmap, do_munmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.process import Process
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
@@ -88,7 +88,7 @@ def test_a_hole_that_no_driver_fills_is_a_bus_error() -> None:
 def test_fork_gives_the_child_the_same_frames_of_a_shared_mapping() -> None:
     m = Mapped()
     recorder = Recorder(m.base)
-    mn.mmu_notifier_register(recorder, m.process.mm)
+    mmu_notifier_register(recorder, m.process.mm)
     child = fork_process(m.process)
     assert recorder.take() == [], "nothing is write-protected"
     run(m.host, lambda: copy_to_user(child, m.base, b"child"))
@@ -102,7 +102,7 @@ def test_a_write_to_a_private_mapping_copies_the_frame() -> None:
     m.host.ram.write(m.pfn << 12, b"rom")
     assert not pte_write(m.entry(m.process))
     recorder = Recorder(m.base)
-    mn.mmu_notifier_register(recorder, m.process.mm)
+    mmu_notifier_register(recorder, m.process.mm)
     run(m.host, lambda: copy_to_user(m.process, m.base, b"R"))
     assert recorder.take() == [("clear", 0, PAGE)]
     assert copy_from_user(m.process, m.base, 3) == b"Rom"

@@ -13,13 +13,14 @@ from contextlib import suppress
 import pytest
 
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_COLD, MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.mmap import PROT_READ, do_mmap
-from host_mm.mmu_notifier import mmu_notifier_register
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.mprotect import do_mprotect
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile

@@ -22,6 +22,7 @@ from host_mm.mempolicy import (
     do_migrate_pages,
 )
 from host_mm.mmap import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_mmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import put_page
 from host_mm.process import Process
 from host_mm.truths import audit
@@ -74,7 +75,7 @@ def test_a_split_inside_an_aligned_2m_brackets_it_before_the_pages_move() -> Non
             ranges.append((range_.start, range_.end))
             return 0
 
-    mn.mmu_notifier_register(Recorder(), process.mm)
+    mmu_notifier_register(Recorder(), process.mm)
     host.sched.run_task("mbind", lambda: do_mbind(process, BASE, PAGE, MPOL_BIND, 1, MPOL_MF_MOVE))
     assert ranges == [(BASE, BASE + (2 << 20)), (BASE, BASE + PAGE)]
 

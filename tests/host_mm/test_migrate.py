@@ -10,7 +10,8 @@ import pytest
 
 from host_mm.arch.x86.pgtable import lookup_address_in_mm, pte_pfn, pte_present, pte_write
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_WRITE, get_user_pages_unlocked, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_WRITE, get_user_pages_unlocked
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.host import HostMm
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.sched import RandomStrategy, Scheduler

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from host_mm import mmu_notifier as mn
-from host_mm.arch.x86.pgtable import decode_pte, walk_lockless
+from host_mm.arch.x86.pgtable import walk_lockless
+from host_mm.arch.x86.swapops import decode_pte
 from host_mm.host import HostMm
 from host_mm.memremap import memremap_pages, zone_device_page_init
-from host_mm.migrate_device import (
+from host_mm.migrate_device import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
+from host_mm.migrate_device_collect import (
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
     MIGRATE_PFN_WRITE,
@@ -23,12 +25,10 @@ from host_mm.migrate_device import (
     MigrateVma,
     migrate_pfn,
     migrate_pfn_to_page,
-    migrate_vma_finalize,
-    migrate_vma_pages,
-    migrate_vma_setup,
 )
 from host_mm.mm_types import VM_PFNMAP, VmFault
 from host_mm.mmap import do_mmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import PG_locked, PG_lru
 from host_mm.process import Process
 from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
@@ -164,7 +164,7 @@ def test_the_bracket_in_which_holes_are_filled_is_the_kernels(
             seen.append((mn.EVENT_NAMES[range_.event], range_.owner))
             return 0
 
-    mn.mmu_notifier_register(Watch(), driver.process.mm)
+    mmu_notifier_register(Watch(), driver.process.mm)
 
     def body() -> None:
         args = driver.args(0, 1)

@@ -10,12 +10,14 @@ import pytest
 from host_mm import mmu_notifier as mn
 from host_mm.compaction import compact_nodes
 from host_mm.contig import alloc_contig_range
-from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, pin_user_page
+from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE
+from host_mm.gup_pin import pin_user_page
 from host_mm.host import HostMm
 from host_mm.memory_failure import soft_offline_page
 from host_mm.memory_hotplug import offline_pages
 from host_mm.mempolicy import MPOL_BIND, MPOL_MF_MOVE, do_mbind, do_migrate_pages
 from host_mm.migrate import move_pages
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.process import Process
 from host_mm.uaccess import copy_to_user
 from tests.host_mm.machine import run
@@ -53,7 +55,7 @@ def test_the_steps_of_a_migration_for_each_reason(reason: str) -> None:
     host, process = lone_page()
     operation, frees = REASONS[reason]
     recorder = Recorder(host, process.mm)
-    mn.mmu_notifier_register(recorder, process.mm)
+    mmu_notifier_register(recorder, process.mm)
     reasons = reasons_of(host)
     old = pfn_of(process)
     host.sched.run_task("operation", lambda: operation(host, process))
@@ -78,7 +80,7 @@ def test_a_long_pin_migrates_by_the_same_steps_before_it_pins_again() -> None:
     host, process = lone_page(params={"mm.movablecore": "8M"})
     assert host.allocator.zone_of(pfn_of(process)).name == "Movable"
     recorder = Recorder(host, process.mm)
-    mn.mmu_notifier_register(recorder, process.mm)
+    mmu_notifier_register(recorder, process.mm)
     reasons = reasons_of(host)
     run(host, lambda: pin_user_page(process.mm, BASE, FOLL_WRITE | FOLL_LONGTERM))
     assert recorder.log == [*STEPS, "free"]
@@ -89,7 +91,7 @@ def test_a_long_pin_migrates_by_the_same_steps_before_it_pins_again() -> None:
 def test_migrate_pages_moves_by_the_same_steps() -> None:
     host, process = lone_page()
     recorder = Recorder(host, process.mm)
-    mn.mmu_notifier_register(recorder, process.mm)
+    mmu_notifier_register(recorder, process.mm)
     assert host.sched.run_task("migrate", lambda: do_migrate_pages(process, 1, 0)) == 0
     assert recorder.log == [*STEPS, "free"]
 
@@ -97,6 +99,6 @@ def test_migrate_pages_moves_by_the_same_steps() -> None:
 def test_compaction_of_a_lone_page_has_nowhere_to_go_and_tells_nobody() -> None:
     host, process = lone_page()
     recorder = Recorder(host, process.mm)
-    mn.mmu_notifier_register(recorder, process.mm)
+    mmu_notifier_register(recorder, process.mm)
     host.sched.run_task("compact", lambda: compact_nodes(host))
     assert recorder.log == []

@@ -321,17 +321,17 @@ def test_the_walk_of_mlock_is_not_counted_by_rmap_walkers(vm: Vmm) -> None:
     vm.host.lru.lru_add_drain_all()
     pfn = frame(vm, 0)
     seen: list[int] = []
-    original = vm.host.lru.mlock_folio
+    original = vm.host.lru.mlock.mlock_folio
 
     def mlock_folio(found: int) -> None:
         # A walker between the setting of VM_LOCKED and the end of the walk.
         inside = vm.mm.vma_lookup(vm.base)
         assert inside is not None
         seen.append(found)
-        vm.host.lru.mlock_vma_folio(found, inside)
+        vm.host.lru.mlock.mlock_vma_folio(found, inside)
         original(found)
 
-    vm.host.lru.mlock_folio = mlock_folio  # type: ignore[method-assign]
+    vm.host.lru.mlock.mlock_folio = mlock_folio  # type: ignore[method-assign]
     lock(vm, 0, PAGE, MLOCK_ONFAULT)
     assert seen == [pfn]
     unlock(vm, 0, PAGE)

@@ -14,6 +14,14 @@ from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Srcu
 from host_mm.kernel.sched import Scheduler
 from host_mm.mm_types import MmStruct, VmArea
+from host_mm.mmu_notifier_register import (
+    mmu_notifier_get,
+    mmu_notifier_put,
+    mmu_notifier_register,
+    mmu_notifier_release,
+    mmu_notifier_subscriptions_destroy,
+    mmu_notifier_unregister,
+)
 from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
 from trace_events.stream import Listener, TraceStream
 
@@ -78,7 +86,7 @@ def test_nobody_registered_means_no_event_and_no_call() -> None:
 def test_the_newest_notifier_is_called_first() -> None:
     mm, log = make_mm(), []
     for name in "ab":
-        assert mn.mmu_notifier_register(Recorder(log, name), mm) == 0
+        assert mmu_notifier_register(Recorder(log, name), mm) == 0
     range_ = bracket(mm)
     mn.mmu_notifier_invalidate_range_start(range_)
     mn.mmu_notifier_invalidate_range_end(range_)
@@ -87,7 +95,7 @@ def test_the_newest_notifier_is_called_first() -> None:
 
 def test_the_start_event_is_the_cause_of_what_happens_inside_the_bracket() -> None:
     mm = make_mm()
-    mn.mmu_notifier_register(Recorder([]), mm)
+    mmu_notifier_register(Recorder([]), mm)
     seen: list[Any] = []
     mm.host.stream.listen(Listener(["*"], seen.append))
     ctx = mm.host.stream.ctx
@@ -111,9 +119,9 @@ def test_the_start_event_is_the_cause_of_what_happens_inside_the_bracket() -> No
 
 def test_a_refused_start_still_calls_the_others_and_ends_those_that_have_an_end() -> None:
     mm, log = make_mm(), []
-    mn.mmu_notifier_register(Recorder(log, "a"), mm)
-    mn.mmu_notifier_register(Refuser(), mm)
-    mn.mmu_notifier_register(Recorder(log, "b"), mm)
+    mmu_notifier_register(Recorder(log, "a"), mm)
+    mmu_notifier_register(Refuser(), mm)
+    mmu_notifier_register(Recorder(log, "b"), mm)
     assert mn.mmu_notifier_invalidate_range_start_nonblock(bracket(mm)) == -EAGAIN
     assert log == ["bstart", "astart", "bend", "aend"]
     mn.mmu_notifier_invalidate_range_start(bracket(mm))
@@ -125,9 +133,9 @@ def test_in_5_10_a_refused_start_calls_the_others_and_ends_nobody() -> None:
             raise AssertionError("told an end")
 
     mm, log = make_mm(profile=LINUX_5_10), []
-    mn.mmu_notifier_register(Recorder(log, "a"), mm)
-    mn.mmu_notifier_register(Both(), mm)
-    mn.mmu_notifier_register(Recorder(log, "b"), mm)
+    mmu_notifier_register(Recorder(log, "a"), mm)
+    mmu_notifier_register(Both(), mm)
+    mmu_notifier_register(Recorder(log, "b"), mm)
     assert mn.mmu_notifier_invalidate_range_start_nonblock(bracket(mm)) == -EAGAIN
     assert log == ["bstart", "astart"]
 
@@ -138,7 +146,7 @@ def test_a_notifier_that_refuses_may_not_have_an_end() -> None:
             pass
 
     mm = make_mm()
-    mn.mmu_notifier_register(Both(), mm)
+    mmu_notifier_register(Both(), mm)
     with pytest.raises(BrokenTruth, match="notifier-start-refused"):
         mn.mmu_notifier_invalidate_range_start_nonblock(bracket(mm))
 
@@ -150,7 +158,7 @@ def test_a_callback_of_a_non_blockable_bracket_may_not_sleep() -> None:
             return 0
 
     mm = make_mm()
-    mn.mmu_notifier_register(Sleeper(), mm)
+    mmu_notifier_register(Sleeper(), mm)
     mm.host.sched.run_task("t", lambda: mn.mmu_notifier_invalidate_range_start(bracket(mm)))
     with pytest.raises(BrokenTruth, match="no-sleep-in-atomic"):
         mm.host.sched.run_task("t", lambda: mn.mmu_notifier_invalidate_range_start_nonblock(bracket(mm)))
@@ -159,7 +167,7 @@ def test_a_callback_of_a_non_blockable_bracket_may_not_sleep() -> None:
 def test_young_answers_are_ored_but_the_first_yes_ends_a_test() -> None:
     mm, log = make_mm(), []
     for name in "abc":
-        mn.mmu_notifier_register(Recorder(log, name), mm)
+        mmu_notifier_register(Recorder(log, name), mm)
     assert mn.mmu_notifier_clear_flush_young(mm, 0, 0x1000) == 1
     assert mn.mmu_notifier_test_young(mm, 0) == 1
     assert log == [*(f"{n}clear_flush_young" for n in "cba"), "ctest_young", "btest_young"]
@@ -172,7 +180,7 @@ def test_secondary_tlb_and_bracket_callbacks_exclude_each_other() -> None:
             pass
 
     mm = make_mm()
-    assert mn.mmu_notifier_register(Both([]), mm) == -EINVAL
+    assert mmu_notifier_register(Both([]), mm) == -EINVAL
     assert mm.mm_count == 1
 
 
@@ -181,7 +189,7 @@ def test_registering_takes_every_anon_vma_lock() -> None:
     sched = mm.host.sched
     vma = VmArea(mm, 0, 0x1000, 3, 0)
     mm.vmas.append(vma)
-    from host_mm.rmap import anon_vma_prepare
+    from host_mm.rmap_anon_vma import anon_vma_prepare
 
     anon_vma_prepare(vma)
     rwsem = vma.anon_vma.root.rwsem
@@ -195,7 +203,7 @@ def test_registering_takes_every_anon_vma_lock() -> None:
 
     task = sched.spawn("walker", walker)
     sched.run_until(lambda: bool(rwsem.readers))
-    sched.run_task("register", lambda: mn.mmu_notifier_register(Recorder(log), mm))
+    sched.run_task("register", lambda: mmu_notifier_register(Recorder(log), mm))
     log.append("registered")
     assert task.done
     assert log == ["walk done", "registered"]
@@ -212,9 +220,9 @@ def test_unregister_releases_once_and_waits_for_running_callbacks() -> None:
             return 0
 
     sub = Slow(log)
-    mn.mmu_notifier_register(sub, mm)
+    mmu_notifier_register(sub, mm)
     sched.spawn("bracket", lambda: mn.mmu_notifier_invalidate_range_start(bracket(mm)))
-    sched.run_task("unregister", lambda: (mn.mmu_notifier_unregister(sub, mm), log.append("unregistered")))
+    sched.run_task("unregister", lambda: (mmu_notifier_unregister(sub, mm), log.append("unregistered")))
     assert log == ["release", "slow start done", "unregistered"]
     assert mm.mm_count == 1
 
@@ -223,14 +231,14 @@ def test_exit_releases_every_notifier_and_unregister_later_does_not() -> None:
     mm, log = make_mm(), []
     subs = [Recorder(log, name) for name in "ab"]
     for sub in subs:
-        mn.mmu_notifier_register(sub, mm)
-    mn.mmu_notifier_release(mm)
+        mmu_notifier_register(sub, mm)
+    mmu_notifier_release(mm)
     assert log == ["brelease", "arelease"]
     for sub in subs:
-        mn.mmu_notifier_unregister(sub, mm)
+        mmu_notifier_unregister(sub, mm)
     assert log == ["brelease", "arelease"]
     assert mm.mm_count == 1
-    mn.mmu_notifier_subscriptions_destroy(mm)
+    mmu_notifier_subscriptions_destroy(mm)
     assert mm.notifier_subscriptions is None
 
 
@@ -247,12 +255,12 @@ def test_get_shares_one_notifier_per_class_and_put_frees_it_after_srcu() -> None
         def free_notifier(self) -> None:
             log.append("free")
 
-    first = mn.mmu_notifier_get(Shared, mm)
+    first = mmu_notifier_get(Shared, mm)
     assert isinstance(first, Shared)
-    assert mn.mmu_notifier_get(Shared, mm) is first
-    mn.mmu_notifier_put(first)
+    assert mmu_notifier_get(Shared, mm) is first
+    mmu_notifier_put(first)
     idx = mm.host.mmu_notifier_srcu.read_lock()
-    mn.mmu_notifier_put(first)
+    mmu_notifier_put(first)
     sched.spawn("later", lambda: (sched.sleep(50), log.append("reader leaves"),
                                   mm.host.mmu_notifier_srcu.read_unlock(idx)))
     sched.run_until(lambda: "free" in log)
@@ -271,7 +279,7 @@ def test_the_5_10_end_calls_invalidate_range_unless_it_was_called_before() -> No
     calls = ["range 0x1000", "end", "range 0x1000", "change 0x25", "end"]
     for profile, expected in ((LINUX_5_10, calls), (LINUX_6_18, ["end", "end"])):
         mm, log = make_mm(profile=profile), []
-        mn.mmu_notifier_register(Old(log), mm)
+        mmu_notifier_register(Old(log), mm)
         mn.mmu_notifier_invalidate_range_end(bracket(mm))
         mn.mmu_notifier_invalidate_range(mm, 0x1000, 0x2000)
         mn.mmu_notifier_change_pte(mm, 0x1000, 0x25)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from host_mm.arch.x86.pgtable import (
+from host_mm.arch.x86.pgtable import pte_present, pte_protnone, pte_write, walk_lockless
+from host_mm.arch.x86.swapops import (
     _PAGE_SWP_EXCLUSIVE,
     SWP_MIGRATION_READ_EXCLUSIVE,
     SWP_MIGRATION_WRITE,
     is_migration_entry,
-    pte_present,
-    pte_protnone,
     pte_to_swp_entry,
-    pte_write,
     swp_type,
-    walk_lockless,
 )
 from host_mm.fork import exit_process, fork_process
 from host_mm.madvise import MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.mm_types import VM_MAYWRITE
 from host_mm.mmap import PROT_EXEC, PROT_READ, PROT_WRITE, do_mmap, do_munmap
-from host_mm.mmu_notifier import mmu_notifier_register
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.mprotect import do_mprotect
 from host_mm.process import Process
 from host_mm.task_mmu import clear_refs_write

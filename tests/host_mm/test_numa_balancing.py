@@ -7,14 +7,8 @@ import pytest
 from host_mm import mmu_notifier as mn
 from host_mm.arch.x86.pgtable import pte_pfn, pte_protnone, pte_write, walk_lockless
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import (
-    FOLL_HONOR_NUMA_FAULT,
-    FOLL_LONGTERM,
-    FOLL_WRITE,
-    get_user_pages_unlocked,
-    pin_user_page,
-    unpin_user_page,
-)
+from host_mm.gup import FOLL_HONOR_NUMA_FAULT, FOLL_LONGTERM, FOLL_WRITE, get_user_pages_unlocked
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.mempolicy import MPOL_PREFERRED, do_mbind
 from host_mm.migrate import move_pages

@@ -10,6 +10,7 @@ from host_mm import mmu_notifier as mn
 from host_mm.fork import exit_process, fork_process
 from host_mm.kernel.errors import KernelError, OutOfMemory
 from host_mm.mm_types import MM_ANONPAGES, MMF_OOM_SKIP, MMF_UNSTABLE
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.oom_kill import (
     MAX_OOM_REAP_RETRIES,
     OOM_REAPER_DELAY,
@@ -64,7 +65,7 @@ def machine() -> tuple[Vmm, Process]:
 def test_the_reaper_unmaps_from_the_top_each_area_in_a_bracket_that_may_not_sleep() -> None:
     vmm, child = machine()
     log: list[tuple[Any, ...]] = []
-    mn.mmu_notifier_register(Refusing(log, 0), child.mm)
+    mmu_notifier_register(Refusing(log, 0), child.mm)
     run(vmm.host, lambda: oom_reap_task_mm(child))
     areas = [("refusing", vma.start, vma.end, False) for vma in reversed(child.mm.vmas)]
     assert log == areas
@@ -87,7 +88,7 @@ def test_inside_the_bracket_entries_go_first_then_end_then_flush_and_free() -> N
         def invalidate_range_end(self, range_: mn.MmuNotifierRange) -> None:
             order.append("end")
 
-    mn.mmu_notifier_register(Watch(), child.mm)
+    mmu_notifier_register(Watch(), child.mm)
     vmm.host.pte_hooks.append(lambda mm, *_: order.append("clear") if mm is child.mm else None)
     names = {"primary_flush": "flush", "frame_free": "free"}
     vmm.host.stream.listen(Listener(
@@ -103,7 +104,7 @@ def test_inside_the_bracket_entries_go_first_then_end_then_flush_and_free() -> N
 def test_an_area_whose_notifier_refuses_is_left_out_without_an_end_and_tried_again() -> None:
     vmm, child = machine()
     log: list[tuple[Any, ...]] = []
-    mn.mmu_notifier_register(Refusing(log, 1), child.mm)
+    mmu_notifier_register(Refusing(log, 1), child.mm)
     answers: list[bool] = []
     run(vmm.host, lambda: answers.append(oom_reap_task_mm(child)))
     assert answers == [False]

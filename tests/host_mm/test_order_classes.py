@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from host_mm import mmu_notifier as mn
-from host_mm.arch.x86.pgtable import is_swap_pte, pte_present, pte_write
+from host_mm.arch.x86.pgtable import pte_present, pte_write
+from host_mm.arch.x86.swapops import is_swap_pte
 from host_mm.fork import exit_process, fork_process
 from host_mm.host import HostMm
 from host_mm.kernel.sched import Scheduler
@@ -16,6 +17,7 @@ from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.mm_types import MmStruct
 from host_mm.mmap import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_mmap, do_munmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.mprotect import do_mprotect
 from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
@@ -86,7 +88,7 @@ def record(
 
     host.sched.run_task("ready", ready)
     recorder = recorder_class(host, process.mm)
-    mn.mmu_notifier_register(recorder, process.mm)
+    mmu_notifier_register(recorder, process.mm)
     host.sched.run_task("operation", lambda: operation(process))
     return recorder
 
@@ -176,7 +178,7 @@ def test_exit_tells_release_before_it_opens_its_bracket() -> None:
 
     def operation(process: Process) -> None:
         recorder = process.mm.notifier_subscriptions.list[0]
-        mn.mmu_notifier_register(Releasing(recorder), process.mm)
+        mmu_notifier_register(Releasing(recorder), process.mm)
         exit_process(process)
 
     seen = record(operation)

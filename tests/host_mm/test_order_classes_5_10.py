@@ -205,7 +205,7 @@ def test_what_5_10_has_not_is_refused() -> None:
     from errno import EINVAL, ENOTTY, EOPNOTSUPP
 
     from host_mm.kernel.errors import KernelError
-    from host_mm.pagemap import PmScanArg, do_pagemap_scan
+    from host_mm.pagemap_scan import PmScanArg, do_pagemap_scan
     from host_mm.rmap_device import make_device_exclusive
     from host_mm.userfaultfd import userfaultfd, userfaultfd_api, userfaultfd_move, userfaultfd_release
 

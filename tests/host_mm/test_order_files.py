@@ -8,6 +8,7 @@ from host_mm.fork import fork_process
 from host_mm.madvise import MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.mmap import MAP_PRIVATE, MAP_SHARED, do_mmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.uaccess import copy_from_user, copy_to_user
 from host_mm.vmscan import reclaim_pages
 from tests.host_mm.files import Shared
@@ -21,7 +22,7 @@ def watched(s: Shared, process: object = None) -> Order:
     s.quiet()
     mm = (process or s.a).mm  # type: ignore[attr-defined]
     order = Order(s.host, mm)
-    mn.mmu_notifier_register(order, mm)
+    mmu_notifier_register(order, mm)
     return order
 
 

@@ -10,6 +10,7 @@ from host_mm.kernel.costs import COST_SWAP_WRITE
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.mmap import MAP_PRIVATE
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import PG_dirty, PG_writeback
 from host_mm.page_writeback import file_write_and_wait_range
 from host_mm.truths import audit
@@ -41,7 +42,7 @@ def test_cleaning_clears_flushes_and_protects_in_one_bracket_a_mapping_and_then_
     s.do(lambda: copy_to_user(s.a, s.at, b"a"))
     s.do(lambda: copy_to_user(s.b, s.bt, b"b"))
     order = Order(s.host, s.a.mm)
-    mn.mmu_notifier_register(order, s.a.mm)
+    mmu_notifier_register(order, s.a.mm)
     s.do(lambda: file_write_and_wait_range(s.file))
     assert order.log == ["start", "clear", "flush", "set", "end", "flush", "io"], "the second flush is b's"
     assert order.ranges == [(mn.MMU_NOTIFY_PROTECTION_PAGE, s.at, s.at + PAGE, mn.ORDER_UNDER_PTL)]
@@ -58,7 +59,7 @@ def test_a_private_copy_is_no_business_of_writeback() -> None:
     s = Shared(disk=b"disk", kind=MAP_PRIVATE)
     s.do(lambda: copy_to_user(s.b, s.bt, b"mine"))
     notifier = Recorder(s.bt)
-    mn.mmu_notifier_register(notifier, s.b.mm)
+    mmu_notifier_register(notifier, s.b.mm)
     s.do(lambda: copy_to_user(s.a, s.at, b"file"))
     s.do(lambda: file_write_and_wait_range(s.file))
     assert notifier.take() == []

@@ -7,30 +7,32 @@ import random
 import pytest
 
 from host_mm import mmu_notifier as mn
-from host_mm.arch.x86.pgtable import PTE_MARKER_UFFD_WP, pte_marker_get
+from host_mm.arch.x86.swapops import PTE_MARKER_UFFD_WP, pte_marker_get
 from host_mm.fork import exit_process, fork_process
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages
 from host_mm.pagemap import (
+    PM_MMAP_EXCLUSIVE,
+    PM_PFRAME_MASK,
+    PM_PRESENT,
+    PM_SOFT_DIRTY,
+    PM_SWAP,
+    PM_UFFD_WP,
+    pagemap_read,
+)
+from host_mm.pagemap_scan import (
     PAGE_IS_PFNZERO,
     PAGE_IS_PRESENT,
     PAGE_IS_SOFT_DIRTY,
     PAGE_IS_SWAPPED,
     PAGE_IS_WPALLOWED,
     PAGE_IS_WRITTEN,
-    PM_MMAP_EXCLUSIVE,
-    PM_PFRAME_MASK,
-    PM_PRESENT,
     PM_SCAN_CHECK_WPASYNC,
     PM_SCAN_WP_MATCHING,
-    PM_SOFT_DIRTY,
-    PM_SWAP,
-    PM_UFFD_WP,
     PageRegion,
     PmScanArg,
     do_pagemap_scan,
-    pagemap_read,
 )
 from host_mm.process import Process
 from host_mm.task_mmu import clear_refs_write

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_LONGTERM, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_LONGTERM
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.kernel.errors import KernelError
 from host_mm.madvise import (
     MADV_COLD,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from host_mm.arch.x86 import pgtable as pt
+from host_mm.arch.x86.swapops import is_writable_migration_entry, pte_to_swp_entry
 from host_mm.filemap import folio_lock, folio_unlock
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.mmap import do_munmap
 from host_mm.mprotect import do_mprotect
 from host_mm.page import PG_anon_exclusive
@@ -132,8 +134,8 @@ def test_migration_entries_come_back_with_rights_history_and_exclusivity(flags: 
     anon_vma = host.pages.mapping[pfn]
     assert try_to_migrate(host, pfn, flags)
     try_to_unmap_flush(host)
-    away = pt.pte_to_swp_entry(entry(vm.process, vm.base))
-    assert pt.is_writable_migration_entry(away)
+    away = pte_to_swp_entry(entry(vm.process, vm.base))
+    assert is_writable_migration_entry(away)
     assert host.pages.mapcount[pfn] == 0
     remove_migration_ptes(host, pfn, pfn, anon_vma)
     assert entry(vm.process, vm.base) == before

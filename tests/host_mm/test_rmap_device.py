@@ -5,10 +5,12 @@ from __future__ import annotations
 from errno import EFAULT, EOPNOTSUPP
 
 from host_mm import mmu_notifier as mn
-from host_mm.arch.x86.pgtable import decode_pte, walk_lockless
+from host_mm.arch.x86.pgtable import walk_lockless
+from host_mm.arch.x86.swapops import decode_pte
 from host_mm.filemap import folio_unlock
 from host_mm.fork import fork_process
 from host_mm.mmap import MAP_ANONYMOUS, MAP_SHARED, do_mmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import PG_dirty, PG_locked, put_page
 from host_mm.profile import LINUX_5_10
 from host_mm.rmap_device import make_device_exclusive
@@ -68,7 +70,7 @@ def test_the_owner_is_in_the_bracket_of_making_and_not_in_that_of_giving_back() 
             owners.append(range_.owner)
             return 0
 
-    mn.mmu_notifier_register(Owners(), vmm.mm)
+    mmu_notifier_register(Owners(), vmm.mm)
 
     def body() -> None:
         vmm.mm.mmap_lock.read_lock()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from host_mm import mmu_notifier as mn
 from host_mm.arch.x86.pgtable import lookup_address_in_mm
 from host_mm.filemap_cache import NOT_CACHED
 from host_mm.fork import exit_process, fork_process
@@ -16,6 +15,7 @@ from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_PAGEOUT, do_madvise
 from host_mm.mm_types import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, MM_SWAPENTS
 from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, do_mmap, do_munmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import PG_anon, PG_swapbacked, PG_swapcache
 from host_mm.swapfile import SWAP_HAS_CACHE, SWAP_MAP_SHMEM
 from host_mm.truths import audit
@@ -82,7 +82,7 @@ def test_a_page_that_goes_to_swap_leaves_its_slot_in_the_file_and_nothing_in_pag
     s = Shared()
     copy_to_user(s.a, s.at, b"bytes")
     notifier = Recorder(s.at)
-    mn.mmu_notifier_register(notifier, s.a.mm)
+    mmu_notifier_register(notifier, s.a.mm)
     swap_out(s)
     assert notifier.take() == [("clear", 0, PAGE)]
     assert lookup_address_in_mm(s.a.mm, s.at)[0] == 0
@@ -147,7 +147,7 @@ def test_without_swap_nothing_of_a_shmem_file_goes() -> None:
     s = Shared(swap=None)
     copy_to_user(s.a, s.at, b"bytes")
     notifier = Recorder(s.at)
-    mn.mmu_notifier_register(notifier, s.a.mm)
+    mmu_notifier_register(notifier, s.a.mm)
     swap_out(s)
     assert copy_from_user(s.a, s.at, 5) == b"bytes"
     assert s.file.nrpages == 1

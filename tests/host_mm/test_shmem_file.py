@@ -18,6 +18,7 @@ from host_mm.kernel.errors import KernelError
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_PAGEOUT, do_madvise
 from host_mm.mmap import MAP_PRIVATE, MAP_SHARED
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page_alloc import alloc_pages
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
@@ -36,8 +37,8 @@ def filled(kind: int = MAP_SHARED, pages: int = 8, **kw: Any) -> tuple[Shared, R
     if kind == MAP_PRIVATE:
         copy_to_user(s.b, s.bt + 2 * PAGE, b"mine")
     a, b = Recorder(s.at), Recorder(s.bt)
-    mn.mmu_notifier_register(a, s.a.mm)
-    mn.mmu_notifier_register(b, s.b.mm)
+    mmu_notifier_register(a, s.a.mm)
+    mmu_notifier_register(b, s.b.mm)
     return s, a, b
 
 
@@ -158,7 +159,7 @@ def test_a_write_fault_in_a_hole_that_is_being_punched_waits_for_its_end() -> No
         def invalidate_range_end(self, range_: mn.MmuNotifierRange) -> None:
             s.host.sched.sleep(10_000)
 
-    mn.mmu_notifier_register(Slow(), s.b.mm)
+    mmu_notifier_register(Slow(), s.b.mm)
 
     def puncher() -> None:
         punch(s.file, 0, 4 * PAGE)

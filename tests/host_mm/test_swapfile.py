@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from host_mm.arch.x86.pgtable import swp_entry
+from host_mm.arch.x86.swapops import swp_entry
 from host_mm.filemap import folio_lock, folio_unlock
 from host_mm.host import HostMm
 from host_mm.kernel.errors import BrokenTruth

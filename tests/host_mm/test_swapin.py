@@ -7,12 +7,8 @@ from typing import Any
 
 import pytest
 
-from host_mm.arch.x86.pgtable import (
-    _PAGE_SWP_EXCLUSIVE,
-    lookup_address_in_mm,
-    pte_pfn,
-    pte_write,
-)
+from host_mm.arch.x86.pgtable import lookup_address_in_mm, pte_pfn, pte_write
+from host_mm.arch.x86.swapops import _PAGE_SWP_EXCLUSIVE
 from host_mm.fork import fork_process
 from host_mm.gup import FOLL_NOWAIT, FOLL_WRITE, get_user_page_fast_only, get_user_pages_unlocked
 from host_mm.host import HostMm

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, _PAGE_SOFT_DIRTY, pte_write, walk_lockless
-from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.madvise import MADV_DONTNEED, do_madvise
 from host_mm.page import PG_referenced
 from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile

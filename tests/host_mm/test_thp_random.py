@@ -9,7 +9,8 @@ from contextlib import suppress
 import pytest
 
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_WRITE, get_user_page_fast_only, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_WRITE, get_user_page_fast_only
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.huge_memory_split import deferred_split_scan, split_huge_pages
 from host_mm.kernel.errors import KernelError
 from host_mm.kernel.sched import RandomStrategy
@@ -17,7 +18,7 @@ from host_mm.madvise import MADV_COLD, MADV_DONTNEED, MADV_HUGEPAGE, MADV_PAGEOU
 from host_mm.migrate import move_pages
 from host_mm.mlock import do_mlock, do_munlock
 from host_mm.mmap import PROT_READ, do_mmap, do_munmap
-from host_mm.mmu_notifier import mmu_notifier_register
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.mprotect import do_mprotect
 from host_mm.mremap import MREMAP_MAYMOVE, do_mremap
 from host_mm.page import put_page, set_page_dirty

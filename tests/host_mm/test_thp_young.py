@@ -9,6 +9,7 @@ from host_mm.damon.ops_common import damon_folio_mkold, damon_folio_young
 from host_mm.damon.vaddr import VaddrOperations
 from host_mm.huge_memory_split import split_huge_pages
 from host_mm.mm_types import MmStruct
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page_idle import page_is_idle, page_set_idle
 from host_mm.rmap import folio_referenced
 from tests.host_mm.machine import PAGE
@@ -45,7 +46,7 @@ def machine() -> tuple[ThpVmm, Asked, int]:
     vm = ThpVmm()
     vm.fill(0, 1)
     asked = Asked(vm.base)
-    assert mn.mmu_notifier_register(asked, vm.mm) == 0
+    assert mmu_notifier_register(asked, vm.mm) == 0
     return vm, asked, pte_pfn(lookup_address_in_mm(vm.mm, vm.base)[0])
 
 

@@ -17,6 +17,7 @@ from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.mmap import do_munmap
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.mprotect import do_mprotect
 from host_mm.task_mmu import clear_refs_write
 from host_mm.truths import audit
@@ -208,7 +209,7 @@ class SecondaryTlb(mn.MmuNotifier):
 def test_secondary_tlbs_hear_the_range_asked_for_and_of_a_batched_flush_once() -> None:
     vm = Vmm()
     device = SecondaryTlb()
-    assert mn.mmu_notifier_register(device, vm.mm) == 0
+    assert mmu_notifier_register(device, vm.mm) == 0
     written(vm, 64)
     vm.host.sched.run_task("act", lambda: do_madvise(vm.mm, vm.base, 64 * PAGE, MADV_DONTNEED))
     assert device.told == [(vm.base, vm.base + 64 * PAGE)]
@@ -221,7 +222,7 @@ def test_secondary_tlbs_hear_the_range_asked_for_and_of_a_batched_flush_once() -
 def test_a_flush_that_is_noted_while_the_pending_one_runs_stays_pending() -> None:
     vm = Vmm()
     device = SecondaryTlb()
-    assert mn.mmu_notifier_register(device, vm.mm) == 0
+    assert mmu_notifier_register(device, vm.mm) == 0
 
     def body() -> None:
         tlb.set_tlb_ubc_flush_pending(vm.mm, False)

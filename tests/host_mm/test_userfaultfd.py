@@ -8,7 +8,7 @@ import pytest
 
 from host_mm.mm_types import VM_MAYWRITE, VM_UFFD_MISSING, VM_UFFD_WP
 from host_mm.mmap import do_mmap, do_munmap
-from host_mm.pagemap import PmScanArg, do_pagemap_scan
+from host_mm.pagemap_scan import PmScanArg, do_pagemap_scan
 from host_mm.profile import LINUX_5_10
 from host_mm.userfaultfd import (
     UFFDIO_COPY_MODE_WP,

@@ -8,15 +8,13 @@ import pytest
 
 from host_mm.fork import exit_process, fork_process
 from host_mm.mmap import MAP_FIXED, do_mmap
-from host_mm.pagemap import (
+from host_mm.pagemap import PM_PRESENT, PM_UFFD_WP, pagemap_read
+from host_mm.pagemap_scan import (
     PAGE_IS_PRESENT,
     PAGE_IS_WRITTEN,
-    PM_PRESENT,
     PM_SCAN_WP_MATCHING,
-    PM_UFFD_WP,
     PmScanArg,
     do_pagemap_scan,
-    pagemap_read,
 )
 from host_mm.uaccess import copy_from_user
 from host_mm.userfaultfd import (

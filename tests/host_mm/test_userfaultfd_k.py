@@ -17,7 +17,7 @@ from host_mm.mm_types import (
     VM_FAULT_SIGBUS,
     VM_UFFD_FLAGS,
 )
-from host_mm.mmu_notifier import mmu_notifier_unregister
+from host_mm.mmu_notifier_register import mmu_notifier_unregister
 from host_mm.mremap import MREMAP_FIXED, MREMAP_MAYMOVE, do_mremap
 from host_mm.page import put_page
 from host_mm.truths import audit

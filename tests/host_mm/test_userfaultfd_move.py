@@ -11,7 +11,8 @@ import pytest
 from host_mm import mmu_notifier as mn
 from host_mm.arch.x86.pgtable import _PAGE_SOFT_DIRTY, pte_pfn, pte_present, pte_write, walk_lockless
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE, pin_user_page, unpin_user_page
+from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages

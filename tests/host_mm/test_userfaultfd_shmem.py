@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 
 from host_mm.address_space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fput
-from host_mm.arch.x86.pgtable import (
-    _PAGE_UFFD_WP,
-    PTE_MARKER_UFFD_WP,
-    pte_marker_get,
-    pte_pfn,
-    pte_present,
-    pte_write,
-    walk_lockless,
-)
+from host_mm.arch.x86.pgtable import _PAGE_UFFD_WP, pte_pfn, pte_present, pte_write, walk_lockless
+from host_mm.arch.x86.swapops import PTE_MARKER_UFFD_WP, pte_marker_get
 from host_mm.fork import exit_process
 from host_mm.gup import FOLL_NOWAIT, get_user_pages_unlocked
 from host_mm.kernel.errors import KernelError

@@ -8,24 +8,16 @@ from typing import Any
 import pytest
 
 from host_mm import mmu_notifier as mn
-from host_mm.arch.x86.pgtable import (
+from host_mm.arch.x86.pgtable import _PAGE_UFFD_WP, pte_present, pte_write
+from host_mm.arch.x86.swapops import (
     _PAGE_SWP_UFFD_WP,
-    _PAGE_UFFD_WP,
     PTE_MARKER_UFFD_WP,
     pte_marker_get,
-    pte_present,
     pte_swp_uffd_wp_any,
-    pte_write,
 )
 from host_mm.fork import exit_process, fork_process
-from host_mm.gup import (
-    FOLL_LONGTERM,
-    FOLL_NOWAIT,
-    FOLL_WRITE,
-    get_user_pages_unlocked,
-    pin_user_page,
-    unpin_user_page,
-)
+from host_mm.gup import FOLL_LONGTERM, FOLL_NOWAIT, FOLL_WRITE, get_user_pages_unlocked
+from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.kernel.sched import RandomStrategy
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.migrate import move_pages

@@ -239,7 +239,7 @@ def test_the_truth_about_dropped_folios_knows_zswap() -> None:
     entry.handle = host.zswap.pool.malloc(b"other bytes" * 200, 0xCC0)
     pfn = host.allocator.alloc_pages(0xCC0, 0, 0)
     host.ram.write(pfn << 12, text(0))
-    from host_mm.arch.x86.pgtable import swp_entry
+    from host_mm.arch.x86.swapops import swp_entry
 
     host.pages.private[pfn] = swp_entry(host.swap.type, slot)
     with pytest.raises((BrokenTruth, Exception), match=r"dropped as clean|incorrect header"):

@@ -8,14 +8,15 @@ from typing import Any
 from host_mm import mmu_notifier as mn
 from host_mm.arch.x86.pgtable import (
     is_swap_pmd,
-    is_swap_pte,
     lookup_address_in_mm,
     pmd_table,
     pmd_trans_huge,
     pte_present,
     pte_write,
 )
+from host_mm.arch.x86.swapops import is_swap_pte
 from host_mm.madvise import MADV_HUGEPAGE, do_madvise
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.truths import audit
 from tests.host_mm.machine import PAGE, Vmm
 from trace_events.stream import Listener
@@ -39,7 +40,7 @@ class Order(mn.MmuNotifier):
             [f"refault:{name}" for name in names], lambda event: self._event(names[event.name], event),
             ancestors=False,
         ))
-        assert mn.mmu_notifier_register(self, vm.mm) == 0
+        assert mmu_notifier_register(self, vm.mm) == 0
 
     def _event(self, name: str, event: Any) -> None:
         order = event.args["order"] if name == "free" else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from host_mm import mmu_notifier as mn
 from host_mm.mm_types import MmStruct
+from host_mm.mmu_notifier_register import mmu_notifier_register
 from tests.host_mm.machine import PAGE
 
 
@@ -15,7 +16,7 @@ class YoungMmu(mn.MmuNotifier):
         self.young: set[int] = set()
         self.log: list[tuple[str, int, int]] = []
         self.brackets = 0
-        assert mn.mmu_notifier_register(self, mm) == 0
+        assert mmu_notifier_register(self, mm) == 0
 
     def _ask(self, name: str, start: int, end: int, clear: bool) -> int:
         first, last = (start - self.base) // PAGE, (end - self.base + PAGE - 1) // PAGE

@@ -44,8 +44,21 @@ from trace_events.event import Event
 from trace_events.stream import Listener, TraceStream
 
 __all__ = [
-    "DATA_GPA", "DATA_HVA", "MEM_HVA", "PAGE", "PT_GPA", "A", "D", "NX", "P", "PS", "RW", "ShadowCpu",
-    "ShadowMachine", "U", "USER_4K",
+    "DATA_GPA",
+    "DATA_HVA",
+    "MEM_HVA",
+    "NX",
+    "PAGE",
+    "PS",
+    "PT_GPA",
+    "RW",
+    "USER_4K",
+    "A",
+    "D",
+    "P",
+    "ShadowCpu",
+    "ShadowMachine",
+    "U",
 ]
 
 PAGE = 4096
