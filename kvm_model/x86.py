@@ -198,7 +198,7 @@ def _service_tlb_flush_requests(vcpu: Vcpu) -> None:
         if not vcpu.kvm.tdp_enabled:
             kvm_mmu_sync_roots(vcpu)
             kvm_mmu_sync_prev_roots(vcpu)
-        cpu.flush_tlb_guest(vcpu)
+        cpu.flush_tlb(vcpu)
 
 
 def _service_requests(vcpu: Vcpu) -> int:

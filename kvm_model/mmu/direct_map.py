@@ -1,4 +1,4 @@
-"""Mapping a fault without the TDP MMU where gfns need no translation: under EPT, or while the guest does not page.
+"""Mapping a fault in direct pages: under EPT without the TDP MMU, or while a guest without EPT does not page.
 
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): direct_map; 5.10: __direct_map.
 

@@ -61,9 +61,10 @@ def _is_noncanonical(vcpu: Vcpu, addr: int) -> bool:
     return addr >> bits - 1 not in (0, (1 << 65 - bits) - 1)
 
 
-def kvm_mmu_invalidate_addr(vcpu: Vcpu, addr: int, *, current: bool = True, prev: tuple[int, ...] = ()) -> None:
-    """Drop the translations of `addr`, which the guest may change without more: in the present root, in
-    previous roots of these indices."""
+def kvm_mmu_invalidate_addr(
+    vcpu: Vcpu, addr: int, *, current: bool = True, prev: tuple[int, ...] = ()
+) -> None:
+    """Drop the translations of `addr`: in the present root, in the kept roots of these indices."""
     if _is_noncanonical(vcpu, addr):
         return
     kvm, mmu = vcpu.kvm, vcpu.mmu

@@ -1,8 +1,9 @@
 """The fault path: from a fault to an SPTE, a retry, emulation, or the guest's own page fault.
 
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): kvm_mmu_page_fault, kvm_mmu_do_page_fault,
-kvm_tdp_mmu_page_fault, direct_page_fault, nonpaging_page_fault, kvm_mmu_faultin_pfn, kvm_handle_noslot_fault, kvm_handle_error_pfn,
-is_page_fault_stale, kvm_mmu_hugepage_adjust, kvm_mmu_max_mapping_level, host_pfn_mapping_level,
+kvm_tdp_mmu_page_fault, direct_page_fault, nonpaging_page_fault, kvm_mmu_faultin_pfn,
+kvm_handle_noslot_fault, kvm_handle_error_pfn, is_page_fault_stale, kvm_mmu_hugepage_adjust,
+kvm_mmu_max_mapping_level, host_pfn_mapping_level,
 kvm_mmu_finish_page_fault, page_fault_handle_page_track, kvm_mmu_write_protect_fault; mmu/paging_tmpl.h:
 page_fault.
 

@@ -25,7 +25,8 @@ __all__ = [
     "ROLE_AD_DISABLED", "ROLE_CR0_WP", "ROLE_DIRECT", "ROLE_EFER_NX", "ROLE_GUEST_MODE", "ROLE_INVALID",
     "ROLE_LEVEL_MASK", "ROLE_PASSTHROUGH", "ROLE_QUADRANT_MASK", "ROLE_QUADRANT_SHIFT",
     "ROLE_SMAP_ANDNOT_WP", "ROLE_SMEP_ANDNOT_WP", "ROLE_SMM", "ROLE_SMM_SHIFT", "KvmMmuPage", "KvmPageFault",
-    "fmt_mmu_page", "is_error_noslot_pfn", "is_error_pfn", "is_obsolete_sp", "page_args", "pferr_flags", "role_access",
+    "fmt_mmu_page", "is_error_noslot_pfn", "is_error_pfn", "is_obsolete_sp", "page_args", "pferr_flags",
+    "role_access",
     "role_direct", "role_has_4_byte_gpte", "role_level", "role_quadrant", "role_smm", "role_with_access",
     "role_with_level", "role_with_quadrant", "tdp_root_role",
 ]

@@ -58,7 +58,8 @@ if TYPE_CHECKING:
 __all__ = [
     "TRACEPOINTS", "KvmMmuPageTrackNode", "kvm_arch_flush_shadow_memslot", "kvm_mmu_flush_ahead",
     "kvm_mmu_free_obsolete_roots", "kvm_mmu_invalidate_mmio_sptes", "kvm_mmu_load", "kvm_mmu_load_pgd",
-    "kvm_mmu_reload", "kvm_mmu_reset_context", "kvm_mmu_unload", "kvm_mmu_zap_all", "kvm_mmu_zap_all_fast", "mmu_free_memory_caches", "mmu_topup_memory_caches",
+    "kvm_mmu_reload", "kvm_mmu_reset_context", "kvm_mmu_unload", "kvm_mmu_zap_all", "kvm_mmu_zap_all_fast",
+    "mmu_free_memory_caches", "mmu_topup_memory_caches",
 ]
 
 KVM_MMU_ZAP_ALL_FAST = Tracepoint(

@@ -8,8 +8,8 @@ known to be unsync the guest's entry above it is read again: if it is no longer 
 starts anew. Below a huge guest entry whose page the host has in small pieces, direct pages go on.
 
 With CR0.WP clear the supervisor writes to pages that its tables make read-only. The CPU always runs with WP
-set here, so such a page is mapped writable for the supervisor alone; the user's next access faults and maps it
-for both, read-only, and so on. With SMEP the supervisor must not execute what now looks like its own page.
+set here, so such a page is mapped writable for the supervisor alone; the user's next access faults and maps
+it for both, read-only, and so on. With SMEP the supervisor must not execute what now looks like its own page.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ kvm_mmu_get_shadow_page, kvm_mmu_child_role, kvm_mmu_get_child_sp, link_shadow_p
 
 A page is found by its gfn and role word: pages that shadow the same guest table with other rights on the way
 to it, or in another mode of the CPU, are other pages. It outlives its parent: one that a huge SPTE replaced
-stays in the hash with its SPTEs, which their rmaps keep right, and is linked again when the huge SPTE must go.
+stays in the hash with its SPTEs, which their rmaps keep right, and is linked again when the huge SPTE goes.
 
 A page may have become stale while no vCPU could reach it: before it is linked it is synced, for the CPU is
 not told when the guest's entry above it becomes present.
@@ -130,7 +130,7 @@ def kvm_mmu_get_shadow_page(vcpu: Vcpu, gfn: int, role: int) -> KvmMmuPage:
 
 
 def kvm_mmu_child_role(kvm: Kvm, sptep: int, direct: bool, access: int) -> int:
-    """The role of a table to hang below the SPTE. A child of an invalidated root is no more invalid for it."""
+    """The role of a table to hang below the SPTE; below an invalidated root it is no more invalid for it."""
     # The level is the role's lowest bits.
     role = (kvm.sps[sptep >> 9].role - 1) & ~(ROLE_INVALID | ROLE_PASSTHROUGH | ROLE_DIRECT)
     role = role_with_access(role, access)

@@ -7,12 +7,12 @@ kvm_mmu_free_obsolete_roots; 5.10: __kvm_mmu_new_pgd.
 
 A root shadows the guest's top table; in 64-bit paging it is a shadow page like others. Outside it the CPU
 gets a page of four entries, each for a quarter of 4 GiB: the guest's PAE page directories, four views of one
-32-bit page directory, or direct pages while paging is off. Where CR3 points to no memory the root is a page of
-zeros.
+32-bit page directory, or direct pages while paging is off. Where CR3 points to no memory the root is a page
+of zeros.
 
 A vCPU keeps the last three 64-bit roots, with a reference each. A CR3 write that finds its root among them
-need not build anything; that it flushes is asked for separately. What is in a root that a vCPU does not run on
-may be stale, so it is synced, or dropped, when the guest flushes.
+need not build anything; that it flushes is asked for separately. What is in a root that a vCPU does not run
+on may be stale, so it is synced, or dropped, when the guest flushes.
 
 Not modelled: nested guests' roots; force_flush_and_sync_on_reuse.
 """
@@ -174,7 +174,7 @@ def _free_current_root(vcpu: Vcpu, invalid_list: list[KvmMmuPage]) -> None:
 
 
 def kvm_mmu_free_shadow_roots(vcpu: Vcpu, *, current: bool = False, prev: Iterable[int] = ()) -> None:
-    """kvm_mmu_free_roots of a vCPU without TDP MMU: its present root, those of these indices kept for later."""
+    """kvm_mmu_free_roots without TDP MMU: the present root, and those of these indices kept for later."""
     kvm, prev_roots = vcpu.kvm, vcpu.mmu.prev_roots
     todo = [index for index in prev if prev_roots[index][1] != INVALID_PAGE]
     current = current and vcpu.root_hpa != INVALID_PAGE
@@ -218,7 +218,9 @@ def _is_root_usable(kvm: Kvm, root: tuple[int, int], pgd: int, role: int) -> boo
 
 def _swap_root(vcpu: Vcpu, index: int) -> None:
     mmu = vcpu.mmu
-    mmu.prev_roots[index], (mmu.root_pgd, vcpu.root_hpa) = (mmu.root_pgd, vcpu.root_hpa), mmu.prev_roots[index]
+    current = mmu.root_pgd, vcpu.root_hpa
+    mmu.root_pgd, vcpu.root_hpa = mmu.prev_roots[index]
+    mmu.prev_roots[index] = current
 
 
 def _find_and_keep_current(vcpu: Vcpu, pgd: int, role: int) -> bool:

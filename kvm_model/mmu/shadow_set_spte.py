@@ -1,7 +1,7 @@
 """Making one leaf outside the TDP MMU, and its neighbours with it.
 
-Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): mmu_set_spte, kvm_mmu_prefetch_sptes, kvm_prefetch_pages,
-gfn_to_memslot_dirty_bitmap, direct_pte_prefetch, __direct_pte_prefetch; 5.10: set_spte,
+Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): mmu_set_spte, kvm_mmu_prefetch_sptes,
+kvm_prefetch_pages, gfn_to_memslot_dirty_bitmap, direct_pte_prefetch, __direct_pte_prefetch; 5.10: set_spte,
 direct_pte_prefetch_many.
 
 Around a new 4K leaf, in its aligned group of eight, what the host has mapped writable is mapped, too, but not

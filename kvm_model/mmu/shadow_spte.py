@@ -2,7 +2,8 @@
 
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): mmu_spte_set, mmu_spte_update,
 mmu_spte_clear_track_bits, mmu_spte_clear_no_track, spte_write_protect, spte_clear_dirty,
-kvm_mmu_page_get_gfn, kvm_mmu_page_get_access, kvm_mmu_page_set_translation; 5.10: mmu_spte_update, mmu_spte_clear_track_bits, mmu_spte_age.
+kvm_mmu_page_get_gfn, kvm_mmu_page_get_access, kvm_mmu_page_set_translation; 5.10: mmu_spte_update,
+mmu_spte_clear_track_bits, mmu_spte_age.
 
 mmu_lock is held for write, so these stores race only with fast page faults, aging and the CPU's A and D bits:
 what those may change is exchanged atomically. Linux 5.10 takes A and D to struct page when they go, and asks

@@ -1,8 +1,8 @@
 """Shadow pages out of sync: guest tables that the guest may write, and what their parents know of them.
 
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): mmu_try_to_unsync_pages, kvm_unsync_page,
-kvm_unlink_unsync_page, mark_unsync, kvm_mmu_mark_parents_unsync, __mmu_unsync_walk, mmu_pages_add, for_each_sp,
-mmu_pages_clear_parents, sp_has_gptes, for_each_gfn_valid_sp_with_gptes; mmu/mmutrace.h; 5.10:
+kvm_unlink_unsync_page, mark_unsync, kvm_mmu_mark_parents_unsync, __mmu_unsync_walk, mmu_pages_add,
+for_each_sp, mmu_pages_clear_parents, sp_has_gptes, for_each_gfn_valid_sp_with_gptes; mmu/mmutrace.h; 5.10:
 mmu_need_write_protect.
 
 A guest table at the lowest level need not stay write-protected: its shadow pages become unsync, the guest

@@ -97,9 +97,6 @@ class ShadowCpu(ScriptedCpu):
         self.xtlb.setdefault(vcpu.vcpu_id, {}).clear()
         self.flushes[vcpu.vcpu_id] = self.flushes.get(vcpu.vcpu_id, 0) + 1
 
-    def flush_tlb_guest(self, vcpu: Vcpu) -> None:
-        self.flush_tlb(vcpu)
-
     def flush_tlb_gva(self, vcpu: Vcpu, gva: int) -> None:
         tlb = self.xtlb.setdefault(vcpu.vcpu_id, {})
         page = gva >> 12
@@ -293,7 +290,7 @@ class ShadowMachine:
             "cr0": lambda: self._set_cr0(vcpu, op[1]),
             "cr4": lambda: self._set_cr4(vcpu, op[1]),
             "cpl": lambda: self.cpu.set_reg(vcpu, "cs", 0x30 | op[1]),
-            "call": lambda: op[1](),
+            "call": op[1],
         }.get(op[0])
         if privileged is not None:
             privileged()

@@ -22,6 +22,7 @@ from kvm_model.mmu.rmap import (
     rmap_sptes,
     walk_slot_rmaps,
 )
+from kvm_model.mmu.spte import ACC_ALL
 from tests.kvm_model.direct_machine import direct, direct_huge, dontneed, rmap
 from tests.kvm_model.machine import PAGE
 
@@ -106,11 +107,11 @@ def test_a_list_that_grows_too_long_is_zapped_whole_and_flushed() -> None:
     def add() -> None:
         with m.kvm.mmu_lock:
             rmap_remove(m.kvm, last)
-            rmap_add(m.kvm, slot, last, 0)
+            rmap_add(m.kvm, slot, last, 0, ACC_ALL)
             assert m.leaf(1) & 1, "exactly at the threshold nothing happens"
             pte_list_remove(head, last)
             pte_list_add(head, last - 1)
-            rmap_add(m.kvm, slot, last, 0)
+            rmap_add(m.kvm, slot, last, 0, ACC_ALL)
 
     m.do(add)
     assert not m.leaf(0) & 1
