@@ -59,6 +59,9 @@ PARAMS: dict[str, Param] = {
     "swap.device": Param("file|zram", "file", "swap to a file, or to compressed RAM"),
     "swap.vma_ra_enabled": Param("bool", "Y", "swap readahead goes by address, not by slot"),
     "vmm.dirty_ring_size": Param("number", "0", "entries of each vCPU's dirty ring; 0: bitmaps, no rings"),
+    "vmm.vm_type": Param(
+        "default|sw-protected", "default", "KVM_CREATE_VM's type: with sw-protected pages can be private"
+    ),
     "zswap.accept_threshold_percent": Param("count", "90", "how full a full zswap pool may stay"),
     "zswap.enabled": Param("bool", "N", "keep swapped pages compressed in RAM before they go to the file"),
     "zswap.max_pool_percent": Param("count", "20", "how much of RAM the zswap pool may take"),

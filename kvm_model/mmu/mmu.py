@@ -11,7 +11,7 @@ KVM holds its reference to the page only until the SPTE is in place. What keeps 
 freed under the mapping is that every change of the host's translation is bracketed, that
 range_start zaps, and that `is_page_fault_stale` is asked under mmu_lock.
 
-Not modelled: private memory, async page faults, the APIC access page.
+Not modelled: async page faults, the APIC access page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from host_mm.gup import FOLL_INTERRUPTIBLE, FOLL_NOWAIT, FOLL_WRITE
 from host_mm.process import BUS_MCEERR_AR
 from kvm_model.follow_pfn import kvm_faultin_pfn, kvm_release_faultin_page
 from kvm_model.guest_access import kvm_vcpu_gfn_to_memslot
+from kvm_model.guest_memfd import kvm_gmem_get_pfn
+from kvm_model.mem_attributes import gfn_is_in_guest_memfd, kvm_mem_is_private
 from kvm_model.memslots import (
+    KVM_MEM_GUEST_MEMFD,
     KVM_MEMSLOT_INVALID,
     KvmMemorySlot,
     kvm_gfn_is_write_tracked,
@@ -48,6 +51,7 @@ from kvm_model.mmu.mmu_internal import (
     KVM_PFN_NOSLOT,
     PFERR_GUEST_PAGE_MASK,
     PFERR_PRESENT_MASK,
+    PFERR_PRIVATE_ACCESS,
     PFERR_RSVD_MASK,
     PFERR_USER_MASK,
     PFERR_WRITE_MASK,
@@ -74,6 +78,7 @@ from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from kvm_model.mmu.tdp_mmu import kvm_tdp_mmu_map
 from kvm_model.mmu.unprotect import kvm_mmu_unprotect_gfn_and_retry
 from kvm_model.requests import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, kvm_test_request
+from kvm_model.vcpu import UserExit
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -121,7 +126,7 @@ def kvm_mmu_max_mapping_level(
     """The highest level that the slot's alignment and the host's mapping allow; mmu_lock held."""
     while max_level > PG_LEVEL_4K and lpage_disallowed(slot, gfn, max_level):
         max_level -= 1
-    if max_level == PG_LEVEL_4K:
+    if max_level == PG_LEVEL_4K or gfn_is_in_guest_memfd(kvm, slot, gfn):
         return PG_LEVEL_4K
     return min(host_pfn_mapping_level(kvm, gfn, slot), max_level)
 
@@ -160,8 +165,16 @@ def _kvm_handle_error_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
     return -EFAULT
 
 
+def _prepare_memory_fault_exit(vcpu: Vcpu, fault: KvmPageFault) -> None:
+    """kvm_mmu_prepare_memory_fault_exit: user space learns where, and of which kind, the access was."""
+    vcpu.run = UserExit("memory-fault-exit", gpa=fault.gfn << 12, size=4096, private=fault.is_private)
+
+
 def _kvm_handle_noslot_fault(vcpu: Vcpu, fault: KvmPageFault, access: int) -> int:
     kvm = vcpu.kvm
+    if fault.is_private:
+        _prepare_memory_fault_exit(vcpu, fault)
+        return -EFAULT
     gva = 0 if kvm.tdp_enabled else fault.addr
     vcpu_cache_mmio_info(vcpu, gva, fault.gfn, access & kvm.spte.mmio_access)
     fault.slot = None
@@ -169,6 +182,28 @@ def _kvm_handle_noslot_fault(vcpu: Vcpu, fault: KvmPageFault, access: int) -> in
     fault.map_writable = False
     if not kvm.spte.mmio_value or fault.gfn >= TDP_MMU_MAX_GFN_EXCLUSIVE:
         return RET_PF_EMULATE
+    return RET_PF_CONTINUE
+
+
+def _kvm_mmu_faultin_pfn_gmem(vcpu: Vcpu, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
+    if not slot.flags & KVM_MEM_GUEST_MEMFD:
+        _prepare_memory_fault_exit(vcpu, fault)
+        return -EFAULT
+    pfn = kvm_gmem_get_pfn(vcpu.kvm, slot, fault.gfn)
+    if pfn < 0:
+        _prepare_memory_fault_exit(vcpu, fault)
+        return pfn
+    fault.pfn = fault.refcounted_page = pfn
+    fault.map_writable = True
+    fault.max_level = PG_LEVEL_4K
+    return RET_PF_CONTINUE
+
+
+def _faultin_pfn(vcpu: Vcpu, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
+    """__kvm_mmu_faultin_pfn."""
+    if fault.is_private or slot.gmem_only:
+        return _kvm_mmu_faultin_pfn_gmem(vcpu, fault, slot)
+    _gup(vcpu.kvm, fault, slot)
     return RET_PF_CONTINUE
 
 
@@ -188,6 +223,10 @@ def _kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: KvmPageFault, access: int = ACC_ALL)
     fault.mmu_seq = kvm.mmu_invalidate_seq
     if kvm.sched.preempt:
         kvm.sched.point("seq")
+    # After the snapshot: whoever changes attributes moves the sequence.
+    if fault.is_private != kvm_mem_is_private(kvm, fault.gfn):
+        _prepare_memory_fault_exit(vcpu, fault)
+        return -EFAULT
     if slot is None:
         return _kvm_handle_noslot_fault(vcpu, fault, access)
     if slot.flags & KVM_MEMSLOT_INVALID:
@@ -199,7 +238,9 @@ def _kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: KvmPageFault, access: int = ACC_ALL)
     unlocked = kvm.profile.unlocked_retry_check and "no-retry" not in breaks
     if unlocked and mmu_invalidate_retry_gfn_unsafe(kvm, fault.mmu_seq, fault.gfn):
         return _retry(kvm, fault, "stale-before-gup")
-    _gup(kvm, fault, slot)
+    r = _faultin_pfn(vcpu, fault, slot)
+    if r != RET_PF_CONTINUE:
+        return r
     if is_error_pfn(fault.pfn):
         return _kvm_handle_error_pfn(vcpu, fault)
     if fault.pfn == KVM_PFN_NOSLOT:
@@ -413,8 +454,12 @@ def kvm_mmu_page_fault(vcpu: Vcpu, addr: int, error_code: int) -> int:
     A negative errno, RET_PF_EMULATE or RET_PF_WRITE_PROTECTED if the caller must emulate the instruction (and
     with the latter may leave to the CPU what it cannot), or another RET_PF_* if the guest can go on.
     """
+    kvm = vcpu.kvm
     if vcpu.root_hpa == INVALID_PAGE:
         return RET_PF_RETRY
+    if kvm.has_private_mem and not error_code & PFERR_RSVD_MASK and kvm_mem_is_private(kvm, addr >> 12):
+        # Nothing but the attribute says what a software-protected VM's access is.
+        error_code |= PFERR_PRIVATE_ACCESS
     stat = vcpu.stat
     r = RET_PF_INVALID
     if error_code & PFERR_RSVD_MASK:
