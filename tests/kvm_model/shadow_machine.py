@@ -31,10 +31,12 @@ from kvm_model.mmu.mmu_roots import kvm_mmu_reload, kvm_mmu_reset_context
 from kvm_model.mmu.shadow_roots import kvm_mmu_new_pgd
 from kvm_model.requests import (
     IN_GUEST_MODE,
+    KVM_REQ_EVENT,
     KVM_REQ_MMU_SYNC,
     KVM_REQ_TLB_FLUSH_CURRENT,
     KVM_REQ_TLB_FLUSH_GUEST,
     OUTSIDE_GUEST_MODE,
+    kvm_clear_request,
     kvm_make_request,
 )
 from kvm_model.vcpu import Vcpu
@@ -346,6 +348,7 @@ class ShadowMachine:
         assert r >= 0, r
         if vcpu.exception.pending:
             vcpu.exception.pending = False
+            kvm_clear_request(KVM_REQ_EVENT, vcpu)
             out.append(("pf", vcpu.exception.error_code, self.cpu.reg(vcpu, "cr2")))
             return True
         if r not in (RET_PF_EMULATE, RET_PF_WRITE_PROTECTED):
