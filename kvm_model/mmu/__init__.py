@@ -7,6 +7,8 @@
     spte.py             the encoding                              killed_by.py     which zap took a gfn
     tdp_iter.py         the walk                                  rcu.py           when tables may be freed
     tdp_mmu.py          stores, roots, mapping                    tdp_zap.py tdp_age.py tdp_log.py
+    nx_huge_pages.py    code in huge pages, and its recovery      page_track.py    who hears of writes
+    unprotect.py        giving shadow pages up                    shrinker.py      tables given back
     nx_huge_pages.py    code in huge pages, and its recovery      set_mem_attributes.py  private and shared
     page_track.py       who hears of writes to a page             unprotect.py     giving shadow pages up
 
@@ -20,7 +22,7 @@ The guest's own tables, and shadow paging:
 Without the TDP MMU (kvm.tdp_mmu=N, and shadow paging):
 
     shadow_page.py      pages: hash, roles, links                 shadow_spte.py   stores to their SPTEs
-    shadow_zap.py       zaps of pages, and how many there may be  shadow_roots.py  roots, kept ones, their sync
+    shadow_zap.py       zaps, and how many there may be           shadow_roots.py  roots, kept ones, their sync
     rmap.py             from a gfn to its SPTEs                   rmap_log.py      dirty logging by rmaps
     shadow_set_spte.py  one leaf, and its neighbours              shadow_walk.py   the walk of an address
     direct_map.py       mapping a fault in direct pages           gfn_range.py     unmap and age, either MMU

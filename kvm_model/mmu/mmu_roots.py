@@ -2,13 +2,13 @@
 
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): mmu_topup_memory_caches, kvm_mmu_load,
 kvm_mmu_unload, kvm_mmu_reset_context, kvm_mmu_free_obsolete_roots, is_obsolete_sp, kvm_mmu_zap_all_fast,
-kvm_arch_flush_shadow_memslot, kvm_mmu_invalidate_mmio_sptes, kvm_mmu_zap_all; mmu.h: kvm_mmu_reload,
-kvm_mmu_load_pgd.
+kvm_arch_flush_shadow_memslot, kvm_mmu_zap_memslot, kvm_mmu_zap_memslot_pages_and_flush,
+kvm_mmu_invalidate_mmio_sptes, kvm_mmu_zap_all; mmu.h: kvm_mmu_reload, kvm_mmu_load_pgd; 5.10:
+kvm_mmu_init_vm.
 
 Roots are the TDP MMU's or, without it, those of shadow_roots.py; one VM has one kind.
 
-Not modelled: nested MMUs, KVM_X86_QUIRK_SLOT_ZAP_ALL switched off (every delete or
-move invalidates all roots).
+Not modelled: nested MMUs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 
 from host_mm.page import put_page
 from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, alloc_pages
+from kvm_model.mem_attributes import KVM_X86_DEFAULT_VM
+from kvm_model.mmu.gfn_range import kvm_unmap_gfn_range
 from kvm_model.mmu.kvm_mmu import kvm_init_mmu
 from kvm_model.mmu.mmio import MMIO_GVA_ANY, vcpu_clear_mmio_info
-from kvm_model.mmu.mmu_internal import INVALID_PAGE, is_obsolete_sp, role_direct
+from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage, is_obsolete_sp, role_direct
 from kvm_model.mmu.page_track import KvmPageTrackNotifierNode, kvm_page_track_flush_slot
 from kvm_model.mmu.shadow_roots import (
     PREV_ROOTS_ALL,
@@ -31,14 +33,21 @@ from kvm_model.mmu.shadow_roots import (
     obsolete_shadow_roots,
 )
 from kvm_model.mmu.shadow_walk import shadow_root_to_sp
-from kvm_model.mmu.shadow_zap import kvm_mmu_zap_all_shadow_pages, kvm_zap_obsolete_pages
+from kvm_model.mmu.shadow_zap import (
+    kvm_mmu_prepare_zap_page,
+    kvm_mmu_remote_flush_or_zap,
+    kvm_mmu_zap_all_shadow_pages,
+    kvm_zap_obsolete_pages,
+)
 from kvm_model.mmu.spte import MMIO_SPTE_GEN_MASK
 from kvm_model.mmu.tdp_mmu import init_spt, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root, root_to_sp
 from kvm_model.mmu.tdp_zap import (
     kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_zap_all,
     kvm_tdp_mmu_zap_invalidated_roots,
+    need_resched,
 )
+from kvm_model.mmu.unsync import for_each_gfn_valid_sp_with_gptes
 from kvm_model.requests import (
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     KVM_REQ_TLB_FLUSH,
@@ -56,11 +65,13 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "TRACEPOINTS", "KvmMmuPageTrackNode", "kvm_arch_flush_shadow_memslot", "kvm_mmu_flush_ahead",
-    "kvm_mmu_free_obsolete_roots", "kvm_mmu_invalidate_mmio_sptes", "kvm_mmu_load", "kvm_mmu_load_pgd",
-    "kvm_mmu_reload", "kvm_mmu_reset_context", "kvm_mmu_unload", "kvm_mmu_zap_all", "kvm_mmu_zap_all_fast",
-    "mmu_free_memory_caches", "mmu_topup_memory_caches",
+    "KVM_X86_QUIRK_SLOT_ZAP_ALL", "TRACEPOINTS", "KvmMmuPageTrackNode", "kvm_arch_flush_shadow_memslot",
+    "kvm_mmu_flush_ahead", "kvm_mmu_free_obsolete_roots", "kvm_mmu_invalidate_mmio_sptes", "kvm_mmu_load",
+    "kvm_mmu_load_pgd", "kvm_mmu_reload", "kvm_mmu_reset_context", "kvm_mmu_unload", "kvm_mmu_zap_all",
+    "kvm_mmu_zap_all_fast", "mmu_free_memory_caches", "mmu_topup_memory_caches",
 ]
+
+KVM_X86_QUIRK_SLOT_ZAP_ALL = 1 << 7
 
 KVM_MMU_ZAP_ALL_FAST = Tracepoint(
     "kvmmmu", "kvm_mmu_zap_all_fast", ("mmu_valid_gen", "mmu_used_pages"),
@@ -200,8 +211,28 @@ def kvm_arch_flush_shadow_memslot(kvm: Kvm, slot: KvmMemorySlot) -> None:
     """Leave nothing mapped of a slot that is being deleted or moved."""
     if kvm.profile.mmu_is_page_track_node:
         kvm_page_track_flush_slot(kvm, slot)
-    else:
+    elif kvm.vm_type == KVM_X86_DEFAULT_VM and not kvm.disabled_quirks & KVM_X86_QUIRK_SLOT_ZAP_ALL:
         kvm_mmu_zap_all_fast(kvm)
+    else:
+        _kvm_mmu_zap_memslot(kvm, slot)
+
+
+def _kvm_mmu_zap_memslot(kvm: Kvm, slot: KvmMemorySlot) -> None:
+    """Only the slot's own leaves go, and what shadows guest tables in it; roots stay as they are."""
+    with kvm.mmu_lock:
+        flush = kvm_unmap_gfn_range(kvm, slot, slot.base_gfn, slot.end_gfn, may_block=True)
+        invalid_list: list[KvmMmuPage] = []
+        # Their accounting is the slot's, and goes with it.
+        for gfn in [gfn for gfn in kvm.mmu_page_hash if slot.base_gfn <= gfn < slot.end_gfn]:
+            for sp in for_each_gfn_valid_sp_with_gptes(kvm, gfn):
+                kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "zap-slot")
+            if need_resched(kvm):
+                kvm_mmu_remote_flush_or_zap(kvm, invalid_list, flush)
+                flush = False
+                kvm.mmu_lock.unlock()
+                kvm.sched.yield_()
+                kvm.mmu_lock.lock()
+        kvm_mmu_remote_flush_or_zap(kvm, invalid_list, flush)
 
 
 class KvmMmuPageTrackNode(KvmPageTrackNotifierNode):
