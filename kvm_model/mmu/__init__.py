@@ -22,7 +22,7 @@ The guest's own tables, and shadow paging:
 Without the TDP MMU (kvm.tdp_mmu=N, and shadow paging):
 
     shadow_page.py      pages: hash, roles, links                 shadow_spte.py   stores to their SPTEs
-    shadow_zap.py       zaps, and how many there may be           shadow_roots.py  roots, kept ones, their sync
+    shadow_zap.py       zaps, and how many there may be           shadow_roots.py  roots, also kept ones, sync
     rmap.py             from a gfn to its SPTEs                   rmap_log.py      dirty logging by rmaps
     shadow_set_spte.py  one leaf, and its neighbours              shadow_walk.py   the walk of an address
     direct_map.py       mapping a fault in direct pages           gfn_range.py     unmap and age, either MMU
