@@ -22,6 +22,7 @@ from host_mm.kernel.sched import WaitQueue
 from host_mm.mmu_notifier_register import mmu_notifier_register, mmu_notifier_unregister
 from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, GFP_ZERO, alloc_pages
 from kvm_model import (
+    async_pf,
     dirty_log,
     dirty_ring,
     follow_pfn,
@@ -29,9 +30,11 @@ from kvm_model import (
     mmu_notifier,
     requests,
     x86,
+    x86_async_pf,
     x86_emulate,
     x86_events,
 )
+from kvm_model.async_pf import AsyncPfQueues, kvm_clear_async_pf_completion_queue
 from kvm_model.guest_memfd import KvmGmem, kvm_gmem_create
 from kvm_model.mem_attributes import KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM
 from kvm_model.memslots import KVM_MEM_GUEST_MEMFD, KvmMemslots
@@ -80,6 +83,7 @@ TRACEPOINTS = (
     *tdp_mmu.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS,
     *vmx.TRACEPOINTS,
     *set_mem_attributes.TRACEPOINTS,
+    *async_pf.TRACEPOINTS, *x86_async_pf.TRACEPOINTS,
 )
 """Every tracepoint of this room, each declared beside the code that fires it."""
 
@@ -164,6 +168,8 @@ class Kvm:
             nx_huge_pages=_flag(params, "kvm.nx_huge_pages", False),
         )
         self.eager_page_split = _flag(params, "kvm.eager_page_split", True)
+        # Linux has it where the local APIC is its own. Off here unless asked for: the waits are what shows.
+        self.async_pf = _flag(params, "kvm.async_pf", False)
         self.manual_dirty_log_protect = 0
         # Linux has pml on where the CPU can do it. Off here unless asked for: protection is what shows.
         enable_pml = _flag(params, "kvm_intel.pml", False) and self.spte.ad_enabled
@@ -251,6 +257,7 @@ class Kvm:
         if any(v.vcpu_id == vcpu_id for v in self.vcpus):
             raise KernelError(EEXIST, f"vCPU {vcpu_id} exists")
         vcpu = Vcpu(self, vcpu_id)
+        vcpu.async_pf = AsyncPfQueues(vcpu)
         if self.cpu_dirty_log_size:
             pml.vmx_pml_create(vcpu)
         if self.dirty_ring_size:
@@ -315,6 +322,7 @@ class Kvm:
         if self.gmems:
             raise BrokenTruth("file-count", "a guest_memfd is open: it holds the VM", self.stream.here())
         self.alive = False
+        self.clear_async_pf()
         mmu_notifier_unregister(self.mmu_notifier, self.mm)
         self.mn_active_invalidate_count = 0
         for vcpu in self.vcpus:
@@ -329,6 +337,12 @@ class Kvm:
         self.host.frame_holders.remove(self._table_frames)
         if self.truths is not None:
             self.truths.detach()
+
+    def clear_async_pf(self) -> None:
+        """Wait until no work item brings pages in any more, and forget them. Each holds the address space."""
+        for vcpu in self.vcpus:
+            kvm_clear_async_pf_completion_queue(vcpu)
+            vcpu.apf.gfns.clear()
 
     # -- for the board and its tools ------------------------------------------------------------
 

@@ -9,7 +9,7 @@ KVM holds its reference to the page only until the SPTE is in place. What keeps 
 freed under the mapping is that every change of the host's translation is bracketed, that
 range_start zaps, and that `is_page_fault_stale` is asked under mmu_lock.
 
-Not modelled: async page faults, the APIC access page.
+Not modelled: the APIC access page.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_PSE, lookup_address_in_mm
 from host_mm.gup import FOLL_INTERRUPTIBLE, FOLL_NOWAIT, FOLL_WRITE
 from host_mm.process import BUS_MCEERR_AR
+from kvm_model.async_pf import KvmAsyncPf, kvm_setup_async_pf
 from kvm_model.follow_pfn import kvm_faultin_pfn, kvm_release_faultin_page
 from kvm_model.guest_memfd import kvm_gmem_get_pfn
 from kvm_model.mem_attributes import gfn_is_in_guest_memfd, kvm_mem_is_private
@@ -62,13 +63,15 @@ from kvm_model.mmu.mmu_internal import (
     is_error_pfn,
     is_obsolete_sp,
 )
-from kvm_model.mmu.mmu_roots import mmu_topup_memory_caches
+from kvm_model.mmu.mmu_roots import kvm_mmu_reload, mmu_topup_memory_caches
 from kvm_model.mmu.shadow_page import make_mmu_pages_available
 from kvm_model.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, kvm_pages_per_hpage
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from kvm_model.mmu.tdp_mmu import kvm_tdp_mmu_map, root_to_sp
 from kvm_model.mmu.unprotect import kvm_mmu_unprotect_gfn_and_retry
+from kvm_model.requests import KVM_REQ_APF_HALT, kvm_make_request
 from kvm_model.vcpu import UserExit
+from kvm_model.x86_async_pf import alloc_apf_token, kvm_can_do_async_pf
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -76,8 +79,8 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "TRACEPOINTS", "host_pfn_mapping_level", "kvm_mmu_max_mapping_level", "kvm_mmu_page_fault",
-    "kvm_tdp_map_page",
+    "TRACEPOINTS", "host_pfn_mapping_level", "kvm_arch_async_page_ready", "kvm_mmu_max_mapping_level",
+    "kvm_mmu_page_fault", "kvm_tdp_map_page",
 ]
 
 _WRITE_TO_GUEST_PAGE_TABLE = PFERR_GUEST_PAGE_MASK | PFERR_WRITE_MASK | PFERR_PRESENT_MASK
@@ -88,7 +91,21 @@ FAULT_RETRY = Tracepoint(
         f"gfn {gfn:x} {reason} mmu_seq {mmu_seq} seq {seq} in_progress {in_progress}",
     doc="A fault gives up and the guest will fault again: RET_PF_RETRY, with its reason.",
 )
-TRACEPOINTS = (FAULT_RETRY,)
+_GET_PAGE_FIELDS = ("gva", "gfn")
+
+
+def _fmt_get_page(gva: int, gfn: int) -> str:
+    return f"gva = {gva:#x}, gfn = {gfn:#x}"
+
+
+KVM_TRY_ASYNC_GET_PAGE = Tracepoint("kvm", "kvm_try_async_get_page", _GET_PAGE_FIELDS, _fmt_get_page)
+KVM_ASYNC_PF_REPEATED_FAULT = Tracepoint(
+    "kvm", "kvm_async_pf_repeated_fault", _GET_PAGE_FIELDS, _fmt_get_page
+)
+KVM_ASYNC_PF_DOUBLEFAULT = Tracepoint("kvm", "kvm_async_pf_doublefault", _GET_PAGE_FIELDS, _fmt_get_page)
+TRACEPOINTS = (
+    FAULT_RETRY, KVM_TRY_ASYNC_GET_PAGE, KVM_ASYNC_PF_REPEATED_FAULT, KVM_ASYNC_PF_DOUBLEFAULT,
+)
 
 
 def _retry(kvm: Kvm, fault: KvmPageFault, reason: str) -> int:
@@ -194,16 +211,36 @@ def _faultin_pfn(vcpu: Vcpu, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
     """__kvm_mmu_faultin_pfn."""
     if fault.is_private or slot.gmem_only:
         return _kvm_mmu_faultin_pfn_gmem(vcpu, fault, slot)
-    _gup(vcpu.kvm, fault, slot)
+    kvm = vcpu.kvm
+    foll = (FOLL_WRITE if fault.write else 0) | FOLL_NOWAIT
+    fault.pfn, fault.map_writable, fault.refcounted_page = kvm_faultin_pfn(kvm, slot, fault.gfn, foll)
+    if fault.pfn != KVM_PFN_ERR_NEEDS_IO:
+        return RET_PF_CONTINUE
+    if not fault.prefetch and kvm_can_do_async_pf(vcpu) and _try_async_pf(vcpu, fault, slot):
+        return _retry(kvm, fault, "async-pf")
+    foll = foll & ~FOLL_NOWAIT | FOLL_INTERRUPTIBLE
+    fault.pfn, fault.map_writable, fault.refcounted_page = kvm_faultin_pfn(kvm, slot, fault.gfn, foll)
     return RET_PF_CONTINUE
 
 
-def _gup(kvm: Kvm, fault: KvmPageFault, slot: KvmMemorySlot) -> None:
-    foll = (FOLL_WRITE if fault.write else 0) | FOLL_NOWAIT
-    fault.pfn, fault.map_writable, fault.refcounted_page = kvm_faultin_pfn(kvm, slot, fault.gfn, foll)
-    if fault.pfn == KVM_PFN_ERR_NEEDS_IO:
-        foll = foll & ~FOLL_NOWAIT | FOLL_INTERRUPTIBLE
-        fault.pfn, fault.map_writable, fault.refcounted_page = kvm_faultin_pfn(kvm, slot, fault.gfn, foll)
+def _try_async_pf(vcpu: Vcpu, fault: KvmPageFault, slot: KvmMemorySlot) -> bool:
+    """Let the page come in while the vCPU does something else; False: there is too much of that already."""
+    trace = vcpu.kvm.trace
+    if (t := trace.kvm_try_async_get_page) is not None:
+        t(fault.addr, fault.gfn)
+    if fault.gfn in vcpu.apf.gfns:
+        for t in (trace.kvm_async_pf_repeated_fault, trace.kvm_async_pf_doublefault):
+            if t is not None:
+                t(fault.addr, fault.gfn)
+        kvm_make_request(KVM_REQ_APF_HALT, vcpu)
+        return True
+    work = KvmAsyncPf(vcpu, fault.addr, slot.gfn_to_hva(fault.gfn))
+    work.token = alloc_apf_token(vcpu)
+    work.gfn = fault.gfn
+    work.error_code = fault.error_code
+    work.direct_map = vcpu.kvm.tdp_enabled
+    work.cr3 = vcpu.kvm.cpu.get_reg(vcpu, "cr3")
+    return kvm_setup_async_pf(vcpu, work)
 
 
 def _kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
@@ -337,19 +374,41 @@ def _kvm_tdp_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
     return _direct_page_fault(vcpu, fault)
 
 
+def _kvm_mmu_do_page_fault(
+    vcpu: Vcpu, gpa: int, error_code: int, *, prefetch: bool = False,
+    max_level: int = KVM_MAX_HUGEPAGE_LEVEL,
+) -> tuple[int, int]:
+    """One fault: RET_PF_* or a negative errno, and the level that it could be mapped at."""
+    kvm = vcpu.kvm
+    fault = KvmPageFault(
+        gpa, error_code, prefetch=prefetch, nx_workaround=kvm.spte.nx_huge_pages, max_level=max_level
+    )
+    fault.slot = kvm.slots().gfn_to_memslot(fault.gfn)
+    return _kvm_tdp_page_fault(vcpu, fault), fault.goal_level
+
+
 def kvm_tdp_map_page(vcpu: Vcpu, gpa: int, error_code: int, max_level: int) -> int:
     """Map `gpa` as a fault with that PFERR word would, retrying until it is there. 0 or a negative errno."""
-    kvm = vcpu.kvm
     while True:
-        fault = KvmPageFault(gpa, error_code, nx_workaround=kvm.spte.nx_huge_pages, max_level=max_level)
-        fault.slot = kvm.slots().gfn_to_memslot(fault.gfn)
-        r = _kvm_tdp_page_fault(vcpu, fault)
+        r, _ = _kvm_mmu_do_page_fault(vcpu, gpa, error_code, max_level=max_level)
         if r != RET_PF_RETRY:
             break
-        kvm.sched.yield_()
+        vcpu.kvm.sched.yield_()
     if r == RET_PF_EMULATE:
         return -ENOENT
     return min(r, 0)
+
+
+def kvm_arch_async_page_ready(vcpu: Vcpu, work: KvmAsyncPf) -> None:
+    """A page came in: map it, unless the vCPU is elsewhere by now. The guest has not accessed it yet."""
+    if work.wakeup_all or work.direct_map != vcpu.kvm.tdp_enabled or kvm_mmu_reload(vcpu):
+        return
+    if not work.direct_map and work.cr3 != vcpu.kvm.cpu.get_reg(vcpu, "cr3"):
+        return
+    error_code = work.error_code if vcpu.kvm.profile.apf_ready_keeps_error_code else 0
+    r, _ = _kvm_mmu_do_page_fault(vcpu, work.cr2_or_gpa, error_code, prefetch=True)
+    if r == RET_PF_FIXED:
+        vcpu.stat["pf_fixed"] += 1
 
 
 def _kvm_mmu_write_protect_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
@@ -384,9 +443,7 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
             return r
     if r == RET_PF_INVALID:
         stat["pf_taken"] += 1
-        fault = KvmPageFault(gpa, error_code, nx_workaround=kvm.spte.nx_huge_pages)
-        fault.slot = kvm.slots().gfn_to_memslot(fault.gfn)
-        r = _kvm_tdp_page_fault(vcpu, fault)
+        r, _ = _kvm_mmu_do_page_fault(vcpu, gpa, error_code)
     if r == RET_PF_WRITE_PROTECTED:
         r = _kvm_mmu_write_protect_fault(vcpu, gpa, error_code)
     if r == RET_PF_FIXED:

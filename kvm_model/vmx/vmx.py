@@ -27,6 +27,7 @@ from kvm_model.mmu.mmu_internal import (
     RET_PF_RETRY,
     RET_PF_WRITE_PROTECTED,
 )
+from kvm_model.pv_async_pf import kvm_get_msr, kvm_pv_cpuid, kvm_set_msr
 from kvm_model.requests import KVM_REQ_EVENT, kvm_make_request
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit, Vcpu
 from kvm_model.vmx import pml
@@ -214,7 +215,7 @@ def _handle_cpuid(vcpu: Vcpu, exit_: VmExit) -> int:
     cpu = vcpu.kvm.cpu
     leaf = cpu.get_reg(vcpu, "rax") & 0xFFFF_FFFF
     subleaf = cpu.get_reg(vcpu, "rcx") & 0xFFFF_FFFF
-    out = cpu.cpuid(vcpu, leaf, subleaf)
+    out = kvm_pv_cpuid(vcpu.kvm, leaf) or cpu.cpuid(vcpu, leaf, subleaf)
     if (t := vcpu.kvm.trace.kvm_cpuid) is not None:
         t(leaf, subleaf, *out, True, False)
     for name, value in zip(("rax", "rbx", "rcx", "rdx"), out, strict=True):
@@ -226,7 +227,9 @@ def _handle_cpuid(vcpu: Vcpu, exit_: VmExit) -> int:
 def _handle_rdmsr(vcpu: Vcpu, exit_: VmExit) -> int:
     cpu = vcpu.kvm.cpu
     index = cpu.get_reg(vcpu, "rcx") & 0xFFFF_FFFF
-    value = cpu.get_msr(vcpu, index)
+    value = kvm_get_msr(vcpu, index)
+    if value is None:
+        value = cpu.get_msr(vcpu, index)
     if (t := vcpu.kvm.trace.kvm_msr) is not None:
         t(0, index, value or 0, value is None)
     if value is None:
@@ -242,7 +245,9 @@ def _handle_wrmsr(vcpu: Vcpu, exit_: VmExit) -> int:
     cpu = vcpu.kvm.cpu
     index = cpu.get_reg(vcpu, "rcx") & 0xFFFF_FFFF
     value = cpu.get_reg(vcpu, "rdx") << 32 & _MASK64 | cpu.get_reg(vcpu, "rax") & 0xFFFF_FFFF
-    ok = cpu.set_msr(vcpu, index, value)
+    ok = kvm_set_msr(vcpu, index, value)
+    if ok is None:
+        ok = cpu.set_msr(vcpu, index, value)
     if (t := vcpu.kvm.trace.kvm_msr) is not None:
         t(1, index, value, not ok)
     if ok:
