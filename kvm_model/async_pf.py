@@ -89,12 +89,14 @@ def _async_pf_execute(apf: KvmAsyncPf) -> None:
     with queues.lock:
         first = not queues.done
         queues.done.append(apf)
+    wake = "apf-no-wakeup" not in kvm.breaks
     # From here on the vCPU may be through with the item.
-    if first:
+    if first and wake:
         kvm_arch_async_page_present_queued(vcpu)
     if (t := kvm.trace.kvm_async_pf_completed) is not None:
         t(addr, gva)
-    kvm_vcpu_wake_up(vcpu)
+    if wake:
+        kvm_vcpu_wake_up(vcpu)
     apf.over = True
     apf.ended.wake_all()
 

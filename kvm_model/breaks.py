@@ -13,6 +13,7 @@ from __future__ import annotations
 __all__ = ["BREAKS"]
 
 BREAKS: dict[str, str] = {
+    "apf-no-wakeup": "a page that was read in for a vCPU that sleeps wakes nobody (no-deadlock)",
     "drop-ad": "a page mapped writable is not marked dirty, so reclaim may drop it as clean (no-lost-write)",
     "flush-after-unlock": "range_start flushes only after it dropped mmu_lock (flush-before-unlock)",
     "gmem-no-unmap": "a hole in guest_memfd frees pages that SPTEs still map (no-spte-in-bracket)",
