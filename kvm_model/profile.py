@@ -33,6 +33,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     `apf_ready_keeps_error_code`: the page is mapped for the access that faulted, not for a read;
     `block_traces_wakeup`: their wait is traced as HLT's is.
     `dirty_ring`: there are dirty rings. `guest_memfd`: there are guest_memfd and memory attributes.
+    `pre_fault_memory`: there is KVM_PRE_FAULT_MEMORY.
 
     `tdp_mmu`: the default of the module parameter. The rest is of VMs without the TDP MMU:
     `obsolete_root_check`: a fault whose root is obsolete is retried. `unmap_breaks_lock`: an unmap gives
@@ -49,6 +50,9 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     protected when it starts, not when it is cleared. `collapses_any_compound_page`: when a log ends every 4K
     leaf of a compound page goes.
 
+    `user_mem_slots`: memory slots that user space may have, KVM's own come behind. `max_vcpu_ids`: vCPUs are
+    numbered below it; `max_vcpus`: how many there may be.
+
     Of the walk of guest tables: `pt_access_per_level`: it keeps the rights on the way to each level, not only
     those of the last table. `cmpxchg_gpte_by_gup`: it sets A and D in a frame that GUP gave, not through the
     VMM's mapping. `smap_implicit_by_cpl`: any supervisor access at CPL 3 counts as implicit, not only what
@@ -57,6 +61,9 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     `mmu_is_page_track_node`: the MMU itself is a node of the page-track head, hears so of emulated writes,
     and zaps a slot when the head is told to flush it.
+
+    `quirks`: those that can be disabled, of which slot-zap-all alone is looked at. `mmu_shrinker`: reclaim
+    takes table pages back.
 
     `absent_events`: tracepoints this kernel has not.
     `nr_memslot_as_ids`: normal memory and SMM. `mmu_cache_objects`: capacity of a vCPU's cache of
@@ -76,6 +83,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     marks_page_at_drop: bool = False
     dirty_ring: bool = True
     guest_memfd: bool = True
+    pre_fault_memory: bool = True
     apf_token_never_zero: bool = True
     apf_needs_paging: bool = True
     apf_ready_keeps_error_code: bool = True
@@ -100,7 +108,12 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     smap_implicit_by_cpl: bool = False
     shadow_role_forces_nx: bool = True
     mmu_is_page_track_node: bool = False
+    quirks: int = 0x3FF
+    mmu_shrinker: bool = False
     absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page", "kvm:kvm_async_pf_doublefault"})
+    user_mem_slots: int = 32764
+    max_vcpu_ids: int = 4096
+    max_vcpus: int = 1024
     nr_memslot_as_ids: int = 2
     mmu_cache_objects: int = 40
     mmu_cache_min: int = 5
@@ -127,6 +140,7 @@ LINUX_5_10 = KvmProfile(
     marks_page_at_drop=True,
     dirty_ring=False,
     guest_memfd=False,
+    pre_fault_memory=False,
     apf_token_never_zero=False,
     apf_needs_paging=False,
     apf_ready_keeps_error_code=False,
@@ -146,11 +160,16 @@ LINUX_5_10 = KvmProfile(
     log_flush_if_changed=True,
     init_set_protects_huge=True,
     collapses_any_compound_page=True,
+    user_mem_slots=509,
+    max_vcpu_ids=1023,
+    max_vcpus=288,
     pt_access_per_level=False,
     cmpxchg_gpte_by_gup=True,
     smap_implicit_by_cpl=True,
     shadow_role_forces_nx=False,
     mmu_is_page_track_node=True,
+    quirks=0,
+    mmu_shrinker=True,
     absent_events=frozenset({
         "kvm:kvm_age_hva", "kvm:kvm_async_pf_repeated_fault", "kvm:kvm_dirty_ring_exit",
         "kvm:kvm_dirty_ring_push", "kvm:kvm_dirty_ring_reset", "kvm:kvm_test_age_hva",

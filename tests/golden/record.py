@@ -40,6 +40,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "idt-swapped": (("rounds=1",), FEW),
     "migrate": (("pages=4", "rounds=1"), EVENTS),
     "mmio": ((), (*EVENTS, "kvm:kvm_mmio", "kvmmmu:mark_mmio_spte", "kvmmmu:handle_mmio_page_fault")),
+    "prefault": (("pages=4",), EVENTS),
     "protect": (("pages=4",), EVENTS),
     "rdma": (("pages=1", "rounds=1", "weather=0"), (*EVENTS, "refault:odp_*", "refault:rdma_*")),
     "selfmod": (("rounds=2",), EVENTS),

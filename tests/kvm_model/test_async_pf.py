@@ -9,7 +9,7 @@ import pytest
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.uaccess import copy_from_user, copy_to_user
 from kvm_model.async_pf import ASYNC_PF_PER_VCPU, KvmAsyncPf, kvm_setup_async_pf
-from kvm_model.mmu.mmu import _kvm_mmu_do_page_fault
+from kvm_model.mmu.mmu import kvm_mmu_do_page_fault
 from kvm_model.pv_async_pf import (
     KVM_CPUID_SIGNATURE_LEAF,
     MSR_KVM_ASYNC_PF_ACK,
@@ -306,7 +306,7 @@ def test_a_prefetch_never_starts_one() -> None:
 
     def prefetch() -> int:
         idx = m.kvm.srcu.read_lock()
-        r, _ = _kvm_mmu_do_page_fault(m.vcpus[0], 3 * PAGE, 0, prefetch=True)
+        r = kvm_mmu_do_page_fault(m.vcpus[0], 3 * PAGE, 0, prefetch=True)
         m.kvm.srcu.read_unlock(idx)
         return r
 
