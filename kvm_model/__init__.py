@@ -6,9 +6,11 @@ Reading order, which is the way of one fault and of one host event:
     vcpu.py x86.py                one vCPU, and the loop around guest entries
     kvm_x86_ops.py vmx/exits.py   how KVM meets the CPU, and what an exit says
     vmx/vmx.py x86_events.py      exit handlers; injecting events
+    x86_cr.py                     the guest's control registers
     x86_emulate.py guest_access.py  emulated accesses; KVM's own reads and writes of guest memory
     mmu/mmu.py follow_pfn.py      the fault path; from a guest frame to a host frame
     mmu/invalidate.py             count, sequence, range: when a fault must be retried
+    guest_access.py               KVM's own reads and writes of guest memory
     mmu_notifier.py pfncache.py   what the host's brackets do
     mmu/spte.py mmu/tdp_mmu.py    what an SPTE says, and every store to one
     mmu/rmap.py mmu/direct_map.py the same without the TDP MMU

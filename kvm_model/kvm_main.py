@@ -41,6 +41,7 @@ from kvm_model.mmu import (
     mmu,
     mmu_roots,
     page_track,
+    paging_tmpl,
     shrinker,
     tdp_mmu,
 )
@@ -74,7 +75,8 @@ TRACEPOINTS = (
     *follow_pfn.TRACEPOINTS, *gfn_range.TRACEPOINTS, *invalidate.TRACEPOINTS, *dirty_ring.TRACEPOINTS,
     *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *page_track.TRACEPOINTS, *x86_emulate.TRACEPOINTS,
     *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
-    *tdp_mmu.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS,
+    *tdp_mmu.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS,
+    *vmx.TRACEPOINTS,
 )
 """Every tracepoint of this room, each declared beside the code that fires it."""
 
@@ -120,6 +122,7 @@ class Kvm:
     def __init__(
         self, host: HostMm, process: Process, cpu: KvmX86Ops, *, profile: KvmProfile = LINUX_6_18,
         params: Mapping[str, str] | None = None, breaks: frozenset[str] = frozenset(), checks: bool = False,
+        tdp_enabled: bool = True,
     ) -> None:
         params = params or {}
         self.host = host
@@ -128,6 +131,7 @@ class Kvm:
         self.cpu = cpu
         self.profile = profile
         self.breaks = breaks
+        self.tdp_enabled = tdp_enabled
         self.sched = host.sched
         self.stream = host.stream
         self.ram = host.ram
@@ -151,7 +155,7 @@ class Kvm:
         host.frame_holders.append(self._table_frames)
 
     def _init_params(self, params: Mapping[str, str]) -> None:
-        self.tdp_mmu_enabled = _flag(params, "kvm.tdp_mmu", self.profile.tdp_mmu)
+        self.tdp_mmu_enabled = self.tdp_enabled and _flag(params, "kvm.tdp_mmu", self.profile.tdp_mmu)
         self.spte = ept_masks(
             has_ad_bits=_flag(params, "kvm_intel.eptad", True),
             mmio_caching=_flag(params, "kvm.mmio_caching", True),

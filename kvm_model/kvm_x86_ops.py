@@ -20,7 +20,9 @@ from kvm_model.vmx.exits import VmExit
 if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
-__all__ = ["EMULATE_RETRY", "KvmX86Ops", "MmioAccess"]
+__all__ = ["EMULATE_RETRY", "PT32E_ROOT_LEVEL", "KvmX86Ops", "MmioAccess"]
+
+PT32E_ROOT_LEVEL = 3
 
 
 class MmioAccess(msgspec.Struct):
@@ -62,8 +64,13 @@ class KvmX86Ops(Protocol):
         """Lose translations, as a TLB may at any time: no flush that KVM may count on."""
         ...
 
-    def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int) -> None:
-        """Use the EPT root at `root_hpa` from the next entry on."""
+    def flush_tlb_gva(self, vcpu: Vcpu, gva: int) -> None:
+        """Lose what translates the linear address `gva` (INVVPID of one address)."""
+        ...
+
+    def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int, root_level: int) -> None:
+        """Use the root at `root_hpa` from the next entry on: of EPT, or of the tables that CR3 is to hold,
+        which are PAE paging's at level PT32E_ROOT_LEVEL."""
         ...
 
     def enable_pml(self, vcpu: Vcpu, vmcs: int) -> None:

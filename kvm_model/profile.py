@@ -46,6 +46,12 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     protected when it starts, not when it is cleared. `collapses_any_compound_page`: when a log ends every 4K
     leaf of a compound page goes.
 
+    Of the walk of guest tables: `pt_access_per_level`: it keeps the rights on the way to each level, not only
+    those of the last table. `cmpxchg_gpte_by_gup`: it sets A and D in a frame that GUP gave, not through the
+    VMM's mapping. `smap_implicit_by_cpl`: any supervisor access at CPL 3 counts as implicit, not only what
+    KVM says is. `shadow_role_forces_nx`: shadow pages have NX whatever the guest's EFER says, and no bits of
+    the control registers while the guest's paging is off.
+
     `mmu_is_page_track_node`: the MMU itself is a node of the page-track head, hears so of emulated writes,
     and zaps a slot when the head is told to flush it.
 
@@ -84,6 +90,10 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     log_flush_if_changed: bool = False
     init_set_protects_huge: bool = False
     collapses_any_compound_page: bool = False
+    pt_access_per_level: bool = True
+    cmpxchg_gpte_by_gup: bool = False
+    smap_implicit_by_cpl: bool = False
+    shadow_role_forces_nx: bool = True
     mmu_is_page_track_node: bool = False
     quirks: int = 0x3FF
     mmu_shrinker: bool = False
@@ -128,6 +138,10 @@ LINUX_5_10 = KvmProfile(
     log_flush_if_changed=True,
     init_set_protects_huge=True,
     collapses_any_compound_page=True,
+    pt_access_per_level=False,
+    cmpxchg_gpte_by_gup=True,
+    smap_implicit_by_cpl=True,
+    shadow_role_forces_nx=False,
     mmu_is_page_track_node=True,
     quirks=0,
     mmu_shrinker=True,

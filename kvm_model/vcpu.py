@@ -17,6 +17,7 @@ import msgspec
 
 from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import WaitQueue
+from kvm_model.mmu.kvm_mmu import KvmMmu
 from kvm_model.mmu.mmu_internal import INVALID_PAGE
 from kvm_model.requests import KVM_REQ_EVENT, KVM_REQ_NMI, OUTSIDE_GUEST_MODE, kvm_make_request, kvm_vcpu_kick
 from kvm_model.vmx.exits import VmExit
@@ -118,6 +119,7 @@ class Vcpu:
         self.srcu_idx = -1
 
         self.root_hpa = INVALID_PAGE
+        self.mmu = KvmMmu()
         self.mmu_shadow_page_cache: list[int] = []
         self.dirty_ring: KvmDirtyRing | None = None
         self.pml_pg = -1

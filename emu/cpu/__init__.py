@@ -4,10 +4,12 @@ Reading order, from one access outwards:
 
     paging.py words.py            the guest's entries; the row of words that a walk reads
     walk.py                       the two-dimensional walk: the specification of translation
+    shadow_walk.py cr_exits.py    the walk of KVM's shadow tables; what exits for their sake
     fill.py fill_body.py          a miss of Unicorn's TLB: walk, judge, note
     faults.py                     what a refused fill means: a fault, a VM exit, new code
     code_pages.py                 which pages a vCPU may execute from
     vcpu.py cpu.py                one vCPU and its loop; all of a VM's, as KVM asks for them
+    stops.py                      exceptions, private instructions, exits
     block.py block_body.py        counting instructions, ending slices
     intercept.py control.py       instructions that leave the guest; those that change the CPU's mode
     events.py segments.py         delivery of exceptions and interrupts; segment registers

@@ -19,7 +19,7 @@ import functools
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -29,15 +29,21 @@ __all__ = ["Native", "native"]
 
 
 class Native:
-    """The compiled code: C addresses of the callbacks, and `walk` with the interpreted walk's signature
-    (its memory is a numpy int64 array, see `memory`)."""
+    """The compiled code: C addresses of the callbacks, and `walk` and `walk_shadow` with the interpreted
+    walks' signatures (their memory is a numpy int64 array, see `memory`)."""
 
-    def __init__(self, callbacks: dict[str, Any], walk: Any) -> None:
+    def __init__(self, callbacks: dict[str, Any], walk: Any, make_walk_shadow: Callable[[], Any]) -> None:
         self._callbacks = callbacks
         self.fill_hook = int(callbacks["fill_hook"].address)
         self.block_hook = int(callbacks["block_hook"].address)
         self.edge_hook = int(callbacks["edge_hook"].address)
         self.walk = walk
+        self._make_walk_shadow = make_walk_shadow
+
+    @functools.cached_property
+    def walk_shadow(self) -> Any:
+        """Compiled when the first vCPU without EPT asks: others need not wait for it."""
+        return self._make_walk_shadow()
 
     @staticmethod
     def memory(view: memoryview) -> Any:
@@ -52,11 +58,11 @@ def native() -> Native:
     """Compile, or load from the cache. The same object every time: code has no state."""
     import numba
 
-    from emu.cpu import block_body, code_pages, env, fill_body, paging, walk
+    from emu.cpu import block_body, code_pages, env, fill_body, paging, shadow_walk, walk
     from emu.cpu import callbacks as entry
     from kvm_model.vmx import ept, exits
 
-    inner = [ept, paging, walk, code_pages, fill_body, block_body]
+    inner = [ept, paging, walk, shadow_walk, code_pages, fill_body, block_body]
     cache = _cache_directory([exits, env, *inner, entry])
     # Inlined by force: LLVM would leave the walk as calls, which doubles the cost of a fill.
     scope = _copies(inner, numba.njit(forceinline=True))
@@ -69,7 +75,13 @@ def native() -> Native:
         word = numba.types.int64
         compile_walk = numba.njit((word[::1], *[word] * 9), cache=cache is not None)
         outer = compile_walk(_copy(cast(FunctionType, walk.walk), scope))
-    return Native(callbacks, outer)
+
+    def walk_shadow() -> Any:
+        with _numba_cache(cache):
+            compile_shadow = numba.njit((word[::1], *[word] * 8), cache=cache is not None)
+            return compile_shadow(_copy(cast(FunctionType, shadow_walk.walk_shadow), scope))
+
+    return Native(callbacks, outer, walk_shadow)
 
 
 def _copies(modules: list[ModuleType], njit: Any) -> dict[FunctionType, Any]:

@@ -33,7 +33,7 @@ from emu.cpu.paging import CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, EFER_SCE
 from emu.cpu.segments import DESC_CODE, DESC_DB, DESC_G, DESC_L, DESC_P, DESC_S, load_seg_cache
 from emu.cpu.vcpu import UnicornVcpu
 
-__all__ = ["CR4_GUEST_BITS", "syscall", "sysenter", "write_control_register"]
+__all__ = ["CR4_GUEST_BITS", "lmsw_operand", "syscall", "sysenter", "write_control_register"]
 
 _CR0_TS, _CR0_NW, _CR0_CD = 1 << 3, 1 << 29, 1 << 30
 _CR0_FIXED = 1 << 4 | 1 << 5
@@ -57,7 +57,7 @@ def write_control_register(vcpu: UnicornVcpu, insn: Any, number: int) -> None:
     if insn.id == cx.X86_INS_CLTS:
         value = env.cr(0) & ~_CR0_TS
     elif insn.id == cx.X86_INS_LMSW:
-        value = env.cr(0) & ~0xE | _lmsw_operand(vcpu, insn) & 0xF
+        value = env.cr(0) & ~0xE | lmsw_operand(vcpu, insn) & 0xF
     else:
         value = read_register(vcpu, insn.operands[1].reg)
     if number == 0:
@@ -70,7 +70,8 @@ def write_control_register(vcpu: UnicornVcpu, insn: Any, number: int) -> None:
     vcpu.skip(insn.size)
 
 
-def _lmsw_operand(vcpu: UnicornVcpu, insn: Any) -> int:
+def lmsw_operand(vcpu: UnicornVcpu, insn: Any) -> int:
+    """The machine status word that LMSW loads."""
     operand = insn.operands[0]
     if operand.type == cx.X86_OP_MEM:
         address = effective_address(vcpu.env, insn, operand, vcpu.long_code)

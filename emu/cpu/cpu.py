@@ -1,9 +1,8 @@
 """The CPUs of one VM: kvm_model's KvmX86Ops on Unicorn.
 
 `vcpu_run` is a VM entry: it injects, runs slices of guest code and comes back with a VmExit. What
-leaves emu_start is sorted here: exceptions are delivered to the guest without an exit (the exception
-bitmap is empty, as under EPT), CPU-private instructions (RDTSC, INVLPG, MOV to CR0 and CR4, SYSCALL, the
-pass-through MSRs) are carried out, the rest is an exit. Nothing here runs inside a Unicorn callback.
+leaves emu_start is a refused fill (faults.py) or a stop (stops.py). Under EPT the exception bitmap is empty;
+without it #PF exits. Nothing here runs inside a Unicorn callback.
 
 Time: each guest instruction takes `NS_PER_INSN`; a slice never runs past the next timer. Between slices
 other tasks may run while the vCPU stays in guest mode, until somebody kicks it.
@@ -18,55 +17,31 @@ interrupts, preemption timer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from emu.cpu import mmio, msr
-from emu.cpu.control import syscall, sysenter, write_control_register
 from emu.cpu.cpuid import cpuid
 from emu.cpu.env import HF_INHIBIT_IRQ
-from emu.cpu.events import ERROR_CODE_VECTORS, deliver, ept_vmexit, exception_info, software_info
+from emu.cpu.events import deliver, exception_info, is_hardware_exception, memory_vmexit
 from emu.cpu.faults import FillFailures
 from emu.cpu.fill_body import P_REFUSED
-from emu.cpu.insn import REGISTERS, Decoder
-from emu.cpu.intercept import (
-    EXCEPTION_LIMIT,
-    STOP_CPUID,
-    STOP_HLT,
-    STOP_IN,
-    STOP_INTR,
-    STOP_INVLPG,
-    STOP_MSR,
-    STOP_OUT,
-    STOP_RDPMC,
-    STOP_RDTSC,
-    STOP_SYSCALL,
-    STOP_SYSENTER,
-    STOP_WRITE_CR0,
-    STOP_WRITE_CR3,
-    STOP_WRITE_CR4,
-)
-from emu.cpu.memory import VECTOR_GP, EptExit, GuestFault, GuestNotSupported
-from emu.cpu.portio import StringElement, finish_element, io_exit
+from emu.cpu.insn import Decoder
+from emu.cpu.memory import GuestFault, GuestNotSupported, MemoryExit
+from emu.cpu.portio import finish_element
 from emu.cpu.registers import GENERAL_REGISTERS, read_register, write_register
+from emu.cpu.stops import COST_RDTSC, Stops
 from emu.cpu.vcpu import EMU_EXCEPTION, EMU_INSN_INVALID, EMU_OK, UnicornVcpu
 from emu.cpu.walk import OK
 from emu.loaders.image import BOOT_CR3, BOOT_GDT, BOOT_STACK, GDT_CODE32, GDT_CODE64, GDT_DATA, GDT_LIMIT
-from kvm_model.kvm_x86_ops import EMULATE_RETRY
+from kvm_model.kvm_x86_ops import EMULATE_RETRY, PT32E_ROOT_LEVEL
 from kvm_model.mmu.mmu_roots import kvm_mmu_flush_ahead
 from kvm_model.requests import IN_GUEST_MODE
 from kvm_model.vmx.ept import make_eptp
 from kvm_model.vmx.exits import (
     INTR_INFO_VALID,
-    REASON_CPUID,
-    REASON_CR_ACCESS,
     REASON_EPT_MISCONFIG,
     REASON_EXTERNAL_INTERRUPT,
-    REASON_HLT,
-    REASON_INTERRUPT_WINDOW,
     REASON_INVALID_STATE,
-    REASON_MSR_READ,
-    REASON_MSR_WRITE,
-    REASON_VMCALL,
     VmExit,
 )
 
@@ -80,37 +55,32 @@ if TYPE_CHECKING:
 __all__ = ["COST_RDTSC", "EXIT_INSNS", "NS_PER_INSN", "SLICE_INSNS", "UnicornCpu"]
 
 NS_PER_INSN = 1
-COST_RDTSC = 400
-"""ns: enough that a guest's delay loop does not take millions of turns."""
 SLICE_INSNS = 1_000_000
 """Guest instructions: a tick of HZ=1000, 1 to 20 ms of real time. After 50 ms Ctrl-C would feel late."""
 EXIT_INSNS = 10_000
 """What an exit takes from the slice: handling it here takes as long as thousands of instructions."""
 
 _EMULATE_RETRIES = 64
-_RAX, _RCX, _RDX = 0, 1, 2
 _IF = 1 << 9
-_VECTOR_UD = 6
-_ONE_BYTE_INT = {3: b"\xcc", 4: b"\xce"}
-_VMCALL = b"\x0f\x01\xc1"
-_M32, _M64 = (1 << 32) - 1, (1 << 64) - 1
 
 
 class UnicornCpu:
     """All vCPUs of a VM. KVM's vCPU objects name them by `vcpu_id`; a new number is a new CPU.
 
     `exit_filter(vcpu, vmexit)`: true for an exit that KVM is not to see; the guest is then entered
-    again. `ept_ad`: EPTP bit 6 from the next load_mmu_pgd or flush_tlb on.
+    again. `ept_ad`: EPTP bit 6 from the next load_mmu_pgd or flush_tlb on. Without `ept` it runs on tables
+    that KVM makes of the guest's: shadow_walk.py, cr_exits.py.
     """
 
     def __init__(
-        self, host: HostMm, sched: Scheduler, *, interpreted: bool = False,
+        self, host: HostMm, sched: Scheduler, *, interpreted: bool = False, ept: bool = True,
         params: dict[str, str] | None = None,
     ) -> None:
         self.host = host
         self.ram = host.ram
         self.sched = sched
         self.interpreted = interpreted
+        self.ept = ept
         self.ept_ad = (params or {}).get("kvm_intel.eptad", "Y") not in ("0", "N", "n")
         self.unsupported = ""
         self.exit_filter: Callable[[Vcpu, VmExit], bool] | None = None
@@ -118,32 +88,17 @@ class UnicornCpu:
         self.vcpus: dict[int, UnicornVcpu] = {}
         self.decoder = Decoder()
         self.fills = FillFailures(self.vcpus, self.decoder)
-        self._elements: dict[int, StringElement] = {}
+        self.stops = Stops(sched, self.fills, ept=ept)
         self._retries: dict[int, tuple[int, int]] = {}
-        self._tsc_offset: dict[int, int] = {}
         self._root: dict[int, int] = {}
-        self._private: dict[int, Callable[[UnicornVcpu], VmExit | None]] = {
-            STOP_RDTSC: self._rdtsc,
-            STOP_INVLPG: self._invlpg,
-            STOP_RDPMC: self._rdpmc,
-            STOP_MSR: self._msr,
-            STOP_WRITE_CR0: lambda v: self._write_cr(v, 0),
-            STOP_WRITE_CR4: lambda v: self._write_cr(v, 4),
-            STOP_WRITE_CR3: self._cr3_exit,
-            STOP_SYSCALL: syscall,
-            STOP_SYSENTER: sysenter,
-            STOP_IN: lambda v: self._port(v, STOP_IN),
-            STOP_OUT: lambda v: self._port(v, STOP_OUT),
-            STOP_CPUID: lambda v: VmExit(REASON_CPUID, v.env.eip, insn_len=2),
-            STOP_HLT: lambda v: VmExit(REASON_HLT, v.env.eip, insn_len=1),
-            STOP_INTR: lambda v: VmExit(REASON_INTERRUPT_WINDOW, v.env.eip),
-        }
 
     def vcpu(self, vcpu: Vcpu) -> UnicornVcpu:
         """The CPU behind KVM's vCPU, made on first use."""
         found = self.vcpus.get(vcpu.vcpu_id)
         if found is None:
-            found = UnicornVcpu(self.ram, vcpu.vcpu_id, interpreted=self.interpreted)
+            found = UnicornVcpu(
+                self.ram, vcpu.vcpu_id, interpreted=self.interpreted, shadow=not self.ept
+            )
             self.vcpus[vcpu.vcpu_id] = found
         return found
 
@@ -179,6 +134,8 @@ class UnicornCpu:
     def vcpu_run(self, vcpu: Vcpu) -> VmExit:
         """VM entry: inject `vcpu.entry_intr_info` if valid, run until a VM exit, return it."""
         v = self.vcpu(vcpu)
+        if not self.ept:
+            v.fill.load_pdptes()
         info, error, length = vcpu.entry_intr_info, vcpu.entry_error_code, vcpu.entry_insn_len
         vcpu.entry_intr_info = 0
         while True:
@@ -195,6 +152,9 @@ class UnicornCpu:
 
     def _enter(self, vcpu: Vcpu, v: UnicornVcpu, info: int, error: int, length: int) -> VmExit:
         vmexit = None
+        if not self.ept and is_hardware_exception(info):
+            # KVM found the rest's fault to be the guest's own: the instruction starts anew after it.
+            v.deferred = None
         if v.deferred is not None:
             vmexit = self._guest_step(v, v.run_deferred)
             if vmexit is not None and info & INTR_INFO_VALID and not vmexit.idt_vectoring_info:
@@ -254,8 +214,8 @@ class UnicornCpu:
         """Do something for the guest that may fault or exit; faults are delivered to it."""
         try:
             return step()
-        except EptExit as exit_:
-            return ept_vmexit(v, exit_)
+        except MemoryExit as exit_:
+            return memory_vmexit(v, exit_)
         except GuestFault as fault:
             info = exception_info(fault.vector, fault.error_code is not None)
             return deliver(v, info, fault.error_code or 0, 0, fault.cr2)
@@ -268,97 +228,10 @@ class UnicornCpu:
                 return None
         v.stepped_from = None
         if error == EMU_INSN_INVALID:
-            return self._undefined(v)
+            return self.stops.undefined(v)
         if error != EMU_EXCEPTION:
             raise RuntimeError(f"Unicorn stopped with error {error} at rip {v.env.eip:#x}")
-        reason = v.intercepts.stop_reason()
-        if 0 <= reason < EXCEPTION_LIMIT:
-            return self._exception(v, reason)
-        private = self._private.get(reason)
-        if private is None:
-            raise RuntimeError(f"Unicorn stopped for an unknown reason {reason:#x} at rip {v.env.eip:#x}")
-        return private(v)
-
-    # -- exceptions and private instructions -----------------------------------------------------
-
-    def _exception(self, v: UnicornVcpu, vector: int) -> VmExit | None:
-        env = v.env
-        if env.exception_is_int:
-            # Unicorn stands behind INT n; the architecture reports the instruction
-            before = v.memory.fetch((env.eip - 1) & _M64, 1)
-            one_byte = before == _ONE_BYTE_INT.get(vector)
-            length = 1 if one_byte else 2
-            env.eip = (env.eip - length) & _M64
-            return deliver(v, software_info(vector, one_byte), 0, length)
-        has_code = vector in ERROR_CODE_VECTORS
-        return deliver(v, exception_info(vector, has_code), env.error_code if has_code else 0, 0)
-
-    def _undefined(self, v: UnicornVcpu) -> VmExit | None:
-        if v.memory.fetch(v.env.eip, 3) == _VMCALL:
-            return VmExit(REASON_VMCALL, v.env.eip, insn_len=3)
-        raise GuestFault(_VECTOR_UD)
-
-    def _decode(self, v: UnicornVcpu) -> Any:
-        insn = self.fills.decode(v)
-        if insn is None:
-            # The guest's tables may have changed under a translation that its TLB still holds: a CPU
-            # may evict that at any time, so the fetch is made again. What comes then is no instruction.
-            v.memory.fetch(v.env.eip, 1)
-            raise GuestFault(_VECTOR_UD)
-        return insn
-
-    def tsc(self, v: UnicornVcpu) -> int:
-        """The time-stamp counter: one tick a nanosecond of logical time."""
-        return (self.sched.now + self._tsc_offset.get(v.vcpu_id, 0)) & _M64
-
-    def _rdtsc(self, v: UnicornVcpu) -> None:
-        insn = self._decode(v)
-        self.sched.advance(COST_RDTSC)
-        tsc = self.tsc(v)
-        v.env.set_reg(_RAX, tsc & _M32)
-        v.env.set_reg(_RDX, tsc >> 32)
-        if insn.mnemonic == "rdtscp":
-            v.env.set_reg(_RCX, msr.read_msr(v, 0xC0000103, 0) or 0)
-        v.skip(insn.size)
-
-    def _invlpg(self, v: UnicornVcpu) -> None:
-        # the page may have been a large one, of which Unicorn holds many pieces: everything goes
-        v.intercepts.flush_tlb()
-        v.skip(self._decode(v).size)
-
-    def _rdpmc(self, v: UnicornVcpu) -> None:
-        raise GuestFault(VECTOR_GP, 0)
-
-    def _write_cr(self, v: UnicornVcpu, number: int) -> None:
-        write_control_register(v, self._decode(v), number)
-
-    def _cr3_exit(self, v: UnicornVcpu) -> VmExit:
-        insn = self._decode(v)
-        register = REGISTERS[insn.operands[1].reg][0]
-        return VmExit(REASON_CR_ACCESS, v.env.eip, qualification=3 | register << 8, insn_len=insn.size)
-
-    def _msr(self, v: UnicornVcpu) -> VmExit | None:
-        index = v.env.reg(_RCX) & _M32
-        write = v.env.error_code & 1
-        if index not in msr.PASSTHROUGH or (write and index == msr.MSR_TSC):
-            return VmExit(REASON_MSR_WRITE if write else REASON_MSR_READ, v.env.eip, insn_len=2)
-        if write:
-            value = v.env.reg(_RAX) & _M32 | (v.env.reg(_RDX) & _M32) << 32
-            if not msr.write_msr(v, index, value):
-                raise GuestFault(VECTOR_GP, 0)
-        else:
-            found = msr.read_msr(v, index, self.tsc(v)) or 0
-            v.env.set_reg(_RAX, found & _M32)
-            v.env.set_reg(_RDX, found >> 32)
-        v.skip(2)
-        return None
-
-    def _port(self, v: UnicornVcpu, stop: int) -> VmExit:
-        words = v.intercepts.io[stop]
-        vmexit, element = io_exit(v, self._decode(v), stop == STOP_IN, words[4] & 0xFFFF, words[5])
-        if element is not None:
-            self._elements[v.vcpu_id] = element
-        return vmexit
+        return self.stops.handle(v, v.intercepts.stop_reason())
 
     @property
     def instructions(self) -> int:
@@ -368,11 +241,16 @@ class UnicornCpu:
     # -- translations --------------------------------------------------------------------------
 
     def flush_tlb(self, vcpu: Vcpu) -> None:
-        """Empty the vCPU's translations of every kind (INVEPT of its root)."""
+        """Empty the vCPU's translations of every kind (INVEPT of its root, or INVVPID)."""
         v = self.vcpu(vcpu)
-        root = self._root.get(v.vcpu_id, 0)
-        v.fill.eptp = make_eptp(root, self.ept_ad) if root else 0
+        if self.ept:
+            root = self._root.get(v.vcpu_id, 0)
+            v.fill.eptp = make_eptp(root, self.ept_ad) if root else 0
         v.fill.flush()
+
+    def flush_tlb_gva(self, vcpu: Vcpu, gva: int) -> None:
+        """Forget what translates `gva`: no flush that rests on an epoch, since that is of one address."""
+        self.vcpu(vcpu).intercepts.flush_tlb()
 
     def may_translate(self, vcpu: Vcpu, pfn: int) -> bool:
         """Whether the vCPU could still use a translation to the frame: it has one and no flush ahead."""
@@ -385,9 +263,13 @@ class UnicornCpu:
         """Empty the TLB before the vCPU runs on, as hardware may at any time: no new epoch."""
         self.vcpu(vcpu).evict = True
 
-    def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int) -> None:
-        """Use the EPT root at `root_hpa` from the next entry on."""
+    def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int, root_level: int) -> None:
+        """Use the root at `root_hpa` from the next entry on: as EPTP, or as CR3 without EPT."""
         v = self.vcpu(vcpu)
+        if not self.ept:
+            if v.fill.set_root(root_hpa, root_level == PT32E_ROOT_LEVEL):
+                v.intercepts.flush_tlb()
+            return
         self._root[v.vcpu_id] = root_hpa
         eptp = make_eptp(root_hpa, self.ept_ad)
         if v.fill.eptp != eptp:
@@ -409,7 +291,7 @@ class UnicornCpu:
             if insn is None and self.fills.code_gone(v, gpa) and self._again(v):
                 return EMULATE_RETRY
             access = mmio.emulate(v, insn, gpa)
-        except EptExit as exit_:
+        except MemoryExit as exit_:
             return EMULATE_RETRY if exit_.reason != REASON_EPT_MISCONFIG and self._again(v) else None
         except GuestFault:
             return None
@@ -437,27 +319,27 @@ class UnicornCpu:
     def get_reg(self, vcpu: Vcpu, name: str) -> int:
         """A register by its name in registers.py."""
         v = self.vcpu(vcpu)
-        if name == "rax" and v.vcpu_id in self._elements:
-            return self._elements[v.vcpu_id].data
+        if name == "rax" and v.vcpu_id in self.stops.elements:
+            return self.stops.elements[v.vcpu_id].data
         return read_register(v, name)
 
     def set_reg(self, vcpu: Vcpu, name: str, value: int) -> None:
         """Write a register: rax..r15, rip, rflags, cr0..cr4, efer."""
         v = self.vcpu(vcpu)
-        if name == "rax" and v.vcpu_id in self._elements:
-            self._elements[v.vcpu_id].data = value
+        if name == "rax" and v.vcpu_id in self.stops.elements:
+            self.stops.elements[v.vcpu_id].data = value
         else:
             write_register(v, name, value)
 
     def get_msr(self, vcpu: Vcpu, index: int) -> int | None:
         """An MSR's value, or None where reading it is #GP."""
         v = self.vcpu(vcpu)
-        return msr.read_msr(v, index, self.tsc(v))
+        return msr.read_msr(v, index, self.stops.tsc(v))
 
     def set_msr(self, vcpu: Vcpu, index: int, value: int) -> bool:
         """Write an MSR; False where writing that is #GP."""
         if index == msr.MSR_TSC:
-            self._tsc_offset[vcpu.vcpu_id] = value - self.sched.now
+            self.stops.tsc_offset[vcpu.vcpu_id] = value - self.sched.now
             return True
         return msr.write_msr(self.vcpu(vcpu), index, value)
 
@@ -468,7 +350,7 @@ class UnicornCpu:
     def skip_emulated_instruction(self, vcpu: Vcpu, insn_len: int) -> None:
         """Step RIP over an instruction that KVM emulated; ends an STI shadow."""
         v = self.vcpu(vcpu)
-        element = self._elements.pop(v.vcpu_id, None)
+        element = self.stops.elements.pop(v.vcpu_id, None)
         if element is not None:
             finish_element(v, element)
         else:

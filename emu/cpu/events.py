@@ -2,8 +2,8 @@
 
 Every read of the IDT, GDT, LDT and TSS and every push goes through the hardware walk: it may fault,
 which is judged by the double-fault rules, or leave the guest for KVM with IDT-vectoring
-information, after which KVM injects the same event again. Nothing of the guest changes before all
-of the frame's addresses were translated.
+information, after which KVM injects the same event again; a #PF that KVM intercepts leaves before it could
+make a double fault. Nothing of the guest changes before all of the frame's addresses were translated.
 
 Source: Intel SDM vol. 3A 6.12 to 6.15 (handling in protected and 64-bit mode, IST, error codes),
 table 6-5 (double-fault conditions), vol. 2A INT n (operation), vol. 3C 26.8.3 (event injection),
@@ -19,7 +19,7 @@ stacks, FRED.
 from __future__ import annotations
 
 from emu.cpu.env import CR, GDT, HF_LMA, IDT, LDT, R_CS, R_SS, TR
-from emu.cpu.memory import VECTOR_GP, VECTOR_PF, VECTOR_SS, EptExit, GuestFault
+from emu.cpu.memory import VECTOR_GP, VECTOR_PF, VECTOR_SS, GuestFault, MemoryExit
 from emu.cpu.paging import CR0_PE, is_canonical
 from emu.cpu.segments import (
     DESC_CODE,
@@ -40,11 +40,15 @@ from kvm_model.vmx.exits import (
     INTR_TYPE_HARD_EXCEPTION,
     INTR_TYPE_SOFT_EXCEPTION,
     INTR_TYPE_SOFT_INTR,
+    REASON_EXCEPTION_NMI,
     REASON_TRIPLE_FAULT,
     VmExit,
 )
 
-__all__ = ["ERROR_CODE_VECTORS", "deliver", "ept_vmexit", "exception_info", "software_info"]
+__all__ = [
+    "ERROR_CODE_VECTORS", "deliver", "exception_info", "is_hardware_exception", "memory_vmexit",
+    "software_info",
+]
 
 VECTOR_DB, VECTOR_BP, VECTOR_OF, VECTOR_DF, VECTOR_TS, VECTOR_NP = 1, 3, 4, 8, 10, 11
 ERROR_CODE_VECTORS = frozenset((8, 10, 11, 12, 13, 14, 17, 21))
@@ -63,13 +67,26 @@ def exception_info(vector: int, has_error_code: bool) -> int:
     return vector | INTR_TYPE_HARD_EXCEPTION | code | INTR_INFO_VALID
 
 
+def is_hardware_exception(info: int) -> bool:
+    """Whether VM-entry interruption information is valid and that of a hardware exception."""
+    return info & (INTR_INFO_VALID | _TYPE_MASK) == INTR_INFO_VALID | INTR_TYPE_HARD_EXCEPTION
+
+
 def software_info(vector: int, one_byte: bool) -> int:
     """The same of INT n, or of INT3 and INTO in their one-byte forms."""
     return vector | (INTR_TYPE_SOFT_EXCEPTION if one_byte else INTR_TYPE_SOFT_INTR) | INTR_INFO_VALID
 
 
-def ept_vmexit(vcpu: UnicornVcpu, exit_: EptExit) -> VmExit:
-    """The VM exit of an access that EPT refused or that the full log held up."""
+def memory_vmexit(vcpu: UnicornVcpu, exit_: MemoryExit) -> VmExit:
+    """The VM exit of an access that a table of KVM's refused or that the full log held up."""
+    if exit_.reason == REASON_EXCEPTION_NMI:
+        return VmExit(
+            reason=exit_.reason,
+            rip=vcpu.env.eip,
+            qualification=exit_.gva,
+            intr_info=exception_info(VECTOR_PF, True),
+            error_code=exit_.error_code,
+        )
     return VmExit(
         reason=exit_.reason,
         rip=vcpu.env.eip,
@@ -90,8 +107,8 @@ def deliver(
                 vcpu.env.q[CR // 8 + 2] = cr2
             _deliver_one(vcpu, info, error_code, insn_len)
             return None
-        except EptExit as exit_:
-            vmexit = ept_vmexit(vcpu, exit_)
+        except MemoryExit as exit_:
+            vmexit = memory_vmexit(vcpu, exit_)
             vmexit.idt_vectoring_info = info
             vmexit.idt_vectoring_error = error_code if info & INTR_INFO_DELIVER_CODE else 0
             vmexit.insn_len = insn_len

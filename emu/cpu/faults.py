@@ -26,7 +26,7 @@ from typing import Any
 from emu.cpu.fill import FillResult
 from emu.cpu.fill_body import CODE_WRITE, FRAME_CODE, FRAME_DATA, FRAME_MIXED, NEW_CODE
 from emu.cpu.insn import Decoder, is_read_modify_write, uses_stack_segment
-from emu.cpu.memory import VECTOR_GP, VECTOR_SS, EptExit, GuestFault, raise_walk_failure
+from emu.cpu.memory import VECTOR_GP, VECTOR_SS, GuestFault, MemoryExit, raise_walk_failure
 from emu.cpu.vcpu import UnicornVcpu
 from emu.cpu.walk import (
     ACCESS_FETCH,
@@ -56,7 +56,7 @@ class FillFailures:
         self._flips: dict[int, int] = {}
 
     def handle(self, vcpu: UnicornVcpu, last: FillResult) -> None:
-        """Put things right so that the vCPU can run on, or raise GuestFault or EptExit."""
+        """Put things right so that the vCPU can run on, or raise GuestFault or MemoryExit."""
         page = last.page & _M64
         if last.access & ACCESS_FETCH and page != vcpu.env.eip & ~0xFFF and last.status != NEW_CODE:
             if vcpu.stepped_from != vcpu.env.eip:
@@ -95,13 +95,13 @@ class FillFailures:
                 return
         if result[0] == NON_CANONICAL:
             raise GuestFault(VECTOR_SS if stack else VECTOR_GP, 0)
-        raise_walk_failure(result, gva)
+        raise_walk_failure(result, gva, shadow=vcpu.fill.root != 0)
 
     def decode(self, vcpu: UnicornVcpu) -> Any:
         """The instruction at RIP, or None where its bytes cannot be had."""
         try:
             code = vcpu.memory.fetch(vcpu.env.eip, _LONGEST_INSN)
-        except (GuestFault, EptExit):
+        except (GuestFault, MemoryExit):
             return None
         return self.decoder.decode(code, vcpu.long_code)
 
@@ -112,7 +112,7 @@ class FillFailures:
         """
         try:
             return len(vcpu.memory.fetch(vcpu.env.eip, _LONGEST_INSN)) < _LONGEST_INSN
-        except EptExit as exit_:
+        except MemoryExit as exit_:
             return exit_.reason != REASON_EPT_MISCONFIG and exit_.gpa >> 12 != device >> 12
         except GuestFault:
             return True

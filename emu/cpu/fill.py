@@ -17,6 +17,8 @@ its own. The protocol for whoever runs vCPUs:
 An address given to ctl_set_exits is fetched from at the end of every emu_start, and so is one given
 to ctl_remove_cache: those fills overwrite `last()`.
 
+Under shadow paging (`root` not 0) the tables are KVM's, whose faults all leave the guest: memory.py.
+
 Source: Intel SDM vol. 3A 4.10 (TLBs), vol. 3C 29.4 (caching and EPT); unicorn.h: UC_HOOK_TLB_FILL.
 
 Not modelled: VPIDs and PCIDs (a flush empties everything); global pages.
@@ -35,6 +37,7 @@ from emu.cpu import fill_body as body
 from emu.cpu.code_pages import CodePages
 from emu.cpu.env import CR, EFER, EFLAGS, ENV_SIZE, HF_CPL, HFLAGS, Env
 from emu.cpu.paging import EFLAGS_AC
+from emu.cpu.shadow_walk import walk_shadow
 from emu.cpu.walk import ACCESS_AC, ACCESS_IMPLICIT, ACCESS_USER, Walk, walk
 from host_mm.ram import Ram, column
 
@@ -96,6 +99,8 @@ class Fill:
         self.ram = ram
         self.env = env
         self.interpreted = interpreted
+        self._pae = False
+        self._walk_shadow: Any = walk_shadow if interpreted else None
         self.error: BaseException | None = None
         self.fill_epoch = column("q", ram.nr_frames)
         self.write_epoch = column("q", ram.nr_frames)
@@ -156,6 +161,34 @@ class Fill:
     def eptp(self, value: int) -> None:
         self.params[body.P_EPTP] = value
 
+    @property
+    def root(self) -> int:
+        """The root of KVM's tables that CR3 holds instead of the guest's; 0: it holds the guest's."""
+        return self.params[body.P_ROOT]
+
+    def set_root(self, root: int, pae: bool) -> bool:
+        """Walk from `root`; whether it is another than before."""
+        p = self.params
+        changed = p[body.P_ROOT] != root
+        p[body.P_ROOT] = root
+        self._pae = pae
+        if self._walk_shadow is None:
+            self._walk_shadow = self._native_walk_shadow()
+        return changed
+
+    @staticmethod
+    def _native_walk_shadow() -> Any:
+        from emu.cpu.compile import native
+
+        return native().walk_shadow
+
+    def load_pdptes(self) -> None:
+        """VM entry: read the PDPTEs, if the root is one of PAE paging."""
+        if self._pae:
+            at = self.params[body.P_ROOT] >> 3
+            for n in range(4):
+                self.params[body.P_PDPTE + n] = self.ram.i64[at + n]
+
     def set_vmcs(self, vmcs: int) -> None:
         """Log modified pages as the VMCS at physical address `vmcs` says; 0: do not."""
         self.params[body.P_PML] = vmcs >> 3
@@ -205,10 +238,18 @@ class Fill:
 
     def walk(self, gva: int, access: int) -> Walk:
         """Walk as the vCPU's registers stand, without touching its TLB. Sets A and D flags."""
-        env = self._env
-        result: Walk = self._walk(
+        env, p = self._env, self.params
+        result: Walk
+        if p[body.P_ROOT]:
+            gva = signed(gva)
+            result = self._walk_shadow(
+                self._mem, self.ram.nr_frames, env[CR // 8], env[CR // 8 + 4], env[EFER // 8],
+                p[body.P_ROOT], p[body.P_PDPTE + (gva >> 30 & 3)], gva, access,
+            )
+            return result
+        result = self._walk(
             self._mem, self.ram.nr_frames, env[CR // 8], env[CR // 8 + 3], env[CR // 8 + 4], env[EFER // 8],
-            self.params[body.P_EPTP], self.params[body.P_PML], signed(gva), access,
+            p[body.P_EPTP], p[body.P_PML], signed(gva), access,
         )
         return result
 

@@ -13,6 +13,9 @@ without X lets stores pass translated code unseen. So a frame is either data (st
 code (stores leave the CPU and somebody decides). FRAME_MIXED is for frames that hold both and are
 written often: a write through a known executable page gets R W X, slow and coherent.
 
+P_ROOT is the root that KVM loaded into CR3 where it shadows the guest's tables, with P_PDPTE the four PDPTEs
+where that is a PAE root; 0: the guest's CR3 is the CPU's, and P_EPTP the second stage.
+
 A page fault of a user access to a page of the descriptor tables may really be the CPU's own read
 of them (loading a segment register at CPL 3), which Unicorn does not tell apart. P_DESCRIPTOR is
 set then; with P_IMPLICIT_PAGE the next run makes accesses to that page as implicit supervisor ones.
@@ -29,6 +32,7 @@ from __future__ import annotations
 from emu.cpu.code_pages import code_page_known
 from emu.cpu.env import CR, EFER, EFLAGS, GDT, HF_CPL, HFLAGS, IDT, LDT, TR
 from emu.cpu.paging import EFLAGS_AC
+from emu.cpu.shadow_walk import walk_shadow
 from emu.cpu.walk import (
     ACCESS_AC,
     ACCESS_FETCH,
@@ -48,8 +52,9 @@ from emu.cpu.words import Words
 __all__ = [
     "CODE_WRITE", "FRAME_CODE", "FRAME_DATA", "FRAME_MIXED", "NEW_CODE", "NO_PAGE", "P_A", "P_ACCESS",
     "P_B", "P_C", "P_CODE", "P_CODE_MASK", "P_COUNT", "P_DESCRIPTOR", "P_ENV", "P_EPOCH", "P_EPTP",
-    "P_FETCHED", "P_FILLS", "P_FILL_EPOCH", "P_GVA", "P_HPA", "P_IMPLICIT_PAGE", "P_NR_FRAMES", "P_PML",
-    "P_RAM", "P_REFUSED", "P_RIGHTS", "P_STATUS", "P_WRITE_EPOCH", "in_descriptor_tables", "tlb_fill",
+    "P_FETCHED", "P_FILLS", "P_FILL_EPOCH", "P_GVA", "P_HPA", "P_IMPLICIT_PAGE", "P_NR_FRAMES", "P_PDPTE",
+    "P_PML", "P_RAM", "P_REFUSED", "P_RIGHTS", "P_ROOT", "P_STATUS", "P_WRITE_EPOCH", "in_descriptor_tables",
+    "tlb_fill",
 ]
 
 # Parameter block, inputs.
@@ -65,6 +70,8 @@ P_CODE = 8
 P_CODE_MASK = 9
 P_IMPLICIT_PAGE = 10
 P_PML = 11
+P_ROOT = 12
+P_PDPTE = 28
 # Outputs of the last fill: the walk's result, after P_ACCESS in its order.
 P_STATUS = 16
 P_GVA = 17
@@ -119,10 +126,16 @@ def tlb_fill(
         access |= ACCESS_USER
     elif env[EFLAGS // 8] & EFLAGS_AC:
         access |= ACCESS_AC
-    status, hpa, rights, a, b, c = walk(
-        mem, params[P_NR_FRAMES], env[CR // 8], env[CR // 8 + 3], env[CR // 8 + 4], env[EFER // 8],
-        params[P_EPTP], params[P_PML], gva, access,
-    )
+    if params[P_ROOT]:
+        status, hpa, rights, a, b, c = walk_shadow(
+            mem, params[P_NR_FRAMES], env[CR // 8], env[CR // 8 + 4], env[EFER // 8],
+            params[P_ROOT], params[P_PDPTE + (gva >> 30 & 3)], gva, access,
+        )
+    else:
+        status, hpa, rights, a, b, c = walk(
+            mem, params[P_NR_FRAMES], env[CR // 8], env[CR // 8 + 3], env[CR // 8 + 4], env[EFER // 8],
+            params[P_EPTP], params[P_PML], gva, access,
+        )
     granted = 0
     if status == OK:
         pfn = hpa >> 12

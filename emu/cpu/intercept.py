@@ -32,7 +32,7 @@ from emu.cpu.env import HFLAGS, Env
 
 __all__ = [
     "EXCEPTION_LIMIT", "STOP_CPUID", "STOP_HLT", "STOP_IN", "STOP_INTR", "STOP_INVLPG", "STOP_MSR",
-    "STOP_NONE", "STOP_OUT", "STOP_RDPMC", "STOP_RDTSC", "STOP_SYSCALL", "STOP_SYSENTER",
+    "STOP_NONE", "STOP_OUT", "STOP_RDPMC", "STOP_RDTSC", "STOP_READ_CR3", "STOP_SYSCALL", "STOP_SYSENTER",
     "STOP_WRITE_CR0", "STOP_WRITE_CR3", "STOP_WRITE_CR4", "Intercepts",
 ]
 
@@ -40,6 +40,7 @@ STOP_NONE = -1
 EXCEPTION_LIMIT = 0x100
 """Stops below this are exceptions and INT n, by vector."""
 _VMEXIT = 0x100
+STOP_READ_CR3 = _VMEXIT + 0x03
 STOP_WRITE_CR0 = _VMEXIT + 0x10
 STOP_WRITE_CR3 = _VMEXIT + 0x13
 STOP_WRITE_CR4 = _VMEXIT + 0x14
@@ -65,6 +66,7 @@ _HF2_GIF = 1 << 0
 _ENV_HFLAGS2 = 180
 _ENV_VM_VMCB = 0x1580
 _ENV_INTERCEPT = 0x1590
+_ENV_INTERCEPT_CR_READ = 0x1598
 _ENV_INTERCEPT_CR_WRITE = 0x159A
 _UC_CPU = 0x1B8
 _CPU_ENV = 0x8A50
@@ -213,10 +215,11 @@ class Intercepts:
         ctypes.c_uint32.from_address(at + _ENV_HFLAGS2).value |= _HF2_GIF
         self.env.d[HFLAGS // 4] |= HF_GUEST
 
-    def intercept_cr3_writes(self, on: bool) -> None:
-        """Whether MOV to CR3 stops: shadow paging needs to see it, EPT does not."""
-        at = self.env.addr + _ENV_INTERCEPT_CR_WRITE
-        ctypes.c_uint16.from_address(at).value = 1 << 0 | 1 << 4 | on << 3
+    def intercept_cr3(self, on: bool) -> None:
+        """Whether MOV to and from CR3 stop: shadow paging needs to see them, EPT does not."""
+        at = self.env.addr
+        ctypes.c_uint16.from_address(at + _ENV_INTERCEPT_CR_READ).value = on << 3
+        ctypes.c_uint16.from_address(at + _ENV_INTERCEPT_CR_WRITE).value = 1 << 0 | 1 << 4 | on << 3
 
     def stop_reason(self) -> int:
         """After emu_start said UC_ERR_EXCEPTION without a refused fill: a vector or a STOP_*."""

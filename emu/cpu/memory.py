@@ -27,10 +27,21 @@ from emu.cpu.walk import (
     STATUS_NAMES,
     Walk,
 )
-from kvm_model.vmx.exits import REASON_EPT_MISCONFIG, REASON_EPT_VIOLATION, REASON_PML_FULL
+from kvm_model.vmx.exits import (
+    REASON_EPT_MISCONFIG,
+    REASON_EPT_VIOLATION,
+    REASON_EXCEPTION_NMI,
+    REASON_PML_FULL,
+)
 
 __all__ = [
-    "VECTOR_GP", "VECTOR_PF", "VECTOR_SS", "EptExit", "GuestFault", "GuestMemory", "GuestNotSupported",
+    "VECTOR_GP",
+    "VECTOR_PF",
+    "VECTOR_SS",
+    "GuestFault",
+    "GuestMemory",
+    "GuestNotSupported",
+    "MemoryExit",
     "raise_walk_failure",
 ]
 
@@ -52,30 +63,35 @@ class GuestFault(Exception):
         self.cr2 = cr2
 
 
-class EptExit(Exception):
-    """An access that leaves the guest, for one of the REASON_EPT_* or REASON_PML_FULL."""
+class MemoryExit(Exception):
+    """An access that leaves the guest: one of the REASON_EPT_*, REASON_PML_FULL, or REASON_EXCEPTION_NMI for
+    a #PF that KVM intercepts, with its `error_code` and `gva` for CR2."""
 
-    def __init__(self, reason: int, qualification: int, gpa: int, gva: int) -> None:
-        super().__init__(reason, qualification, gpa, gva)
+    def __init__(self, reason: int, qualification: int, gpa: int, gva: int, error_code: int = 0) -> None:
+        super().__init__(reason, qualification, gpa, gva, error_code)
         self.reason = reason
         self.qualification = qualification
         self.gpa = gpa
         self.gva = gva
+        self.error_code = error_code
 
 
-def raise_walk_failure(result: Walk, gva: int, *, stack: bool = False) -> None:
-    """Raise what a failed walk means to the guest or to KVM. `gva` is the full address."""
+def raise_walk_failure(result: Walk, gva: int, *, shadow: bool, stack: bool = False) -> None:
+    """Raise what a failed walk means to the guest or to KVM. `gva` is the full address; with `shadow` the
+    tables are KVM's and so are their faults."""
     status, hpa, _, a, gpa, level = result
     if status == PAGE_FAULT:
+        if shadow:
+            raise MemoryExit(REASON_EXCEPTION_NMI, gva & _M64, 0, gva & _M64, a)
         raise GuestFault(VECTOR_PF, a, gva & _M64)
     if status == PML_FULL:
-        raise EptExit(REASON_PML_FULL, 0, 0, 0)
+        raise MemoryExit(REASON_PML_FULL, 0, 0, 0)
     if status in (EPT_VIOLATION, EPT_MISCONFIG):
         if not level:  # the walk saw the page's address only
             gpa = gpa & ~0xFFF | gva & 0xFFF
         violation = status == EPT_VIOLATION
         reason = REASON_EPT_VIOLATION if violation else REASON_EPT_MISCONFIG
-        raise EptExit(reason, a if violation else 0, gpa, gva & _M64)
+        raise MemoryExit(reason, a if violation else 0, gpa, gva & _M64)
     if status == NON_CANONICAL:
         raise GuestFault(VECTOR_SS if stack else VECTOR_GP, 0)
     if status == OUTSIDE_RAM:
@@ -93,10 +109,10 @@ class GuestMemory:
         self.ram = fill.ram
 
     def translate(self, gva: int, access: int, *, stack: bool = False) -> int:
-        """The host-physical address. Raises GuestFault or EptExit."""
+        """The host-physical address. Raises GuestFault or MemoryExit."""
         result = self.fill.walk(gva, access)
         if result[0] != OK:
-            raise_walk_failure(result, gva, stack=stack)
+            raise_walk_failure(result, gva, shadow=self.fill.root != 0, stack=stack)
         return result[1]
 
     def _pieces(self, gva: int, size: int, access: int, stack: bool) -> list[tuple[int, int]]:
@@ -148,5 +164,5 @@ class GuestMemory:
                 data += self.ram.read(result[1], size - first)
             elif result[0] == PML_FULL:
                 # Not for want of a page: the bytes are there once the log is drained.
-                raise_walk_failure(result, gva + first)
+                raise_walk_failure(result, gva + first, shadow=False)
         return data

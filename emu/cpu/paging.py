@@ -1,7 +1,9 @@
 """The guest's paging-structure entry, the control bits that steer paging, the #PF error code.
 
-Source: Intel SDM vol. 3A, section 4.5 (4-level paging), tables 4-15 to 4-20 (entry formats), 4.6
-(access rights), 4.7 (page-fault exceptions), 4.8 (accessed and dirty flags).
+PAE paging has the same entries in its two lower tables, but bits 62:52 reserved.
+
+Source: Intel SDM vol. 3A, section 4.4 (PAE paging), 4.5 (4-level paging), tables 4-15 to 4-20 (entry
+formats), 4.6 (access rights), 4.7 (page-fault exceptions), 4.8 (accessed and dirty flags).
 
 4-level entry (`PS`: leaf in a PDPTE or PDE, reserved in a PML4E, PAT in a PTE):
 
@@ -18,7 +20,7 @@ reserved and a 1G leaf bits 29:13 (bit 12 is PAT there).
 All masks but XD fit a signed 64-bit int, so that compiled code can use them; XD is tested there as
 `entry < 0`.
 
-Not modelled: 32-bit and PAE paging, 5-level paging, protection keys, shadow-stack pages.
+Not modelled: 32-bit paging, the PDPTEs of PAE paging, 5-level paging, protection keys, shadow-stack pages.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ PFERR_USER = 1 << 2
 PFERR_RSVD = 1 << 3
 PFERR_FETCH = 1 << 4
 
+_PAE_RESERVED = 0x7FF0_0000_0000_0000
 _ADDR_RESERVED = PTE_ADDR_MASK & ~((1 << MAXPHYADDR) - 1)
 
 
@@ -82,8 +85,10 @@ def table_index(gva: int, level: int) -> int:
 
 
 def pte_reserved(entry: int, level: int, efer: int) -> bool:
-    """Whether a present entry of a table of `level` has a reserved bit set."""
+    """Whether a present entry of a table of `level` has a reserved bit set. Without EFER.LMA: PAE paging."""
     if entry & _ADDR_RESERVED:
+        return True
+    if not efer & EFER_LMA and entry & _PAE_RESERVED:
         return True
     if entry < 0 and not efer & EFER_NXE:
         return True

@@ -40,7 +40,7 @@ from emu.cpu.env import (
 )
 from emu.cpu.fill import Fill
 from emu.cpu.intercept import Intercepts
-from emu.cpu.memory import EptExit, GuestFault, GuestMemory
+from emu.cpu.memory import GuestFault, GuestMemory, MemoryExit
 from emu.cpu.paging import CR0_PE, CR0_PG, CR4_PAE, EFER_LME
 from emu.cpu.segments import FLAT_CODE32, FLAT_CODE64, FLAT_DATA, load_seg_cache
 from emu.cpu.walk import ACCESS_READ, EPT_MISCONFIG, EPT_VIOLATION, OK, PML_FULL
@@ -61,7 +61,9 @@ _FPU_RESET = ((x86.UC_X86_REG_FPCW, 0x37F), (x86.UC_X86_REG_MXCSR, 0x1F80), (x86
 class UnicornVcpu:
     """The CPU proper. `stale` collects frames whose translated code must be dropped before the next run."""
 
-    def __init__(self, ram: Ram, vcpu_id: int, *, interpreted: bool = False) -> None:
+    def __init__(
+        self, ram: Ram, vcpu_id: int, *, interpreted: bool = False, shadow: bool = False
+    ) -> None:
         self.ram = ram
         self.vcpu_id = vcpu_id
         self.uc = unicorn.Uc(uc_const.UC_ARCH_X86, uc_const.UC_MODE_64)
@@ -76,6 +78,7 @@ class UnicornVcpu:
         self.fill.install()
         self.counter = BlockCounter(self.uc, interpreted=interpreted)
         self.intercepts = Intercepts(self.uc, self.env)
+        self.intercepts.intercept_cr3(shadow)
         self.memory = GuestMemory(self.fill)
         self.msrs: dict[int, int] = {}
         self.deferred: Callable[[], None] | None = None
@@ -138,7 +141,7 @@ class UnicornVcpu:
         self.deferred = None
         try:
             step()
-        except (GuestFault, EptExit):
+        except (GuestFault, MemoryExit):
             self.deferred = step
 
     def run_deferred(self) -> None:
@@ -147,7 +150,7 @@ class UnicornVcpu:
         if step is not None:
             try:
                 step()
-            except EptExit:
+            except MemoryExit:
                 raise
             except GuestFault:
                 self.deferred = None

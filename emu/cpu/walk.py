@@ -87,7 +87,7 @@ __all__ = [
     "ACCESS_AC", "ACCESS_FETCH", "ACCESS_IMPLICIT", "ACCESS_READ", "ACCESS_USER", "ACCESS_WRITE",
     "EPT_MISCONFIG", "EPT_VIOLATION", "NON_CANONICAL", "OK", "OUTSIDE_RAM", "PAGE_FAULT", "PAGING_MODE",
     "PML_FULL", "RIGHT_R", "RIGHT_W", "RIGHT_X", "STATUS_NAMES", "Walk", "ept_set_accessed_dirty",
-    "ept_translate", "guest_rights", "page_fault_code", "pml_log", "walk", "walk_guest",
+    "ept_translate", "guest_rights", "page_fault_code", "pml_log", "walk", "walk_guest", "walk_tables",
 ]
 
 OK = 0
@@ -237,15 +237,11 @@ def guest_rights(combined: int, xd: int, cr0: int, cr4: int, access: int) -> int
     return rights
 
 
-def walk_guest(
-    mem: Words, nr_frames: int, cr0: int, cr3: int, cr4: int, efer: int, eptp: int, pml: int, gva: int,
-    access: int,
+def walk_tables(
+    mem: Words, nr_frames: int, cr0: int, cr4: int, efer: int, eptp: int, pml: int, gva: int, access: int,
+    table: int, level: int,
 ) -> Walk:
-    """The guest's tables only: (OK, gpa, rights, 0, 0, level), or what `walk` then answers."""
-    if not efer & EFER_LMA or cr4 & CR4_LA57:
-        return PAGING_MODE, 0, 0, 0, 0, 0
-    if not is_canonical(gva):
-        return NON_CANONICAL, 0, 0, 0, 0, 0
+    """The rest of a walk of the guest's tables, from the table of `level` at `table` on."""
     need = RIGHT_R
     if access & ACCESS_WRITE:
         need = RIGHT_W
@@ -257,8 +253,6 @@ def walk_guest(
         structure = _READ_WRITE
     combined = PTE_RW | PTE_USER
     xd = 0
-    table = cr3 & _CR3_MASK
-    level = 4
     while True:
         gpa = table + table_index(gva, level) * 8
         status, hpa, ept_rights, ept_level = ept_translate(mem, nr_frames, eptp, pml, gpa, structure)
@@ -295,6 +289,18 @@ def walk_guest(
             return OK, (entry & PTE_ADDR_MASK & ~offset_mask) | (gva & offset_mask), rights, 0, 0, level
         table = entry & PTE_ADDR_MASK
         level -= 1
+
+
+def walk_guest(
+    mem: Words, nr_frames: int, cr0: int, cr3: int, cr4: int, efer: int, eptp: int, pml: int, gva: int,
+    access: int,
+) -> Walk:
+    """The guest's tables only: (OK, gpa, rights, 0, 0, level), or what `walk` then answers."""
+    if not efer & EFER_LMA or cr4 & CR4_LA57:
+        return PAGING_MODE, 0, 0, 0, 0, 0
+    if not is_canonical(gva):
+        return NON_CANONICAL, 0, 0, 0, 0, 0
+    return walk_tables(mem, nr_frames, cr0, cr4, efer, eptp, pml, gva, access, cr3 & _CR3_MASK, 4)
 
 
 def walk(

@@ -10,6 +10,10 @@
     nx_huge_pages.py    code in huge pages, and its recovery      page_track.py    who hears of writes
     unprotect.py        giving shadow pages up                    shrinker.py      tables given back
 
+The guest's own tables:
+
+    kvm_mmu.py          how the guest pages: roles, rights    paging_tmpl.py    KVM's walk of its tables
+
 Without the TDP MMU (kvm.tdp_mmu=N):
 
     shadow_page.py      pages: hash, links, zaps, how many        shadow_spte.py   stores to their SPTEs

@@ -98,7 +98,7 @@ def kvm_mmu_load(vcpu: Vcpu) -> int:
         return root
     vcpu.root_hpa = root
     cpu = vcpu.kvm.cpu
-    cpu.load_mmu_pgd(vcpu, vcpu.root_hpa)
+    cpu.load_mmu_pgd(vcpu, vcpu.root_hpa, 4)
     # Roots are not flushed when they are dropped, so a new one starts with a flush, which no statistic has.
     cpu.flush_tlb(vcpu)
     return 0

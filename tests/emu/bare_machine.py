@@ -53,11 +53,13 @@ class Machine:
     """`ept=True` puts an identity EPT under everything; `gpa_map` of it can be changed with `ept_set`."""
 
     def __init__(
-        self, *, ept: bool = False, interpreted: bool = False, vcpus: int = 1, mib: int = 16
+        self, *, ept: bool = False, interpreted: bool = False, vcpus: int = 1, mib: int = 16,
+        shadow: bool = False,
     ) -> None:
         self.ram = Ram(mib << 8)
         self.sched = Scheduler(TraceStream())
-        self.cpu = UnicornCpu(SimpleNamespace(ram=self.ram), self.sched, interpreted=interpreted)
+        host = SimpleNamespace(ram=self.ram)
+        self.cpu = UnicornCpu(host, self.sched, interpreted=interpreted, ept=not shadow)
         self.vcpus = [FakeVcpu(n) for n in range(vcpus)]
         self.out: list[tuple[int, int, int]] = []
         self.inputs: list[int] = []
@@ -116,7 +118,7 @@ class Machine:
             for i in range(512):
                 self.q(pt + 8 * i, (n << 21 | i << 12) | 6 << 3 | 7)
         for vcpu in self.vcpus:
-            self.cpu.load_mmu_pgd(vcpu, EPT_AT)
+            self.cpu.load_mmu_pgd(vcpu, EPT_AT, 4)
 
     def ept_set(
         self, gpa: int, entry: int | None = None, *, rwx: int | None = None, hpa: int | None = None

@@ -178,7 +178,10 @@ class ScriptedCpu:
         # Hardware may keep every translation: the tests that want an eviction clear `tlb` themselves.
         pass
 
-    def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int) -> None:
+    def flush_tlb_gva(self, vcpu: Vcpu, gva: int) -> None:
+        self.tlb.setdefault(vcpu.vcpu_id, {}).pop(gva >> 12, None)
+
+    def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int, root_level: int) -> None:
         self.root[vcpu.vcpu_id] = root_hpa
 
     def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:

@@ -80,6 +80,13 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
         "mmu_valid_gen gfn role root_count unsync created", (0, 0x10, 0x3783, 0, False, True),
         "sp gen 0 gfn 10 l3 8-byte q0 direct wux nxe ad root 0 sync\0 new",
     ),
+    "kvmmmu:kvm_mmu_pagetable_walk": (
+        "addr pferr", (0x10003000, 0x17), "addr 10003000 pferr 17 P|W|U|F",
+    ),
+    "kvmmmu:kvm_mmu_paging_element": ("pte level", (0x8000000000002067, 4), "pte 8000000000002067 level 4"),
+    "kvmmmu:kvm_mmu_set_accessed_bit": ("gpa", (0x4400,), "gpa 4400"),
+    "kvmmmu:kvm_mmu_set_dirty_bit": ("gpa", (0x4408,), "gpa 4408"),
+    "kvmmmu:kvm_mmu_walker_error": ("pferr", (0xD,), "pferr d P|U|RSVD"),
     "kvmmmu:kvm_mmu_prepare_zap_page": (
         "mmu_valid_gen gfn role root_count unsync", (1, 0, 0x13F84, 2, False),
         "sp gen 1 gfn 0 l4 8-byte q0 direct wux invalid nxe !ad root 2 sync\0",
