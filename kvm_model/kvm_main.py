@@ -27,10 +27,13 @@ from kvm_model import (
     follow_pfn,
     memory_region,
     mmu_notifier,
+    pfncache,
+    pvclock,
     requests,
     x86,
     x86_emulate,
     x86_events,
+    x86_msr,
 )
 from kvm_model.memslots import KvmMemslots
 from kvm_model.mmu import (
@@ -75,6 +78,7 @@ TRACEPOINTS = (
     *follow_pfn.TRACEPOINTS, *gfn_range.TRACEPOINTS, *invalidate.TRACEPOINTS, *dirty_ring.TRACEPOINTS,
     *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *page_track.TRACEPOINTS, *x86_emulate.TRACEPOINTS,
     *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
+    *pfncache.TRACEPOINTS, *pvclock.TRACEPOINTS, *x86_msr.TRACEPOINTS,
     *tdp_mmu.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS,
     *vmx.TRACEPOINTS,
 )
@@ -146,6 +150,7 @@ class Kvm:
         )
         self.vcpus: list[Vcpu] = []
         self.gpc_list: list[GfnToPfnCache] = []
+        self.kvmclock_offset = 0
         self.truths: KvmTruths | None = KvmTruths(self) if checks else None
         self.mmu_notifier = mmu_notifier.KvmMmuNotifier(self)
         mmu_notifier_register(self.mmu_notifier, self.mm)
@@ -291,6 +296,7 @@ class Kvm:
         mmu_notifier_unregister(self.mmu_notifier, self.mm)
         self.mn_active_invalidate_count = 0
         for vcpu in self.vcpus:
+            vcpu.pv_time.cache.deactivate()
             mmu_roots.kvm_mmu_unload(vcpu)
             mmu_roots.mmu_free_memory_caches(vcpu)
             pml.vmx_destroy_pml_buffer(vcpu)

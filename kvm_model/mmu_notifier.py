@@ -139,7 +139,8 @@ class KvmMmuNotifier(MmuNotifier):
         with kvm.mn_invalidate_lock:
             kvm.mn_active_invalidate_count += 1
         # Before mmu_lock, and thus before mmu_invalidate_in_progress: the caches look at the count above.
-        gfn_to_pfn_cache_invalidate_start(kvm, range_.start, range_.end)
+        if "gpc-skip-invalidate" not in kvm.breaks:
+            gfn_to_pfn_cache_invalidate_start(kvm, range_.start, range_.end)
         _, found = kvm_handle_hva_range(
             kvm, range_.start, range_.end, handler=_kvm_mmu_unmap_gfn_range, on_lock=kvm_mmu_invalidate_begin,
             flush_on_ret=True, may_block=mmu_notifier_range_blockable(range_), lockless=False,

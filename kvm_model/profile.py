@@ -6,7 +6,7 @@ name.
 Not modelled of 5.10: that a fault on a slot that is being deleted makes an MMIO SPTE; that a slot's deletion
 zaps the TDP MMU under one hold of mmu_lock and reloads roots, so that none stands there invalid; the role's
 bit for the guest's entry size, which says the opposite there; SPTE bits at other places; the APIC page's
-reload from invalidate_range; gfn_to_pfn caches without notifier.
+reload from invalidate_range.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     `mmu_is_page_track_node`: the MMU itself is a node of the page-track head, hears so of emulated writes,
     and zaps a slot when the head is told to flush it.
 
+    `pfn_caches`: KVM reaches guest pages that it writes often by gfn_to_pfn caches that the notifier knows.
     `quirks`: those that can be disabled, of which slot-zap-all alone is looked at. `mmu_shrinker`: reclaim
     takes table pages back.
 
@@ -95,6 +96,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     smap_implicit_by_cpl: bool = False
     shadow_role_forces_nx: bool = True
     mmu_is_page_track_node: bool = False
+    pfn_caches: bool = True
     quirks: int = 0x3FF
     mmu_shrinker: bool = False
     absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page"})
@@ -143,6 +145,7 @@ LINUX_5_10 = KvmProfile(
     smap_implicit_by_cpl=True,
     shadow_role_forces_nx=False,
     mmu_is_page_track_node=True,
+    pfn_caches=False,
     quirks=0,
     mmu_shrinker=True,
     absent_events=frozenset({

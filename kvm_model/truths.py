@@ -13,6 +13,9 @@
                           in the dirty log: the bitmap, a ring, or a CPU's log that is not drained yet
     write-tracked         no leaf lets a vCPU write unseen to a page whose writes somebody tracks
     dirty-ring            a ring never holds more than it has room for
+    gpc-in-bracket        no pfn cache is valid from the return of range_start to the call of range_end
+    gpc-matches-host      elsewhere a valid one has the host's frame, and the host may write it
+    gpc-of-freed-frame    no valid one has a frame that is freed
     no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
     rmap-matches-sptes    without the TDP MMU every leaf is in its gfn's rmap, once, and nothing else is; the
                           same of tables and `parent_ptes` (swept only, while nobody has mmu_lock)
@@ -47,6 +50,7 @@ from kvm_model.mmu.spte import (
     spte_to_pfn,
 )
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
+from kvm_model.truths_gpc import CacheTruths
 from kvm_model.truths_rmap import check_rmaps, shadow_entries
 from kvm_model.vmx.pml import pml_entries
 
@@ -74,6 +78,7 @@ class KvmTruths:
         self._noted: dict[int, int | None] = {}
         self._noted_gfns: dict[tuple[int, int], int | None] = {}
         self._in_brackets: dict[tuple[int, int], int | None] = {}
+        self.caches = CacheTruths(kvm)
         self._held: Spinlock | None = None
         self._open: dict[int, tuple[bool, Ranges]] = {}
         self._ranges: dict[Task, Ranges] = {}
@@ -119,6 +124,7 @@ class KvmTruths:
         """range_start is done: nothing may be mapped in the range."""
         ranges = self._ranges.pop(self.kvm.sched.current, [])
         self._open[id(range_)] = (found, ranges)
+        self.caches.note_start(range_)
         for start, end in ranges:
             self._assert_unmapped(start, end)
 
@@ -135,6 +141,7 @@ class KvmTruths:
 
     def note_end_called(self, range_: MmuNotifierRange) -> None:
         """range_end begins: from its mmu_lock section on the range may be mapped."""
+        self.caches.note_end(range_)
         entry = self._open.get(id(range_))
         self._ending += entry is not None and entry[0]
         if entry is not None:
@@ -213,6 +220,7 @@ class KvmTruths:
         return range(first, first + kvm_pages_per_hpage(level))
 
     def _frame_freed(self, pfn: int, order: int) -> None:
+        self.caches.frame_freed(pfn, order)
         for frame in range(pfn, pfn + (1 << order)):
             if self._mapped[frame] > 0:
                 self._broken("spte-of-freed-frame", f"pfn {frame:#x} is freed while an SPTE maps it")
@@ -253,6 +261,8 @@ class KvmTruths:
         moved = kvm.mmu_invalidate_seq - self._seq0
         if moved < self._begins - kvm.mmu_invalidate_in_progress:
             self._broken("bracket-balance", "mmu_invalidate_in_progress fell before mmu_invalidate_seq rose")
+        if kvm.gpc_list and not self._page_table_locked():
+            self.caches.check()
         if (self._noted or self._noted_gfns) and not self._page_table_locked():
             self._check_noted()
 

@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING
 from host_mm.kernel.costs import COST_VM_ENTRY, COST_VM_EXIT
 from kvm_model.dirty_ring import kvm_dirty_ring_check_request
 from kvm_model.mmu.mmu_roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
+from kvm_model.pvclock import kvm_gen_kvmclock_update, kvm_guest_time_update
 from kvm_model.requests import (
     EXITING_GUEST_MODE,
     IN_GUEST_MODE,
+    KVM_REQ_CLOCK_UPDATE,
     KVM_REQ_EVENT,
+    KVM_REQ_GLOBAL_CLOCK_UPDATE,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     KVM_REQ_NMI,
     KVM_REQ_TLB_FLUSH,
@@ -188,6 +191,10 @@ def _service_requests(vcpu: Vcpu) -> int:
         return 0
     if kvm_check_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu):
         kvm_mmu_free_obsolete_roots(vcpu)
+    if kvm_check_request(KVM_REQ_GLOBAL_CLOCK_UPDATE, vcpu):
+        kvm_gen_kvmclock_update(vcpu)
+    if kvm_check_request(KVM_REQ_CLOCK_UPDATE, vcpu):
+        kvm_guest_time_update(vcpu)
     if kvm_check_request(KVM_REQ_TLB_FLUSH, vcpu):
         vcpu.stat["tlb_flush"] += 1
         vcpu.kvm.cpu.flush_tlb(vcpu)
