@@ -38,6 +38,11 @@ from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import Task, WaitQueue
 from host_mm.ram import PAGE_SIZE
 from kvm_model.kvm_main import KVM_CAP_DISABLE_QUIRKS2, Kvm
+from kvm_model.mem_attributes import (
+    KVM_X86_DEFAULT_VM,
+    KVM_X86_SW_PROTECTED_VM,
+    kvm_mem_is_private,
+)
 from kvm_model.mmu.mmu_roots import KVM_X86_QUIRK_SLOT_ZAP_ALL
 from kvm_model.profile import PROFILES
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
@@ -52,6 +57,7 @@ if TYPE_CHECKING:
     from emu.loaders.image import Image
     from emu.operations.instrument import ArmedEntry
     from emu.uffd import UffdHandler
+    from host_mm.address_space import AddressSpace
     from host_mm.hmm_mirror import HmmMirror
     from kvm_model.vcpu import Vcpu
 
@@ -59,6 +65,7 @@ __all__ = ["Board", "Stop"]
 
 COST_USER_EXIT = 2_000
 """ns for a round trip from KVM to the VMM and back."""
+_VM_TYPES = {"default": KVM_X86_DEFAULT_VM, "sw-protected": KVM_X86_SW_PROTECTED_VM}
 
 
 class Stop(msgspec.Struct):
@@ -129,12 +136,14 @@ class Board:
         self.sva: SvaDevice | None = None
         self.hmm_devices: dict[int, HmmDevice] = {}
         self.bars: dict[int, PciBar] = {}
+        self.guest_memfds: list[AddressSpace] = []
         self._make_devices()
         self.cpu = UnicornCpu(host.mm, host.sched, interpreted=interpreted, params=config.params)
         self.cpu.exit_filter = self._exit_filter
         self.kvm = Kvm(
             host.mm, self.process, self.cpu, profile=PROFILES[config.profile], params=config.params,
             breaks=frozenset(config.breaks), checks=config.checks,
+            vm_type=_VM_TYPES[config.params.get("vmm.vm_type", "default")],
         )
         if config.params.get("vmm.quirk_slot_zap_all", "Y").lower() in ("0", "n", "no", "off", "false"):
             self.kvm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL)
@@ -242,6 +251,9 @@ class Board:
             self.dirty_rings.collect_and_reset()
         elif out.kind == "memory-fault":
             self._memory_fault(out)
+        elif out.kind == "memory-fault-exit" and out.private != kvm_mem_is_private(self.kvm, out.gpa >> 12):
+            # It met this VMM's own change of the page's attribute: the guest tries again.
+            pass
         elif out.kind == "shutdown":
             rip = self.cpu.get_reg(vcpu, "rip")
             self._stop_all("shutdown", f"triple fault on vCPU {vcpu.vcpu_id} at rip {rip:#x}")
@@ -374,6 +386,8 @@ class Board:
             self.vmm.exit()
             self.hugetlb.close()
             # As the VMM's files of these, closed after its address space is gone.
+            for file in self.guest_memfds:
+                self.vmm.close_file(file)
             self.rdma.close()
             for device in self.hmm_devices.values():
                 device.close()

@@ -80,6 +80,10 @@ class AddressSpaceOperations:
     can_writeback = False
     is_shmem = False
     is_hugetlb = False
+    unevictable = False
+    """AS_UNEVICTABLE and AS_INACCESSIBLE: reclaim, compaction and migration leave the pages alone."""
+    error_remove_folio: Any = None
+    """(mapping, pfn) -> int: the memory of a locked page has failed; not 0: the page stays in the file."""
 
     def mmap(self, mapping: AddressSpace, vma: VmArea) -> None:
         """file_operations.mmap: the file gets a mapping, which is not yet linked. KernelError."""

@@ -107,7 +107,7 @@ def generic_fadvise(mapping: AddressSpace, pos: int, length: int, advice: int) -
     if length < 0 or not 0 <= advice <= 5:
         raise KernelError(EINVAL, f"advice {advice} on {length} bytes")
     end = pos + length if length else MAX_LFS_FILESIZE
-    if mapping.a_ops.is_shmem:
+    if mapping.a_ops.is_shmem or mapping.a_ops.unevictable:
         return
     if advice == POSIX_FADV_WILLNEED:
         page_cache_ra(mapping, pos >> 12, ((end + 4095) >> 12) - (pos >> 12), None)

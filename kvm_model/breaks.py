@@ -18,6 +18,7 @@ BREAKS: dict[str, str] = {
     "gpc-late-count": "a pfn cache's refresh looks at the count that is raised too late (gpc-in-bracket)",
     "gpc-map-before-invalidate": "a pfn cache stays valid while it is given another page (gpc-matches-host)",
     "gpc-skip-invalidate": "range_start does not tell the pfn caches (gpc-in-bracket)",
+    "gmem-no-unmap": "a hole in guest_memfd frees pages that SPTEs still map (no-spte-in-bracket)",
     "ignore-invalid-roots": "range_start skips roots that a memslot update invalidated (no-spte-in-bracket)",
     "ignore-invalid-slot": "a fault on a slot being deleted installs an MMIO SPTE (no-mmio-over-slot)",
     "no-flush": "range_start never asks vCPUs to flush their TLBs (flush-before-unlock)",

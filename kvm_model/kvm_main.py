@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from errno import EEXIST, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
-from host_mm.kernel.errors import KernelError
+from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.locks import Mutex, RwLock, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.mmu_notifier_register import mmu_notifier_register, mmu_notifier_unregister
@@ -35,7 +35,9 @@ from kvm_model import (
     x86_events,
     x86_msr,
 )
-from kvm_model.memslots import KvmMemslots
+from kvm_model.guest_memfd import KvmGmem, kvm_gmem_create
+from kvm_model.mem_attributes import KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM
+from kvm_model.memslots import KVM_MEM_GUEST_MEMFD, KvmMemslots
 from kvm_model.mmu import (
     fast_page_fault,
     gfn_range,
@@ -45,6 +47,7 @@ from kvm_model.mmu import (
     mmu_roots,
     page_track,
     paging_tmpl,
+    set_mem_attributes,
     shrinker,
     tdp_mmu,
 )
@@ -52,6 +55,7 @@ from kvm_model.mmu.killed_by import KilledBy
 from kvm_model.mmu.mmu_internal import PFERR_GUEST_FINAL_MASK, PFERR_WRITE_MASK, KvmMmuPage, tdp_root_role
 from kvm_model.mmu.nx_huge_pages import NxRecovery
 from kvm_model.mmu.rcu import Rcu
+from kvm_model.mmu.set_mem_attributes import kvm_vm_ioctl_set_mem_attributes
 from kvm_model.mmu.spte import PG_LEVEL_4K, ept_masks, is_last_spte, is_shadow_present_pte
 from kvm_model.mmu.tdp_zap import (
     kvm_tdp_mmu_invalidate_roots,
@@ -65,6 +69,7 @@ from kvm_model.vmx import pml, vmx
 from kvm_model.vmx.ept import PML_ENTRIES
 
 if TYPE_CHECKING:
+    from host_mm.address_space import AddressSpace
     from host_mm.host import HostMm
     from host_mm.process import Process
     from kvm_model.kvm_x86_ops import KvmX86Ops
@@ -81,6 +86,7 @@ TRACEPOINTS = (
     *pfncache.TRACEPOINTS, *pvclock.TRACEPOINTS, *x86_msr.TRACEPOINTS,
     *tdp_mmu.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS,
     *vmx.TRACEPOINTS,
+    *set_mem_attributes.TRACEPOINTS,
 )
 """Every tracepoint of this room, each declared beside the code that fires it."""
 
@@ -126,7 +132,7 @@ class Kvm:
     def __init__(
         self, host: HostMm, process: Process, cpu: KvmX86Ops, *, profile: KvmProfile = LINUX_6_18,
         params: Mapping[str, str] | None = None, breaks: frozenset[str] = frozenset(), checks: bool = False,
-        tdp_enabled: bool = True,
+        tdp_enabled: bool = True, vm_type: int = KVM_X86_DEFAULT_VM,
     ) -> None:
         params = params or {}
         self.host = host
@@ -142,6 +148,7 @@ class Kvm:
         self.trace = host.stream.bind(TRACEPOINTS, profile.absent_events)
         self.stat: dict[str, int] = dict.fromkeys(_VM_STATS, 0)
         self._init_params(params)
+        self._init_type(vm_type)
         self._init_slots()
         self._init_mmu()
         self.nx_recovery = NxRecovery(
@@ -174,6 +181,16 @@ class Kvm:
         self.nr_memslots_dirty_logging = 0
         self.dirty_ring_size = 0
         self.disabled_quirks = 0
+
+    def _init_type(self, vm_type: int) -> None:
+        """kvm_is_vm_type_supported; KernelError(EINVAL)."""
+        protected = self.profile.guest_memfd and self.tdp_mmu_enabled
+        if vm_type != KVM_X86_DEFAULT_VM and (vm_type != KVM_X86_SW_PROTECTED_VM or not protected):
+            raise KernelError(EINVAL, f"VM type {vm_type} is not supported")
+        self.vm_type = vm_type
+        self.has_private_mem = vm_type == KVM_X86_SW_PROTECTED_VM
+        self.mem_attr_array: dict[int, int] = {}
+        self.gmems: list[KvmGmem] = []
 
     def _init_slots(self) -> None:
         sched = self.sched
@@ -254,7 +271,26 @@ class Kvm:
 
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         """KVM_SET_USER_MEMORY_REGION; size 0 deletes."""
+        if flags & KVM_MEM_GUEST_MEMFD:
+            raise KernelError(EINVAL, "guest_memfd is for KVM_SET_USER_MEMORY_REGION2")
         memory_region.kvm_set_user_memory_region(self, slot, gpa, size, hva, flags)
+
+    def set_user_memory_region2(
+        self, slot: int, gpa: int, size: int, hva: int, flags: int, guest_memfd: AddressSpace | None = None,
+        offset: int = 0,
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2."""
+        memory_region.kvm_set_user_memory_region(
+            self, slot, gpa, size, hva, flags, guest_memfd=guest_memfd, offset=offset
+        )
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> AddressSpace:
+        """KVM_CREATE_GUEST_MEMFD: a file, to be closed with fput before the VM is destroyed."""
+        return kvm_gmem_create(self, size, flags)
+
+    def set_memory_attributes(self, gpa: int, size: int, attributes: int, flags: int = 0) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES."""
+        kvm_vm_ioctl_set_mem_attributes(self, gpa, size, attributes, flags)
 
     def enable_manual_dirty_log(self, *, init_set: bool = False) -> None:
         """Reading a log does not clear it; `init_set`: logs start full."""
@@ -289,9 +325,11 @@ class Kvm:
         dirty_log.kvm_clear_dirty_log(self, slot, first, num_pages, bitmap)
 
     def destroy(self) -> None:
-        """kvm_destroy_vm. No vCPU may be running."""
+        """kvm_destroy_vm. No vCPU may be running, and every guest_memfd must be closed."""
         if not self.alive:
             return
+        if self.gmems:
+            raise BrokenTruth("file-count", "a guest_memfd is open: it holds the VM", self.stream.here())
         self.alive = False
         mmu_notifier_unregister(self.mmu_notifier, self.mm)
         self.mn_active_invalidate_count = 0

@@ -29,7 +29,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     `lockless_aging`: aging takes no mmu_lock. `flush_on_young`: clear_flush_young flushes.
     `age_clears_dirty`: aging clears an SPTE's dirty bit as well. `marks_page_at_drop`: what an SPTE's
     accessed and dirty bits say goes to struct page when they are cleared, and nothing when it is made.
-    `dirty_ring`: there are dirty rings.
+    `dirty_ring`: there are dirty rings. `guest_memfd`: there are guest_memfd and memory attributes.
 
     `tdp_mmu`: the default of the module parameter. The rest is of VMs without the TDP MMU:
     `obsolete_root_check`: a fault whose root is obsolete is retried. `unmap_breaks_lock`: an unmap gives
@@ -76,6 +76,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     age_clears_dirty: bool = False
     marks_page_at_drop: bool = False
     dirty_ring: bool = True
+    guest_memfd: bool = True
     tdp_mmu: bool = True
     obsolete_root_check: bool = True
     unmap_breaks_lock: bool = True
@@ -125,6 +126,7 @@ LINUX_5_10 = KvmProfile(
     age_clears_dirty=True,
     marks_page_at_drop=True,
     dirty_ring=False,
+    guest_memfd=False,
     tdp_mmu=False,
     obsolete_root_check=False,
     unmap_breaks_lock=False,
@@ -150,7 +152,7 @@ LINUX_5_10 = KvmProfile(
     mmu_shrinker=True,
     absent_events=frozenset({
         "kvm:kvm_age_hva", "kvm:kvm_dirty_ring_exit", "kvm:kvm_dirty_ring_push", "kvm:kvm_dirty_ring_reset",
-        "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range",
+        "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range", "kvm:kvm_vm_set_mem_attributes",
         "kvmmmu:kvm_mmu_split_huge_page", "kvmmmu:kvm_tdp_mmu_spte_changed",
     }),
 )

@@ -3,7 +3,8 @@
     no-spte-in-bracket    from the return of range_start to the call of range_end no leaf lies in the range,
                           and from invalidate_begin on none is made there (in 5.10 none anywhere)
     spte-matches-host     elsewhere each 4K of a leaf is the host's frame, no leaf is larger than the host's
-                          mapping, and what KVM holds for writable the host maps writable
+                          mapping, and what KVM holds for writable the host maps writable; a leaf of memory
+                          from guest_memfd is a 4K one and has the file's page
     flush-before-unlock   range_start asks for the flush of what it zapped before it drops mmu_lock
     bracket-balance       counts go up and down with brackets, the sequence moves before the count
     spte-writable-state   a leaf is in one of the four (host, mmu, W) states (five where there is change_pte)
@@ -27,7 +28,7 @@ page-table lock is held or the place is in an open bracket.
 Source of truth: the rules themselves (virt/kvm/kvm_main.c, Documentation/virt/kvm/locking.rst,
 arch/x86/kvm/mmu/spte.h: is_writable_pte's table); Linux 6.18.
 
-Not modelled: guest_memfd, shadow paging's rule about guest tables, a huge leaf made beside a bracket
+Not modelled: shadow paging's rule about guest tables, a huge leaf made beside a bracket
 that covers a part of it (legal: the host must split first, in a bracket of its own).
 """
 
@@ -38,6 +39,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, PMD_SIZE, lookup_address_in_mm, pte_pfn
 from host_mm.kernel.errors import BrokenTruth
+from kvm_model.guest_memfd import kvm_gmem_folio
+from kvm_model.mem_attributes import gfn_is_in_guest_memfd
 from kvm_model.memslots import hva_to_gfn_memslot, kvm_slot_dirty_track_enabled
 from kvm_model.mmu.spte import (
     PT_PAGE_SIZE_MASK,
@@ -120,7 +123,7 @@ class KvmTruths:
         if self.kvm.sched.current in self._flush_due:
             self._broken("flush-before-unlock", "range_start drops mmu_lock with zapped SPTEs not flushed")
 
-    def note_start_returned(self, range_: MmuNotifierRange, found: bool) -> None:
+    def note_start_returned(self, range_: object, found: bool) -> None:
         """range_start is done: nothing may be mapped in the range."""
         ranges = self._ranges.pop(self.kvm.sched.current, [])
         self._open[id(range_)] = (found, ranges)
@@ -139,7 +142,7 @@ class KvmTruths:
         for start, end in ranges:
             self._assert_unmapped(start, end)
 
-    def note_end_called(self, range_: MmuNotifierRange) -> None:
+    def note_end_called(self, range_: object) -> None:
         """range_end begins: from its mmu_lock section on the range may be mapped."""
         self.caches.note_end(range_)
         entry = self._open.get(id(range_))
@@ -149,7 +152,7 @@ class KvmTruths:
             self._noted_gfns.update(self._in_brackets)
             self._in_brackets.clear()
 
-    def note_end_returned(self, range_: MmuNotifierRange, found: bool | None) -> None:
+    def note_end_returned(self, range_: object, found: bool | None) -> None:
         """range_end is done; `found` as it saw the memslots, None if it was left out."""
         entry = self._open.pop(id(range_), None)
         if entry is None:
@@ -354,8 +357,14 @@ class KvmTruths:
         slot = kvm.slots().gfn_to_memslot(gfn)
         if slot is None:
             self._broken("spte-matches-host", f"gfn {gfn:#x} is mapped by {spte:#x} but has no memslot", seq)
-        entry, host_level = lookup_address_in_mm(kvm.mm, slot.gfn_to_hva(gfn))
         pfn = spte_to_pfn(spte)
+        if gfn_is_in_guest_memfd(kvm, slot, gfn):
+            folio = kvm_gmem_folio(slot, gfn)
+            if level > 1 or folio != pfn:
+                what = f"gfn {gfn:#x} level {level}: {spte:#x}, guest_memfd has {folio:#x}"
+                self._broken("spte-matches-host", what, seq)
+            return
+        entry, host_level = lookup_address_in_mm(kvm.mm, slot.gfn_to_hva(gfn))
         host_pfn = pte_pfn(entry)
         if host_level > 1:
             host_pfn += gfn & (kvm_pages_per_hpage(host_level) - 1)

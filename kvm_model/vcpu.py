@@ -66,7 +66,8 @@ class UserExit(msgspec.Struct):
 
     `io` (port, size, write, data), `mmio` (gpa, size, write, data), `hypercall` (nr, args), `hlt`,
     `shutdown` (triple fault), `dirty-ring-full` (harvest and reset it first),
-    `memory-fault` (gpa: no usable host memory), `internal-error` (why) and
+    `memory-fault` (gpa: no usable host memory), `memory-fault-exit` (KVM_EXIT_MEMORY_FAULT: gpa, size,
+    private: no guest_memfd, or the page was of the other kind), `internal-error` (why) and
     `intr` (user space asked for the vCPU back).
     """
 
@@ -78,6 +79,7 @@ class UserExit(msgspec.Struct):
     data: int = 0
     nr: int = 0
     args: tuple[int, int, int, int] = (0, 0, 0, 0)
+    private: bool = False
     why: str = ""
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from errno import EFAULT, EINTR, EIO
 from typing import TYPE_CHECKING
 
+from host_mm.address_space import flush_delayed_fput
 from host_mm.kernel.costs import COST_VM_ENTRY, COST_VM_EXIT
 from kvm_model.dirty_ring import kvm_dirty_ring_check_request
 from kvm_model.mmu.mmu_roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
@@ -57,12 +58,12 @@ _WITH_ERROR_CODE = INTR_INFO_VALID | INTR_INFO_DELIVER_CODE
 _USER_EXIT_REASONS = {
     "io": 2, "hypercall": 3, "hlt": 5, "mmio": 6, "shutdown": 8, "intr": 10, "internal-error": 17,
     "dirty-ring-full": 31,
-    "memory-fault": 0,
+    "memory-fault": 0, "memory-fault-exit": 39,
 }
 _USER_EXIT_NAMES = {
     0: "KVM_EXIT_UNKNOWN", 2: "KVM_EXIT_IO", 3: "KVM_EXIT_HYPERCALL", 5: "KVM_EXIT_HLT", 6: "KVM_EXIT_MMIO",
     8: "KVM_EXIT_SHUTDOWN", 10: "KVM_EXIT_INTR", 17: "KVM_EXIT_INTERNAL_ERROR",
-    31: "KVM_EXIT_DIRTY_RING_FULL",
+    31: "KVM_EXIT_DIRTY_RING_FULL", 39: "KVM_EXIT_MEMORY_FAULT",
 }
 
 
@@ -119,6 +120,7 @@ def kvm_arch_vcpu_ioctl_run(vcpu: Vcpu) -> UserExit:
                 r = _vcpu_run(vcpu)
         finally:
             _srcu_unlock(vcpu)
+    flush_delayed_fput(kvm.host)
     out = _user_exit(vcpu, r)
     if (t := kvm.trace.kvm_userspace_exit) is not None:
         t(_USER_EXIT_REASONS[out.kind], min(r, 0))
@@ -138,6 +140,8 @@ def _srcu_unlock(vcpu: Vcpu) -> None:
 def _user_exit(vcpu: Vcpu, r: int) -> UserExit:
     if r == -EINTR:
         return UserExit("intr")
+    if r < 0 and vcpu.run is not None and vcpu.run.kind == "memory-fault-exit":
+        return vcpu.run
     if r == -EFAULT:
         return UserExit("memory-fault", gpa=vcpu.fault_gpa)
     if r < 0:

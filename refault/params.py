@@ -62,6 +62,9 @@ PARAMS: dict[str, Param] = {
     "vmm.quirk_slot_zap_all": Param(
         "bool", "Y", "KVM drops all of its tables with a slot; N: the VMM has it drop the slot's leaves only"
     ),
+    "vmm.vm_type": Param(
+        "default|sw-protected", "default", "KVM_CREATE_VM's type: with sw-protected pages can be private"
+    ),
     "zswap.accept_threshold_percent": Param("count", "90", "how full a full zswap pool may stay"),
     "zswap.enabled": Param("bool", "N", "keep swapped pages compressed in RAM before they go to the file"),
     "zswap.max_pool_percent": Param("count", "20", "how much of RAM the zswap pool may take"),

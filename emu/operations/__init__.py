@@ -7,6 +7,7 @@
 | `mapping.py` | mlock, munlock, mremap |
 | `migration.py` | compaction, exact frames, memory offline, mbind, long-term pins, bad memory |
 | `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
+| `guest_memfd.py` | memory of guest_memfd, private and shared |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `reclaim.py` | memory cgroups, generations, zswap, the OOM killer |
@@ -17,6 +18,7 @@
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
+| `clock.py` | the guest's paravirtual clock |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
 | `device_memory.py` | a device with memory of its own: pages there, pages its alone |
 | `pfnmap.py` | a PCI function's memory in a slot |
@@ -26,9 +28,11 @@
 """
 
 from emu.operations import (
+    clock,
     device,
     device_memory,
     files,
+    guest_memfd,
     hugetlb,
     instrument,
     ksm,
@@ -49,9 +53,11 @@ from emu.operations import (
 )
 
 __all__ = [
+    "clock",
     "device",
     "device_memory",
     "files",
+    "guest_memfd",
     "hugetlb",
     "instrument",
     "ksm",

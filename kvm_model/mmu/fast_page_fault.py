@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvm_model.mem_attributes import kvm_mem_is_private
 from kvm_model.memslots import kvm_slot_dirty_track_enabled, mark_page_dirty_in_slot
 from kvm_model.mmu.mmu_internal import (
     RET_PF_FIXED,
@@ -50,6 +51,9 @@ def _can_be_fast(vcpu: Vcpu, fault: KvmPageFault) -> bool:
     if fault.rsvd:
         return False
     kvm = vcpu.kvm
+    if fault.is_private != kvm_mem_is_private(kvm, fault.gfn):
+        # It is not the SPTE's rights that the access met.
+        return False
     if not fault.present:
         return not kvm.spte.ad_enabled or kvm.profile.fast_fault_of_any_nonpresent
     if fault.exec and kvm.profile.fast_fault_of_any_nonpresent:

@@ -9,7 +9,7 @@ KVM holds its reference to the page only until the SPTE is in place. What keeps 
 freed under the mapping is that every change of the host's translation is bracketed, that
 range_start zaps, and that `is_page_fault_stale` is asked under mmu_lock.
 
-Not modelled: private memory, async page faults, the APIC access page.
+Not modelled: async page faults, the APIC access page.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_PSE, lookup_address_in
 from host_mm.gup import FOLL_INTERRUPTIBLE, FOLL_NOWAIT, FOLL_WRITE
 from host_mm.process import BUS_MCEERR_AR
 from kvm_model.follow_pfn import kvm_faultin_pfn, kvm_release_faultin_page
+from kvm_model.guest_memfd import kvm_gmem_get_pfn
+from kvm_model.mem_attributes import gfn_is_in_guest_memfd, kvm_mem_is_private
 from kvm_model.memslots import (
+    KVM_MEM_GUEST_MEMFD,
     KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS,
     KVM_MEMSLOT_INVALID,
     KvmMemorySlot,
@@ -44,6 +47,7 @@ from kvm_model.mmu.mmu_internal import (
     KVM_PFN_NOSLOT,
     PFERR_GUEST_PAGE_MASK,
     PFERR_PRESENT_MASK,
+    PFERR_PRIVATE_ACCESS,
     PFERR_RSVD_MASK,
     PFERR_WRITE_MASK,
     RET_PF_CONTINUE,
@@ -64,6 +68,7 @@ from kvm_model.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, kvm_pages_
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from kvm_model.mmu.tdp_mmu import kvm_tdp_mmu_map, root_to_sp
 from kvm_model.mmu.unprotect import kvm_mmu_unprotect_gfn_and_retry
+from kvm_model.vcpu import UserExit
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -109,7 +114,7 @@ def kvm_mmu_max_mapping_level(
     """The highest level that the slot's alignment and the host's mapping allow; mmu_lock held."""
     while max_level > PG_LEVEL_4K and lpage_disallowed(slot, gfn, max_level):
         max_level -= 1
-    if max_level == PG_LEVEL_4K:
+    if max_level == PG_LEVEL_4K or gfn_is_in_guest_memfd(kvm, slot, gfn):
         return PG_LEVEL_4K
     return min(host_pfn_mapping_level(kvm, gfn, slot), max_level)
 
@@ -148,8 +153,16 @@ def _kvm_handle_error_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
     return -EFAULT
 
 
+def _prepare_memory_fault_exit(vcpu: Vcpu, fault: KvmPageFault) -> None:
+    """kvm_mmu_prepare_memory_fault_exit: user space learns where, and of which kind, the access was."""
+    vcpu.run = UserExit("memory-fault-exit", gpa=fault.gfn << 12, size=4096, private=fault.is_private)
+
+
 def _kvm_handle_noslot_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
     kvm = vcpu.kvm
+    if fault.is_private:
+        _prepare_memory_fault_exit(vcpu, fault)
+        return -EFAULT
     generation = kvm.slots().generation
     if not generation & KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS:
         vcpu.mmio_gva = 0
@@ -160,6 +173,28 @@ def _kvm_handle_noslot_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
     fault.map_writable = False
     if not kvm.spte.mmio_value or fault.gfn >= TDP_MMU_MAX_GFN_EXCLUSIVE:
         return RET_PF_EMULATE
+    return RET_PF_CONTINUE
+
+
+def _kvm_mmu_faultin_pfn_gmem(vcpu: Vcpu, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
+    if not slot.flags & KVM_MEM_GUEST_MEMFD:
+        _prepare_memory_fault_exit(vcpu, fault)
+        return -EFAULT
+    pfn = kvm_gmem_get_pfn(vcpu.kvm, slot, fault.gfn)
+    if pfn < 0:
+        _prepare_memory_fault_exit(vcpu, fault)
+        return pfn
+    fault.pfn = fault.refcounted_page = pfn
+    fault.map_writable = True
+    fault.max_level = PG_LEVEL_4K
+    return RET_PF_CONTINUE
+
+
+def _faultin_pfn(vcpu: Vcpu, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
+    """__kvm_mmu_faultin_pfn."""
+    if fault.is_private or slot.gmem_only:
+        return _kvm_mmu_faultin_pfn_gmem(vcpu, fault, slot)
+    _gup(vcpu.kvm, fault, slot)
     return RET_PF_CONTINUE
 
 
@@ -178,6 +213,10 @@ def _kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
     fault.mmu_seq = kvm.mmu_invalidate_seq
     if kvm.sched.preempt:
         kvm.sched.point("seq")
+    # After the snapshot: whoever changes attributes moves the sequence.
+    if fault.is_private != kvm_mem_is_private(kvm, fault.gfn):
+        _prepare_memory_fault_exit(vcpu, fault)
+        return -EFAULT
     if slot is None:
         return _kvm_handle_noslot_fault(vcpu, fault)
     if slot.flags & KVM_MEMSLOT_INVALID:
@@ -189,7 +228,9 @@ def _kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
     unlocked = kvm.profile.unlocked_retry_check and "no-retry" not in breaks
     if unlocked and mmu_invalidate_retry_gfn_unsafe(kvm, fault.mmu_seq, fault.gfn):
         return _retry(kvm, fault, "stale-before-gup")
-    _gup(kvm, fault, slot)
+    r = _faultin_pfn(vcpu, fault, slot)
+    if r != RET_PF_CONTINUE:
+        return r
     if is_error_pfn(fault.pfn):
         return _kvm_handle_error_pfn(vcpu, fault)
     if fault.pfn == KVM_PFN_NOSLOT:
@@ -332,6 +373,9 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
     kvm = vcpu.kvm
     if vcpu.root_hpa == INVALID_PAGE:
         return RET_PF_RETRY
+    if kvm.has_private_mem and not error_code & PFERR_RSVD_MASK and kvm_mem_is_private(kvm, gpa >> 12):
+        # Nothing but the attribute says what a software-protected VM's access is.
+        error_code |= PFERR_PRIVATE_ACCESS
     stat = vcpu.stat
     r = RET_PF_INVALID
     if error_code & PFERR_RSVD_MASK:

@@ -3,7 +3,7 @@
 Source of truth: arch/x86/kvm/mmu/mmu_internal.h, arch/x86/include/asm/kvm_host.h (kvm_mmu_page_role,
 PFERR_*), arch/x86/kvm/mmu/mmutrace.h (KVM_MMU_PAGE_PRINTK); Linux 6.18.
 
-Not modelled: private (encrypted) faults, mirror roots. Shadow paging adds to kvm_mmu_page: unsync_children
+Not modelled: encrypted memory, mirror roots. Shadow paging adds to kvm_mmu_page: unsync_children
 with its bitmap, shadowed_translation, write_flooding_count; to the role: quadrants, access below all, SMEP,
 SMAP.
 """
@@ -21,8 +21,8 @@ __all__ = [
     "INVALID_PAGE", "KVM_MAX_HUGEPAGE_LEVEL", "KVM_PFN_ERR_FAULT", "KVM_PFN_ERR_HWPOISON",
     "KVM_PFN_ERR_NEEDS_IO", "KVM_PFN_ERR_RO_FAULT", "KVM_PFN_ERR_SIGPENDING", "KVM_PFN_NOSLOT",
     "PFERR_FETCH_MASK", "PFERR_GUEST_FINAL_MASK", "PFERR_GUEST_PAGE_MASK", "PFERR_PRESENT_MASK",
-    "PFERR_RSVD_MASK", "PFERR_USER_MASK", "PFERR_WRITE_MASK", "RET_PF_CONTINUE", "RET_PF_EMULATE",
-    "RET_PF_FIXED", "RET_PF_INVALID", "RET_PF_RETRY", "RET_PF_SPURIOUS",
+    "PFERR_PRIVATE_ACCESS", "PFERR_RSVD_MASK", "PFERR_USER_MASK", "PFERR_WRITE_MASK",
+    "RET_PF_CONTINUE", "RET_PF_EMULATE", "RET_PF_FIXED", "RET_PF_INVALID", "RET_PF_RETRY", "RET_PF_SPURIOUS",
     "RET_PF_WRITE_PROTECTED", "ROLE_4_BYTE_GPTE", "ROLE_ACCESS_MASK", "ROLE_ACCESS_SHIFT",
     "ROLE_AD_DISABLED", "ROLE_CR0_WP", "ROLE_DIRECT", "ROLE_EFER_NX", "ROLE_GUEST_MODE", "ROLE_INVALID",
     "ROLE_LEVEL_MASK", "ROLE_PASSTHROUGH", "ROLE_QUADRANT_MASK", "ROLE_QUADRANT_SHIFT",
@@ -47,6 +47,7 @@ PFERR_RSVD_MASK = 1 << 3
 PFERR_FETCH_MASK = 1 << 4
 PFERR_GUEST_FINAL_MASK = 1 << 32
 PFERR_GUEST_PAGE_MASK = 1 << 33
+PFERR_PRIVATE_ACCESS = 1 << 49
 
 KVM_MAX_HUGEPAGE_LEVEL = 3
 INVALID_PAGE = (1 << 64) - 1
@@ -224,9 +225,9 @@ class KvmPageFault:
     """struct kvm_page_fault: one TDP fault on its way. `refcounted_page` is a pfn, -1: none."""
 
     __slots__ = (
-        "addr", "error_code", "exec", "gfn", "goal_level", "huge_page_disallowed", "map_writable",
-        "max_level", "mmu_seq", "nx_huge_page_workaround_enabled", "pfn", "prefetch", "present",
-        "refcounted_page", "req_level", "rsvd", "slot", "user", "write",
+        "addr", "error_code", "exec", "gfn", "goal_level", "huge_page_disallowed", "is_private",
+        "map_writable", "max_level", "mmu_seq", "nx_huge_page_workaround_enabled", "pfn", "prefetch",
+        "present", "refcounted_page", "req_level", "rsvd", "slot", "user", "write",
     )
 
     def __init__(
@@ -241,6 +242,7 @@ class KvmPageFault:
         self.present = error_code & PFERR_PRESENT_MASK != 0
         self.rsvd = error_code & PFERR_RSVD_MASK != 0
         self.user = error_code & PFERR_USER_MASK != 0
+        self.is_private = error_code & PFERR_PRIVATE_ACCESS != 0
         self.nx_huge_page_workaround_enabled = nx_workaround
         self.huge_page_disallowed = False
         self.max_level = max_level

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.page import put_page
 from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, alloc_pages
+from kvm_model.mem_attributes import KVM_X86_DEFAULT_VM
 from kvm_model.mmu.direct_map import mmu_alloc_direct_root, mmu_free_root_page
 from kvm_model.mmu.gfn_range import kvm_unmap_gfn_range
 from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage, is_obsolete_sp, role_direct
@@ -171,7 +172,7 @@ def kvm_arch_flush_shadow_memslot(kvm: Kvm, slot: KvmMemorySlot) -> None:
     """Leave nothing mapped of a slot that is being deleted or moved."""
     if kvm.profile.mmu_is_page_track_node:
         kvm_page_track_flush_slot(kvm, slot)
-    elif not kvm.disabled_quirks & KVM_X86_QUIRK_SLOT_ZAP_ALL:
+    elif kvm.vm_type == KVM_X86_DEFAULT_VM and not kvm.disabled_quirks & KVM_X86_QUIRK_SLOT_ZAP_ALL:
         kvm_mmu_zap_all_fast(kvm)
     else:
         _kvm_mmu_zap_memslot(kvm, slot)

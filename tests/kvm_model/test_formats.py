@@ -63,6 +63,9 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
     "kvm:kvm_dirty_ring_reset": (
         "index dirty_index reset_index", (1, 12, 10), "ring 1: dirty 0xc reset 0xa (used 2)",
     ),
+    "kvm:kvm_vm_set_mem_attributes": (
+        "start end attr", (3, 0x1004, 8), "0x00000000000003 -- 0x00000000001004 [0x8]",
+    ),
     "kvm:kvm_dirty_ring_exit": ("vcpu_id", (1,), "vcpu 1"),
     "kvm:kvm_pml_full": ("vcpu_id", (2,), "vcpu 2: PML full"),
     "kvmmmu:check_mmio_spte": (
@@ -126,6 +129,7 @@ def test_an_event_has_the_kernels_fields_and_line(name: str) -> None:
 def test_a_restarted_run_says_so() -> None:
     assert KERNEL["kvm:kvm_userspace_exit"].format((10, -4)) == "reason restart (4)"
     assert KERNEL["kvm:kvm_userspace_exit"].format((0, -14)) == "reason error (14)"
+    assert KERNEL["kvm:kvm_userspace_exit"].format((39, -14)) == "reason error (14)"
 
 
 def test_event_names_are_unique() -> None:
