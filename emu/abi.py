@@ -468,11 +468,11 @@ VMCALLS: tuple[Vmcall, ...] = (
            "KVM_SET_USER_MEMORY_REGION with another base: the same memory at `gpa`, nothing at the old "
            "place. The slot must not be deleted (-ENOENT). -EEXIST on overlap."),
     Vmcall(VMCALL_SET_CLOCK, "set_clock", ("ns",), "0", (),
-           "KVM_SET_CLOCK: kvmclock (MSR KVM_CLOCK_MSR holds the address of its page, bit 0 set) shows `ns` now "
-           "and goes on from there. -EINVAL from 2^63 on."),
+           "KVM_SET_CLOCK: kvmclock (MSR KVM_CLOCK_MSR holds the address of its page, bit 0 set) shows `ns` "
+           "now and goes on from there. -EINVAL from 2^63 on."),
     Vmcall(VMCALL_KVMCLOCK_CTRL, "kvmclock_ctrl", ("cpu",), "1, without a clock 0", (),
-           "KVM_KVMCLOCK_CTRL: the flag KVM_CLOCK_STOPPED is set in the page of vCPU `cpu`. -EINVAL for a CPU "
-           "that does not exist."),
+           "KVM_KVMCLOCK_CTRL: the flag KVM_CLOCK_STOPPED is set in the page of vCPU `cpu`. -EINVAL for a "
+           "CPU that does not exist."),
     Vmcall(VMCALL_EPT_SET, "ept_set", ("gpa", "rwx"), "0", (),
            "An instrument on the CPU, not an act of Linux. Makes sure that a 4 KiB EPT leaf maps `gpa` "
            "(faulting it in, splitting a huge one), notes its entry and replaces bits 2:0 with `rwx` "

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, lookup_address_in_mm, pte_pfn
 from host_mm.kernel.errors import BrokenTruth
+from host_mm.mmu_notifier import MmuNotifierRange
 from kvm_model.mmu.spte import kvm_pages_per_hpage
 
 if TYPE_CHECKING:
-    from host_mm.mmu_notifier import MmuNotifierRange
     from kvm_model.kvm_main import Kvm
     from kvm_model.pfncache import GfnToPfnCache
 
@@ -33,13 +33,14 @@ class CacheTruths:
             truth, f"the cache of gpa {gpc.gpa:#x} has pfn {gpc.pfn:#x} {what}", self.kvm.stream.here()
         )
 
-    def note_start(self, range_: MmuNotifierRange) -> None:
-        """range_start is done."""
-        self._open[id(range_)] = range_
+    def note_start(self, range_: object) -> None:
+        """range_start is done; a bracket over gfns alone is of no concern."""
+        if isinstance(range_, MmuNotifierRange):
+            self._open[id(range_)] = range_
         if self.kvm.gpc_list:
             self._check_brackets()
 
-    def note_end(self, range_: MmuNotifierRange) -> None:
+    def note_end(self, range_: object) -> None:
         """range_end begins."""
         self._open.pop(id(range_), None)
 

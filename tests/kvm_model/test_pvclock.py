@@ -122,10 +122,3 @@ def test_updates_are_logged_and_an_address_without_memory_is_let_be(profile: str
     assert not any(log)
     msr(m, MSR_KVM_SYSTEM_TIME_NEW, 0)
     assert not m.kvm.gpc_list
-
-
-def test_an_msr_that_nobody_has_is_gp() -> None:
-    m = Machine()
-    m.cpu.set_reg(m.vcpus[0], "rcx", 0x4B56FFFF)
-    m.run(("exit", exits.REASON_MSR_READ, {"insn_len": 2}))
-    assert m.last("kvm_inj_exception").args["exception"] == 13
