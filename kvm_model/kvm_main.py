@@ -258,7 +258,11 @@ class Kvm:
     # -- ioctls ---------------------------------------------------------------------------------
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
-        """KVM_CREATE_VCPU."""
+        """KVM_CREATE_VCPU; KernelError(EINVAL, EEXIST), ENOMEM as its frames are refused."""
+        if not 0 <= vcpu_id < self.profile.max_vcpu_ids:
+            raise KernelError(EINVAL, f"no vCPU may be number {vcpu_id}")
+        if len(self.vcpus) >= self.profile.max_vcpus:
+            raise KernelError(EINVAL, f"a VM has no more than {self.profile.max_vcpus} vCPUs")
         if any(v.vcpu_id == vcpu_id for v in self.vcpus):
             raise KernelError(EEXIST, f"vCPU {vcpu_id} exists")
         vcpu = Vcpu(self, vcpu_id)

@@ -25,10 +25,8 @@ from kvm_model.memslots import (
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_MAX_NR_PAGES,
     KVM_MEM_READONLY,
-    KVM_MEM_SLOTS_NUM,
     KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS,
     KVM_MEMSLOT_INVALID,
-    KVM_USER_MEM_SLOTS,
     KvmMemorySlot,
     KvmMemslots,
     alloc_lpage_info,
@@ -69,7 +67,7 @@ def kvm_set_user_memory_region(
     """
     if flags & KVM_MEM_GUEST_MEMFD and not kvm.profile.guest_memfd:
         raise KernelError(ENOTTY, "this kernel has no KVM_SET_USER_MEMORY_REGION2")
-    if slot & 0xFFFF >= KVM_USER_MEM_SLOTS:
+    if slot & 0xFFFF >= kvm.profile.user_mem_slots:
         raise KernelError(EINVAL, f"slot {slot & 0xFFFF} is out of range")
     with kvm.slots_lock:
         _kvm_set_memory_region(kvm, slot, gpa, size, hva, flags, guest_memfd, offset)
@@ -86,7 +84,7 @@ def _check(kvm: Kvm, as_id: int, id_: int, gpa: int, size: int, hva: int, flags:
         (gpa & 0xFFF or not 0 <= gpa < _U64, f"guest address {gpa:#x} is not page aligned"),
         (hva & 0xFFF or not hva >= 0, f"host address {hva:#x} is not page aligned"),
         (hva + size > TASK_SIZE, f"host range {hva:#x}+{size:#x} is not user memory"),
-        (as_id >= kvm.profile.nr_memslot_as_ids or id_ >= KVM_MEM_SLOTS_NUM, f"no address space {as_id}"),
+        (as_id >= kvm.profile.nr_memslot_as_ids, f"no address space {as_id}"),
         (gpa + size >= _U64, "the guest range wraps around"),
         (size >> 12 > KVM_MEM_MAX_NR_PAGES, f"size {size:#x} is too large for a dirty bitmap"),
     )

@@ -46,6 +46,9 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     protected when it starts, not when it is cleared. `collapses_any_compound_page`: when a log ends every 4K
     leaf of a compound page goes.
 
+    `user_mem_slots`: memory slots that user space may have, KVM's own come behind. `max_vcpu_ids`: vCPUs are
+    numbered below it; `max_vcpus`: how many there may be.
+
     Of the walk of guest tables: `pt_access_per_level`: it keeps the rights on the way to each level, not only
     those of the last table. `cmpxchg_gpte_by_gup`: it sets A and D in a frame that GUP gave, not through the
     VMM's mapping. `smap_implicit_by_cpl`: any supervisor access at CPL 3 counts as implicit, not only what
@@ -101,6 +104,9 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     quirks: int = 0x3FF
     mmu_shrinker: bool = False
     absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page"})
+    user_mem_slots: int = 32764
+    max_vcpu_ids: int = 4096
+    max_vcpus: int = 1024
     nr_memslot_as_ids: int = 2
     mmu_cache_objects: int = 40
     mmu_cache_min: int = 5
@@ -142,6 +148,9 @@ LINUX_5_10 = KvmProfile(
     log_flush_if_changed=True,
     init_set_protects_huge=True,
     collapses_any_compound_page=True,
+    user_mem_slots=509,
+    max_vcpu_ids=1023,
+    max_vcpus=288,
     pt_access_per_level=False,
     cmpxchg_gpte_by_gup=True,
     smap_implicit_by_cpl=True,
