@@ -26,6 +26,7 @@ from kvm_model.vmx.exits import VmExit
 if TYPE_CHECKING:
     from kvm_model.dirty_ring import KvmDirtyRing
     from kvm_model.kvm_main import Kvm
+    from kvm_model.lapic import Lapic
 
 __all__ = [
     "KVM_MP_STATE_HALTED",
@@ -132,6 +133,7 @@ class Vcpu:
         self.mmio_gen = 0
         self.fault_gpa = 0
         self.pv_time = PvClock(kvm)
+        self.apic: Lapic | None = None
         self.last_retry_eip = 0
         self.last_retry_addr = 0
 

@@ -24,6 +24,7 @@ from kvm_model.pvclock import kvm_gen_kvmclock_update, kvm_guest_time_update
 from kvm_model.requests import (
     EXITING_GUEST_MODE,
     IN_GUEST_MODE,
+    KVM_REQ_APIC_PAGE_RELOAD,
     KVM_REQ_CLOCK_UPDATE,
     KVM_REQ_EVENT,
     KVM_REQ_GLOBAL_CLOCK_UPDATE,
@@ -41,6 +42,7 @@ from kvm_model.requests import (
     kvm_make_request,
 )
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, UserExit, Vcpu
+from kvm_model.vmx.apic_access import kvm_vcpu_reload_apic_access_page
 from kvm_model.vmx.exits import EXIT_REASON_NAMES, INTR_INFO_DELIVER_CODE, INTR_INFO_VALID, VmExit
 from kvm_model.vmx.pml import vmx_update_cpu_dirty_logging
 from kvm_model.vmx.vmx import vmx_handle_exit
@@ -210,6 +212,8 @@ def _service_requests(vcpu: Vcpu) -> int:
         vcpu.run = UserExit("shutdown")
         return 0
     kvm_check_request(KVM_REQ_NMI, vcpu)
+    if kvm_check_request(KVM_REQ_APIC_PAGE_RELOAD, vcpu):
+        kvm_vcpu_reload_apic_access_page(vcpu)
     if kvm_check_request(KVM_REQ_UPDATE_CPU_DIRTY_LOGGING, vcpu):
         vmx_update_cpu_dirty_logging(vcpu)
     return 1
@@ -241,6 +245,8 @@ def _vcpu_enter_guest(vcpu: Vcpu) -> int:
         _srcu_lock(vcpu)
         _cancel(vcpu, req_immediate_exit)
         return 1
+    if kvm.truths is not None and vcpu.apic is not None:
+        kvm.truths.note_entry(vcpu)
     if req_immediate_exit:
         kvm_make_request(KVM_REQ_EVENT, vcpu)
         vcpu.kicked = True
