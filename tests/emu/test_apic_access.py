@@ -1,4 +1,4 @@
-"""emu/cpu/apic_access.py: which accesses the virtual-APIC page answers, and how the others leave the guest."""
+"""emu/cpu/apic_access.py: what the virtual-APIC page answers, and how other accesses leave the guest."""
 
 import pytest
 
