@@ -34,7 +34,7 @@ from kvm_model.memslots import (
 from kvm_model.mmu.mmu_roots import kvm_arch_flush_shadow_memslot, kvm_mmu_invalidate_mmio_sptes
 from kvm_model.mmu.page_track import kvm_page_track_delete_slot, kvm_page_track_has_external_user
 from kvm_model.mmu.set_mem_attributes import kvm_mmu_init_memslot_memory_attributes
-from kvm_model.mmu.shadow_page import kvm_mmu_change_mmu_pages
+from kvm_model.mmu.shadow_zap import kvm_mmu_change_mmu_pages
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from trace_events.tracepoint import Tracepoint
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from host_mm.address_space import AddressSpace
     from kvm_model.kvm_main import Kvm
 
-__all__ = ["TRACEPOINTS", "kvm_set_user_memory_region"]
+__all__ = ["TRACEPOINTS", "kvm_set_internal_memslot", "kvm_set_user_memory_region"]
 
 _U64 = 1 << 64
 KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO = 50
@@ -71,6 +71,11 @@ def kvm_set_user_memory_region(
         raise KernelError(EINVAL, f"slot {slot & 0xFFFF} is out of range")
     with kvm.slots_lock:
         _kvm_set_memory_region(kvm, slot, gpa, size, hva, flags, guest_memfd, offset)
+
+
+def kvm_set_internal_memslot(kvm: Kvm, slot: int, gpa: int, size: int, hva: int) -> None:
+    """A slot of KVM's own, whose number user space cannot name; slots_lock is held. KernelError."""
+    _kvm_set_memory_region(kvm, slot, gpa, size, hva, 0, None, 0)
 
 
 def _check(kvm: Kvm, as_id: int, id_: int, gpa: int, size: int, hva: int, flags: int) -> None:

@@ -44,6 +44,10 @@ class CacheTruths:
         """range_end begins."""
         self._open.pop(id(range_), None)
 
+    def in_open_bracket(self, hva: int) -> bool:
+        """Whether a bracket over that address is open."""
+        return any(range_.start <= hva < range_.end for range_ in self._open.values())
+
     def frame_freed(self, pfn: int, order: int) -> None:
         """A free hook."""
         for gpc in self.kvm.gpc_list:

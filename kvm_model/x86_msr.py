@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kvm_model.lapic import MSR_IA32_APICBASE
 from kvm_model.pvclock import MSR_KVM_SYSTEM_TIME, MSR_KVM_SYSTEM_TIME_NEW, kvm_write_system_time
 from trace_events.tracepoint import Tracepoint
 
@@ -46,7 +47,18 @@ def _set_system_time(vcpu: Vcpu, value: int) -> bool:
     return True
 
 
+def _get_apic_base(vcpu: Vcpu) -> int | None:
+    return vcpu.kvm.cpu.get_msr(vcpu, MSR_IA32_APICBASE) if vcpu.apic is None else vcpu.apic.base_msr
+
+
+def _set_apic_base(vcpu: Vcpu, value: int) -> bool:
+    if vcpu.apic is None:
+        return vcpu.kvm.cpu.set_msr(vcpu, MSR_IA32_APICBASE, value)
+    return value == vcpu.apic.base_msr
+
+
 KVM_MSRS: dict[int, tuple[Get, Set]] = {
+    MSR_IA32_APICBASE: (_get_apic_base, _set_apic_base),
     MSR_KVM_SYSTEM_TIME: (_get_system_time, _set_system_time),
     MSR_KVM_SYSTEM_TIME_NEW: (_get_system_time, _set_system_time),
 }

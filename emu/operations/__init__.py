@@ -2,6 +2,7 @@
 
 | file | subject |
 |---|---|
+| `apic.py` | the page of KVM's own behind the local APIC |
 | `arguments.py` | what arguments mean and which are refused; no operations |
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
@@ -28,6 +29,7 @@
 """
 
 from emu.operations import (
+    apic,
     clock,
     device,
     device_memory,
@@ -53,6 +55,7 @@ from emu.operations import (
 )
 
 __all__ = [
+    "apic",
     "clock",
     "device",
     "device_memory",

@@ -30,6 +30,7 @@ from kvm_model.mmu.mmu_internal import (
 from kvm_model.requests import KVM_REQ_EVENT, kvm_make_request
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit, Vcpu
 from kvm_model.vmx import pml
+from kvm_model.vmx.apic_access import handle_apic_access, handle_apic_write
 from kvm_model.vmx.exits import (
     EPT_ACC_EXEC,
     EPT_ACC_READ,
@@ -40,6 +41,8 @@ from kvm_model.vmx.exits import (
     EPT_GVA_TRANSLATED,
     EPT_GVA_VALID,
     INTR_INFO_VALID,
+    REASON_APIC_ACCESS,
+    REASON_APIC_WRITE,
     REASON_CPUID,
     REASON_EPT_MISCONFIG,
     REASON_EPT_VIOLATION,
@@ -63,6 +66,7 @@ __all__ = ["TRACEPOINTS", "vmx_handle_exit"]
 
 _EPT_PROT_MASK = EPT_ENTRY_READ | EPT_ENTRY_WRITE | EPT_ENTRY_EXEC
 _VECTORING_OK = frozenset((REASON_EXCEPTION_NMI, REASON_EPT_VIOLATION, REASON_EPT_MISCONFIG, REASON_PML_FULL))
+_CPUID_1_EDX_APIC = 1 << 9
 _MASK64 = (1 << 64) - 1
 
 KVM_PAGE_FAULT = Tracepoint(
@@ -210,6 +214,8 @@ def _handle_cpuid(vcpu: Vcpu, exit_: VmExit) -> int:
     leaf = cpu.get_reg(vcpu, "rax") & 0xFFFF_FFFF
     subleaf = cpu.get_reg(vcpu, "rcx") & 0xFFFF_FFFF
     out = cpu.cpuid(vcpu, leaf, subleaf)
+    if leaf == 1 and vcpu.apic is not None:
+        out = (*out[:3], out[3] | _CPUID_1_EDX_APIC)
     if (t := vcpu.kvm.trace.kvm_cpuid) is not None:
         t(leaf, subleaf, *out, True, False)
     for name, value in zip(("rax", "rbx", "rcx", "rdx"), out, strict=True):
@@ -251,6 +257,8 @@ _HANDLERS = {
     REASON_HLT: _handle_hlt,
     REASON_VMCALL: _handle_vmcall,
     REASON_IO_INSTRUCTION: _handle_io,
+    REASON_APIC_ACCESS: handle_apic_access,
+    REASON_APIC_WRITE: handle_apic_write,
     REASON_MSR_READ: handle_rdmsr,
     REASON_MSR_WRITE: handle_wrmsr,
     REASON_EPT_VIOLATION: _handle_ept_violation,

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
         "rw port size count val", (1, 0x3F8, 1, 1, 0x41), "pio_write at 0x3f8 size 1 count 1 val 0x41 ",
     ),
     "kvm:kvm_hypercall": ("nr a0 a1 a2 a3", (1, 2, 3, 4, 5), "nr 0x1 a0 0x2 a1 0x3 a2 0x4 a3 0x5"),
+    "kvm:kvm_apic": ("rw reg val", (1, 0x80, 0x20), "apic_write APIC_TASKPRI = 0x20"),
     "kvm:kvm_pvclock_update": (
         "vcpu_id version tsc_timestamp system_time tsc_to_system_mul tsc_shift flags",
         (1, 4, 0x10, 0x20, 1 << 31, -1, 2),
@@ -99,6 +100,14 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
     "kvmmmu:kvm_mmu_prepare_zap_page": (
         "mmu_valid_gen gfn role root_count unsync", (1, 0, 0x13F84, 2, False),
         "sp gen 1 gfn 0 l4 8-byte q0 direct wux invalid nxe !ad root 2 sync\0",
+    ),
+    "kvmmmu:kvm_mmu_sync_page": (
+        "mmu_valid_gen gfn role root_count unsync", (0, 0x10, 0x3701, 0, True),
+        "sp gen 0 gfn 10 l1 8-byte q0 wux nxe ad root 0 unsync\0",
+    ),
+    "kvmmmu:kvm_mmu_unsync_page": (
+        "mmu_valid_gen gfn role root_count unsync", (0, 0x10, 0x3701, 0, False),
+        "sp gen 0 gfn 10 l1 8-byte q0 wux nxe ad root 0 sync\0",
     ),
     "kvmmmu:kvm_mmu_set_spte": (
         "gfn spte sptep level r x u", (0x10003, 0x122207E67, 0x1060D8018, 1, True, True, 1),
