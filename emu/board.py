@@ -37,12 +37,13 @@ from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import Task, WaitQueue
 from host_mm.ram import PAGE_SIZE
-from kvm_model.kvm_main import Kvm
+from kvm_model.kvm_main import KVM_CAP_DISABLE_QUIRKS2, Kvm
 from kvm_model.mem_attributes import (
     KVM_X86_DEFAULT_VM,
     KVM_X86_SW_PROTECTED_VM,
     kvm_mem_is_private,
 )
+from kvm_model.mmu.mmu_roots import KVM_X86_QUIRK_SLOT_ZAP_ALL
 from kvm_model.profile import PROFILES
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
 from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
@@ -71,7 +72,7 @@ class Stop(msgspec.Struct):
     """Why a VM stopped. `kind`: `exit` (the guest wrote `status` to the exit port), `halt` (every
     started vCPU halted), `shutdown` (triple fault), `dead` (halted with interrupts off),
     `error` (an exit the VMM cannot serve), `pause` (somebody asked), `limit` (of instructions),
-    `timeout` (of real time)."""
+    `timeout` (of real time), `mmio` (an access that `stops_at_mmio` has; it is not answered yet)."""
 
     kind: str
     status: int = 0
@@ -97,7 +98,10 @@ class _VcpuThread:
 
 
 class Board:
-    """A VM of `config` on `host`. `output` gets the guest's serial bytes."""
+    """A VM of `config` on `host`. `output` gets the guest's serial bytes.
+
+    `stops_at_mmio`, where it is set, gets every MMIO exit in the devices' place and says why the VM stopped.
+    """
 
     def __init__(
         self, host: Host, config: MachineConfig, *, interpreted: bool = False,
@@ -117,6 +121,7 @@ class Board:
         self.protected: list[tuple[int, int]] = []
         self.protection_faults = 0
         self.armed: ArmedEntry | None = None
+        self.stops_at_mmio: Callable[[Vcpu, UserExit], str] | None = None
         self.pinned: list[tuple[int, list[int]]] = []
         self.contig: dict[int, int] = {}
         self.offline: list[int] = []
@@ -144,6 +149,8 @@ class Board:
             breaks=frozenset(config.breaks), checks=config.checks,
             vm_type=_VM_TYPES[config.params.get("vmm.vm_type", "default")],
         )
+        if config.params.get("vmm.quirk_slot_zap_all", "Y").lower() in ("0", "n", "no", "off", "false"):
+            self.kvm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL)
         self.dirty_rings = DirtyRings(self.kvm, int(config.params.get("vmm.dirty_ring_size", "0")))
         self.vcpus = [self.kvm.create_vcpu(n) for n in range(config.vcpus)]
         self.vcpus[0].irq_source = self.pic
@@ -188,7 +195,7 @@ class Board:
 
         self.host.sched.run_task("vmm", copy)
         self.cpu.start_image(self.vcpus[0], image)
-        self._start(self.threads[0])
+        self.start_thread(self.threads[0])
 
     def start_cpu(self, number: int, entry: int, stack: int, arg: int) -> None:
         """Start vCPU `number` as the vmcall start_cpu says; KernelError(EINVAL or EBUSY)."""
@@ -199,7 +206,7 @@ class Board:
             raise KernelError(errno.EBUSY, f"cpu {number} runs")
         caller = self.host.sched.current.ctx.vcpu
         self.cpu.start_like(thread.vcpu, self.vcpus[max(caller, 0)], entry, stack, (arg, number))
-        self._start(thread)
+        self.start_thread(thread)
 
     def set_node(self, number: int, node: int) -> None:
         """Let vCPU `number`'s thread run on a CPU of NUMA node `node`, -1: where the VMM is at home."""
@@ -208,7 +215,8 @@ class Board:
         if thread.task is not None:
             thread.task.node = node
 
-    def _start(self, thread: _VcpuThread) -> None:
+    def start_thread(self, thread: _VcpuThread) -> None:
+        """Let a vCPU's thread enter KVM_RUN, until the VM stops or the vCPU halts for good."""
         thread.halted = False
         if thread.task is None:
             number = thread.vcpu.vcpu_id
@@ -286,6 +294,9 @@ class Board:
             vcpu.complete_io(self.bus.read(out.port, out.size))
 
     def _serve_mmio(self, vcpu: Vcpu, out: UserExit) -> None:
+        if self.stops_at_mmio is not None:
+            self._stop_all("mmio", self.stops_at_mmio(vcpu, out))
+            return
         device: MmioTestDevice | RdmaDevice = self.rdma if self.rdma.covers(out.gpa) else self.mmio_test
         if out.write:
             if device.covers(out.gpa):

@@ -70,15 +70,15 @@ class GuestMemory:
             path = backend.removeprefix("file:")
             self._show(gpa, size, files.mmap_file(vmm, size, path, pgoff=offset >> 12))
 
-    def _add(self, gpa: int, size: int, hva: int = 0) -> Region:
-        return self._show(gpa, size, self.board.vmm.mmap(size, PROT_RW, hva))
+    def _add(self, gpa: int, size: int, hva: int = 0, flags: int = 0) -> Region:
+        return self._show(gpa, size, self.board.vmm.mmap(size, PROT_RW, hva), flags)
 
-    def _show(self, gpa: int, size: int, hva: int) -> Region:
-        region = Region(len(self.regions), gpa, size, hva)
+    def _show(self, gpa: int, size: int, hva: int, flags: int = 0) -> Region:
+        region = Region(len(self.regions), gpa, size, hva, flags)
         if self.board.kvm.has_private_mem:
             self._bind(region, 0)
         else:
-            self.board.kvm.set_user_memory_region(region.slot, gpa, size, hva, 0)
+            self.board.kvm.set_user_memory_region(region.slot, gpa, size, hva, flags)
         self.regions.append(region)
         return region
 
@@ -189,10 +189,10 @@ class GuestMemory:
             if gpa < other.gpa + other.size and other.gpa < gpa + size:
                 raise KernelError(errno.EEXIST, f"gpa {gpa:#x} overlaps slot {other.slot} at {other.gpa:#x}")
 
-    def create(self, gpa: int, size: int, hva: int = 0) -> Region:
+    def create(self, gpa: int, size: int, hva: int = 0, flags: int = 0) -> Region:
         """A new region at `gpa`, at the VMM's `hva` if that is not 0; KernelError(EEXIST) on overlap."""
         self.check_free(gpa, size)
-        return self._add(gpa, size, hva)
+        return self._add(gpa, size, hva, flags)
 
     def show(self, gpa: int, size: int, hva: int) -> Region:
         """A new region at `gpa` of memory that the VMM has mapped; KernelError(EEXIST) on overlap."""

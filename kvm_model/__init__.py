@@ -10,7 +10,6 @@ Reading order, which is the way of one fault and of one host event:
     x86_emulate.py guest_access.py  emulated accesses; KVM's own reads and writes of guest memory
     mmu/mmu.py follow_pfn.py      the fault path; from a guest frame to a host frame
     mmu/invalidate.py             count, sequence, range: when a fault must be retried
-    guest_access.py               KVM's own reads and writes of guest memory
     mmu_notifier.py pfncache.py   what the host's brackets do
     mmu/spte.py mmu/tdp_mmu.py    what an SPTE says, and every store to one
     mmu/rmap.py mmu/direct_map.py the same without the TDP MMU

@@ -62,7 +62,7 @@ KVM_DIRTY_LOG_INITIALLY_SET = 2
 
 
 def kvm_vm_ioctl_enable_cap(kvm: Kvm, cap: int, value: int, flags: int) -> None:
-    """KVM_ENABLE_CAP; KernelError(EINVAL, for a ring also E2BIG)."""
+    """KVM_ENABLE_CAP of what belongs to the log; KernelError(EINVAL, for a ring also E2BIG)."""
     if cap == KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
         allowed = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
         if value & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE:

@@ -45,6 +45,7 @@ from kvm_model.mmu import (
     page_track,
     paging_tmpl,
     set_mem_attributes,
+    shrinker,
     tdp_mmu,
 )
 from kvm_model.mmu.killed_by import KilledBy
@@ -70,7 +71,9 @@ if TYPE_CHECKING:
     from host_mm.process import Process
     from kvm_model.kvm_x86_ops import KvmX86Ops
 
-__all__ = ["TRACEPOINTS", "Kvm"]
+__all__ = ["KVM_CAP_DISABLE_QUIRKS2", "TRACEPOINTS", "Kvm"]
+
+KVM_CAP_DISABLE_QUIRKS2 = 213
 
 TRACEPOINTS = (
     *requests.TRACEPOINTS, *mmu_notifier.TRACEPOINTS, *memory_region.TRACEPOINTS,
@@ -154,6 +157,8 @@ class Kvm:
         self.mmu_notifier = mmu_notifier.KvmMmuNotifier(self)
         mmu_notifier_register(self.mmu_notifier, self.mm)
         self.alive = True
+        if profile.mmu_shrinker:
+            shrinker.register(self)
         host.frame_holders.append(self._table_frames)
 
     def _init_params(self, params: Mapping[str, str]) -> None:
@@ -170,6 +175,7 @@ class Kvm:
         self.cpu_dirty_log_size = PML_ENTRIES if enable_pml else 0
         self.nr_memslots_dirty_logging = 0
         self.dirty_ring_size = 0
+        self.disabled_quirks = 0
 
     def _init_type(self, vm_type: int) -> None:
         """kvm_is_vm_type_supported; KernelError(EINVAL)."""
@@ -292,7 +298,12 @@ class Kvm:
         self.enable_cap(dirty_log.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, value)
 
     def enable_cap(self, cap: int, value: int, flags: int = 0) -> None:
-        """KVM_ENABLE_CAP of the VM: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 or KVM_CAP_DIRTY_LOG_RING."""
+        """KVM_ENABLE_CAP of the VM: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, _DIRTY_LOG_RING, _DISABLE_QUIRKS2."""
+        if cap == KVM_CAP_DISABLE_QUIRKS2 and self.profile.quirks:
+            if flags or value & ~self.profile.quirks:
+                raise KernelError(EINVAL, f"there are no such quirks to disable: {value:#x}")
+            self.disabled_quirks |= value
+            return
         dirty_log.kvm_vm_ioctl_enable_cap(self, cap, value, flags)
 
     def reset_dirty_rings(self) -> int:
@@ -330,6 +341,8 @@ class Kvm:
         kvm_tdp_mmu_invalidate_roots(self)
         kvm_tdp_mmu_zap_invalidated_roots(self, shared=False)
         self.vcpus.clear()
+        if self.profile.mmu_shrinker:
+            shrinker.unregister(self)
         self.host.frame_holders.remove(self._table_frames)
         if self.truths is not None:
             self.truths.detach()

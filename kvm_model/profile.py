@@ -58,6 +58,9 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     `mmu_is_page_track_node`: the MMU itself is a node of the page-track head, hears so of emulated writes,
     and zaps a slot when the head is told to flush it.
 
+    `quirks`: those that can be disabled, of which slot-zap-all alone is looked at. `mmu_shrinker`: reclaim
+    takes table pages back.
+
     `absent_events`: tracepoints this kernel has not.
     `nr_memslot_as_ids`: normal memory and SMM. `mmu_cache_objects`: capacity of a vCPU's cache of
     page-table pages, `mmu_cache_min` what a fault tops it up to at least.
@@ -96,6 +99,8 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     smap_implicit_by_cpl: bool = False
     shadow_role_forces_nx: bool = True
     mmu_is_page_track_node: bool = False
+    quirks: int = 0x3FF
+    mmu_shrinker: bool = False
     absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page"})
     user_mem_slots: int = 32764
     max_vcpu_ids: int = 4096
@@ -149,6 +154,8 @@ LINUX_5_10 = KvmProfile(
     smap_implicit_by_cpl=True,
     shadow_role_forces_nx=False,
     mmu_is_page_track_node=True,
+    quirks=0,
+    mmu_shrinker=True,
     absent_events=frozenset({
         "kvm:kvm_age_hva", "kvm:kvm_dirty_ring_exit", "kvm:kvm_dirty_ring_push", "kvm:kvm_dirty_ring_reset",
         "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range", "kvm:kvm_vm_set_mem_attributes",

@@ -59,6 +59,9 @@ PARAMS: dict[str, Param] = {
     "swap.device": Param("file|zram", "file", "swap to a file, or to compressed RAM"),
     "swap.vma_ra_enabled": Param("bool", "Y", "swap readahead goes by address, not by slot"),
     "vmm.dirty_ring_size": Param("number", "0", "entries of each vCPU's dirty ring; 0: bitmaps, no rings"),
+    "vmm.quirk_slot_zap_all": Param(
+        "bool", "Y", "KVM drops all of its tables with a slot; N: the VMM has it drop the slot's leaves only"
+    ),
     "vmm.vm_type": Param(
         "default|sw-protected", "default", "KVM_CREATE_VM's type: with sw-protected pages can be private"
     ),

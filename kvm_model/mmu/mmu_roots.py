@@ -2,12 +2,12 @@
 
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): mmu_topup_memory_caches, kvm_mmu_load,
 kvm_mmu_unload, kvm_mmu_free_obsolete_roots, is_obsolete_sp, kvm_mmu_zap_all_fast,
-kvm_arch_flush_shadow_memslot, kvm_mmu_invalidate_mmio_sptes, kvm_mmu_zap_all; mmu.h: kvm_mmu_reload.
+kvm_arch_flush_shadow_memslot, kvm_mmu_zap_memslot, kvm_mmu_zap_memslot_pages_and_flush,
+kvm_mmu_invalidate_mmio_sptes, kvm_mmu_zap_all; mmu.h: kvm_mmu_reload; 5.10: kvm_mmu_init_vm.
 
 Roots are the TDP MMU's or, without it, direct pages (direct_map.py); one VM has one kind.
 
-Not modelled: previous roots, nested MMUs, KVM_X86_QUIRK_SLOT_ZAP_ALL switched off (every delete or
-move invalidates all roots).
+Not modelled: previous roots, nested MMUs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING
 
 from host_mm.page import put_page
 from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, alloc_pages
+from kvm_model.mem_attributes import KVM_X86_DEFAULT_VM
 from kvm_model.mmu.direct_map import mmu_alloc_direct_root, mmu_free_root_page
-from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage, is_obsolete_sp
+from kvm_model.mmu.gfn_range import kvm_unmap_gfn_range
+from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage, is_obsolete_sp, role_direct
 from kvm_model.mmu.page_track import KvmPageTrackNotifierNode, kvm_page_track_flush_slot
 from kvm_model.mmu.shadow_page import (
     kvm_mmu_commit_zap_page,
+    kvm_mmu_prepare_zap_page,
     kvm_mmu_zap_all_shadow_pages,
     kvm_zap_obsolete_pages,
 )
@@ -31,12 +34,14 @@ from kvm_model.mmu.tdp_zap import (
     kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_zap_all,
     kvm_tdp_mmu_zap_invalidated_roots,
+    need_resched,
 )
 from kvm_model.requests import (
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     KVM_REQ_TLB_FLUSH,
     KVM_REQ_TLB_FLUSH_CURRENT,
     kvm_check_request,
+    kvm_flush_remote_tlbs,
     kvm_make_all_cpus_request,
     kvm_test_request,
 )
@@ -48,11 +53,13 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "TRACEPOINTS", "KvmMmuPageTrackNode", "kvm_arch_flush_shadow_memslot", "kvm_mmu_flush_ahead",
-    "kvm_mmu_free_obsolete_roots",
+    "KVM_X86_QUIRK_SLOT_ZAP_ALL", "TRACEPOINTS", "KvmMmuPageTrackNode", "kvm_arch_flush_shadow_memslot",
+    "kvm_mmu_flush_ahead", "kvm_mmu_free_obsolete_roots",
     "kvm_mmu_invalidate_mmio_sptes", "kvm_mmu_load", "kvm_mmu_reload", "kvm_mmu_unload", "kvm_mmu_zap_all",
     "kvm_mmu_zap_all_fast", "mmu_free_memory_caches", "mmu_topup_memory_caches",
 ]
+
+KVM_X86_QUIRK_SLOT_ZAP_ALL = 1 << 7
 
 KVM_MMU_ZAP_ALL_FAST = Tracepoint(
     "kvmmmu", "kvm_mmu_zap_all_fast", ("mmu_valid_gen", "mmu_used_pages"),
@@ -165,8 +172,37 @@ def kvm_arch_flush_shadow_memslot(kvm: Kvm, slot: KvmMemorySlot) -> None:
     """Leave nothing mapped of a slot that is being deleted or moved."""
     if kvm.profile.mmu_is_page_track_node:
         kvm_page_track_flush_slot(kvm, slot)
-    else:
+    elif kvm.vm_type == KVM_X86_DEFAULT_VM and not kvm.disabled_quirks & KVM_X86_QUIRK_SLOT_ZAP_ALL:
         kvm_mmu_zap_all_fast(kvm)
+    else:
+        _kvm_mmu_zap_memslot(kvm, slot)
+
+
+def _kvm_mmu_zap_memslot(kvm: Kvm, slot: KvmMemorySlot) -> None:
+    """Only the slot's own leaves go, and what shadows guest tables in it; roots stay as they are."""
+    with kvm.mmu_lock:
+        flush = kvm_unmap_gfn_range(kvm, slot, slot.base_gfn, slot.end_gfn, may_block=True)
+        invalid_list: list[KvmMmuPage] = []
+        # Their accounting is the slot's, and goes with it.
+        for gfn in [gfn for gfn in kvm.mmu_page_hash if slot.base_gfn <= gfn < slot.end_gfn]:
+            for sp in tuple(kvm.mmu_page_hash.get(gfn, ())):
+                if not sp.invalid and not role_direct(sp.role):
+                    kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "zap-slot")
+            if need_resched(kvm):
+                _remote_flush_or_zap(kvm, invalid_list, flush)
+                flush = False
+                kvm.mmu_lock.unlock()
+                kvm.sched.yield_()
+                kvm.mmu_lock.lock()
+        _remote_flush_or_zap(kvm, invalid_list, flush)
+
+
+def _remote_flush_or_zap(kvm: Kvm, invalid_list: list[KvmMmuPage], flush: bool) -> None:
+    """kvm_mmu_remote_flush_or_zap: one flush for both."""
+    if invalid_list:
+        kvm_mmu_commit_zap_page(kvm, invalid_list)
+    elif flush:
+        kvm_flush_remote_tlbs(kvm)
 
 
 class KvmMmuPageTrackNode(KvmPageTrackNotifierNode):

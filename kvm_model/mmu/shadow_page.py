@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 __all__ = [
     "drop_large_spte", "drop_parent_pte", "drop_spte", "kvm_mmu_available_pages", "kvm_mmu_change_mmu_pages",
     "kvm_mmu_commit_zap_page", "kvm_mmu_get_child_sp", "kvm_mmu_get_shadow_page", "kvm_mmu_prepare_zap_page",
-    "kvm_mmu_zap_all_shadow_pages", "kvm_zap_obsolete_pages", "link_shadow_page", "make_mmu_pages_available",
+    "kvm_mmu_zap_all_shadow_pages", "kvm_mmu_zap_oldest_mmu_pages", "kvm_zap_obsolete_pages",
+    "link_shadow_page", "make_mmu_pages_available",
 ]
 
 _BATCH_ZAP_PAGES = 10
@@ -232,7 +233,8 @@ def kvm_mmu_zap_all_shadow_pages(kvm: Kvm) -> None:
 # -- how many -----------------------------------------------------------------------------------
 
 
-def _kvm_mmu_zap_oldest_mmu_pages(kvm: Kvm, nr_to_zap: int) -> None:
+def kvm_mmu_zap_oldest_mmu_pages(kvm: Kvm, nr_to_zap: int) -> int:
+    """Zap at least so many pages if there are, no roots in use, mmu_lock held for write; how many."""
     invalid_list: list[KvmMmuPage] = []
     pages = list(kvm.active_mmu_pages.values())
     if kvm.profile.recycles_newest_pages:
@@ -246,6 +248,7 @@ def _kvm_mmu_zap_oldest_mmu_pages(kvm: Kvm, nr_to_zap: int) -> None:
                 break
     kvm_mmu_commit_zap_page(kvm, invalid_list)
     kvm.stat["mmu_recycled"] += zapped
+    return zapped
 
 
 def kvm_mmu_available_pages(kvm: Kvm) -> int:
@@ -258,7 +261,7 @@ def make_mmu_pages_available(kvm: Kvm) -> int:
     available = kvm_mmu_available_pages(kvm)
     if available >= _KVM_MIN_FREE_MMU_PAGES:
         return 0
-    _kvm_mmu_zap_oldest_mmu_pages(kvm, _KVM_REFILL_PAGES - available)
+    kvm_mmu_zap_oldest_mmu_pages(kvm, _KVM_REFILL_PAGES - available)
     return 0 if kvm_mmu_available_pages(kvm) else -ENOSPC
 
 
@@ -266,6 +269,6 @@ def kvm_mmu_change_mmu_pages(kvm: Kvm, goal: int) -> None:
     """Set how many table pages the VM may have; what it has too many is zapped."""
     with kvm.mmu_lock:
         if kvm.n_used_mmu_pages > goal:
-            _kvm_mmu_zap_oldest_mmu_pages(kvm, kvm.n_used_mmu_pages - goal)
+            kvm_mmu_zap_oldest_mmu_pages(kvm, kvm.n_used_mmu_pages - goal)
             goal = kvm.n_used_mmu_pages
         kvm.n_max_mmu_pages = goal
