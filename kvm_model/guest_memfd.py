@@ -30,6 +30,7 @@ from host_mm.address_space import (
     AddressSpace,
     AddressSpaceOperations,
     VmOperations,
+    check_fallocate,
     fput,
     get_file,
 )
@@ -46,7 +47,6 @@ from host_mm.mm_types import (
 )
 from host_mm.page import PG_hwpoison, PG_referenced, PG_uptodate, put_page
 from host_mm.page_alloc import GFP_HIGHUSER, alloc_pages
-from host_mm.shmem_file import check_fallocate
 from host_mm.truncate import truncate_inode_pages_range
 from kvm_model.memslots import KVM_MEMSLOT_GMEM_ONLY, KvmMemorySlot
 from kvm_model.mmu.gfn_range import kvm_unmap_gfn_range
@@ -341,7 +341,7 @@ def kvm_gmem_create(kvm: Kvm, size: int, flags: int) -> AddressSpace:
     supported = GUEST_MEMFD_FLAG_MMAP | (0 if kvm.has_private_mem else GUEST_MEMFD_FLAG_INIT_SHARED)
     if flags & ~supported:
         raise KernelError(EINVAL, f"flags {flags:#x}: this VM supports {supported:#x}")
-    if size <= 0 or size & 0xFFF:
+    if not 0 < size < 1 << 63 or size & 0xFFF:
         raise KernelError(EINVAL, f"size {size:#x} is not whole pages")
     gmem = KvmGmem(kvm, size, flags)
     kvm.gmems.append(gmem)

@@ -12,6 +12,7 @@
     spte-of-freed-frame   no leaf of any root, invalid ones included, maps a frame that is freed
     write-logged          a leaf of a logged slot that can be written unseen (W, and D where the CPU logs) is
                           in the dirty log: the bitmap, a ring, or a CPU's log that is not drained yet
+    log-flushed           a call that takes away W or D for the log has asked for a flush when it returns
     write-tracked         no leaf lets a vCPU write unseen to a page whose writes somebody tracks
     dirty-ring            a ring never holds more than it has room for
     no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
@@ -40,6 +41,7 @@ from kvm_model.guest_memfd import kvm_gmem_folio
 from kvm_model.mem_attributes import gfn_is_in_guest_memfd
 from kvm_model.memslots import hva_to_gfn_memslot, kvm_slot_dirty_track_enabled
 from kvm_model.mmu.spte import (
+    PG_LEVEL_1G,
     PT_PAGE_SIZE_MASK,
     PT_WRITABLE_MASK,
     SPTE_BASE_ADDR_MASK,
@@ -74,13 +76,16 @@ class KvmTruths:
 
     def __init__(self, kvm: Kvm) -> None:
         self.kvm = kvm
-        self._noted: dict[int, int | None] = {}
+        self._noted: dict[int, tuple[int, int | None]] = {}
+        # Leaves outside the TDP MMU by gfn, which their tables do not show: level - 1, gfn, SPTEs.
+        self._by_gfn: tuple[dict[int, set[int]], ...] = ({}, {}, {})
         self._noted_gfns: dict[tuple[int, int], int | None] = {}
         self._in_brackets: dict[tuple[int, int], int | None] = {}
         self._held: Spinlock | None = None
         self._open: dict[int, tuple[bool, Ranges]] = {}
         self._ranges: dict[Task, Ranges] = {}
         self._flush_due: set[Task] = set()
+        self._log_calls: dict[Task, bool] = {}
         self._begins = 0
         self._ends = 0
         self._ending = 0
@@ -112,6 +117,16 @@ class KvmTruths:
     def note_flush(self) -> None:
         """Every vCPU has, or is about to get, a flush request."""
         self._flush_due.clear()
+        self._log_calls.update(dict.fromkeys(self._log_calls, False))
+
+    def note_log_call(self) -> None:
+        """This task protects pages for the dirty log from now on, until `note_log_returned`."""
+        self._log_calls[self.kvm.sched.current] = False
+
+    def note_log_returned(self) -> None:
+        """User space may look at the log now, and counts on hearing of every later write."""
+        if self._log_calls.pop(self.kvm.sched.current, False):
+            self._broken("log-flushed", "SPTEs were protected for the log and no vCPU was asked to flush")
 
     def note_start_unlock(self) -> None:
         """range_start is about to drop mmu_lock."""
@@ -187,11 +202,15 @@ class KvmTruths:
         kvm = self.kvm
         was_leaf = is_shadow_present_pte(old) and is_last_spte(old, level)
         self._count_leaf(old, new, level, was_leaf)
+        if not kvm.tdp_mmu_enabled:
+            self._index_leaf(sptep, gfn, level, was_leaf, new)
         if not is_shadow_present_pte(new) or not is_last_spte(new, level):
             if was_leaf and kvm.spte.is_mmio_spte(new):
                 self._broken("no-mmio-over-slot", f"gfn {gfn:#x}: {new:#x} over {old:#x}")
             return
         self._check_state(gfn, new)
+        if was_leaf and old & ~new & PT_WRITABLE_MASK and kvm.sched.current in self._log_calls:
+            self._log_calls[kvm.sched.current] = True
         if was_leaf and spte_to_pfn(old) != spte_to_pfn(new):
             self._broken("spte-pfn-in-place", f"gfn {gfn:#x} level {level}: {old:#x} became {new:#x}")
         pages = kvm_pages_per_hpage(level)
@@ -201,7 +220,16 @@ class KvmTruths:
         making = not is_shadow_present_pte(old) and kvm.mmu_invalidate_in_progress and inside
         if making or self._in_open_bracket(gfn, pages):
             self._broken("no-spte-in-bracket", f"gfn {gfn:#x} level {level}: {new:#x} stored in a bracket")
-        self._noted[sptep] = kvm.stream.ctx.cause
+        self._noted[sptep] = gfn, kvm.stream.ctx.cause
+
+    def _index_leaf(self, sptep: int, gfn: int, level: int, was_leaf: bool, new: int) -> None:
+        heads = self._by_gfn[level - 1] if level <= PG_LEVEL_1G else {}
+        if is_shadow_present_pte(new) and is_last_spte(new, level):
+            heads.setdefault(gfn, set()).add(sptep)
+        elif was_leaf:
+            heads[gfn].discard(sptep)
+            if not heads[gfn]:
+                del heads[gfn]
 
     def _count_leaf(self, old: int, new: int, level: int, was_leaf: bool) -> None:
         # A frame is counted once for each leaf, of whatever root, that maps it.
@@ -281,12 +309,11 @@ class KvmTruths:
     def _check_noted(self) -> None:
         kvm = self.kvm
         noted, self._noted = self._noted, {}
-        for sptep, seq in noted.items():
+        for sptep, (gfn, seq) in noted.items():
             sp = kvm.sps.get(sptep >> 9)
             spte = kvm.ram.u64[sptep]
             if sp is None or not is_shadow_present_pte(spte) or not is_last_spte(spte, sp.level):
                 continue
-            gfn = sp.gfn + ((sptep & 511) << 9 * (sp.level - 1))
             if self._root_of(sp):
                 self._check_leaf(sptep, gfn, sp.level, spte, seq)
         gfns, self._noted_gfns = self._noted_gfns, {}
@@ -314,11 +341,28 @@ class KvmTruths:
         kvm = self.kvm
         for root in kvm.tdp_mmu_roots:
             yield from self._leaves(root, start, end)
-        if not kvm.tdp_mmu_enabled:
-            for sp in tuple(kvm.sps.values()):
-                for sptep, gfn, spte in shadow_entries(kvm, sp, start, end):
-                    if is_last_spte(spte, sp.level):
-                        yield sptep, gfn, sp.level, spte
+        if kvm.tdp_mmu_enabled:
+            return
+        u64 = kvm.ram.u64
+        for level, heads in enumerate(self._by_gfn, 1):
+            pages = kvm_pages_per_hpage(level)
+            first = start & ~(pages - 1)
+            few = (end - first) // pages <= len(heads)
+            gfns = range(first, end, pages) if few else [gfn for gfn in heads if first <= gfn < end]
+            for gfn in gfns:
+                for sptep in tuple(heads.get(gfn, ())):
+                    yield sptep, gfn, level, u64[sptep]
+
+    def _scan_leaves(self) -> Iterator[tuple[int, int, int, int]]:
+        """The same of all that exist, by what the tables themselves hold."""
+        kvm = self.kvm
+        if kvm.tdp_mmu_enabled:
+            yield from self._all_leaves(0, TDP_MMU_MAX_GFN_EXCLUSIVE)
+            return
+        for sp in tuple(kvm.sps.values()):
+            for sptep, gfn, spte in shadow_entries(kvm, sp):
+                if is_last_spte(spte, sp.level):
+                    yield sptep, gfn, sp.level, spte
 
     def _leaves(self, root: KvmMmuPage, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """(sptep, gfn, level, SPTE) of the present leaves that map anything in [start, end)."""
@@ -409,7 +453,7 @@ class KvmTruths:
         kvm = self.kvm
         locked = self._page_table_locked()
         count = 0
-        for sptep, gfn, level, spte in self._all_leaves(0, TDP_MMU_MAX_GFN_EXCLUSIVE):
+        for sptep, gfn, level, spte in self._scan_leaves():
             count += 1
             if sptep in kvm.instrumented:
                 continue
