@@ -14,6 +14,7 @@ from __future__ import annotations
 from errno import EFBIG, EINVAL
 from typing import TYPE_CHECKING
 
+from host_mm.address_space import MAX_LFS_FILESIZE
 from host_mm.filemap import folio_unlock
 from host_mm.filemap_cache import NOT_CACHED
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_SYSCALL
@@ -30,7 +31,6 @@ __all__ = ["POSIX_FADV_DONTNEED", "POSIX_FADV_WILLNEED", "file_read", "file_writ
 
 POSIX_FADV_WILLNEED = 3
 POSIX_FADV_DONTNEED = 4
-MAX_LFS_FILESIZE = (1 << 63) - 1
 
 
 def file_write(mapping: AddressSpace, pos: int, data: bytes) -> int:

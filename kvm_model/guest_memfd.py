@@ -30,6 +30,7 @@ from host_mm.address_space import (
     AddressSpace,
     AddressSpaceOperations,
     VmOperations,
+    check_fallocate,
     fput,
     get_file,
 )
@@ -46,7 +47,6 @@ from host_mm.mm_types import (
 )
 from host_mm.page import PG_hwpoison, PG_referenced, PG_uptodate, put_page
 from host_mm.page_alloc import GFP_HIGHUSER, alloc_pages
-from host_mm.shmem_file import check_fallocate
 from host_mm.truncate import truncate_inode_pages_range
 from kvm_model.memslots import KVM_MEMSLOT_GMEM_ONLY, KvmMemorySlot
 from kvm_model.mmu.gfn_range import kvm_unmap_gfn_range

@@ -7,19 +7,20 @@ vmx/vmx.c: the eptad and pml parameters; kvm_vm_ioctl_enable_cap_generic.
 The protocol parts stand in their own files: mmu_notifier.py (host events), mmu/invalidate.py (count,
 sequence, retry), memory_region.py (memslots), requests.py (flushes and kicks), mmu/ (SPTEs).
 
-Not modelled: shadow paging, in-kernel irqchips, file descriptors.
+Not modelled: in-kernel irqchips, file descriptors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from errno import EEXIST, EINVAL, ENOMEM
+from errno import EEXIST, EINVAL, ENOMEM, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.locks import Mutex, RwLock, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.mmu_notifier_register import mmu_notifier_register, mmu_notifier_unregister
+from host_mm.page import put_page
 from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, GFP_ZERO, alloc_pages
 from kvm_model import (
     dirty_log,
@@ -47,17 +48,33 @@ from kvm_model.mmu import (
     set_mem_attributes,
     shrinker,
     tdp_mmu,
+    unsync,
 )
 from kvm_model.mmu.killed_by import KilledBy
-from kvm_model.mmu.mmu_internal import PFERR_GUEST_FINAL_MASK, PFERR_WRITE_MASK, KvmMmuPage, tdp_root_role
+from kvm_model.mmu.kvm_mmu import kvm_init_mmu
+from kvm_model.mmu.mmu_internal import (
+    INVALID_PAGE,
+    PFERR_GUEST_FINAL_MASK,
+    PFERR_WRITE_MASK,
+    KvmMmuPage,
+    tdp_root_role,
+)
 from kvm_model.mmu.nx_huge_pages import NxRecovery
 from kvm_model.mmu.rcu import Rcu
 from kvm_model.mmu.set_mem_attributes import kvm_vm_ioctl_set_mem_attributes
-from kvm_model.mmu.spte import PG_LEVEL_4K, ept_masks, is_last_spte, is_shadow_present_pte
+from kvm_model.mmu.shadow_walk import get_walk
+from kvm_model.mmu.spte import (
+    PG_LEVEL_4K,
+    ept_masks,
+    is_last_spte,
+    is_shadow_present_pte,
+    legacy_masks,
+)
 from kvm_model.mmu.tdp_zap import (
     kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_zap_invalidated_roots,
 )
+from kvm_model.mmu.track_write import kvm_mmu_track_write
 from kvm_model.pfncache import GfnToPfnCache
 from kvm_model.profile import LINUX_6_18, KvmProfile
 from kvm_model.truths import KvmTruths
@@ -80,14 +97,14 @@ TRACEPOINTS = (
     *follow_pfn.TRACEPOINTS, *gfn_range.TRACEPOINTS, *invalidate.TRACEPOINTS, *dirty_ring.TRACEPOINTS,
     *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *page_track.TRACEPOINTS, *x86_emulate.TRACEPOINTS,
     *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
-    *tdp_mmu.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS,
-    *vmx.TRACEPOINTS,
-    *set_mem_attributes.TRACEPOINTS,
+    *tdp_mmu.TRACEPOINTS, *unsync.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS,
+    *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS, *set_mem_attributes.TRACEPOINTS,
 )
 """Every tracepoint of this room, each declared beside the code that fires it."""
 
 _VM_STATS = (
-    "mmu_shadow_zapped", "mmu_recycled", "mmu_cache_miss", "max_mmu_rmap_size",
+    "mmu_shadow_zapped", "mmu_pte_write", "mmu_pde_zapped", "mmu_flooded", "mmu_recycled", "mmu_cache_miss",
+    "mmu_unsync", "max_mmu_rmap_size",
     "remote_tlb_flush_requests", "remote_tlb_flush", "pages_4k", "pages_2m", "pages_1g", "nx_lpage_splits",
 )
 
@@ -103,6 +120,11 @@ def _flag(params: Mapping[str, str], name: str, default: bool) -> bool:
     if word in ("0", "n", "no", "off", "false", "never"):
         return False
     raise KernelError(EINVAL, f"parameter {name}={value!r} is not a bool")
+
+
+def _frames_of(vcpu: Vcpu) -> tuple[int, ...]:
+    """Frames that a vCPU has for itself, -1 for those that it has not."""
+    return (*vcpu.mmu_shadow_page_cache, vcpu.vmcs, vcpu.pml_pg, vcpu.mmu.pae_root)
 
 
 class _MmuSpinlock(RwLock):
@@ -163,15 +185,19 @@ class Kvm:
 
     def _init_params(self, params: Mapping[str, str]) -> None:
         self.tdp_mmu_enabled = self.tdp_enabled and _flag(params, "kvm.tdp_mmu", self.profile.tdp_mmu)
-        self.spte = ept_masks(
-            has_ad_bits=_flag(params, "kvm_intel.eptad", True),
-            mmio_caching=_flag(params, "kvm.mmio_caching", True),
-            nx_huge_pages=_flag(params, "kvm.nx_huge_pages", False),
-        )
+        mmio_caching = _flag(params, "kvm.mmio_caching", True)
+        nx_huge_pages = _flag(params, "kvm.nx_huge_pages", False)
+        if self.tdp_enabled:
+            has_ad_bits = _flag(params, "kvm_intel.eptad", True)
+            self.spte = ept_masks(
+                has_ad_bits=has_ad_bits, mmio_caching=mmio_caching, nx_huge_pages=nx_huge_pages
+            )
+        else:
+            self.spte = legacy_masks(mmio_caching=mmio_caching, nx_huge_pages=nx_huge_pages)
         self.eager_page_split = _flag(params, "kvm.eager_page_split", True)
         self.manual_dirty_log_protect = 0
         # Linux has pml on where the CPU can do it. Off here unless asked for: protection is what shows.
-        enable_pml = _flag(params, "kvm_intel.pml", False) and self.spte.ad_enabled
+        enable_pml = _flag(params, "kvm_intel.pml", False) and self.spte.ad_enabled and self.tdp_enabled
         self.cpu_dirty_log_size = PML_ENTRIES if enable_pml else 0
         self.nr_memslots_dirty_logging = 0
         self.dirty_ring_size = 0
@@ -220,6 +246,7 @@ class Kvm:
         self.n_max_mmu_pages = 0
         self.killed_by = KilledBy()
         self.indirect_shadow_pages = 0
+        self.mmu_unsync_pages_lock = Spinlock(self.sched, "mmu_unsync_pages_lock")
         self.shadow_root_allocated = False
         self._init_page_track()
         self.instrumented: set[int] = set()
@@ -228,14 +255,13 @@ class Kvm:
         self.track_notifier_list: list[page_track.KvmPageTrackNotifierNode] = []
         self.track_srcu = Srcu(self.sched, "track_srcu")
         self.external_write_tracking_enabled = False
-        # What shadow paging does about an emulated write: kvm_mmu_track_write, in 5.10 kvm_mmu_pte_write.
-        self.mmu_track_write: Callable[[Vcpu, int, bytes], None] = lambda vcpu, gpa, new: None
+        self.mmu_track_write: Callable[[Vcpu, int, bytes], None] = kvm_mmu_track_write
         if self.profile.mmu_is_page_track_node:
             self.track_notifier_list.append(mmu_roots.KvmMmuPageTrackNode(self))
 
     def _table_frames(self) -> dict[int, int]:
         """The frames KVM allocated for itself, for the host's audit: one reference each."""
-        own = [pfn for vcpu in self.vcpus for pfn in (*vcpu.mmu_shadow_page_cache, vcpu.vmcs, vcpu.pml_pg)]
+        own = [pfn for vcpu in self.vcpus for pfn in _frames_of(vcpu)]
         own += [pfn for vcpu in self.vcpus if vcpu.dirty_ring is not None for pfn in vcpu.dirty_ring.pfns]
         return dict.fromkeys([*self.sps, *(pfn for pfn in own if pfn >= 0)], 1)
 
@@ -261,6 +287,9 @@ class Kvm:
         if any(v.vcpu_id == vcpu_id for v in self.vcpus):
             raise KernelError(EEXIST, f"vCPU {vcpu_id} exists")
         vcpu = Vcpu(self, vcpu_id)
+        if not self.tdp_enabled:
+            vcpu.mmu.pae_root = self.alloc_zeroed_page()
+        kvm_init_mmu(vcpu)
         if self.cpu_dirty_log_size:
             pml.vmx_pml_create(vcpu)
         if self.dirty_ring_size:
@@ -336,6 +365,8 @@ class Kvm:
             mmu_roots.kvm_mmu_unload(vcpu)
             mmu_roots.mmu_free_memory_caches(vcpu)
             pml.vmx_destroy_pml_buffer(vcpu)
+            if vcpu.mmu.pae_root >= 0:
+                put_page(self.host, vcpu.mmu.pae_root)
             if vcpu.dirty_ring is not None:
                 vcpu.dirty_ring.free(self)
         kvm_tdp_mmu_invalidate_roots(self)
@@ -363,12 +394,16 @@ class Kvm:
         vcpu.immediate_exit = True
         requests.kvm_vcpu_kick(vcpu)
 
-    def walk(self, gpa: int, vcpu: Vcpu | None = None) -> list[tuple[int, int, int]]:
-        """(level, physical address of the entry, SPTE) from the root down; empty without a root."""
+    def walk(self, addr: int, vcpu: Vcpu | None = None) -> list[tuple[int, int, int]]:
+        """(level, physical address of the entry, SPTE) from the root down; empty without a root.
+
+        `addr` is a gpa under TDP, else the guest's linear address.
+        """
         vcpu = vcpu or self.vcpus[0]
-        if vcpu.root_hpa >> 12 not in self.sps:
+        if vcpu.root_hpa == INVALID_PAGE:
             return []
-        return [(level, sptep << 3, spte) for level, sptep, spte in mmio.kvm_tdp_mmu_get_walk(vcpu, gpa)]
+        steps = mmio.kvm_tdp_mmu_get_walk(vcpu, addr) if self.tdp_enabled else get_walk(vcpu, addr)
+        return [(level, sptep << 3, spte) for level, sptep, spte in steps]
 
     def leaf_spte(self, gfn: int) -> tuple[int, int]:
         """(physical address, level) of the present leaf that maps `gfn` for vCPU 0, or (0, 0)."""
@@ -382,8 +417,10 @@ class Kvm:
     def map_for_instrument(self, gfn: int) -> None:
         """Map `gfn` writable with a 4K leaf, splitting what is larger; KernelError if it cannot be.
 
-        The leaf counts as instrumented from now on.
+        The leaf counts as instrumented from now on. Not where KVM shadows the guest's tables (EOPNOTSUPP).
         """
+        if not self.tdp_enabled:
+            raise KernelError(EOPNOTSUPP, "shadow pages map linear addresses, not gfns")
         vcpu = self.vcpus[0]
         idx = self.srcu.read_lock()
         try:

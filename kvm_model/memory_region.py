@@ -34,7 +34,7 @@ from kvm_model.memslots import (
 from kvm_model.mmu.mmu_roots import kvm_arch_flush_shadow_memslot, kvm_mmu_invalidate_mmio_sptes
 from kvm_model.mmu.page_track import kvm_page_track_delete_slot, kvm_page_track_has_external_user
 from kvm_model.mmu.set_mem_attributes import kvm_mmu_init_memslot_memory_attributes
-from kvm_model.mmu.shadow_page import kvm_mmu_change_mmu_pages
+from kvm_model.mmu.shadow_zap import kvm_mmu_change_mmu_pages
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from trace_events.tracepoint import Tracepoint
 

@@ -40,6 +40,7 @@ from kvm_model.guest_memfd import kvm_gmem_folio
 from kvm_model.mem_attributes import gfn_is_in_guest_memfd
 from kvm_model.memslots import hva_to_gfn_memslot, kvm_slot_dirty_track_enabled
 from kvm_model.mmu.spte import (
+    PG_LEVEL_1G,
     PT_PAGE_SIZE_MASK,
     PT_WRITABLE_MASK,
     SPTE_BASE_ADDR_MASK,
@@ -74,7 +75,9 @@ class KvmTruths:
 
     def __init__(self, kvm: Kvm) -> None:
         self.kvm = kvm
-        self._noted: dict[int, int | None] = {}
+        self._noted: dict[int, tuple[int, int | None]] = {}
+        # Leaves outside the TDP MMU by gfn, which their tables do not show: level - 1, gfn, SPTEs.
+        self._by_gfn: tuple[dict[int, set[int]], ...] = ({}, {}, {})
         self._noted_gfns: dict[tuple[int, int], int | None] = {}
         self._in_brackets: dict[tuple[int, int], int | None] = {}
         self._held: Spinlock | None = None
@@ -187,6 +190,8 @@ class KvmTruths:
         kvm = self.kvm
         was_leaf = is_shadow_present_pte(old) and is_last_spte(old, level)
         self._count_leaf(old, new, level, was_leaf)
+        if not kvm.tdp_mmu_enabled:
+            self._index_leaf(sptep, gfn, level, was_leaf, new)
         if not is_shadow_present_pte(new) or not is_last_spte(new, level):
             if was_leaf and kvm.spte.is_mmio_spte(new):
                 self._broken("no-mmio-over-slot", f"gfn {gfn:#x}: {new:#x} over {old:#x}")
@@ -201,7 +206,16 @@ class KvmTruths:
         making = not is_shadow_present_pte(old) and kvm.mmu_invalidate_in_progress and inside
         if making or self._in_open_bracket(gfn, pages):
             self._broken("no-spte-in-bracket", f"gfn {gfn:#x} level {level}: {new:#x} stored in a bracket")
-        self._noted[sptep] = kvm.stream.ctx.cause
+        self._noted[sptep] = gfn, kvm.stream.ctx.cause
+
+    def _index_leaf(self, sptep: int, gfn: int, level: int, was_leaf: bool, new: int) -> None:
+        heads = self._by_gfn[level - 1] if level <= PG_LEVEL_1G else {}
+        if is_shadow_present_pte(new) and is_last_spte(new, level):
+            heads.setdefault(gfn, set()).add(sptep)
+        elif was_leaf:
+            heads[gfn].discard(sptep)
+            if not heads[gfn]:
+                del heads[gfn]
 
     def _count_leaf(self, old: int, new: int, level: int, was_leaf: bool) -> None:
         # A frame is counted once for each leaf, of whatever root, that maps it.
@@ -281,12 +295,11 @@ class KvmTruths:
     def _check_noted(self) -> None:
         kvm = self.kvm
         noted, self._noted = self._noted, {}
-        for sptep, seq in noted.items():
+        for sptep, (gfn, seq) in noted.items():
             sp = kvm.sps.get(sptep >> 9)
             spte = kvm.ram.u64[sptep]
             if sp is None or not is_shadow_present_pte(spte) or not is_last_spte(spte, sp.level):
                 continue
-            gfn = sp.gfn + ((sptep & 511) << 9 * (sp.level - 1))
             if self._root_of(sp):
                 self._check_leaf(sptep, gfn, sp.level, spte, seq)
         gfns, self._noted_gfns = self._noted_gfns, {}
@@ -314,11 +327,28 @@ class KvmTruths:
         kvm = self.kvm
         for root in kvm.tdp_mmu_roots:
             yield from self._leaves(root, start, end)
-        if not kvm.tdp_mmu_enabled:
-            for sp in tuple(kvm.sps.values()):
-                for sptep, gfn, spte in shadow_entries(kvm, sp, start, end):
-                    if is_last_spte(spte, sp.level):
-                        yield sptep, gfn, sp.level, spte
+        if kvm.tdp_mmu_enabled:
+            return
+        u64 = kvm.ram.u64
+        for level, heads in enumerate(self._by_gfn, 1):
+            pages = kvm_pages_per_hpage(level)
+            first = start & ~(pages - 1)
+            few = (end - first) // pages <= len(heads)
+            gfns = range(first, end, pages) if few else [gfn for gfn in heads if first <= gfn < end]
+            for gfn in gfns:
+                for sptep in tuple(heads.get(gfn, ())):
+                    yield sptep, gfn, level, u64[sptep]
+
+    def _scan_leaves(self) -> Iterator[tuple[int, int, int, int]]:
+        """The same of all that exist, by what the tables themselves hold."""
+        kvm = self.kvm
+        if kvm.tdp_mmu_enabled:
+            yield from self._all_leaves(0, TDP_MMU_MAX_GFN_EXCLUSIVE)
+            return
+        for sp in tuple(kvm.sps.values()):
+            for sptep, gfn, spte in shadow_entries(kvm, sp):
+                if is_last_spte(spte, sp.level):
+                    yield sptep, gfn, sp.level, spte
 
     def _leaves(self, root: KvmMmuPage, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """(sptep, gfn, level, SPTE) of the present leaves that map anything in [start, end)."""
@@ -409,7 +439,7 @@ class KvmTruths:
         kvm = self.kvm
         locked = self._page_table_locked()
         count = 0
-        for sptep, gfn, level, spte in self._all_leaves(0, TDP_MMU_MAX_GFN_EXCLUSIVE):
+        for sptep, gfn, level, spte in self._scan_leaves():
             count += 1
             if sptep in kvm.instrumented:
                 continue

@@ -40,8 +40,9 @@ KVM_MP_STATE_RUNNABLE = 0
 KVM_MP_STATE_HALTED = 3
 
 VCPU_STATS = (
-    "pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_fast", "pf_mmio_spte_created", "tlb_flush",
-    "exits", "io_exits", "mmio_exits", "signal_exits", "irq_window_exits", "nmi_window_exits", "halt_exits",
+    "pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_fast", "pf_mmio_spte_created", "pf_guest",
+    "tlb_flush", "invlpg", "exits", "io_exits", "mmio_exits", "signal_exits", "irq_window_exits",
+    "nmi_window_exits", "halt_exits",
     "irq_exits", "insn_emulation", "insn_emulation_fail", "hypercalls", "irq_injections", "nmi_injections",
     "req_event", "halt_wakeup", "halt_wait_ns",
 )
@@ -127,11 +128,13 @@ class Vcpu:
         self.pml_pg = -1
         self.vmcs = -1
         self.mmio_gva = 0
+        self.mmio_access = 0
         self.mmio_gfn = 0
         self.mmio_gen = 0
         self.fault_gpa = 0
         self.last_retry_eip = 0
         self.last_retry_addr = 0
+        self.write_fault_to_shadow_pgtable = False
 
         self.entry_intr_info = 0
         self.entry_error_code = 0
@@ -152,6 +155,11 @@ class Vcpu:
         self.user_data: int | None = None
 
     # -- events ---------------------------------------------------------------------------------
+
+    @property
+    def event_needs_reinjection(self) -> bool:
+        """kvm_event_needs_reinjection: an event's delivery was cut short by the exit."""
+        return self.exception.injected or self.interrupt_injected or self.nmi_injected
 
     def queue_exception(self, vector: int, error_code: int | None = None) -> None:
         """kvm_queue_exception: deliver at the next entry. An exception on top of one makes #DF."""

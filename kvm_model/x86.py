@@ -19,15 +19,19 @@ from typing import TYPE_CHECKING
 from host_mm.address_space import flush_delayed_fput
 from host_mm.kernel.costs import COST_VM_ENTRY, COST_VM_EXIT
 from kvm_model.dirty_ring import kvm_dirty_ring_check_request
-from kvm_model.mmu.mmu_roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
+from kvm_model.mmu.mmu_roots import kvm_mmu_free_obsolete_roots, kvm_mmu_load_pgd, kvm_mmu_reload
+from kvm_model.mmu.shadow_roots import kvm_mmu_sync_prev_roots, kvm_mmu_sync_roots
 from kvm_model.requests import (
     EXITING_GUEST_MODE,
     IN_GUEST_MODE,
     KVM_REQ_EVENT,
+    KVM_REQ_LOAD_MMU_PGD,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    KVM_REQ_MMU_SYNC,
     KVM_REQ_NMI,
     KVM_REQ_TLB_FLUSH,
     KVM_REQ_TLB_FLUSH_CURRENT,
+    KVM_REQ_TLB_FLUSH_GUEST,
     KVM_REQ_TRIPLE_FAULT,
     KVM_REQ_UNBLOCK,
     KVM_REQ_UPDATE_CPU_DIRTY_LOGGING,
@@ -183,6 +187,24 @@ def _vcpu_run(vcpu: Vcpu) -> int:
 # -- entering the guest -------------------------------------------------------------------------
 
 
+def _service_tlb_flush_requests(vcpu: Vcpu) -> None:
+    """Of everything, of the present root, and, with what KVM keeps of the guest's tables, the guest's own."""
+    cpu = vcpu.kvm.cpu
+    if kvm_check_request(KVM_REQ_TLB_FLUSH, vcpu):
+        vcpu.stat["tlb_flush"] += 1
+        cpu.flush_tlb(vcpu)
+        kvm_clear_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu)
+    if kvm_check_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu):
+        vcpu.stat["tlb_flush"] += 1
+        cpu.flush_tlb(vcpu)
+    if kvm_check_request(KVM_REQ_TLB_FLUSH_GUEST, vcpu):
+        vcpu.stat["tlb_flush"] += 1
+        if not vcpu.kvm.tdp_enabled:
+            kvm_mmu_sync_roots(vcpu)
+            kvm_mmu_sync_prev_roots(vcpu)
+        cpu.flush_tlb(vcpu)
+
+
 def _service_requests(vcpu: Vcpu) -> int:
     """What was asked of the vCPU since its last entry. 1 to go on, else vcpu_enter_guest's result."""
     if kvm_check_request(KVM_REQ_VM_DEAD, vcpu):
@@ -192,13 +214,11 @@ def _service_requests(vcpu: Vcpu) -> int:
         return 0
     if kvm_check_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu):
         kvm_mmu_free_obsolete_roots(vcpu)
-    if kvm_check_request(KVM_REQ_TLB_FLUSH, vcpu):
-        vcpu.stat["tlb_flush"] += 1
-        vcpu.kvm.cpu.flush_tlb(vcpu)
-        kvm_clear_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu)
-    if kvm_check_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu):
-        vcpu.stat["tlb_flush"] += 1
-        vcpu.kvm.cpu.flush_tlb(vcpu)
+    if kvm_check_request(KVM_REQ_MMU_SYNC, vcpu):
+        kvm_mmu_sync_roots(vcpu)
+    if kvm_check_request(KVM_REQ_LOAD_MMU_PGD, vcpu):
+        kvm_mmu_load_pgd(vcpu)
+    _service_tlb_flush_requests(vcpu)
     if kvm_check_request(KVM_REQ_TRIPLE_FAULT, vcpu):
         vcpu.run = UserExit("shutdown")
         return 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.locks import Mutex
 from host_mm.shrinker import DEFAULT_SEEKS, Shrinker
-from kvm_model.mmu.shadow_page import kvm_mmu_zap_oldest_mmu_pages
+from kvm_model.mmu.shadow_zap import kvm_mmu_zap_oldest_mmu_pages
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm

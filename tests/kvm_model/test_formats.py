@@ -94,6 +94,14 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
         "mmu_valid_gen gfn role root_count unsync", (1, 0, 0x13F84, 2, False),
         "sp gen 1 gfn 0 l4 8-byte q0 direct wux invalid nxe !ad root 2 sync\0",
     ),
+    "kvmmmu:kvm_mmu_sync_page": (
+        "mmu_valid_gen gfn role root_count unsync", (0, 0x10, 0x3701, 0, True),
+        "sp gen 0 gfn 10 l1 8-byte q0 wux nxe ad root 0 unsync\0",
+    ),
+    "kvmmmu:kvm_mmu_unsync_page": (
+        "mmu_valid_gen gfn role root_count unsync", (0, 0x10, 0x3701, 0, False),
+        "sp gen 0 gfn 10 l1 8-byte q0 wux nxe ad root 0 sync\0",
+    ),
     "kvmmmu:kvm_mmu_set_spte": (
         "gfn spte sptep level r x u", (0x10003, 0x122207E67, 0x1060D8018, 1, True, True, 1),
         "gfn 10003 spte 122207e67 (rwxu) level 1 at 1060d8018",
