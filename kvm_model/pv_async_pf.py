@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KVM_CPUID_SIGNATURE_LEAF", "MSR_KVM_ASYNC_PF_ACK", "MSR_KVM_ASYNC_PF_EN", "MSR_KVM_ASYNC_PF_INT",
-    "kvm_check_async_pf_completion", "kvm_get_msr", "kvm_pv_cpuid", "kvm_set_msr",
+    "get_async_pf_ack", "get_async_pf_en", "get_async_pf_int", "kvm_check_async_pf_completion",
+    "kvm_pv_cpuid", "set_async_pf_ack", "set_async_pf_en", "set_async_pf_int",
 ]
 
 KVM_CPUID_SIGNATURE_LEAF = 0x4000_0100
@@ -88,31 +89,37 @@ def _enable(vcpu: Vcpu, value: int) -> bool:
     return True
 
 
-def kvm_set_msr(vcpu: Vcpu, index: int, value: int) -> bool | None:
-    """WRMSR of one of KVM's: whether it is allowed; None: it is not KVM's."""
-    if not vcpu.kvm.async_pf:
-        return None
-    if index == MSR_KVM_ASYNC_PF_EN:
-        return _enable(vcpu, value)
-    if index == MSR_KVM_ASYNC_PF_INT:
-        if value >> 8:
-            return False
-        vcpu.apf.msr_int_val = value
-        return True
-    if index == MSR_KVM_ASYNC_PF_ACK:
-        if value & 1:
-            vcpu.apf.pageready_pending = False
-            kvm_check_async_pf_completion(vcpu)
-        return True
-    return None
+def set_async_pf_en(vcpu: Vcpu, value: int) -> bool:
+    """WRMSR of MSR_KVM_ASYNC_PF_EN; False: #GP."""
+    return vcpu.kvm.async_pf and _enable(vcpu, value)
 
 
-def kvm_get_msr(vcpu: Vcpu, index: int) -> int | None:
-    """RDMSR of one of KVM's; None: it is not KVM's."""
-    if not vcpu.kvm.async_pf:
-        return None
-    values = {
-        MSR_KVM_ASYNC_PF_EN: vcpu.apf.msr_en_val, MSR_KVM_ASYNC_PF_INT: vcpu.apf.msr_int_val,
-        MSR_KVM_ASYNC_PF_ACK: 0,
-    }
-    return values.get(index)
+def set_async_pf_int(vcpu: Vcpu, value: int) -> bool:
+    """WRMSR of MSR_KVM_ASYNC_PF_INT: the vector; False: #GP."""
+    if not vcpu.kvm.async_pf or value >> 8:
+        return False
+    vcpu.apf.msr_int_val = value
+    return True
+
+
+def set_async_pf_ack(vcpu: Vcpu, value: int) -> bool:
+    """WRMSR of MSR_KVM_ASYNC_PF_ACK: the guest took its token; False: #GP."""
+    if vcpu.kvm.async_pf and value & 1:
+        vcpu.apf.pageready_pending = False
+        kvm_check_async_pf_completion(vcpu)
+    return vcpu.kvm.async_pf
+
+
+def get_async_pf_en(vcpu: Vcpu) -> int | None:
+    """RDMSR of MSR_KVM_ASYNC_PF_EN; None: #GP."""
+    return vcpu.apf.msr_en_val if vcpu.kvm.async_pf else None
+
+
+def get_async_pf_int(vcpu: Vcpu) -> int | None:
+    """RDMSR of MSR_KVM_ASYNC_PF_INT; None: #GP."""
+    return vcpu.apf.msr_int_val if vcpu.kvm.async_pf else None
+
+
+def get_async_pf_ack(vcpu: Vcpu) -> int | None:
+    """RDMSR of MSR_KVM_ASYNC_PF_ACK; None: #GP."""
+    return 0 if vcpu.kvm.async_pf else None

@@ -16,9 +16,7 @@ from kvm_model.pv_async_pf import (
     MSR_KVM_ASYNC_PF_EN,
     MSR_KVM_ASYNC_PF_INT,
     kvm_check_async_pf_completion,
-    kvm_get_msr,
     kvm_pv_cpuid,
-    kvm_set_msr,
 )
 from kvm_model.vcpu import Vcpu
 from kvm_model.vmx import exits
@@ -31,6 +29,7 @@ from kvm_model.x86_async_pf import (
     alloc_apf_token,
     kvm_can_do_async_pf,
 )
+from kvm_model.x86_msr import KVM_MSRS
 from tests.kvm_model.machine import BASE, PAGE, Machine
 
 APF = {
@@ -70,8 +69,8 @@ def enable(m: Machine, flags: int = BOTH | KVM_ASYNC_PF_SEND_ALWAYS, *, cr0: int
     m.run(("w", AREA, 0))
     vcpu = m.vcpus[0]
     m.cpu.set_reg(vcpu, "cr0", cr0)
-    assert m.do(lambda: kvm_set_msr(vcpu, MSR_KVM_ASYNC_PF_INT, VECTOR))
-    assert m.do(lambda: kvm_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, AREA | flags))
+    assert m.do(lambda: KVM_MSRS[MSR_KVM_ASYNC_PF_INT][1](vcpu, VECTOR))
+    assert m.do(lambda: KVM_MSRS[MSR_KVM_ASYNC_PF_EN][1](vcpu, AREA | flags))
     m.run()
     # The wake-up for everybody that comes with it.
     assert area(m) == (0, 0xFFFF_FFFF)
@@ -86,7 +85,7 @@ def area(m: Machine) -> tuple[int, int]:
 
 def take_token(m: Machine) -> None:
     m.do(lambda: copy_to_user(m.process, BASE + AREA, bytes(8)))
-    m.do(lambda: kvm_set_msr(m.vcpus[0], MSR_KVM_ASYNC_PF_ACK, 1))
+    m.do(lambda: KVM_MSRS[MSR_KVM_ASYNC_PF_ACK][1](m.vcpus[0], 1))
 
 
 def apf_names(m: Machine, since: int = 0) -> list[str]:
@@ -245,7 +244,7 @@ def test_one_token_at_a_time_is_ready_the_next_comes_when_the_guest_took_it() ->
     assert len(vcpu.async_pf.done) == 1
     # The acknowledgement itself looks at what is next.
     m.do(lambda: copy_to_user(m.process, BASE + AREA, bytes(8)))
-    m.do(lambda: kvm_set_msr(vcpu, MSR_KVM_ASYNC_PF_ACK, 1))
+    m.do(lambda: KVM_MSRS[MSR_KVM_ASYNC_PF_ACK][1](vcpu, 1))
     assert {first, area(m)[1]} == {w.token for w in works}
     assert vcpu.async_pf.queued == 0
     assert not vcpu.apf.gfns
@@ -325,7 +324,7 @@ def test_tokens_are_a_count_over_the_vcpus_number_and_never_0_since_6_18() -> No
 def test_the_msrs_take_what_linux_takes() -> None:
     m = machine()
     vcpu = m.vcpus[0]
-    put = lambda index, value: m.do(lambda: kvm_set_msr(vcpu, index, value))  # noqa: E731
+    put = lambda index, value: m.do(lambda: KVM_MSRS[index][1](vcpu, value))  # noqa: E731
     assert not put(MSR_KVM_ASYNC_PF_EN, AREA | BOTH | 0x10)
     assert not put(MSR_KVM_ASYNC_PF_EN, AREA | BOTH | 4)
     assert not put(MSR_KVM_ASYNC_PF_EN, 1 << 40 | BOTH)
@@ -333,10 +332,11 @@ def test_the_msrs_take_what_linux_takes() -> None:
     assert put(MSR_KVM_ASYNC_PF_INT, 0xEC)
     assert put(MSR_KVM_ASYNC_PF_EN, AREA | BOTH)
     msrs = MSR_KVM_ASYNC_PF_EN, MSR_KVM_ASYNC_PF_INT, MSR_KVM_ASYNC_PF_ACK
-    assert [kvm_get_msr(vcpu, n) for n in msrs] == [AREA | BOTH, 0xEC, 0]
+    assert [KVM_MSRS[n][0](vcpu) for n in msrs] == [AREA | BOTH, 0xEC, 0]
     assert put(MSR_KVM_ASYNC_PF_EN, 0)
     off = Machine()
-    assert kvm_set_msr(off.vcpus[0], MSR_KVM_ASYNC_PF_EN, 0) is None
+    assert not any(KVM_MSRS[n][1](off.vcpus[0], 0) for n in msrs)
+    assert [KVM_MSRS[n][0](off.vcpus[0]) for n in msrs] == [None] * 3
     assert kvm_pv_cpuid(off.kvm, KVM_CPUID_SIGNATURE_LEAF) is None
     leaf = kvm_pv_cpuid(m.kvm, KVM_CPUID_SIGNATURE_LEAF)
     assert leaf is not None
