@@ -25,8 +25,10 @@ page-table lock is held or the place is in an open bracket.
 Source of truth: the rules themselves (virt/kvm/kvm_main.c, Documentation/virt/kvm/locking.rst,
 arch/x86/kvm/mmu/spte.h: is_writable_pte's table); Linux 6.18.
 
-Not modelled: shadow paging's rule about guest tables, a huge leaf made beside a bracket
-that covers a part of it (legal: the host must split first, in a bracket of its own).
+Shadow paging's rules about guest tables are in truths_shadow.py.
+
+Not modelled: a huge leaf made beside a bracket that covers a part of it (legal: the host must split first,
+in a bracket of its own).
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ from kvm_model.mmu.spte import (
 )
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from kvm_model.truths_rmap import check_rmaps, shadow_entries
+from kvm_model.truths_shadow import ShadowTruths
 from kvm_model.vmx.pml import pml_entries
 
 if TYPE_CHECKING:
@@ -90,6 +93,7 @@ class KvmTruths:
         self._seq0 = kvm.mmu_invalidate_seq
         self._mapped: Counter[int] = Counter()
         self._ring: Counter[tuple[int, int]] = Counter()
+        self.shadow = None if kvm.tdp_enabled else ShadowTruths(kvm)
         kvm.host.pte_hooks.append(self._host_pte_changed)
         kvm.host.pmd_hooks.append(self._host_pmd_changed)
         kvm.host.free_hooks.append(self._frame_freed)
@@ -188,6 +192,8 @@ class KvmTruths:
     def note_spte(self, sptep: int, gfn: int, level: int, old: int, new: int) -> None:
         """An SPTE changed."""
         kvm = self.kvm
+        if self.shadow is not None:
+            self.shadow.note_spte(sptep, gfn, level, new)
         was_leaf = is_shadow_present_pte(old) and is_last_spte(old, level)
         self._count_leaf(old, new, level, was_leaf)
         if not kvm.tdp_mmu_enabled:
@@ -272,6 +278,8 @@ class KvmTruths:
             self._broken("bracket-balance", "mmu_invalidate_in_progress fell before mmu_invalidate_seq rose")
         if (self._noted or self._noted_gfns) and not self._page_table_locked():
             self._check_noted()
+        if self.shadow is not None:
+            self.shadow.check()
 
     def _page_table_locked(self) -> bool:
         # Asked at every point: mostly nobody has one, or somebody still has the one found last.
@@ -321,6 +329,10 @@ class KvmTruths:
                 return False
             sp = parent
         return True
+
+    def leaves_of(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """(sptep, gfn, level, SPTE) of every present leaf that maps anything in gfns [start, end)."""
+        return self._all_leaves(start, end)
 
     def _all_leaves(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """(sptep, gfn, level, SPTE) of every present leaf that maps anything in [start, end)."""
@@ -450,6 +462,8 @@ class KvmTruths:
                 self._check_leaf(sptep, gfn, level, spte, None)
         if not kvm.tdp_mmu_enabled and kvm.mmu_lock.owner is None:
             check_rmaps(kvm)
+        if self.shadow is not None:
+            self.shadow.sweep()
         return count
 
     def quiescent(self) -> None:

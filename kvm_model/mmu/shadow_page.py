@@ -118,6 +118,8 @@ def _kvm_mmu_alloc_shadow_page(vcpu: Vcpu, gfn: int, role: int) -> KvmMmuPage:
 def kvm_mmu_get_shadow_page(vcpu: Vcpu, gfn: int, role: int) -> KvmMmuPage:
     """The page of that gfn and role, made if there is none; make_mmu_pages_available was asked before."""
     kvm = vcpu.kvm
+    if kvm.shadow_truths is not None:
+        kvm.shadow_truths.note_get()
     invalid_list: list[KvmMmuPage] = []
     sp = _find(vcpu, gfn, role, invalid_list)
     kvm_mmu_commit_zap_page(kvm, invalid_list)
@@ -158,6 +160,8 @@ def kvm_mmu_get_child_sp(vcpu: Vcpu, sptep: int, gfn: int, direct: bool, access:
 
 def link_shadow_page(kvm: Kvm, sptep: int, sp: KvmMmuPage) -> None:
     """Let the SPTE point to the table, in place of the huge leaf that may be there."""
+    if kvm.shadow_truths is not None:
+        kvm.shadow_truths.note_link(sp)
     drop_large_spte(kvm, sptep, True)
     mmu_spte_set(kvm, sptep, kvm.spte.make_nonleaf_spte(sp.spt))
     pte_list_add(sp.parent_ptes, sptep)

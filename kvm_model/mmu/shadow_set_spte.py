@@ -132,6 +132,8 @@ def mmu_set_spte(
     else:
         flush |= mmu_spte_update(kvm, sptep, spte, gfn)
         trace_set_spte(kvm, gfn if fault is None else fault.gfn, gfn, level, sptep, spte, prefetch)
+    if kvm.shadow_truths is not None:
+        kvm.shadow_truths.note_compared(sptep)
     if wrprot and fault is not None and fault.write:
         ret = RET_PF_WRITE_PROTECTED
     if flush:

@@ -92,6 +92,8 @@ def _sync_spte(vcpu: Vcpu, sp: KvmMmuPage, index: int) -> int:
         return -1
     gpte = int.from_bytes(data, "little")
     sptep = sp.spt << 9 | index
+    if kvm.shadow_truths is not None:
+        kvm.shadow_truths.note_compared(sptep)
     if prefetch_invalid_gpte(vcpu.mmu, gpte):
         drop_spte(kvm, sptep, "sync")
         return 1
@@ -159,6 +161,8 @@ def kvm_sync_page(vcpu: Vcpu, sp: KvmMmuPage, invalid_list: list[KvmMmuPage]) ->
     if flush < 0:
         kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "sync")
         return -1
+    if kvm.shadow_truths is not None and not sp.unsync:
+        kvm.shadow_truths.note_table(sp)
     return flush
 
 
