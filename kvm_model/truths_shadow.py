@@ -171,6 +171,9 @@ class ShadowTruths:
                     self._check_flushed_entry(sp, sptep & 511, begun, "flushed")
             return
         for top in self._tops(vcpu):
+            if (top.role ^ vcpu.mmu.root_role) & ~_CHILD_ROLE_IGN:
+                roles = f"{vcpu.mmu.root_role:#x} runs on {top!r} of role {top.role:#x}"
+                self._broken("shadow-agrees", f"a vCPU of role {roles}")
             for sp in self._below(top):
                 self._check_flushed(sp, begun, "flushed")
 

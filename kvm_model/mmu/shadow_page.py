@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvm_model.mmu.mmu_internal import (
+    ROLE_CR0_WP,
     ROLE_DIRECT,
     ROLE_INVALID,
     ROLE_PASSTHROUGH,
@@ -70,8 +71,11 @@ __all__ = [
 def _is_same_role(kvm: Kvm, sp: KvmMmuPage, role: int) -> bool:
     if sp.role == role:
         return True
-    ignored = role_with_access(sp.role, role_access(role))
-    return "ignore-role-access" in kvm.breaks and ignored == role and not role_direct(role)
+    if not kvm.breaks or role_direct(role):
+        return False
+    if "ignore-role-access" in kvm.breaks:
+        return role_with_access(sp.role, role_access(role)) == role
+    return "ignore-role-wp" in kvm.breaks and not (sp.role ^ role) & ~ROLE_CR0_WP
 
 
 def _find(vcpu: Vcpu, gfn: int, role: int, invalid_list: list[KvmMmuPage]) -> KvmMmuPage | None:
