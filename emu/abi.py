@@ -501,8 +501,8 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_GVT_TOLD, "gvt_told", ("device",), "writes that the GPU was told of", ("ENOENT",),
            "A store that crosses into the table or out of it counts for its part there."),
     Vmcall(VMCALL_GVT_READ, "gvt_read", ("device", "gpa", "index", "offset"), "the value", ("ENOENT",),
-           "The GPU reads 8 bytes at `offset`, aligned to 8, of the page that entry `index` of table `gpa` maps. "
-           "-EFAULT where it maps nothing."),
+           "The GPU reads 8 bytes at `offset`, aligned to 8, of the page that entry `index` of table `gpa` "
+           "maps. -EFAULT where it maps nothing."),
     Vmcall(VMCALL_EPT_SET, "ept_set", ("gpa", "rwx"), "0", (),
            "An instrument on the CPU, not an act of Linux. Makes sure that a 4 KiB EPT leaf maps `gpa` "
            "(faulting it in, splitting a huge one), notes its entry and replaces bits 2:0 with `rwx` "

@@ -46,7 +46,8 @@ _ADDRESS = (1 << 52) - 1 & ~0xFFF
 
 GVT_SHADOW = Tracepoint(
     "refault", "gvt_shadow", ("device", "gfn", "index", "entry", "pfn"),
-    lambda device, gfn, index, entry, pfn: f"device {device} gfn {gfn:x} entry {index} = {entry:x} pfn {pfn:x}",
+    lambda device, gfn, index, entry, pfn:
+        f"device {device} gfn {gfn:x} entry {index} = {entry:x} pfn {pfn:x}",
     doc="A shared GPU follows a guest's write to one of its tables (pfn -1: nothing is mapped).",
 )
 TRACEPOINTS = (GVT_SHADOW,)
