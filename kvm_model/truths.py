@@ -13,7 +13,8 @@
     write-logged          a leaf of a logged slot that can be written unseen (W, and D where the CPU logs) is
                           in the dirty log: the bitmap, a ring, or a CPU's log that is not drained yet
     log-flushed           a call that takes away W or D for the log has asked for a flush when it returns
-    write-tracked         no leaf lets a vCPU write unseen to a page whose writes somebody tracks
+    write-tracked         no leaf lets a vCPU write unseen to a page whose writes somebody tracks, and no
+                          translation of before
     dirty-ring            a ring never holds more than it has room for
 <<<<<<< HEAD
     spte-dirty-kept       in 5.10, outside the TDP MMU, the page is dirty when a leaf that says so changes
@@ -154,6 +155,11 @@ class KvmTruths:
         """range_start is about to drop mmu_lock."""
         if self.kvm.sched.current in self._flush_due:
             self._broken("flush-before-unlock", "range_start drops mmu_lock with zapped SPTEs not flushed")
+
+    def note_tracked(self, gfn: int) -> None:
+        """From here on no write to `gfn` may go unseen."""
+        if self.kvm.sched.current in self._flush_due:
+            self._broken("write-tracked", f"gfn {gfn:#x} is tracked, but not flushed since it was protected")
 
     def note_start_returned(self, range_: object, found: bool) -> None:
         """range_start is done: nothing may be mapped in the range."""
