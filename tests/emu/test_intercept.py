@@ -45,7 +45,7 @@ def test_cr3_stops_only_when_asked():
     v.intercepts.intercept_cr3(True)
     e = m.run()
     assert (e.reason, e.qualification, e.insn_len, e.rip) == (28, 0x13, 3, CODE)
-    m.set(rip=CODE + 3)
+    m.set(rip=CODE + 3, rax=0x1000)
     e = m.run()
     assert (e.reason, e.qualification, e.insn_len, e.rip) == (28, 3, 3, CODE + 3)
     v.intercepts.intercept_cr3(False)
