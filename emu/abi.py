@@ -37,7 +37,7 @@ Errors common to all: -ENOSYS for a number that does not exist or an operation t
 configuration cannot do (the payload prints SKIP); -EINVAL for an unaligned `gpa` or `pages` == 0;
 -EFAULT where the range is not wholly inside memory slots. An error leaves everything as it was.
 
-Not modelled: Linux's own KVM_HC_* hypercalls and their numbers.
+Not modelled: Linux's own KVM_HC_* hypercalls and their numbers, but for KVM_HC_MAP_GPA_RANGE.
 """
 
 from __future__ import annotations
@@ -335,6 +335,11 @@ VMCALL_TRUNCATE = 0x5246_0105
 VMCALL_FILE_WRITE = 0x5246_0106
 VMCALL_PEER_WRITE = 0x5246_0107
 VMCALL_FADVISE_DONTNEED = 0x5246_0108
+VMCALL_MAP_GPA_RANGE = 12
+"""Linux's own number of this hypercall, KVM_HC_MAP_GPA_RANGE."""
+VMCALL_GMEM_CREATE = 0x5246_0250
+VMCALL_GMEM_PUNCH = 0x5246_0251
+VMCALL_MEMORY_ATTRIBUTES = 0x5246_0252
 VMCALL_MANUAL_DIRTY = 0x5246_0210
 VMCALL_CLEAR_DIRTY = 0x5246_0211
 VMCALL_HARVEST_RINGS = 0x5246_0212
@@ -416,6 +421,23 @@ VMCALLS: tuple[Vmcall, ...] = (
            "bytes, the last one padded with zeros; `buffer` 0 stores nothing. `pages` <= 32768. The "
            "range must lie in one slot. -ENOENT while the slot is not logged. Pages the CPU dirtied by "
            "setting guest A/D bits count; host_write and this vmcall's own store do not."),
+    Vmcall(VMCALL_MAP_GPA_RANGE, "map_gpa_range", ("gpa", "pages", "attributes"), "0", (),
+           "KVM_HC_MAP_GPA_RANGE: the pages become private (16: KVM_MAP_GPA_RANGE_ENCRYPTED) or shared (0) "
+           "and read as zeros where they were not already; what they held as the other kind is dropped. "
+           "host_read and host_write do not reach private pages: they see the shared ones. -EINVAL for "
+           "other attributes, and for 16 on a VM without private memory."),
+    Vmcall(VMCALL_GMEM_CREATE, "gmem_create", ("gpa", "pages", "flags"), "slot number >= 1",
+           ("EEXIST", "ENOMEM"),
+           "A memory slot of a new guest_memfd with KVM_CREATE_GUEST_MEMFD's `flags`: 1 MMAP, 2 INIT_SHARED. "
+           "With both the VMM has the same pages mapped; with 0 it has others, which the guest sees as "
+           "shared. -EINVAL for flags that the VM does not support: a protected VM has no 2. -ENOSYS before "
+           "Linux 6.8."),
+    Vmcall(VMCALL_GMEM_PUNCH, "gmem_punch", ("gpa", "pages"), "0", (),
+           "fallocate(PUNCH_HOLE) of the range's pages of guest_memfd: zeros from now on. -EINVAL where "
+           "there is none."),
+    Vmcall(VMCALL_MEMORY_ATTRIBUTES, "memory_attributes", ("gpa", "pages", "attributes"), "0", (),
+           "KVM_SET_MEMORY_ATTRIBUTES: 8 private, 0 shared. Both kinds of a page keep their bytes. -EINVAL "
+           "for attributes that the VM does not support: only a protected one has 8. -ENOSYS before 6.8."),
     Vmcall(VMCALL_MANUAL_DIRTY, "manual_dirty", ("value",), "0", (),
            "KVM_ENABLE_CAP with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: with `value` 1 get_dirty neither clears "
            "nor protects, clear_dirty does; with 3 also every page of a log is set from its start, and "

@@ -37,7 +37,13 @@ from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import Task, WaitQueue
 from host_mm.ram import PAGE_SIZE
-from kvm_model.kvm_main import Kvm
+from kvm_model.kvm_main import KVM_CAP_DISABLE_QUIRKS2, Kvm
+from kvm_model.mem_attributes import (
+    KVM_X86_DEFAULT_VM,
+    KVM_X86_SW_PROTECTED_VM,
+    kvm_mem_is_private,
+)
+from kvm_model.mmu.mmu_roots import KVM_X86_QUIRK_SLOT_ZAP_ALL
 from kvm_model.profile import PROFILES
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
 from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
@@ -51,6 +57,7 @@ if TYPE_CHECKING:
     from emu.loaders.image import Image
     from emu.operations.instrument import ArmedEntry
     from emu.uffd import UffdHandler
+    from host_mm.address_space import AddressSpace
     from host_mm.hmm_mirror import HmmMirror
     from kvm_model.vcpu import Vcpu
 
@@ -58,13 +65,14 @@ __all__ = ["Board", "Stop"]
 
 COST_USER_EXIT = 2_000
 """ns for a round trip from KVM to the VMM and back."""
+_VM_TYPES = {"default": KVM_X86_DEFAULT_VM, "sw-protected": KVM_X86_SW_PROTECTED_VM}
 
 
 class Stop(msgspec.Struct):
     """Why a VM stopped. `kind`: `exit` (the guest wrote `status` to the exit port), `halt` (every
     started vCPU halted), `shutdown` (triple fault), `dead` (halted with interrupts off),
     `error` (an exit the VMM cannot serve), `pause` (somebody asked), `limit` (of instructions),
-    `timeout` (of real time)."""
+    `timeout` (of real time), `mmio` (an access that `stops_at_mmio` has; it is not answered yet)."""
 
     kind: str
     status: int = 0
@@ -90,7 +98,10 @@ class _VcpuThread:
 
 
 class Board:
-    """A VM of `config` on `host`. `output` gets the guest's serial bytes."""
+    """A VM of `config` on `host`. `output` gets the guest's serial bytes.
+
+    `stops_at_mmio`, where it is set, gets every MMIO exit in the devices' place and says why the VM stopped.
+    """
 
     def __init__(
         self, host: Host, config: MachineConfig, *, interpreted: bool = False,
@@ -110,6 +121,7 @@ class Board:
         self.protected: list[tuple[int, int]] = []
         self.protection_faults = 0
         self.armed: ArmedEntry | None = None
+        self.stops_at_mmio: Callable[[Vcpu, UserExit], str] | None = None
         self.pinned: list[tuple[int, list[int]]] = []
         self.contig: dict[int, int] = {}
         self.offline: list[int] = []
@@ -128,13 +140,17 @@ class Board:
         self.sva: SvaDevice | None = None
         self.hmm_devices: dict[int, HmmDevice] = {}
         self.bars: dict[int, PciBar] = {}
+        self.guest_memfds: list[AddressSpace] = []
         self._make_devices()
         self.cpu = UnicornCpu(host.mm, host.sched, interpreted=interpreted, params=config.params)
         self.cpu.exit_filter = self._exit_filter
         self.kvm = Kvm(
             host.mm, self.process, self.cpu, profile=PROFILES[config.profile], params=config.params,
             breaks=frozenset(config.breaks), checks=config.checks,
+            vm_type=_VM_TYPES[config.params.get("vmm.vm_type", "default")],
         )
+        if config.params.get("vmm.quirk_slot_zap_all", "Y").lower() in ("0", "n", "no", "off", "false"):
+            self.kvm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL)
         self.dirty_rings = DirtyRings(self.kvm, int(config.params.get("vmm.dirty_ring_size", "0")))
         self.vcpus = [self.kvm.create_vcpu(n) for n in range(config.vcpus)]
         self.vcpus[0].irq_source = self.pic
@@ -179,7 +195,7 @@ class Board:
 
         self.host.sched.run_task("vmm", copy)
         self.cpu.start_image(self.vcpus[0], image)
-        self._start(self.threads[0])
+        self.start_thread(self.threads[0])
 
     def start_cpu(self, number: int, entry: int, stack: int, arg: int) -> None:
         """Start vCPU `number` as the vmcall start_cpu says; KernelError(EINVAL or EBUSY)."""
@@ -190,7 +206,7 @@ class Board:
             raise KernelError(errno.EBUSY, f"cpu {number} runs")
         caller = self.host.sched.current.ctx.vcpu
         self.cpu.start_like(thread.vcpu, self.vcpus[max(caller, 0)], entry, stack, (arg, number))
-        self._start(thread)
+        self.start_thread(thread)
 
     def set_node(self, number: int, node: int) -> None:
         """Let vCPU `number`'s thread run on a CPU of NUMA node `node`, -1: where the VMM is at home."""
@@ -199,7 +215,8 @@ class Board:
         if thread.task is not None:
             thread.task.node = node
 
-    def _start(self, thread: _VcpuThread) -> None:
+    def start_thread(self, thread: _VcpuThread) -> None:
+        """Let a vCPU's thread enter KVM_RUN, until the VM stops or the vCPU halts for good."""
         thread.halted = False
         if thread.task is None:
             number = thread.vcpu.vcpu_id
@@ -239,6 +256,9 @@ class Board:
             self.dirty_rings.collect_and_reset()
         elif out.kind == "memory-fault":
             self._memory_fault(out)
+        elif out.kind == "memory-fault-exit" and out.private != kvm_mem_is_private(self.kvm, out.gpa >> 12):
+            # It met this VMM's own change of the page's attribute: the guest tries again.
+            pass
         elif out.kind == "shutdown":
             rip = self.cpu.get_reg(vcpu, "rip")
             self._stop_all("shutdown", f"triple fault on vCPU {vcpu.vcpu_id} at rip {rip:#x}")
@@ -274,6 +294,9 @@ class Board:
             vcpu.complete_io(self.bus.read(out.port, out.size))
 
     def _serve_mmio(self, vcpu: Vcpu, out: UserExit) -> None:
+        if self.stops_at_mmio is not None:
+            self._stop_all("mmio", self.stops_at_mmio(vcpu, out))
+            return
         device: MmioTestDevice | RdmaDevice = self.rdma if self.rdma.covers(out.gpa) else self.mmio_test
         if out.write:
             if device.covers(out.gpa):
@@ -371,6 +394,8 @@ class Board:
             self.vmm.exit()
             self.hugetlb.close()
             # As the VMM's files of these, closed after its address space is gone.
+            for file in self.guest_memfds:
+                self.vmm.close_file(file)
             self.rdma.close()
             for device in self.hmm_devices.values():
                 device.close()

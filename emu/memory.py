@@ -7,14 +7,16 @@ place below. Slot 0 (and 1, where RAM is that large) are the board's; operations
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from emu import files
+from host_mm.address_space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from host_mm.kernel.errors import KernelError
 from host_mm.ram import PAGE_SIZE
-from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES
+from kvm_model.guest_memfd import GUEST_MEMFD_FLAG_MMAP
+from kvm_model.memslots import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES
 
 if TYPE_CHECKING:
     from emu.board import Board
@@ -27,7 +29,10 @@ PROT_RW = 3
 
 
 class Region(msgspec.Struct):
-    """`size` bytes of the VMM at `hva`, shown to the guest at `gpa` by memory slot `slot`."""
+    """`size` bytes of the VMM at `hva`, shown to the guest at `gpa` by memory slot `slot`.
+
+    `guest_memfd`: the slot is bound to this file, from its beginning.
+    """
 
     slot: int
     gpa: int
@@ -35,6 +40,7 @@ class Region(msgspec.Struct):
     hva: int
     flags: int = 0
     deleted: bool = False
+    guest_memfd: Any = None
 
 
 class GuestMemory:
@@ -64,15 +70,56 @@ class GuestMemory:
             path = backend.removeprefix("file:")
             self._show(gpa, size, files.mmap_file(vmm, size, path, pgoff=offset >> 12))
 
-    def _add(self, gpa: int, size: int, hva: int = 0) -> Region:
-        return self._show(gpa, size, self.board.vmm.mmap(size, PROT_RW, hva))
+    def _add(self, gpa: int, size: int, hva: int = 0, flags: int = 0) -> Region:
+        return self._show(gpa, size, self.board.vmm.mmap(size, PROT_RW, hva), flags)
 
-    def _show(self, gpa: int, size: int, hva: int) -> Region:
-        board = self.board
-        region = Region(len(self.regions), gpa, size, hva)
-        board.kvm.set_user_memory_region(region.slot, gpa, size, hva, 0)
+    def _show(self, gpa: int, size: int, hva: int, flags: int = 0) -> Region:
+        region = Region(len(self.regions), gpa, size, hva, flags)
+        if self.board.kvm.has_private_mem:
+            self._bind(region, 0)
+        else:
+            self.board.kvm.set_user_memory_region(region.slot, gpa, size, hva, flags)
         self.regions.append(region)
         return region
+
+    def _bind(self, region: Region, flags: int) -> None:
+        """A slot with a fresh guest_memfd of KVM_CREATE_GUEST_MEMFD's `flags`, mapped if they allow it."""
+        board = self.board
+        file = board.kvm.create_guest_memfd(region.size, flags)
+        board.guest_memfds.append(file)
+        region.flags |= KVM_MEM_GUEST_MEMFD
+        region.guest_memfd = file
+        if not region.hva:
+            region.hva = board.vmm.mmap_file(file, region.size)
+        self._set(region)
+
+    def _set(self, region: Region) -> None:
+        self.board.kvm.set_user_memory_region2(
+            region.slot, region.gpa, region.size, region.hva, region.flags, region.guest_memfd
+        )
+
+    def create_guest_memfd(self, gpa: int, size: int, flags: int) -> Region:
+        """A slot of guest_memfd at `gpa`; KernelError(EEXIST) on overlap, EINVAL for unknown `flags`."""
+        self.check_free(gpa, size)
+        mapped = flags & GUEST_MEMFD_FLAG_MMAP
+        region = Region(len(self.regions), gpa, size, 0 if mapped else self.board.vmm.mmap(size, PROT_RW))
+        self._bind(region, flags)
+        self.regions.append(region)
+        return region
+
+    def punch_guest_memfd(self, gpa: int, size: int) -> None:
+        """fallocate(PUNCH_HOLE) of the files behind [gpa, gpa + size); KernelError(EINVAL) where none is."""
+        end = gpa + size
+        while gpa < end:
+            region = self.region_of(gpa)
+            if region.guest_memfd is None:
+                raise KernelError(errno.EINVAL, f"gpa {gpa:#x} is in no guest_memfd")
+            stop = min(end, region.gpa + region.size)
+            file = region.guest_memfd
+            file.a_ops.fallocate(
+                file, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, gpa - region.gpa, stop - gpa
+            )
+            gpa = stop
 
     def region_at(self, gpa: int) -> Region | None:
         """The live region that shows memory at `gpa`."""
@@ -142,10 +189,10 @@ class GuestMemory:
             if gpa < other.gpa + other.size and other.gpa < gpa + size:
                 raise KernelError(errno.EEXIST, f"gpa {gpa:#x} overlaps slot {other.slot} at {other.gpa:#x}")
 
-    def create(self, gpa: int, size: int, hva: int = 0) -> Region:
+    def create(self, gpa: int, size: int, hva: int = 0, flags: int = 0) -> Region:
         """A new region at `gpa`, at the VMM's `hva` if that is not 0; KernelError(EEXIST) on overlap."""
         self.check_free(gpa, size)
-        return self._add(gpa, size, hva)
+        return self._add(gpa, size, hva, flags)
 
     def show(self, gpa: int, size: int, hva: int) -> Region:
         """A new region at `gpa` of memory that the VMM has mapped; KernelError(EEXIST) on overlap."""
@@ -166,7 +213,7 @@ class GuestMemory:
         if not region.deleted:
             raise KernelError(errno.EEXIST, f"slot {slot} is not deleted")
         self.check_free(region.gpa, region.size, region)
-        self.board.kvm.set_user_memory_region(slot, region.gpa, region.size, region.hva, region.flags)
+        self._set(region)
         region.deleted = False
 
     def move(self, slot: int, gpa: int) -> None:

@@ -48,6 +48,12 @@ class Vmm:
 
         return hugetlb_file_setup(self.mm, "memfd", size)
 
+    def mmap_file(self, file: AddressSpace, length: int) -> int:
+        """mmap(2) of an open file, shared, from its beginning; the address. KernelError as it refuses."""
+        from host_mm.mmap import MAP_SHARED, do_mmap
+
+        return do_mmap(self.process.mm, 0, length, 3, MAP_SHARED, file=file, pgoff=0)
+
     def close_file(self, file: AddressSpace) -> None:
         """close(2)."""
         from host_mm.address_space import fput

@@ -69,7 +69,8 @@ Reading order:
     ksm_tree.py ksm_types.py     how equal ones are found; where a KSM page is mapped
     host.py                      all of it, wired; tracepoints.py: and what it tells
     truths_running.py            what must hold while it runs; breaks.py: and how to break it
-    truths.py truths_files.py truths_hugetlb.py truths_thp.py   and at rest
+    truths.py truths_files.py truths_rmap.py truths_vmstat.py   and at rest
+    truths_hugetlb.py truths_thp.py   and of huge pages
     profile.py                   what differs between kernels
 
 `kernel/` holds tasks, locks, costs and the clock; `arch/x86/` what depends on the CPU.

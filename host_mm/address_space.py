@@ -2,7 +2,7 @@
 
 Source of truth: include/linux/fs.h (struct address_space, struct address_space_operations), mm/vma.c
 (__vma_link_file, vma_link_file, unlink_file_vma, __remove_shared_vm_struct), mm/interval_tree.c
-(vma_interval_tree_insert_after), include/linux/xarray.h (xa_mk_value); Linux 6.18.
+(vma_interval_tree_insert_after), include/linux/xarray.h (xa_mk_value), fs/open.c: vfs_fallocate; Linux 6.18.
 
 An AddressSpace stands for the kernel's struct file, struct inode and struct address_space in one: what is
 opened, has a size and holds pages. It lives while somebody uses it: each open descriptor (`get_file`,
@@ -24,7 +24,7 @@ DAX, error sequences, directories and names.
 
 from __future__ import annotations
 
-from errno import EOPNOTSUPP
+from errno import EFBIG, EINVAL, EOPNOTSUPP
 from typing import TYPE_CHECKING, Any
 
 from host_mm.kernel.errors import BrokenTruth, KernelError
@@ -37,14 +37,37 @@ if TYPE_CHECKING:
     from host_mm.mm_types import VmArea, VmFault
 
 __all__ = [
-    "FALLOC_FL_KEEP_SIZE", "FALLOC_FL_PUNCH_HOLE", "AddressSpace", "AddressSpaceOperations", "VmOperations",
-    "evict_unused", "flush_delayed_fput", "fput", "get_file", "i_mmap_insert", "i_mmap_remove",
-    "vma_file_lock", "vmas_of_pages",
+    "FALLOC_FL_KEEP_SIZE",
+    "FALLOC_FL_PUNCH_HOLE",
+    "MAX_LFS_FILESIZE",
+    "AddressSpace",
+    "AddressSpaceOperations",
+    "VmOperations",
+    "check_fallocate",
+    "evict_unused",
+    "flush_delayed_fput",
+    "fput",
+    "get_file",
+    "i_mmap_insert",
+    "i_mmap_remove",
+    "vma_file_lock",
+    "vmas_of_pages",
 ]
-
 
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
+MAX_LFS_FILESIZE = (1 << 63) - 1
+
+
+def check_fallocate(mode: int, offset: int, length: int) -> None:
+    """vfs_fallocate: KernelError EINVAL, EFBIG, or EOPNOTSUPP for a mode other than plain and hole."""
+    if offset < 0 or length <= 0:
+        raise KernelError(EINVAL, f"cannot allocate {length:#x} bytes at {offset:#x}")
+    hole = mode & FALLOC_FL_PUNCH_HOLE
+    if mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE) or (hole and not mode & FALLOC_FL_KEEP_SIZE):
+        raise KernelError(EOPNOTSUPP, f"no fallocate mode {mode:#x}")
+    if offset + length > MAX_LFS_FILESIZE:
+        raise KernelError(EFBIG, f"{offset:#x}+{length:#x} is beyond the largest file")
 
 
 class VmOperations:
@@ -80,6 +103,10 @@ class AddressSpaceOperations:
     can_writeback = False
     is_shmem = False
     is_hugetlb = False
+    unevictable = False
+    """AS_UNEVICTABLE and AS_INACCESSIBLE: reclaim, compaction and migration leave the pages alone."""
+    error_remove_folio: Any = None
+    """(mapping, pfn) -> int: the memory of a locked page has failed; not 0: the page stays in the file."""
 
     def mmap(self, mapping: AddressSpace, vma: VmArea) -> None:
         """file_operations.mmap: the file gets a mapping, which is not yet linked. KernelError."""

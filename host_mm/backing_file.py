@@ -20,15 +20,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from errno import EFBIG, EINVAL, EOPNOTSUPP
+from errno import EFBIG, EINVAL
 from typing import TYPE_CHECKING
 
 from host_mm.address_space import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
+    MAX_LFS_FILESIZE,
     AddressSpace,
     AddressSpaceOperations,
     VmOperations,
+    check_fallocate,
 )
 from host_mm.filemap import (
     folio_end_writeback,
@@ -64,7 +66,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TRACEPOINTS", "get_block_folio", "open_file"]
 
-MAX_LFS_FILESIZE = (1 << 63) - 1
 MAX_PAGECACHE_ORDER = 9
 
 
@@ -233,13 +234,8 @@ class BlockOperations(AddressSpaceOperations):
 
     def fallocate(self, mapping: AddressSpace, mode: int, offset: int, length: int) -> None:
         """fallocate(2): allocation, or with FALLOC_FL_PUNCH_HOLE a hole. KernelError."""
-        if offset < 0 or length <= 0:
-            raise KernelError(EINVAL, f"cannot allocate {length:#x} bytes at {offset:#x}")
+        check_fallocate(mode, offset, length)
         hole = mode & FALLOC_FL_PUNCH_HOLE
-        if mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE) or (hole and not mode & FALLOC_FL_KEEP_SIZE):
-            raise KernelError(EOPNOTSUPP, f"no fallocate mode {mode:#x}")
-        if offset + length > MAX_LFS_FILESIZE:
-            raise KernelError(EFBIG, f"{offset:#x}+{length:#x} is beyond the largest file")
         with mapping.i_rwsem:
             if hole:
                 with mapping.invalidate_lock:

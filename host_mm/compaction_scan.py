@@ -204,6 +204,8 @@ def _may_isolate(cc: CompactControl, pfn: int, flags: int) -> bool:
     anonymous = flags & (PG_anon | PG_ksm) or pfn not in pages.mapping
     if anonymous and not flags & PG_swapcache and pages.refcount[pfn] > folio_mapcount(pages, pfn):
         return False
+    if not anonymous and pages.mapping[pfn].a_ops.unevictable:
+        return False
     # A dirty page may be taken in any mode: nothing here needs I/O to be moved.
     return cc.mode == MIGRATE_SYNC or not flags & PG_writeback
 

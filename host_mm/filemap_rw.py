@@ -14,6 +14,7 @@ from __future__ import annotations
 from errno import EFBIG, EINVAL
 from typing import TYPE_CHECKING
 
+from host_mm.address_space import MAX_LFS_FILESIZE
 from host_mm.filemap import folio_unlock
 from host_mm.filemap_cache import NOT_CACHED
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_SYSCALL
@@ -30,7 +31,6 @@ __all__ = ["POSIX_FADV_DONTNEED", "POSIX_FADV_WILLNEED", "file_read", "file_writ
 
 POSIX_FADV_WILLNEED = 3
 POSIX_FADV_DONTNEED = 4
-MAX_LFS_FILESIZE = (1 << 63) - 1
 
 
 def file_write(mapping: AddressSpace, pos: int, data: bytes) -> int:
@@ -107,7 +107,7 @@ def generic_fadvise(mapping: AddressSpace, pos: int, length: int, advice: int) -
     if length < 0 or not 0 <= advice <= 5:
         raise KernelError(EINVAL, f"advice {advice} on {length} bytes")
     end = pos + length if length else MAX_LFS_FILESIZE
-    if mapping.a_ops.is_shmem:
+    if mapping.a_ops.is_shmem or mapping.a_ops.unevictable:
         return
     if advice == POSIX_FADV_WILLNEED:
         page_cache_ra(mapping, pos >> 12, ((end + 4095) >> 12) - (pos >> 12), None)

@@ -142,6 +142,7 @@ class HostMm:
         self.thp = Thp(self)
         self.khugepaged = Khugepaged(self)
         self.frame_holders.append(self.thp.holders)
+        self.shrinkers: list[shrinker.Shrinker] = []
         self.mmu_notifier_srcu = Srcu(sched, "mmu_notifier_srcu")
         self.secondary_tables = SecondaryTables()
         self.folio_waitqueues: dict[int, WaitQueue] = {}

@@ -58,6 +58,19 @@ def _remove_pool_folio(h: Hstate, *, surplus: bool) -> int:
     return -1
 
 
+def _free_pool_folios(h: Hstate, most: int, *, surplus: bool) -> None:
+    """Give up to so many free pages of the pool to the buddy, for which the lock is dropped."""
+    gone: list[int] = []
+    for _ in range(most):
+        pfn = _remove_pool_folio(h, surplus=surplus)
+        if pfn < 0:
+            break
+        gone.append(pfn)
+    h.lock.unlock()
+    update_and_free_pages_bulk(h.host, gone)
+    h.lock.lock()
+
+
 def _adjust_pool_surplus(h: Hstate, delta: int) -> bool:
     """One page more or less counts as surplus; false if no node has one to change."""
     for nid in h.nodes_to_alloc() if delta < 0 else h.nodes_to_free():
@@ -100,15 +113,7 @@ def _shrink(h: Hstate, count: int) -> None:
     if h.free > h.persistent:
         persistent_free = max(0, h.free - h.surplus)
     floor = max(count, h.resv + h.persistent - persistent_free)
-    gone: list[int] = []
-    while floor < h.persistent:
-        pfn = _remove_pool_folio(h, surplus=False)
-        if pfn < 0:
-            break
-        gone.append(pfn)
-    h.lock.unlock()
-    update_and_free_pages_bulk(h.host, gone)
-    h.lock.lock()
+    _free_pool_folios(h, h.persistent - floor, surplus=False)
     # What is in use becomes surplus and leaves the pool when it is freed.
     while count < h.persistent and _adjust_pool_surplus(h, 1):
         pass
@@ -206,15 +211,7 @@ def _gather_surplus(h: Hstate, delta: int) -> bool:
 def _return_unused_surplus(h: Hstate, unused: int) -> None:
     """return_unused_surplus_pages: take back a promise, and the surplus made for it. The lock is held."""
     h.resv -= unused
-    gone: list[int] = []
-    for _ in range(min(unused, h.surplus)):
-        pfn = _remove_pool_folio(h, surplus=True)
-        if pfn < 0:
-            break
-        gone.append(pfn)
-    h.lock.unlock()
-    update_and_free_pages_bulk(h.host, gone)
-    h.lock.lock()
+    _free_pool_folios(h, min(unused, h.surplus), surplus=True)
 
 
 def hugetlb_acct_memory(host: HostMm, delta: int) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Spinlock
-from host_mm.mlock_folio import Mlock, vma_locks
+from host_mm.mlock_folio import Mlock, folio_evictable, vma_locks
 from host_mm.page import (
     FOLIO_BATCH_SIZE,
     PG_active,
@@ -32,7 +32,6 @@ from host_mm.page import (
     PG_idle,
     PG_locked,
     PG_lru,
-    PG_mlocked,
     PG_referenced,
     PG_swapbacked,
     PG_swapcache,
@@ -170,7 +169,7 @@ class Lru:
         flags = self.host.pages.flags
         value = flags[pfn]
         vmstat = self.host.vmstat
-        if value & PG_mlocked:
+        if not folio_evictable(self.host, pfn):
             if not value & PG_unevictable:
                 vmstat["unevictable_pgs_culled"] += folio_nr_pages(self.host.pages, pfn)
             value = (value & ~PG_active) | PG_unevictable

@@ -238,7 +238,10 @@ def _truncate_error_folio(host: HostMm, pfn: int) -> int:
     mapping = _folio_mapping(host, pfn)
     if mapping is None:
         return _FAILED
-    if not mapping.a_ops.is_shmem:
+    if mapping.a_ops.error_remove_folio is not None:
+        if mapping.a_ops.error_remove_folio(mapping, pfn):
+            return _FAILED
+    elif not mapping.a_ops.is_shmem:
         truncate_inode_folio(mapping, pfn)
     return _FAILED if _has_extra_refcount(host, pfn, 1 + mapping.a_ops.is_shmem) else _RECOVERED
 

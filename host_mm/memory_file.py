@@ -62,6 +62,7 @@ from host_mm.rmap_anon_vma import anon_vma_prepare
 
 if TYPE_CHECKING:
     from host_mm.address_space import AddressSpace
+    from host_mm.host import HostMm
     from host_mm.mm_types import VmFault
 
 __all__ = [
@@ -118,9 +119,15 @@ def _find_page(vmf: VmFault) -> int:
     return ret
 
 
+def _fault_around_pages(host: HostMm) -> int:
+    """fault_around_bytes_set: a power of two, of one page at least."""
+    size = max(int(host.params.get("mm.fault_around_bytes", FAULT_AROUND_BYTES)), 4096)
+    return 1 << (size.bit_length() - 13)
+
+
 def _do_read_fault(vmf: VmFault) -> int:
     host = vmf.mm.host
-    around = int(host.params.get("mm.fault_around_bytes", FAULT_AROUND_BYTES)) >> 12
+    around = _fault_around_pages(host)
     uffd = VM_UFFD_WP | VM_UFFD_MINOR
     if vmf.vma.ops.map_pages is not None and around > 1 and not vmf.vma.flags & uffd:
         ret = _do_fault_around(vmf, around)

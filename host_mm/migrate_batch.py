@@ -17,7 +17,7 @@ in part, or for which there is no memory in one piece, is split and its pages ar
 
 from __future__ import annotations
 
-from errno import EAGAIN, EBUSY, ENOMEM
+from errno import EAGAIN, EBUSY, ENOMEM, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import HPAGE_PMD_NR
@@ -204,6 +204,8 @@ class MigrationBatch:
         pages = host.pages
         flags = pages.flags
         cached = not flags[src] & (PG_anon | PG_swapcache) and src in pages.mapping
+        if cached and pages.mapping[src].a_ops.unevictable:
+            return -EOPNOTSUPP
         held = folio_nr_pages(pages, src) if cached else bool(flags[src] & PG_swapcache)
         expected = 1 + held + folio_mapcount(pages, src)
         ignore = "migrate-ignore-refs" in host.breaks

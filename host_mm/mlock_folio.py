@@ -1,7 +1,7 @@
 """Folios that locked VMAs map: PG_mlocked, how many such VMAs there are, and the batches on the way there.
 
 Source of truth: mm/mlock.c (mlock_folio, mlock_new_folio, munlock_folio, mlock_folio_batch),
-mm/internal.h: mlock_vma_folio; Linux 6.18. The system calls are in mlock.py.
+mm/internal.h: mlock_vma_folio, folio_evictable; Linux 6.18. The system calls are in mlock.py.
 
 The count is kept where the kernel has it, in place of the list head that a folio on the unevictable list
 does not need: it is forgotten when the folio leaves that list, and may be too low, never too high.
@@ -18,9 +18,12 @@ from host_mm.mm_types import VM_LOCKED, VM_SPECIAL
 from host_mm.page import (
     FOLIO_BATCH_SIZE,
     PG_active,
+    PG_anon,
     PG_head,
+    PG_ksm,
     PG_lru,
     PG_mlocked,
+    PG_swapcache,
     PG_unevictable,
     folio_nr_pages,
     get_page,
@@ -28,10 +31,11 @@ from host_mm.page import (
 )
 
 if TYPE_CHECKING:
+    from host_mm.host import HostMm
     from host_mm.lru import Lru, Lruvec
     from host_mm.mm_types import VmArea
 
-__all__ = ["Mlock", "vma_locks"]
+__all__ = ["Mlock", "folio_evictable", "vma_locks"]
 
 # What an entry of the batch asks for; in Linux the low bits of the folio pointer.
 _MUNLOCK = 0
@@ -42,6 +46,15 @@ _NEW_FOLIO = 2
 def vma_locks(vma: VmArea) -> bool:
     """Whether what the VMA maps is to be mlocked: not while it is being locked (VM_LOCKED and VM_IO)."""
     return vma.flags & (VM_LOCKED | VM_SPECIAL) == VM_LOCKED
+
+
+def folio_evictable(host: HostMm, pfn: int) -> bool:
+    """Whether reclaim may have the folio: no locked VMA maps it, and its file lets pages go."""
+    value = host.pages.flags[pfn]
+    if value & PG_mlocked:
+        return False
+    mapping = None if value & (PG_anon | PG_ksm | PG_swapcache) else host.pages.mapping.get(pfn)
+    return mapping is None or not mapping.a_ops.unevictable
 
 
 class Mlock:
@@ -113,7 +126,7 @@ class Mlock:
         if value & PG_unevictable:
             if value & PG_mlocked:
                 self.count[pfn] = self.count.get(pfn, 0) + 1
-            else:
+            elif folio_evictable(self.host, pfn):
                 self._rescue(vec, pfn)
         elif value & PG_mlocked:
             vec.remove(pfn, value)
@@ -151,7 +164,7 @@ class Mlock:
             kept = not listed and flags[pfn] & PG_unevictable
             which = "unevictable_pgs_stranded" if kept else "unevictable_pgs_munlocked"
             vmstat[which] += folio_nr_pages(self.host.pages, pfn)
-        if listed and flags[pfn] & PG_unevictable:
+        if listed and flags[pfn] & PG_unevictable and folio_evictable(self.host, pfn):
             self._rescue(vec, pfn)
 
     def _rescue(self, vec: Lruvec, pfn: int) -> None:

@@ -28,10 +28,11 @@ from host_mm.mmzone import (
 if TYPE_CHECKING:
     from host_mm.host import HostMm
 
-__all__ = ["free_area_init", "memblock_free_all", "node_spanned_pages"]
+__all__ = ["free_area_init", "memblock_free_all", "memparse", "node_spanned_pages"]
 
 
-def _memparse(text: str) -> int:
+def memparse(text: str) -> int:
+    """lib/cmdline.c: digits, and K, M or G in either case."""
     unit = {"k": 10, "m": 20, "g": 30}.get(text[-1:].lower())
     return int(text[:-1]) << unit if unit else int(text)
 
@@ -45,7 +46,10 @@ def free_area_init(host: HostMm, blocks: PageBlocks, nr_frames: int, nr_nodes: i
     """The nodes with their zones, nothing of them free yet."""
     nodes: list[PgData] = []
     per_node = node_spanned_pages(nr_frames, nr_nodes)
-    movable = _memparse(host.params.get("mm.movablecore", "0")) >> 12
+    movable = memparse(host.params.get("mm.movablecore", "0")) >> 12
+    if movable >= nr_frames:
+        # Nothing would be left for what cannot move: then the request counts for nothing.
+        movable = 0
     for nid in range(nr_nodes):
         start = nid * per_node
         end = nr_frames if nid == nr_nodes - 1 else start + per_node

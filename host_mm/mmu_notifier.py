@@ -216,19 +216,24 @@ def _hlist_invalidate_end(subs: MmuNotifierSubscriptions, range_: MmuNotifierRan
 # -- single callbacks ---------------------------------------------------------------------------
 
 
+def _each(mm: MmStruct, subs: MmuNotifierSubscriptions, callback: str, *args: int) -> int:
+    """Call every notifier that has it, inside an SRCU section; their answers or-ed."""
+    srcu = mm.host.mmu_notifier_srcu
+    answer = 0
+    idx = srcu.read_lock()
+    for sub in subs.list:
+        if (call := getattr(sub, callback)) is not None:
+            answer |= call(mm, *args) or 0
+    srcu.read_unlock(idx)
+    return answer
+
+
 def mmu_notifier_clear_flush_young(mm: MmStruct, start: int, end: int) -> int:
     """Test and clear accessed in all secondary MMUs, which may flush; nonzero: some was young."""
     subs = mm.notifier_subscriptions
     if subs is None or not subs.list:
         return 0
-    srcu = mm.host.mmu_notifier_srcu
-    young = 0
-    idx = srcu.read_lock()
-    for sub in subs.list:
-        if sub.clear_flush_young is not None:
-            young |= sub.clear_flush_young(mm, start, end)
-    srcu.read_unlock(idx)
-    return young
+    return _each(mm, subs, "clear_flush_young", start, end)
 
 
 def mmu_notifier_clear_young(mm: MmStruct, start: int, end: int) -> int:
@@ -236,14 +241,7 @@ def mmu_notifier_clear_young(mm: MmStruct, start: int, end: int) -> int:
     subs = mm.notifier_subscriptions
     if subs is None or not subs.list:
         return 0
-    srcu = mm.host.mmu_notifier_srcu
-    young = 0
-    idx = srcu.read_lock()
-    for sub in subs.list:
-        if sub.clear_young is not None:
-            young |= sub.clear_young(mm, start, end)
-    srcu.read_unlock(idx)
-    return young
+    return _each(mm, subs, "clear_young", start, end)
 
 
 def mmu_notifier_test_young(mm: MmStruct, address: int) -> int:
@@ -266,14 +264,8 @@ def mmu_notifier_test_young(mm: MmStruct, address: int) -> int:
 def mmu_notifier_arch_invalidate_secondary_tlbs(mm: MmStruct, start: int, end: int) -> None:
     """Called with each flush of the primary TLB, for secondary TLBs that walk the CPU's tables."""
     subs = mm.notifier_subscriptions
-    if subs is None or not subs.list:
-        return
-    srcu = mm.host.mmu_notifier_srcu
-    idx = srcu.read_lock()
-    for sub in subs.list:
-        if sub.arch_invalidate_secondary_tlbs is not None:
-            sub.arch_invalidate_secondary_tlbs(mm, start, end)
-    srcu.read_unlock(idx)
+    if subs is not None and subs.list:
+        _each(mm, subs, "arch_invalidate_secondary_tlbs", start, end)
 
 
 def mmu_notifier_invalidate_range(mm: MmStruct, start: int, end: int) -> None:
@@ -283,12 +275,7 @@ def mmu_notifier_invalidate_range(mm: MmStruct, start: int, end: int) -> None:
         return
     if (t := mm.host.trace.mmu_notifier_invalidate_range) is not None:
         t(_pid(mm), start, end)
-    srcu = mm.host.mmu_notifier_srcu
-    idx = srcu.read_lock()
-    for sub in subs.list:
-        if sub.invalidate_range is not None:
-            sub.invalidate_range(mm, start, end)
-    srcu.read_unlock(idx)
+    _each(mm, subs, "invalidate_range", start, end)
 
 
 def mmu_notifier_change_pte(mm: MmStruct, address: int, pte: int) -> None:
@@ -298,9 +285,4 @@ def mmu_notifier_change_pte(mm: MmStruct, address: int, pte: int) -> None:
         return
     if (t := mm.host.trace.mmu_notifier_change_pte) is not None:
         t(_pid(mm), address, pte)
-    srcu = mm.host.mmu_notifier_srcu
-    idx = srcu.read_lock()
-    for sub in subs.list:
-        if sub.change_pte is not None:
-            sub.change_pte(mm, address, pte)
-    srcu.read_unlock(idx)
+    _each(mm, subs, "change_pte", address, pte)

@@ -11,6 +11,7 @@ Not modelled: the sysfs file's binary form (the bitmap is asked for by frame).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from errno import EINVAL, ENXIO
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,14 @@ if TYPE_CHECKING:
     from host_mm.mm_types import VmArea
 
 __all__ = [
-    "BITMAP_CHUNK_BITS", "needs_folio_lock", "page_idle_bitmap_read", "page_idle_bitmap_write",
-    "page_idle_clear_pte_refs", "page_idle_get_folio", "page_is_idle", "page_set_idle",
+    "BITMAP_CHUNK_BITS",
+    "page_idle_bitmap_read",
+    "page_idle_bitmap_write",
+    "page_idle_clear_pte_refs",
+    "page_idle_get_folio",
+    "page_is_idle",
+    "page_set_idle",
+    "rmap_walk_trylock",
 ]
 
 BITMAP_CHUNK_BITS = 64
@@ -59,9 +66,15 @@ def page_idle_get_folio(host: HostMm, pfn: int) -> int:
     return head
 
 
-def needs_folio_lock(host: HostMm, pfn: int) -> bool:
-    """Whether a walk of the folio's mappings must hold its lock: all but plain anonymous folios."""
-    return host.pages.flags[pfn] & (PG_anon | PG_ksm) != PG_anon
+def rmap_walk_trylock(host: HostMm, pfn: int, one: Callable[[VmArea, int], bool]) -> bool:
+    """rmap_walk under the lock of a folio that needs it: all but plain anonymous. False: it was taken."""
+    lock = host.pages.flags[pfn] & (PG_anon | PG_ksm) != PG_anon
+    if lock and not folio_trylock(host, pfn):
+        return False
+    rmap_walk(host, pfn, one)
+    if lock:
+        folio_unlock(host, pfn)
+    return True
 
 
 def page_idle_clear_pte_refs(host: HostMm, pfn: int) -> None:
@@ -83,14 +96,8 @@ def page_idle_clear_pte_refs(host: HostMm, pfn: int) -> None:
             flags[pfn] = (flags[pfn] & ~PG_idle) | PG_young
         return True
 
-    if not folio_mapcount(host.pages, pfn) or pfn not in host.pages.mapping:
-        return
-    lock = needs_folio_lock(host, pfn)
-    if lock and not folio_trylock(host, pfn):
-        return
-    rmap_walk(host, pfn, one)
-    if lock:
-        folio_unlock(host, pfn)
+    if folio_mapcount(host.pages, pfn) and pfn in host.pages.mapping:
+        rmap_walk_trylock(host, pfn, one)
 
 
 def page_set_idle(host: HostMm, pfn: int) -> bool:

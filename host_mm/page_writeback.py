@@ -26,7 +26,7 @@ from host_mm.arch.x86.pgtable import pte_dirty, pte_mkclean, pte_write, pte_wrpr
 from host_mm.filemap import folio_unlock, folio_wait_writeback
 from host_mm.filemap_cache import END_OF_FILE, filemap_lock_folio
 from host_mm.mm_types import VM_SHARED
-from host_mm.page import PG_dirty, PG_writeback, folio_mapcount, put_page, set_page_dirty
+from host_mm.page import PG_dirty, PG_writeback, folio_mapcount, folio_nr_pages, put_page, set_page_dirty
 from host_mm.page_vma_mapped import PageVmaMappedWalk
 from host_mm.pgtable_generic import ptep_clear_flush, ptep_get, set_pte
 from host_mm.rmap import rmap_walk
@@ -51,7 +51,7 @@ def filemap_dirty_folio(mapping: AddressSpace, head: int) -> bool:
         return False
     flags[head] |= PG_dirty
     mapping.dirty[host.pages.index[head]] = None
-    host.vmstat["nr_dirty"] += 1
+    host.vmstat["nr_dirty"] += folio_nr_pages(host.pages, head)
     return True
 
 
@@ -63,7 +63,7 @@ def filemap_cancel_dirty(mapping: AddressSpace, head: int) -> bool:
         return False
     flags[head] &= ~PG_dirty
     del mapping.dirty[host.pages.index[head]]
-    host.vmstat["nr_dirty"] -= 1
+    host.vmstat["nr_dirty"] -= folio_nr_pages(host.pages, head)
     return True
 
 

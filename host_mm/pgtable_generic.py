@@ -349,16 +349,7 @@ def pud_entries(mm: MmStruct, start: int, end: int) -> list[tuple[int, int, int]
 def pmd_entries(mm: MmStruct, start: int, end: int) -> list[tuple[int, int, int]]:
     """(pmd, address, next) of each level-2 entry in [start, end) that has a level-1 table now."""
     u64 = mm.host.ram.u64
-    found: list[tuple[int, int, int]] = []
-    for table, first, last in pud_entries(mm, start, end):
-        address = first
-        while address < last:
-            following = min(last, (address & ~(PMD_SIZE - 1)) + PMD_SIZE)
-            pmd = table + ((address >> 21) & 511) * 8
-            if pmd_table(u64[pmd >> 3]):
-                found.append((pmd, address, following))
-            address = following
-    return found
+    return [slot for slot in pmd_slots(mm, start, end) if pmd_table(u64[slot[0] >> 3])]
 
 
 def pmd_slots(mm: MmStruct, start: int, end: int) -> list[tuple[int, int, int]]:

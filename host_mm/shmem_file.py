@@ -1,7 +1,7 @@
 """Shmem files: their size, their holes, their end.
 
 Source of truth: mm/shmem.c (shmem_undo_range, shmem_setattr, shmem_fallocate, shmem_evict_inode,
-shmem_file_setup), fs/open.c: vfs_fallocate; Linux 6.18.
+shmem_file_setup), Linux 6.18.
 
 A hole takes pages and swap slots but no private copy; a shorter file takes those too. A page on its way
 between swap and cache is met in the second pass, again and again until it is gone. While a hole is punched
@@ -12,15 +12,17 @@ Not modelled: what shmem.py does not; file times, seals, RLIMIT_FSIZE.
 
 from __future__ import annotations
 
-from errno import EFBIG, EINVAL, ENOMEM, EOPNOTSUPP
+from errno import EFBIG, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.address_space import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
+    MAX_LFS_FILESIZE,
     AddressSpace,
     AddressSpaceOperations,
     VmOperations,
+    check_fallocate,
 )
 from host_mm.filemap import folio_lock, folio_unlock
 from host_mm.filemap_cache import (
@@ -53,8 +55,6 @@ if TYPE_CHECKING:
     from host_mm.mm_types import VmArea, VmFault
 
 __all__ = ["shmem_file_setup", "shmem_undo_range"]
-
-MAX_LFS_FILESIZE = (1 << 63) - 1
 
 
 # -- taking pages out -----------------------------------------------------------------------------
@@ -151,17 +151,6 @@ def _get_partial_folio(mapping: AddressSpace, index: int) -> int:
 
 
 # -- system calls ---------------------------------------------------------------------------------
-def check_fallocate(mode: int, offset: int, length: int) -> None:
-    """vfs_fallocate: KernelError EINVAL, EFBIG, or EOPNOTSUPP for a mode other than plain and hole."""
-    if offset < 0 or length <= 0:
-        raise KernelError(EINVAL, f"cannot allocate {length:#x} bytes at {offset:#x}")
-    hole = mode & FALLOC_FL_PUNCH_HOLE
-    if mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE) or (hole and not mode & FALLOC_FL_KEEP_SIZE):
-        raise KernelError(EOPNOTSUPP, f"no fallocate mode {mode:#x}")
-    if offset + length > MAX_LFS_FILESIZE:
-        raise KernelError(EFBIG, f"{offset:#x}+{length:#x} is beyond the largest file")
-
-
 def _punch_hole(mapping: AddressSpace, offset: int, length: int) -> None:
     unmap_start = (offset + 4095) & ~4095
     unmap_end = ((offset + length) & ~4095) - 1

@@ -1,6 +1,6 @@
 """Shrinkers: caches that give back part of themselves as reclaim goes by.
 
-Source of truth: mm/shrinker.c: do_shrink_slab, mm/huge_memory.c (deferred_split_shrinker,
+Source of truth: mm/shrinker.c: do_shrink_slab, register_shrinker, mm/huge_memory.c (deferred_split_shrinker,
 huge_zero_folio_shrinker); Linux 6.18.
 
 Each is asked in proportion to how hard reclaim tries: a share 2**-priority of what it has, twice. What is
@@ -20,10 +20,26 @@ from host_mm.huge_mm import huge_zero_freeable, shrink_huge_zero_folio
 if TYPE_CHECKING:
     from host_mm.host import HostMm
 
-__all__ = ["SHRINK_BATCH", "shrink_slab"]
+__all__ = ["DEFAULT_SEEKS", "SHRINK_BATCH", "Shrinker", "shrink_slab"]
 
 SHRINK_BATCH = 128
-_DEFAULT_SEEKS = 2
+DEFAULT_SEEKS = 2
+
+
+class Shrinker:
+    """struct shrinker of a module, in `HostMm.shrinkers`: any node's reclaim asks it.
+
+    `count()`: how many objects there are; `scan(nr)` looks at so many. `seeks`: how dear it is to make one
+    anew, by which it is asked for less.
+    """
+
+    def __init__(
+        self, name: str, count: Callable[[], int], scan: Callable[[int], int], seeks: int = DEFAULT_SEEKS
+    ) -> None:
+        self.name = name
+        self.count = count
+        self.scan = scan
+        self.seeks = seeks
 
 
 def shrink_slab(host: HostMm, nid: int, priority: int) -> None:
@@ -35,16 +51,19 @@ def shrink_slab(host: HostMm, nid: int, priority: int) -> None:
     _do_shrink_slab(
         host, "huge_zero", priority, lambda: huge_zero_freeable(host), lambda nr: shrink_huge_zero_folio(host)
     )
+    for each in tuple(host.shrinkers):
+        _do_shrink_slab(host, each.name, priority, each.count, each.scan, each.seeks)
 
 
 def _do_shrink_slab(
-    host: HostMm, name: str, priority: int, count: Callable[[], int], scan: Callable[[int], int]
+    host: HostMm, name: str, priority: int, count: Callable[[], int], scan: Callable[[int], int],
+    seeks: int = DEFAULT_SEEKS,
 ) -> None:
     freeable = count()
     if not freeable:
         return
     deferred = host.thp.nr_deferred.pop(name, 0)
-    delta = (freeable >> priority) * 4 // _DEFAULT_SEEKS
+    delta = (freeable >> priority) * 4 // seeks
     total = min((deferred >> priority) + delta, 2 * freeable)
     scanned = 0
     while count() and (total >= SHRINK_BATCH or total >= freeable):

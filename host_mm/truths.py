@@ -20,7 +20,8 @@ mm/memory.c: check_mm and mm/swapfile.c's warnings.
 cache nor LRU batches come from `host.frame_holders`: callables that give a dict of pfn to count (KVM's
 tables, pins).
 
-The truths of huge pages are in truths_hugetlb.py and truths_thp.py.
+The truths of huge pages are in truths_hugetlb.py and truths_thp.py, of reverse mapping and mlock in
+truths_rmap.py, of counters in truths_vmstat.py.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from host_mm.arch.x86.pgtable import (
     _PAGE_SPECIAL,
     _PAGE_UFFD_WP,
     PFN_MASK,
+    pmd_pfn,
     pmd_table,
     pte_pfn,
     pte_present,
@@ -44,6 +46,7 @@ from host_mm.arch.x86.swapops import (
     pte_to_swp_entry,
     swp_offset,
 )
+from host_mm.huge_mm import is_huge_zero_pmd
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.memory_device import device_entry_pfn
 from host_mm.mm_types import MM_ANONPAGES, MM_SWAPENTS, VM_HUGETLB, VM_UFFD_WP
@@ -65,8 +68,10 @@ from host_mm.pgtable_generic import pmd_slots
 from host_mm.swapfile import SWAP_MAP_BAD
 from host_mm.truths_files import check_file_entry, check_mappings, check_page_cache
 from host_mm.truths_hugetlb import HugetlbAudit
+from host_mm.truths_rmap import RmapAudit
 from host_mm.truths_running import address_spaces, pid_of, translation
 from host_mm.truths_thp import ThpAudit
+from host_mm.truths_vmstat import VmstatAudit
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -88,6 +93,8 @@ class _Audit:
         self.slots: Counter[int] = Counter()
         self.thp = ThpAudit(host)
         self.hugetlb = HugetlbAudit(host)
+        self.rmap = RmapAudit(host)
+        self.vmstat = VmstatAudit(host)
 
     def tables(self, mm: MmStruct) -> None:
         """Every page table holds one reference to itself."""
@@ -107,20 +114,22 @@ class _Audit:
         u64 = host.ram.u64
         rss = [0] * len(mm.rss)
         for vma in mm.vmas:
+            self.rmap.vma(vma)
             for pmd, address, following in pmd_slots(mm, vma.start, vma.end):
                 if not pmd_table(u64[pmd >> 3]):
                     if not vma.flags & VM_HUGETLB:
-                        self.thp.huge_entry(vma, pmd, address, following, rss)
+                        self._huge(vma, pmd, address, following, rss)
                     continue
                 first = ((u64[pmd >> 3] & PFN_MASK) >> 3) + ((address >> 12) & 511)
-                for entry in u64[first : first + ((following - address) >> 12)].tolist():
+                for at, entry in enumerate(u64[first : first + ((following - address) >> 12)].tolist()):
                     if not entry:
                         continue
                     self._uffd_wp(vma, entry)
                     if pte_present(entry):
-                        self._present(mm, entry, rss)
+                        self._present(vma, address + (at << 12), entry, rss)
                     elif (pfn := device_entry_pfn(entry)) >= 0:
                         self.maps[pfn] += 1
+                        self.rmap.entry(vma, address + (at << 12), pfn)
                         rss[MM_ANONPAGES] += 1
                     elif not non_swap_entry(swp := pte_to_swp_entry(entry)):
                         self.slots[swp_offset(swp)] += 1
@@ -137,7 +146,13 @@ class _Audit:
         if not vma.flags & VM_UFFD_WP or (present and entry & _PAGE_RW):
             raise BrokenTruth("uffd-wp", f"pid {pid_of(vma.mm)} {vma!r} has entry {entry:#x}")
 
-    def _present(self, mm: MmStruct, entry: int, rss: list[int]) -> None:
+    def _huge(self, vma: VmArea, pmd: int, address: int, following: int, rss: list[int]) -> None:
+        self.thp.huge_entry(vma, pmd, address, following, rss)
+        entry = self.host.ram.u64[pmd >> 3]
+        if not is_huge_zero_pmd(self.host, entry):
+            self.rmap.entry(vma, address, pmd_pfn(entry))
+
+    def _present(self, vma: VmArea, address: int, entry: int, rss: list[int]) -> None:
         pfn = pte_pfn(entry)
         if entry & _PAGE_SPECIAL or self.host.pages.flags[pfn] & PG_reserved:
             return
@@ -148,7 +163,8 @@ class _Audit:
         folio = page_folio(self.host.pages, pfn)
         rss[mm_counter(self.host.pages, folio)] += 1
         if folio_test_large(self.host.pages, folio):
-            self.thp.entry_of(folio, mm)
+            self.thp.entry_of(folio, vma.mm)
+        self.rmap.entry(vma, address, pfn)
 
     def tlb(self, mm: MmStruct) -> None:
         """At rest no flush is pending, so that nobody's TLB has a right that the tables have not."""
@@ -226,6 +242,8 @@ class _Audit:
         if flags & PG_hugetlb:
             self.hugetlb.frame(pfn, flags, self.refs[pfn])
             return
+        self.rmap.folio(pfn, flags)
+        self.vmstat.folio(pfn, flags)
         if count != expected or not expected:
             raise BrokenTruth("frame-refcount", f"{who} has refcount {count}, {expected} references exist")
         if maps != self.maps[pfn] and not flags & PG_head:
@@ -239,7 +257,7 @@ class _Audit:
         host = self.host
         pages: Counter[object] = Counter()
         for pfn, group in host.memcg.folios.items():
-            if host.pages.flags[pfn] & PG_buddy:
+            if host.pages.flags[pfn] & PG_buddy or not host.pages.refcount[pfn]:
                 raise BrokenTruth("memcg-charge", f"pfn {pfn:#x} is free and charged to {group!r}")
             pages[group] += 1 << host.pages.order[pfn]
         slots = Counter(host.memcg.slots.values())
@@ -306,6 +324,8 @@ def audit(host: HostMm) -> None:
     check.out_of_use()
     check.hugetlb.finish()
     check.thp.finish()
+    check.rmap.finish()
+    check.vmstat.finish()
     check.memcg()
     for node in host.allocator.nodes:
         for vec in host.memcg.iter(node.nid, None):

@@ -54,14 +54,14 @@ from host_mm.page_alloc import (
 from host_mm.page_io import SWAP_CLUSTER_MAX
 from host_mm.rmap import folio_referenced
 from host_mm.shrink_folio_list import DEF_PRIORITY, ScanControl, move_folios_to_lru, shrink_folio_list
-from host_mm.vmscan_trace import TRACEPOINTS, VMSCAN_THROTTLE_WRITEBACK, trace_reclaim_flags
+from host_mm.vmscan_trace import VMSCAN_THROTTLE_WRITEBACK, trace_reclaim_flags
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
     from host_mm.memcontrol import MemCgroup
 
 __all__ = [
-    "DEF_PRIORITY", "TRACEPOINTS", "reclaim_pages", "try_to_free_mem_cgroup_pages", "try_to_free_pages",
+    "DEF_PRIORITY", "reclaim_pages", "try_to_free_mem_cgroup_pages", "try_to_free_pages",
 ]
 
 _THROTTLE_NS = 100_000_000

@@ -15,6 +15,7 @@ __all__ = ["BREAKS"]
 BREAKS: dict[str, str] = {
     "drop-ad": "a page mapped writable is not marked dirty, so reclaim may drop it as clean (no-lost-write)",
     "flush-after-unlock": "range_start flushes only after it dropped mmu_lock (flush-before-unlock)",
+    "gmem-no-unmap": "a hole in guest_memfd frees pages that SPTEs still map (no-spte-in-bracket)",
     "ignore-invalid-roots": "range_start skips roots that a memslot update invalidated (no-spte-in-bracket)",
     "ignore-invalid-slot": "a fault on a slot being deleted installs an MMIO SPTE (no-mmio-over-slot)",
     "no-flush": "range_start never asks vCPUs to flush their TLBs (flush-before-unlock)",

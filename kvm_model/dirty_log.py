@@ -20,13 +20,13 @@ Not modelled: capabilities that are about something else.
 
 from __future__ import annotations
 
-from errno import EINVAL, ENOENT, ENXIO
+from errno import EFAULT, EINVAL, ENOENT, ENXIO
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import KernelError
 from kvm_model.dirty_log_rmap import apply_log_flag_by_rmap, enable_log_by_rmap
 from kvm_model.dirty_ring import kvm_dirty_ring_reset, kvm_dirty_ring_size_error
-from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_USER_MEM_SLOTS, KvmMemorySlot
+from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KvmMemorySlot
 from kvm_model.mmu.mmu import kvm_mmu_max_mapping_level
 from kvm_model.mmu.spte import PG_LEVEL_2M, PG_LEVEL_4K
 from kvm_model.mmu.tdp_log import (
@@ -62,7 +62,7 @@ KVM_DIRTY_LOG_INITIALLY_SET = 2
 
 
 def kvm_vm_ioctl_enable_cap(kvm: Kvm, cap: int, value: int, flags: int) -> None:
-    """KVM_ENABLE_CAP; KernelError(EINVAL, for a ring also E2BIG)."""
+    """KVM_ENABLE_CAP of what belongs to the log; KernelError(EINVAL, for a ring also E2BIG)."""
     if cap == KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
         allowed = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
         if value & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE:
@@ -71,6 +71,7 @@ def kvm_vm_ioctl_enable_cap(kvm: Kvm, cap: int, value: int, flags: int) -> None:
             raise KernelError(EINVAL, f"manual protection of the dirty log is not {value:#x}")
         kvm.manual_dirty_log_protect = value
     elif cap in (KVM_CAP_DIRTY_LOG_RING, _KVM_CAP_DIRTY_LOG_RING_ACQ_REL) and kvm.profile.dirty_ring:
+        value &= 0xFFFFFFFF
         error = kvm_dirty_ring_size_error(kvm, value)
         if error:
             raise KernelError(error, f"dirty rings of {value:#x} bytes")
@@ -159,7 +160,7 @@ def _logged_slot(kvm: Kvm, slot: int, first_page: int = 0) -> tuple[KvmMemorySlo
     if not kvm_use_dirty_bitmap(kvm):
         raise KernelError(ENXIO, "the VM has dirty rings")
     as_id, id_ = slot >> 16, slot & 0xFFFF
-    if as_id >= kvm.profile.nr_memslot_as_ids or id_ >= KVM_USER_MEM_SLOTS:
+    if as_id >= kvm.profile.nr_memslot_as_ids or id_ >= kvm.profile.user_mem_slots:
         raise KernelError(EINVAL, f"slot {slot:#x} is out of range")
     if first_page & 63:
         raise KernelError(EINVAL, f"first page {first_page} is not a multiple of 64")
@@ -204,7 +205,7 @@ def kvm_clear_dirty_log(
         _arch_sync_dirty_log(kvm)
         words = (num_pages + 63) // 64
         if len(mask) < words * 8:
-            raise KernelError(EINVAL, "the bitmap is too short")
+            raise KernelError(EFAULT, "the bitmap is too short")
         flush = False
         kvm.mmu_lock.lock()
         for word in range(words):
@@ -240,7 +241,7 @@ def kvm_vm_ioctl_reset_dirty_pages(kvm: Kvm) -> int:
 def _reset_dirty_gfn(kvm: Kvm, slot: int, offset: int, mask: int) -> None:
     """kvm_reset_dirty_gfn: what user space wrote into an entry is believed as far as it names pages."""
     as_id, id_ = slot >> 16, slot & 0xFFFF
-    if as_id >= kvm.profile.nr_memslot_as_ids or id_ >= KVM_USER_MEM_SLOTS:
+    if as_id >= kvm.profile.nr_memslot_as_ids or id_ >= kvm.profile.user_mem_slots:
         return
     memslot = kvm.memslots[as_id].id_hash.get(id_)
     if memslot is None or offset + mask.bit_length() - 1 >= memslot.npages:

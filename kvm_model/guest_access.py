@@ -1,8 +1,9 @@
 """KVM's own reads and writes of guest memory, through the memslots and the VMM's mapping.
 
 Source of truth: virt/kvm/kvm_main.c (Linux 6.18): kvm_read_guest_page, kvm_write_guest_page,
-kvm_vcpu_read_guest, kvm_vcpu_write_guest, kvm_vcpu_gfn_to_memslot, mark_page_dirty_in_slot;
-kvm_vcpu_memslots; arch/x86/kvm/x86.c: kvm_arch_vcpu_memslots_id.
+kvm_vcpu_read_guest, kvm_vcpu_read_guest_atomic, kvm_vcpu_write_guest, kvm_vcpu_gfn_to_memslot,
+kvm_is_visible_memslot, mark_page_dirty_in_slot; kvm_vcpu_memslots; arch/x86/kvm/x86.c:
+kvm_arch_vcpu_memslots_id.
 
 A write goes by the host's page tables, past every SPTE: what must hear of it (the dirty log, the TLBs'
 code, page_track's nodes) is told here or by the caller.
@@ -14,10 +15,11 @@ from errno import EFAULT
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import KernelError
-from host_mm.uaccess import copy_from_user, copy_to_user
+from host_mm.uaccess import copy_from_user, copy_from_user_nofault, copy_to_user
 from kvm_model.memslots import (
     KVM_MEM_READONLY,
     KVM_MEMSLOT_INVALID,
+    KVM_USER_MEM_SLOTS,
     KvmMemorySlot,
     KvmMemslots,
     mark_page_dirty_in_slot,
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "kvm_vcpu_gfn_to_hva", "kvm_vcpu_gfn_to_memslot", "kvm_vcpu_mark_page_dirty", "kvm_vcpu_memslots",
-    "kvm_vcpu_read_guest", "kvm_vcpu_write_guest",
+    "kvm_is_visible_memslot", "kvm_vcpu_gfn_to_hva", "kvm_vcpu_gfn_to_memslot", "kvm_vcpu_mark_page_dirty",
+    "kvm_vcpu_memslots",
+    "kvm_vcpu_read_guest", "kvm_vcpu_read_guest_atomic", "kvm_vcpu_write_guest",
 ]
 
 
@@ -40,6 +43,11 @@ def kvm_vcpu_memslots(vcpu: Vcpu) -> KvmMemslots:
 def kvm_vcpu_gfn_to_memslot(vcpu: Vcpu, gfn: int) -> KvmMemorySlot | None:
     """The slot that holds `gfn` there, one that is being deleted included."""
     return kvm_vcpu_memslots(vcpu).gfn_to_memslot(gfn)
+
+
+def kvm_is_visible_memslot(slot: KvmMemorySlot) -> bool:
+    """Whether guests may find memory there: not one of KVM's own slots, and not one being deleted."""
+    return slot.id < KVM_USER_MEM_SLOTS and not slot.flags & KVM_MEMSLOT_INVALID
 
 
 def kvm_vcpu_gfn_to_hva(vcpu: Vcpu, gfn: int, *, write: bool) -> int:
@@ -74,6 +82,12 @@ def kvm_vcpu_read_guest(vcpu: Vcpu, gpa: int, length: int) -> bytes:
             raise KernelError(EFAULT, f"no memslot at gpa {at:#x}")
         parts.append(copy_from_user(vcpu.kvm.process, hva | at & 0xFFF, size))
     return b"".join(parts)
+
+
+def kvm_vcpu_read_guest_atomic(vcpu: Vcpu, gpa: int, length: int) -> bytes | None:
+    """`length` bytes at `gpa`, within a page, without page faults: None where one would be needed."""
+    hva = kvm_vcpu_gfn_to_hva(vcpu, gpa >> 12, write=False)
+    return None if hva < 0 else copy_from_user_nofault(vcpu.kvm.process, hva | gpa & 0xFFF, length)
 
 
 def kvm_vcpu_write_guest(vcpu: Vcpu, gpa: int, data: bytes) -> None:

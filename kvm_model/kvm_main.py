@@ -7,19 +7,20 @@ vmx/vmx.c: the eptad and pml parameters; kvm_vm_ioctl_enable_cap_generic.
 The protocol parts stand in their own files: mmu_notifier.py (host events), mmu/invalidate.py (count,
 sequence, retry), memory_region.py (memslots), requests.py (flushes and kicks), mmu/ (SPTEs).
 
-Not modelled: shadow paging, in-kernel irqchips, file descriptors.
+Not modelled: in-kernel irqchips, file descriptors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from errno import EEXIST, EINVAL, ENOMEM
+from errno import EEXIST, EINVAL, ENOMEM, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
-from host_mm.kernel.errors import KernelError
+from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.locks import Mutex, RwLock, Spinlock, Srcu
 from host_mm.kernel.sched import WaitQueue
 from host_mm.mmu_notifier_register import mmu_notifier_register, mmu_notifier_unregister
+from host_mm.page import put_page
 from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, GFP_ZERO, alloc_pages
 from kvm_model import (
     dirty_log,
@@ -32,7 +33,9 @@ from kvm_model import (
     x86_emulate,
     x86_events,
 )
-from kvm_model.memslots import KvmMemslots
+from kvm_model.guest_memfd import KvmGmem, kvm_gmem_create
+from kvm_model.mem_attributes import KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM
+from kvm_model.memslots import KVM_MEM_GUEST_MEMFD, KvmMemslots
 from kvm_model.mmu import (
     fast_page_fault,
     gfn_range,
@@ -41,17 +44,37 @@ from kvm_model.mmu import (
     mmu,
     mmu_roots,
     page_track,
+    paging_tmpl,
+    set_mem_attributes,
+    shrinker,
     tdp_mmu,
+    unsync,
 )
 from kvm_model.mmu.killed_by import KilledBy
-from kvm_model.mmu.mmu_internal import PFERR_GUEST_FINAL_MASK, PFERR_WRITE_MASK, KvmMmuPage, tdp_root_role
+from kvm_model.mmu.kvm_mmu import kvm_init_mmu
+from kvm_model.mmu.mmu_internal import (
+    INVALID_PAGE,
+    PFERR_GUEST_FINAL_MASK,
+    PFERR_WRITE_MASK,
+    KvmMmuPage,
+    tdp_root_role,
+)
 from kvm_model.mmu.nx_huge_pages import NxRecovery
 from kvm_model.mmu.rcu import Rcu
-from kvm_model.mmu.spte import PG_LEVEL_4K, ept_masks, is_last_spte, is_shadow_present_pte
+from kvm_model.mmu.set_mem_attributes import kvm_vm_ioctl_set_mem_attributes
+from kvm_model.mmu.shadow_walk import get_walk
+from kvm_model.mmu.spte import (
+    PG_LEVEL_4K,
+    ept_masks,
+    is_last_spte,
+    is_shadow_present_pte,
+    legacy_masks,
+)
 from kvm_model.mmu.tdp_zap import (
     kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_zap_invalidated_roots,
 )
+from kvm_model.mmu.track_write import kvm_mmu_track_write
 from kvm_model.pfncache import GfnToPfnCache
 from kvm_model.profile import LINUX_6_18, KvmProfile
 from kvm_model.truths import KvmTruths
@@ -60,23 +83,28 @@ from kvm_model.vmx import pml, vmx
 from kvm_model.vmx.ept import PML_ENTRIES
 
 if TYPE_CHECKING:
+    from host_mm.address_space import AddressSpace
     from host_mm.host import HostMm
     from host_mm.process import Process
     from kvm_model.kvm_x86_ops import KvmX86Ops
 
-__all__ = ["TRACEPOINTS", "Kvm"]
+__all__ = ["KVM_CAP_DISABLE_QUIRKS2", "TRACEPOINTS", "Kvm"]
+
+KVM_CAP_DISABLE_QUIRKS2 = 213
 
 TRACEPOINTS = (
     *requests.TRACEPOINTS, *mmu_notifier.TRACEPOINTS, *memory_region.TRACEPOINTS,
     *follow_pfn.TRACEPOINTS, *gfn_range.TRACEPOINTS, *invalidate.TRACEPOINTS, *dirty_ring.TRACEPOINTS,
     *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *page_track.TRACEPOINTS, *x86_emulate.TRACEPOINTS,
     *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
-    *tdp_mmu.TRACEPOINTS, *x86.TRACEPOINTS, *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS,
+    *tdp_mmu.TRACEPOINTS, *unsync.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS,
+    *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS, *set_mem_attributes.TRACEPOINTS,
 )
 """Every tracepoint of this room, each declared beside the code that fires it."""
 
 _VM_STATS = (
-    "mmu_shadow_zapped", "mmu_recycled", "mmu_cache_miss", "max_mmu_rmap_size",
+    "mmu_shadow_zapped", "mmu_pte_write", "mmu_pde_zapped", "mmu_flooded", "mmu_recycled", "mmu_cache_miss",
+    "mmu_unsync", "max_mmu_rmap_size",
     "remote_tlb_flush_requests", "remote_tlb_flush", "pages_4k", "pages_2m", "pages_1g", "nx_lpage_splits",
 )
 
@@ -92,6 +120,11 @@ def _flag(params: Mapping[str, str], name: str, default: bool) -> bool:
     if word in ("0", "n", "no", "off", "false", "never"):
         return False
     raise KernelError(EINVAL, f"parameter {name}={value!r} is not a bool")
+
+
+def _frames_of(vcpu: Vcpu) -> tuple[int, ...]:
+    """Frames that a vCPU has for itself, -1 for those that it has not."""
+    return (*vcpu.mmu_shadow_page_cache, vcpu.vmcs, vcpu.pml_pg, vcpu.mmu.pae_root)
 
 
 class _MmuSpinlock(RwLock):
@@ -117,6 +150,7 @@ class Kvm:
     def __init__(
         self, host: HostMm, process: Process, cpu: KvmX86Ops, *, profile: KvmProfile = LINUX_6_18,
         params: Mapping[str, str] | None = None, breaks: frozenset[str] = frozenset(), checks: bool = False,
+        tdp_enabled: bool = True, vm_type: int = KVM_X86_DEFAULT_VM,
     ) -> None:
         params = params or {}
         self.host = host
@@ -125,12 +159,14 @@ class Kvm:
         self.cpu = cpu
         self.profile = profile
         self.breaks = breaks
+        self.tdp_enabled = tdp_enabled
         self.sched = host.sched
         self.stream = host.stream
         self.ram = host.ram
         self.trace = host.stream.bind(TRACEPOINTS, profile.absent_events)
         self.stat: dict[str, int] = dict.fromkeys(_VM_STATS, 0)
         self._init_params(params)
+        self._init_type(vm_type)
         self._init_slots()
         self._init_mmu()
         self.nx_recovery = NxRecovery(
@@ -143,22 +179,39 @@ class Kvm:
         self.mmu_notifier = mmu_notifier.KvmMmuNotifier(self)
         mmu_notifier_register(self.mmu_notifier, self.mm)
         self.alive = True
+        if profile.mmu_shrinker:
+            shrinker.register(self)
         host.frame_holders.append(self._table_frames)
 
     def _init_params(self, params: Mapping[str, str]) -> None:
-        self.tdp_mmu_enabled = _flag(params, "kvm.tdp_mmu", self.profile.tdp_mmu)
-        self.spte = ept_masks(
-            has_ad_bits=_flag(params, "kvm_intel.eptad", True),
-            mmio_caching=_flag(params, "kvm.mmio_caching", True),
-            nx_huge_pages=_flag(params, "kvm.nx_huge_pages", False),
-        )
+        self.tdp_mmu_enabled = self.tdp_enabled and _flag(params, "kvm.tdp_mmu", self.profile.tdp_mmu)
+        mmio_caching = _flag(params, "kvm.mmio_caching", True)
+        nx_huge_pages = _flag(params, "kvm.nx_huge_pages", False)
+        if self.tdp_enabled:
+            has_ad_bits = _flag(params, "kvm_intel.eptad", True)
+            self.spte = ept_masks(
+                has_ad_bits=has_ad_bits, mmio_caching=mmio_caching, nx_huge_pages=nx_huge_pages
+            )
+        else:
+            self.spte = legacy_masks(mmio_caching=mmio_caching, nx_huge_pages=nx_huge_pages)
         self.eager_page_split = _flag(params, "kvm.eager_page_split", True)
         self.manual_dirty_log_protect = 0
         # Linux has pml on where the CPU can do it. Off here unless asked for: protection is what shows.
-        enable_pml = _flag(params, "kvm_intel.pml", False) and self.spte.ad_enabled
+        enable_pml = _flag(params, "kvm_intel.pml", False) and self.spte.ad_enabled and self.tdp_enabled
         self.cpu_dirty_log_size = PML_ENTRIES if enable_pml else 0
         self.nr_memslots_dirty_logging = 0
         self.dirty_ring_size = 0
+        self.disabled_quirks = 0
+
+    def _init_type(self, vm_type: int) -> None:
+        """kvm_is_vm_type_supported; KernelError(EINVAL)."""
+        protected = self.profile.guest_memfd and self.tdp_mmu_enabled
+        if vm_type != KVM_X86_DEFAULT_VM and (vm_type != KVM_X86_SW_PROTECTED_VM or not protected):
+            raise KernelError(EINVAL, f"VM type {vm_type} is not supported")
+        self.vm_type = vm_type
+        self.has_private_mem = vm_type == KVM_X86_SW_PROTECTED_VM
+        self.mem_attr_array: dict[int, int] = {}
+        self.gmems: list[KvmGmem] = []
 
     def _init_slots(self) -> None:
         sched = self.sched
@@ -193,6 +246,7 @@ class Kvm:
         self.n_max_mmu_pages = 0
         self.killed_by = KilledBy()
         self.indirect_shadow_pages = 0
+        self.mmu_unsync_pages_lock = Spinlock(self.sched, "mmu_unsync_pages_lock")
         self.shadow_root_allocated = False
         self._init_page_track()
         self.instrumented: set[int] = set()
@@ -201,14 +255,13 @@ class Kvm:
         self.track_notifier_list: list[page_track.KvmPageTrackNotifierNode] = []
         self.track_srcu = Srcu(self.sched, "track_srcu")
         self.external_write_tracking_enabled = False
-        # What shadow paging does about an emulated write: kvm_mmu_track_write, in 5.10 kvm_mmu_pte_write.
-        self.mmu_track_write: Callable[[Vcpu, int, bytes], None] = lambda vcpu, gpa, new: None
+        self.mmu_track_write: Callable[[Vcpu, int, bytes], None] = kvm_mmu_track_write
         if self.profile.mmu_is_page_track_node:
             self.track_notifier_list.append(mmu_roots.KvmMmuPageTrackNode(self))
 
     def _table_frames(self) -> dict[int, int]:
         """The frames KVM allocated for itself, for the host's audit: one reference each."""
-        own = [pfn for vcpu in self.vcpus for pfn in (*vcpu.mmu_shadow_page_cache, vcpu.vmcs, vcpu.pml_pg)]
+        own = [pfn for vcpu in self.vcpus for pfn in _frames_of(vcpu)]
         own += [pfn for vcpu in self.vcpus if vcpu.dirty_ring is not None for pfn in vcpu.dirty_ring.pfns]
         return dict.fromkeys([*self.sps, *(pfn for pfn in own if pfn >= 0)], 1)
 
@@ -226,10 +279,17 @@ class Kvm:
     # -- ioctls ---------------------------------------------------------------------------------
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
-        """KVM_CREATE_VCPU."""
+        """KVM_CREATE_VCPU; KernelError(EINVAL, EEXIST), ENOMEM as its frames are refused."""
+        if not 0 <= vcpu_id < self.profile.max_vcpu_ids:
+            raise KernelError(EINVAL, f"no vCPU may be number {vcpu_id}")
+        if len(self.vcpus) >= self.profile.max_vcpus:
+            raise KernelError(EINVAL, f"a VM has no more than {self.profile.max_vcpus} vCPUs")
         if any(v.vcpu_id == vcpu_id for v in self.vcpus):
             raise KernelError(EEXIST, f"vCPU {vcpu_id} exists")
         vcpu = Vcpu(self, vcpu_id)
+        if not self.tdp_enabled:
+            vcpu.mmu.pae_root = self.alloc_zeroed_page()
+        kvm_init_mmu(vcpu)
         if self.cpu_dirty_log_size:
             pml.vmx_pml_create(vcpu)
         if self.dirty_ring_size:
@@ -239,7 +299,26 @@ class Kvm:
 
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         """KVM_SET_USER_MEMORY_REGION; size 0 deletes."""
+        if flags & KVM_MEM_GUEST_MEMFD:
+            raise KernelError(EINVAL, "guest_memfd is for KVM_SET_USER_MEMORY_REGION2")
         memory_region.kvm_set_user_memory_region(self, slot, gpa, size, hva, flags)
+
+    def set_user_memory_region2(
+        self, slot: int, gpa: int, size: int, hva: int, flags: int, guest_memfd: AddressSpace | None = None,
+        offset: int = 0,
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2."""
+        memory_region.kvm_set_user_memory_region(
+            self, slot, gpa, size, hva, flags, guest_memfd=guest_memfd, offset=offset
+        )
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> AddressSpace:
+        """KVM_CREATE_GUEST_MEMFD: a file, to be closed with fput before the VM is destroyed."""
+        return kvm_gmem_create(self, size, flags)
+
+    def set_memory_attributes(self, gpa: int, size: int, attributes: int, flags: int = 0) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES."""
+        kvm_vm_ioctl_set_mem_attributes(self, gpa, size, attributes, flags)
 
     def enable_manual_dirty_log(self, *, init_set: bool = False) -> None:
         """Reading a log does not clear it; `init_set`: logs start full."""
@@ -248,7 +327,12 @@ class Kvm:
         self.enable_cap(dirty_log.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, value)
 
     def enable_cap(self, cap: int, value: int, flags: int = 0) -> None:
-        """KVM_ENABLE_CAP of the VM: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 or KVM_CAP_DIRTY_LOG_RING."""
+        """KVM_ENABLE_CAP of the VM: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, _DIRTY_LOG_RING, _DISABLE_QUIRKS2."""
+        if cap == KVM_CAP_DISABLE_QUIRKS2 and self.profile.quirks:
+            if flags or value & ~self.profile.quirks:
+                raise KernelError(EINVAL, f"there are no such quirks to disable: {value:#x}")
+            self.disabled_quirks |= value
+            return
         dirty_log.kvm_vm_ioctl_enable_cap(self, cap, value, flags)
 
     def reset_dirty_rings(self) -> int:
@@ -269,9 +353,11 @@ class Kvm:
         dirty_log.kvm_clear_dirty_log(self, slot, first, num_pages, bitmap)
 
     def destroy(self) -> None:
-        """kvm_destroy_vm. No vCPU may be running."""
+        """kvm_destroy_vm. No vCPU may be running, and every guest_memfd must be closed."""
         if not self.alive:
             return
+        if self.gmems:
+            raise BrokenTruth("file-count", "a guest_memfd is open: it holds the VM", self.stream.here())
         self.alive = False
         mmu_notifier_unregister(self.mmu_notifier, self.mm)
         self.mn_active_invalidate_count = 0
@@ -279,11 +365,15 @@ class Kvm:
             mmu_roots.kvm_mmu_unload(vcpu)
             mmu_roots.mmu_free_memory_caches(vcpu)
             pml.vmx_destroy_pml_buffer(vcpu)
+            if vcpu.mmu.pae_root >= 0:
+                put_page(self.host, vcpu.mmu.pae_root)
             if vcpu.dirty_ring is not None:
                 vcpu.dirty_ring.free(self)
         kvm_tdp_mmu_invalidate_roots(self)
         kvm_tdp_mmu_zap_invalidated_roots(self, shared=False)
         self.vcpus.clear()
+        if self.profile.mmu_shrinker:
+            shrinker.unregister(self)
         self.host.frame_holders.remove(self._table_frames)
         if self.truths is not None:
             self.truths.detach()
@@ -304,12 +394,16 @@ class Kvm:
         vcpu.immediate_exit = True
         requests.kvm_vcpu_kick(vcpu)
 
-    def walk(self, gpa: int, vcpu: Vcpu | None = None) -> list[tuple[int, int, int]]:
-        """(level, physical address of the entry, SPTE) from the root down; empty without a root."""
+    def walk(self, addr: int, vcpu: Vcpu | None = None) -> list[tuple[int, int, int]]:
+        """(level, physical address of the entry, SPTE) from the root down; empty without a root.
+
+        `addr` is a gpa under TDP, else the guest's linear address.
+        """
         vcpu = vcpu or self.vcpus[0]
-        if vcpu.root_hpa >> 12 not in self.sps:
+        if vcpu.root_hpa == INVALID_PAGE:
             return []
-        return [(level, sptep << 3, spte) for level, sptep, spte in mmio.kvm_tdp_mmu_get_walk(vcpu, gpa)]
+        steps = mmio.kvm_tdp_mmu_get_walk(vcpu, addr) if self.tdp_enabled else get_walk(vcpu, addr)
+        return [(level, sptep << 3, spte) for level, sptep, spte in steps]
 
     def leaf_spte(self, gfn: int) -> tuple[int, int]:
         """(physical address, level) of the present leaf that maps `gfn` for vCPU 0, or (0, 0)."""
@@ -323,8 +417,10 @@ class Kvm:
     def map_for_instrument(self, gfn: int) -> None:
         """Map `gfn` writable with a 4K leaf, splitting what is larger; KernelError if it cannot be.
 
-        The leaf counts as instrumented from now on.
+        The leaf counts as instrumented from now on. Not where KVM shadows the guest's tables (EOPNOTSUPP).
         """
+        if not self.tdp_enabled:
+            raise KernelError(EOPNOTSUPP, "shadow pages map linear addresses, not gfns")
         vcpu = self.vcpus[0]
         idx = self.srcu.read_lock()
         try:

@@ -94,7 +94,7 @@ class KvmX86Ops(Protocol):
         ...
 
     def get_reg(self, vcpu: Vcpu, name: str) -> int:
-        """A register by its lower-case SDM name: rax..r15, rip, rflags, cr0..cr4, efer, cs..."""
+        """A register by its lower-case name: rax..r15, rip, rflags, cr0..cr4, efer, pdptr0..pdptr3, cs..."""
         ...
 
     def set_reg(self, vcpu: Vcpu, name: str, value: int) -> None:

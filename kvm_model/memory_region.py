@@ -8,36 +8,38 @@ A delete or move first publishes an INVALID copy of the slot, so that faults ret
 publishes the final state. Each publication waits for open notifier brackets (so that range_start and
 range_end see the same slots) and then for SRCU readers of the old set.
 
-Not modelled: guest_memfd regions, KVM's internal slots.
+Not modelled: KVM's internal slots.
 """
 
 from __future__ import annotations
 
-from errno import EEXIST, EINVAL
+from errno import EEXIST, EINVAL, ENOTTY
 from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import TASK_SIZE
 from host_mm.kernel.errors import KernelError
 from kvm_model.dirty_log import dirty_log_init_set, kvm_mmu_slot_apply_flags, kvm_use_dirty_bitmap
+from kvm_model.guest_memfd import kvm_gmem_bind, kvm_gmem_unbind
 from kvm_model.memslots import (
+    KVM_MEM_GUEST_MEMFD,
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_MAX_NR_PAGES,
     KVM_MEM_READONLY,
-    KVM_MEM_SLOTS_NUM,
     KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS,
     KVM_MEMSLOT_INVALID,
-    KVM_USER_MEM_SLOTS,
     KvmMemorySlot,
     KvmMemslots,
     alloc_lpage_info,
 )
 from kvm_model.mmu.mmu_roots import kvm_arch_flush_shadow_memslot, kvm_mmu_invalidate_mmio_sptes
 from kvm_model.mmu.page_track import kvm_page_track_delete_slot, kvm_page_track_has_external_user
-from kvm_model.mmu.shadow_page import kvm_mmu_change_mmu_pages
+from kvm_model.mmu.set_mem_attributes import kvm_mmu_init_memslot_memory_attributes
+from kvm_model.mmu.shadow_zap import kvm_mmu_change_mmu_pages
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
+    from host_mm.address_space import AddressSpace
     from kvm_model.kvm_main import Kvm
 
 __all__ = ["TRACEPOINTS", "kvm_set_user_memory_region"]
@@ -55,22 +57,34 @@ MEMSLOT_UPDATE = Tracepoint(
 TRACEPOINTS = (MEMSLOT_UPDATE,)
 
 
-def kvm_set_user_memory_region(kvm: Kvm, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
-    """Create, delete (size 0), move or re-flag a slot; KernelError as the ioctl refuses."""
-    if slot & 0xFFFF >= KVM_USER_MEM_SLOTS:
+def kvm_set_user_memory_region(
+    kvm: Kvm, slot: int, gpa: int, size: int, hva: int, flags: int, *,
+    guest_memfd: AddressSpace | None = None, offset: int = 0,
+) -> None:
+    """Create, delete (size 0), move or re-flag a slot; KernelError as the ioctl refuses.
+
+    `guest_memfd` and `offset` count with KVM_MEM_GUEST_MEMFD: KVM_SET_USER_MEMORY_REGION2.
+    """
+    if flags & KVM_MEM_GUEST_MEMFD and not kvm.profile.guest_memfd:
+        raise KernelError(ENOTTY, "this kernel has no KVM_SET_USER_MEMORY_REGION2")
+    if slot & 0xFFFF >= kvm.profile.user_mem_slots:
         raise KernelError(EINVAL, f"slot {slot & 0xFFFF} is out of range")
     with kvm.slots_lock:
-        _kvm_set_memory_region(kvm, slot, gpa, size, hva, flags)
+        _kvm_set_memory_region(kvm, slot, gpa, size, hva, flags, guest_memfd, offset)
 
 
 def _check(kvm: Kvm, as_id: int, id_: int, gpa: int, size: int, hva: int, flags: int) -> None:
+    # Private memory can neither be logged nor emulated.
+    valid = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY
+    if flags & KVM_MEM_GUEST_MEMFD:
+        valid = KVM_MEM_GUEST_MEMFD
     checks = (
-        (flags & ~(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY), f"unknown flags {flags:#x}"),
+        (flags & ~valid, f"unknown flags {flags:#x}"),
         (size & 0xFFF or not 0 <= size < _U64, f"size {size:#x} is not whole pages"),
         (gpa & 0xFFF or not 0 <= gpa < _U64, f"guest address {gpa:#x} is not page aligned"),
         (hva & 0xFFF or not hva >= 0, f"host address {hva:#x} is not page aligned"),
         (hva + size > TASK_SIZE, f"host range {hva:#x}+{size:#x} is not user memory"),
-        (as_id >= kvm.profile.nr_memslot_as_ids or id_ >= KVM_MEM_SLOTS_NUM, f"no address space {as_id}"),
+        (as_id >= kvm.profile.nr_memslot_as_ids, f"no address space {as_id}"),
         (gpa + size >= _U64, "the guest range wraps around"),
         (size >> 12 > KVM_MEM_MAX_NR_PAGES, f"size {size:#x} is too large for a dirty bitmap"),
     )
@@ -79,7 +93,10 @@ def _check(kvm: Kvm, as_id: int, id_: int, gpa: int, size: int, hva: int, flags:
             raise KernelError(EINVAL, why)
 
 
-def _kvm_set_memory_region(kvm: Kvm, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
+def _kvm_set_memory_region(
+    kvm: Kvm, slot: int, gpa: int, size: int, hva: int, flags: int, guest_memfd: AddressSpace | None,
+    offset: int,
+) -> None:
     as_id, id_ = slot >> 16, slot & 0xFFFF
     _check(kvm, as_id, id_, gpa, size, hva, flags)
     slots = kvm.memslots[as_id]
@@ -93,6 +110,8 @@ def _kvm_set_memory_region(kvm: Kvm, slot: int, gpa: int, size: int, hva: int, f
     if old is None:
         change = "create"
     else:
+        if flags & KVM_MEM_GUEST_MEMFD:
+            raise KernelError(EINVAL, f"slot {id_} exists; one of guest_memfd can only be deleted")
         if (hva, npages) != (old.userspace_addr, old.npages) or (flags ^ old.flags) & KVM_MEM_READONLY:
             raise KernelError(EINVAL, f"slot {id_} exists; only its guest address and logging can change")
         if base_gfn != old.base_gfn:
@@ -105,7 +124,14 @@ def _kvm_set_memory_region(kvm: Kvm, slot: int, gpa: int, size: int, hva: int, f
         for other in slots.in_gfn_range(base_gfn, base_gfn + npages):
             if other.id != id_:
                 raise KernelError(EEXIST, f"gfns overlap slot {other.id}")
-    _kvm_set_memslot(kvm, old, KvmMemorySlot(as_id, id_, base_gfn, npages, flags, hva), change)
+    new = KvmMemorySlot(as_id, id_, base_gfn, npages, flags, hva)
+    if flags & KVM_MEM_GUEST_MEMFD:
+        kvm_gmem_bind(kvm, new, guest_memfd, offset)
+    try:
+        _kvm_set_memslot(kvm, old, new, change)
+    except KernelError:
+        kvm_gmem_unbind(new)
+        raise
 
 
 def _inactive(kvm: Kvm, as_id: int) -> KvmMemslots:
@@ -185,6 +211,7 @@ def _prepare(kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot | None, cha
     if new.end_gfn > TDP_MMU_MAX_GFN_EXCLUSIVE:
         raise KernelError(EINVAL, f"gfn {new.end_gfn - 1:#x} is beyond the physical address width")
     alloc_lpage_info(new)
+    kvm_mmu_init_memslot_memory_attributes(kvm, new)
 
 
 def _kvm_invalidate_memslot(kvm: Kvm, old: KvmMemorySlot) -> KvmMemorySlot:
@@ -237,6 +264,7 @@ def _kvm_commit_memory_region(
         kvm.nr_memslot_pages -= old.npages
         if not kvm.profile.mmu_is_page_track_node:
             kvm_page_track_delete_slot(kvm, old)
+        kvm_gmem_unbind(old)
     elif change == "create":
         assert new is not None
         kvm.nr_memslot_pages += new.npages

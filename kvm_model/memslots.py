@@ -7,8 +7,6 @@ kvm_alloc_memslot_metadata (lpage_info), mmu/page_track.c: kvm_gfn_is_write_trac
 Each address space has two sets of slots; an update changes the inactive one and swaps. The hva
 "interval tree" is a list sorted by start with the running maximum of ends: slots are few, and two
 may share host addresses.
-
-Not modelled: guest_memfd slots, memory attributes.
 """
 
 from __future__ import annotations
@@ -23,11 +21,13 @@ from kvm_model.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, kvm_pages_per_hpage
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvm_model.guest_memfd import KvmGmem
     from kvm_model.mmu.rmap import RmapHead
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS", "KVM_MEMSLOT_INVALID", "KVM_MEM_LOG_DIRTY_PAGES",
+    "KVM_LPAGE_MIXED_FLAG", "KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS", "KVM_MEMSLOT_GMEM_ONLY",
+    "KVM_MEMSLOT_INVALID", "KVM_MEM_GUEST_MEMFD", "KVM_MEM_LOG_DIRTY_PAGES",
     "KVM_MEM_MAX_NR_PAGES", "KVM_MEM_READONLY", "KVM_MEM_SLOTS_NUM", "KVM_USER_MEM_SLOTS",
     "KvmMemorySlot", "KvmMemslots", "alloc_lpage_info", "hva_to_gfn_memslot", "kvm_gfn_is_write_tracked",
     "kvm_mmu_gfn_allow_lpage",
@@ -37,7 +37,10 @@ __all__ = [
 
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
+KVM_MEM_GUEST_MEMFD = 1 << 2
 KVM_MEMSLOT_INVALID = 1 << 16
+KVM_MEMSLOT_GMEM_ONLY = 1 << 17
+KVM_LPAGE_MIXED_FLAG = 1 << 31
 KVM_MEM_SLOTS_NUM = 32767
 KVM_USER_MEM_SLOTS = KVM_MEM_SLOTS_NUM - 3
 KVM_MEM_MAX_NR_PAGES = (1 << 31) - 1
@@ -49,12 +52,13 @@ class KvmMemorySlot:
 
     `lpage_info[level - 2]` counts, per huge page of that level, the reasons not to map it huge. `rmap[level
     - 1]` has the rmap heads that hold something, by the index of their gfn at that level. `gfn_write_track`
-    has how many want to hear of the writes to a page of the slot, where that is anybody.
+    has how many want to hear of the writes to a page of the slot, where that is anybody. `gmem` is the
+    guest_memfd that it shows from page `gmem_pgoff` on, None: none, or it was closed.
     """
 
     __slots__ = (
-        "as_id", "base_gfn", "dirty_bitmap", "flags", "gfn_write_track", "id", "lpage_info", "npages", "rmap",
-        "userspace_addr",
+        "as_id", "base_gfn", "dirty_bitmap", "flags", "gfn_write_track", "gmem", "gmem_pgoff", "id",
+        "lpage_info", "npages", "rmap", "userspace_addr",
     )
 
     def __init__(self, as_id: int, id_: int, base_gfn: int, npages: int, flags: int, hva: int) -> None:
@@ -68,11 +72,18 @@ class KvmMemorySlot:
         self.lpage_info: tuple[array[int], ...] = ()
         self.rmap: tuple[dict[int, RmapHead], ...] = ({}, {}, {})
         self.gfn_write_track: dict[int, int] = {}
+        self.gmem: KvmGmem | None = None
+        self.gmem_pgoff = 0
 
     @property
     def end_gfn(self) -> int:
         """One past the last gfn."""
         return self.base_gfn + self.npages
+
+    @property
+    def gmem_only(self) -> bool:
+        """kvm_memslot_is_gmem_only: even shared memory is the guest_memfd's."""
+        return self.flags & KVM_MEMSLOT_GMEM_ONLY != 0
 
     def gfn_to_hva(self, gfn: int) -> int:
         """__gfn_to_hva_memslot."""
@@ -86,6 +97,7 @@ class KvmMemorySlot:
         """kvm_copy_memslot."""
         new = KvmMemorySlot(self.as_id, self.id, self.base_gfn, self.npages, self.flags, self.userspace_addr)
         new.dirty_bitmap = self.dirty_bitmap
+        new.gmem, new.gmem_pgoff = self.gmem, self.gmem_pgoff
         new.take_arch(self)
         return new
 
@@ -132,9 +144,9 @@ def alloc_lpage_info(slot: KvmMemorySlot) -> None:
         shift = 9 * (level - 1)
         lpages = ((slot.end_gfn - 1) >> shift) - (slot.base_gfn >> shift) + 1
         if (slot.base_gfn ^ ugfn) & (pages - 1):
-            info = array("i", [1]) * lpages
+            info = array("I", [1]) * lpages
         else:
-            info = array("i", [0]) * lpages
+            info = array("I", [0]) * lpages
             if slot.base_gfn & (pages - 1):
                 info[0] = 1
             if slot.end_gfn & (pages - 1):

@@ -10,8 +10,7 @@ event and its owner, never refuses, and takes no mmu_lock if no slot is hit. In 
 open bracket makes any fault retry, and a memslot update waits for none.
 
 Not modelled: SEV's cache flush on reclaim, the APIC access page (the one thing 5.10's invalidate_range
-callback is for), guest_memfd invalidation, roots by
-address space (a slot of the SMM space zaps and ages in the only space's roots).
+callback is for), roots by address space (a slot of the SMM space zaps and ages in the only space's roots).
 """
 
 from __future__ import annotations

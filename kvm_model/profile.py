@@ -29,7 +29,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     `lockless_aging`: aging takes no mmu_lock. `flush_on_young`: clear_flush_young flushes.
     `age_clears_dirty`: aging clears an SPTE's dirty bit as well. `marks_page_at_drop`: what an SPTE's
     accessed and dirty bits say goes to struct page when they are cleared, and nothing when it is made.
-    `dirty_ring`: there are dirty rings.
+    `dirty_ring`: there are dirty rings. `guest_memfd`: there are guest_memfd and memory attributes.
 
     `tdp_mmu`: the default of the module parameter. The rest is of VMs without the TDP MMU:
     `obsolete_root_check`: a fault whose root is obsolete is retried. `unmap_breaks_lock`: an unmap gives
@@ -46,8 +46,20 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     protected when it starts, not when it is cleared. `collapses_any_compound_page`: when a log ends every 4K
     leaf of a compound page goes.
 
+    `user_mem_slots`: memory slots that user space may have, KVM's own come behind. `max_vcpu_ids`: vCPUs are
+    numbered below it; `max_vcpus`: how many there may be.
+
+    Of the walk of guest tables: `pt_access_per_level`: it keeps the rights on the way to each level, not only
+    those of the last table. `cmpxchg_gpte_by_gup`: it sets A and D in a frame that GUP gave, not through the
+    VMM's mapping. `smap_implicit_by_cpl`: any supervisor access at CPL 3 counts as implicit, not only what
+    KVM says is. `shadow_role_forces_nx`: shadow pages have NX whatever the guest's EFER says, and no bits of
+    the control registers while the guest's paging is off.
+
     `mmu_is_page_track_node`: the MMU itself is a node of the page-track head, hears so of emulated writes,
     and zaps a slot when the head is told to flush it.
+
+    `quirks`: those that can be disabled, of which slot-zap-all alone is looked at. `mmu_shrinker`: reclaim
+    takes table pages back.
 
     `absent_events`: tracepoints this kernel has not.
     `nr_memslot_as_ids`: normal memory and SMM. `mmu_cache_objects`: capacity of a vCPU's cache of
@@ -66,6 +78,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     age_clears_dirty: bool = False
     marks_page_at_drop: bool = False
     dirty_ring: bool = True
+    guest_memfd: bool = True
     tdp_mmu: bool = True
     obsolete_root_check: bool = True
     unmap_breaks_lock: bool = True
@@ -81,8 +94,17 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     log_flush_if_changed: bool = False
     init_set_protects_huge: bool = False
     collapses_any_compound_page: bool = False
+    pt_access_per_level: bool = True
+    cmpxchg_gpte_by_gup: bool = False
+    smap_implicit_by_cpl: bool = False
+    shadow_role_forces_nx: bool = True
     mmu_is_page_track_node: bool = False
+    quirks: int = 0x3FF
+    mmu_shrinker: bool = False
     absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page"})
+    user_mem_slots: int = 32764
+    max_vcpu_ids: int = 4096
+    max_vcpus: int = 1024
     nr_memslot_as_ids: int = 2
     mmu_cache_objects: int = 40
     mmu_cache_min: int = 5
@@ -108,6 +130,7 @@ LINUX_5_10 = KvmProfile(
     age_clears_dirty=True,
     marks_page_at_drop=True,
     dirty_ring=False,
+    guest_memfd=False,
     tdp_mmu=False,
     obsolete_root_check=False,
     unmap_breaks_lock=False,
@@ -123,10 +146,19 @@ LINUX_5_10 = KvmProfile(
     log_flush_if_changed=True,
     init_set_protects_huge=True,
     collapses_any_compound_page=True,
+    user_mem_slots=509,
+    max_vcpu_ids=1023,
+    max_vcpus=288,
+    pt_access_per_level=False,
+    cmpxchg_gpte_by_gup=True,
+    smap_implicit_by_cpl=True,
+    shadow_role_forces_nx=False,
     mmu_is_page_track_node=True,
+    quirks=0,
+    mmu_shrinker=True,
     absent_events=frozenset({
         "kvm:kvm_age_hva", "kvm:kvm_dirty_ring_exit", "kvm:kvm_dirty_ring_push", "kvm:kvm_dirty_ring_reset",
-        "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range",
+        "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range", "kvm:kvm_vm_set_mem_attributes",
         "kvmmmu:kvm_mmu_split_huge_page", "kvmmmu:kvm_tdp_mmu_spte_changed",
     }),
 )

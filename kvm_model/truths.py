@@ -3,7 +3,8 @@
     no-spte-in-bracket    from the return of range_start to the call of range_end no leaf lies in the range,
                           and from invalidate_begin on none is made there (in 5.10 none anywhere)
     spte-matches-host     elsewhere each 4K of a leaf is the host's frame, no leaf is larger than the host's
-                          mapping, and what KVM holds for writable the host maps writable
+                          mapping, and what KVM holds for writable the host maps writable; a leaf of memory
+                          from guest_memfd is a 4K one and has the file's page
     flush-before-unlock   range_start asks for the flush of what it zapped before it drops mmu_lock
     bracket-balance       counts go up and down with brackets, the sequence moves before the count
     spte-writable-state   a leaf is in one of the four (host, mmu, W) states (five where there is change_pte)
@@ -24,7 +25,7 @@ page-table lock is held or the place is in an open bracket.
 Source of truth: the rules themselves (virt/kvm/kvm_main.c, Documentation/virt/kvm/locking.rst,
 arch/x86/kvm/mmu/spte.h: is_writable_pte's table); Linux 6.18.
 
-Not modelled: guest_memfd, shadow paging's rule about guest tables, a huge leaf made beside a bracket
+Not modelled: shadow paging's rule about guest tables, a huge leaf made beside a bracket
 that covers a part of it (legal: the host must split first, in a bracket of its own).
 """
 
@@ -35,8 +36,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, PMD_SIZE, lookup_address_in_mm, pte_pfn
 from host_mm.kernel.errors import BrokenTruth
+from kvm_model.guest_memfd import kvm_gmem_folio
+from kvm_model.mem_attributes import gfn_is_in_guest_memfd
 from kvm_model.memslots import hva_to_gfn_memslot, kvm_slot_dirty_track_enabled
 from kvm_model.mmu.spte import (
+    PG_LEVEL_1G,
     PT_PAGE_SIZE_MASK,
     PT_WRITABLE_MASK,
     SPTE_BASE_ADDR_MASK,
@@ -71,7 +75,9 @@ class KvmTruths:
 
     def __init__(self, kvm: Kvm) -> None:
         self.kvm = kvm
-        self._noted: dict[int, int | None] = {}
+        self._noted: dict[int, tuple[int, int | None]] = {}
+        # Leaves outside the TDP MMU by gfn, which their tables do not show: level - 1, gfn, SPTEs.
+        self._by_gfn: tuple[dict[int, set[int]], ...] = ({}, {}, {})
         self._noted_gfns: dict[tuple[int, int], int | None] = {}
         self._in_brackets: dict[tuple[int, int], int | None] = {}
         self._held: Spinlock | None = None
@@ -115,7 +121,7 @@ class KvmTruths:
         if self.kvm.sched.current in self._flush_due:
             self._broken("flush-before-unlock", "range_start drops mmu_lock with zapped SPTEs not flushed")
 
-    def note_start_returned(self, range_: MmuNotifierRange, found: bool) -> None:
+    def note_start_returned(self, range_: object, found: bool) -> None:
         """range_start is done: nothing may be mapped in the range."""
         ranges = self._ranges.pop(self.kvm.sched.current, [])
         self._open[id(range_)] = (found, ranges)
@@ -133,7 +139,7 @@ class KvmTruths:
         for start, end in ranges:
             self._assert_unmapped(start, end)
 
-    def note_end_called(self, range_: MmuNotifierRange) -> None:
+    def note_end_called(self, range_: object) -> None:
         """range_end begins: from its mmu_lock section on the range may be mapped."""
         entry = self._open.get(id(range_))
         self._ending += entry is not None and entry[0]
@@ -142,7 +148,7 @@ class KvmTruths:
             self._noted_gfns.update(self._in_brackets)
             self._in_brackets.clear()
 
-    def note_end_returned(self, range_: MmuNotifierRange, found: bool | None) -> None:
+    def note_end_returned(self, range_: object, found: bool | None) -> None:
         """range_end is done; `found` as it saw the memslots, None if it was left out."""
         entry = self._open.pop(id(range_), None)
         if entry is None:
@@ -184,6 +190,8 @@ class KvmTruths:
         kvm = self.kvm
         was_leaf = is_shadow_present_pte(old) and is_last_spte(old, level)
         self._count_leaf(old, new, level, was_leaf)
+        if not kvm.tdp_mmu_enabled:
+            self._index_leaf(sptep, gfn, level, was_leaf, new)
         if not is_shadow_present_pte(new) or not is_last_spte(new, level):
             if was_leaf and kvm.spte.is_mmio_spte(new):
                 self._broken("no-mmio-over-slot", f"gfn {gfn:#x}: {new:#x} over {old:#x}")
@@ -198,7 +206,16 @@ class KvmTruths:
         making = not is_shadow_present_pte(old) and kvm.mmu_invalidate_in_progress and inside
         if making or self._in_open_bracket(gfn, pages):
             self._broken("no-spte-in-bracket", f"gfn {gfn:#x} level {level}: {new:#x} stored in a bracket")
-        self._noted[sptep] = kvm.stream.ctx.cause
+        self._noted[sptep] = gfn, kvm.stream.ctx.cause
+
+    def _index_leaf(self, sptep: int, gfn: int, level: int, was_leaf: bool, new: int) -> None:
+        heads = self._by_gfn[level - 1] if level <= PG_LEVEL_1G else {}
+        if is_shadow_present_pte(new) and is_last_spte(new, level):
+            heads.setdefault(gfn, set()).add(sptep)
+        elif was_leaf:
+            heads[gfn].discard(sptep)
+            if not heads[gfn]:
+                del heads[gfn]
 
     def _count_leaf(self, old: int, new: int, level: int, was_leaf: bool) -> None:
         # A frame is counted once for each leaf, of whatever root, that maps it.
@@ -278,12 +295,11 @@ class KvmTruths:
     def _check_noted(self) -> None:
         kvm = self.kvm
         noted, self._noted = self._noted, {}
-        for sptep, seq in noted.items():
+        for sptep, (gfn, seq) in noted.items():
             sp = kvm.sps.get(sptep >> 9)
             spte = kvm.ram.u64[sptep]
             if sp is None or not is_shadow_present_pte(spte) or not is_last_spte(spte, sp.level):
                 continue
-            gfn = sp.gfn + ((sptep & 511) << 9 * (sp.level - 1))
             if self._root_of(sp):
                 self._check_leaf(sptep, gfn, sp.level, spte, seq)
         gfns, self._noted_gfns = self._noted_gfns, {}
@@ -311,11 +327,28 @@ class KvmTruths:
         kvm = self.kvm
         for root in kvm.tdp_mmu_roots:
             yield from self._leaves(root, start, end)
-        if not kvm.tdp_mmu_enabled:
-            for sp in tuple(kvm.sps.values()):
-                for sptep, gfn, spte in shadow_entries(kvm, sp, start, end):
-                    if is_last_spte(spte, sp.level):
-                        yield sptep, gfn, sp.level, spte
+        if kvm.tdp_mmu_enabled:
+            return
+        u64 = kvm.ram.u64
+        for level, heads in enumerate(self._by_gfn, 1):
+            pages = kvm_pages_per_hpage(level)
+            first = start & ~(pages - 1)
+            few = (end - first) // pages <= len(heads)
+            gfns = range(first, end, pages) if few else [gfn for gfn in heads if first <= gfn < end]
+            for gfn in gfns:
+                for sptep in tuple(heads.get(gfn, ())):
+                    yield sptep, gfn, level, u64[sptep]
+
+    def _scan_leaves(self) -> Iterator[tuple[int, int, int, int]]:
+        """The same of all that exist, by what the tables themselves hold."""
+        kvm = self.kvm
+        if kvm.tdp_mmu_enabled:
+            yield from self._all_leaves(0, TDP_MMU_MAX_GFN_EXCLUSIVE)
+            return
+        for sp in tuple(kvm.sps.values()):
+            for sptep, gfn, spte in shadow_entries(kvm, sp):
+                if is_last_spte(spte, sp.level):
+                    yield sptep, gfn, sp.level, spte
 
     def _leaves(self, root: KvmMmuPage, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """(sptep, gfn, level, SPTE) of the present leaves that map anything in [start, end)."""
@@ -344,8 +377,14 @@ class KvmTruths:
         slot = kvm.slots().gfn_to_memslot(gfn)
         if slot is None:
             self._broken("spte-matches-host", f"gfn {gfn:#x} is mapped by {spte:#x} but has no memslot", seq)
-        entry, host_level = lookup_address_in_mm(kvm.mm, slot.gfn_to_hva(gfn))
         pfn = spte_to_pfn(spte)
+        if gfn_is_in_guest_memfd(kvm, slot, gfn):
+            folio = kvm_gmem_folio(slot, gfn)
+            if level > 1 or folio != pfn:
+                what = f"gfn {gfn:#x} level {level}: {spte:#x}, guest_memfd has {folio:#x}"
+                self._broken("spte-matches-host", what, seq)
+            return
+        entry, host_level = lookup_address_in_mm(kvm.mm, slot.gfn_to_hva(gfn))
         host_pfn = pte_pfn(entry)
         if host_level > 1:
             host_pfn += gfn & (kvm_pages_per_hpage(host_level) - 1)
@@ -400,7 +439,7 @@ class KvmTruths:
         kvm = self.kvm
         locked = self._page_table_locked()
         count = 0
-        for sptep, gfn, level, spte in self._all_leaves(0, TDP_MMU_MAX_GFN_EXCLUSIVE):
+        for sptep, gfn, level, spte in self._scan_leaves():
             count += 1
             if sptep in kvm.instrumented:
                 continue

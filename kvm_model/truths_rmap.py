@@ -6,8 +6,6 @@
     what is on the list of active pages, in the hash and counted are the same pages
 
 Source of truth: the rules themselves (arch/x86/kvm/mmu/mmu.c: "About rmap_head encoding"); Linux 6.18.
-
-Not modelled: gfns of indirect pages.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth
 from kvm_model.mmu.rmap import rmap_sptes
+from kvm_model.mmu.shadow_spte import kvm_mmu_page_get_gfn
 from kvm_model.mmu.spte import SPTE_MMU_PRESENT_MASK, is_last_spte, spte_to_pfn
 
 if TYPE_CHECKING:
@@ -30,17 +29,12 @@ __all__ = ["check_rmaps", "shadow_entries"]
 _TRUTH = "rmap-matches-sptes"
 
 
-def shadow_entries(kvm: Kvm, sp: KvmMmuPage, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(sptep, gfn, SPTE) of the present entries of a page that map anything in gfns [start, end)."""
-    shift = 9 * (sp.level - 1)
-    first = max(start - sp.gfn, 0) >> shift
-    last = min(end - 1 - sp.gfn >> shift, 511)
-    if first > last:
-        return
+def shadow_entries(kvm: Kvm, sp: KvmMmuPage) -> Iterator[tuple[int, int, int]]:
+    """(sptep, gfn, SPTE) of the present entries of a page; the gfn is of leaves only."""
     table = sp.spt << 9
-    for sptep, spte in enumerate(kvm.ram.u64[table + first : table + last + 1].tolist(), table + first):
+    for sptep, spte in enumerate(kvm.ram.u64[table : table + 512].tolist(), table):
         if spte & SPTE_MMU_PRESENT_MASK:
-            yield sptep, sp.gfn + ((sptep & 511) << shift), spte
+            yield sptep, kvm_mmu_page_get_gfn(sp, sptep & 511), spte
 
 
 def check_rmaps(kvm: Kvm) -> None:
@@ -48,13 +42,13 @@ def check_rmaps(kvm: Kvm) -> None:
     mapped: Counter[tuple[int, ...]] = Counter()
     links: Counter[tuple[int, ...]] = Counter()
     for sp in kvm.sps.values():
-        for sptep, gfn, spte in shadow_entries(kvm, sp, sp.gfn, sp.gfn + (512 << 9 * (sp.level - 1))):
+        for sptep, gfn, spte in shadow_entries(kvm, sp):
             if is_last_spte(spte, sp.level):
                 mapped[sp.level, gfn, sptep] += 1
             else:
                 links[spte_to_pfn(spte), sptep] += 1
     in_rmaps: Counter[tuple[int, ...]] = Counter()
-    for slot in kvm.slots():
+    for slot in (slot for slots in kvm.memslots for slot in slots):
         for level in (1, 2, 3):
             shift = 9 * (level - 1)
             for index, head in slot.rmap[level - 1].items():

@@ -17,6 +17,7 @@ import msgspec
 
 from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import WaitQueue
+from kvm_model.mmu.kvm_mmu import KvmMmu
 from kvm_model.mmu.mmu_internal import INVALID_PAGE
 from kvm_model.requests import KVM_REQ_EVENT, KVM_REQ_NMI, OUTSIDE_GUEST_MODE, kvm_make_request, kvm_vcpu_kick
 from kvm_model.vmx.exits import VmExit
@@ -39,8 +40,9 @@ KVM_MP_STATE_RUNNABLE = 0
 KVM_MP_STATE_HALTED = 3
 
 VCPU_STATS = (
-    "pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_fast", "pf_mmio_spte_created", "tlb_flush",
-    "exits", "io_exits", "mmio_exits", "signal_exits", "irq_window_exits", "nmi_window_exits", "halt_exits",
+    "pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_fast", "pf_mmio_spte_created", "pf_guest",
+    "tlb_flush", "invlpg", "exits", "io_exits", "mmio_exits", "signal_exits", "irq_window_exits",
+    "nmi_window_exits", "halt_exits",
     "irq_exits", "insn_emulation", "insn_emulation_fail", "hypercalls", "irq_injections", "nmi_injections",
     "req_event", "halt_wakeup", "halt_wait_ns",
 )
@@ -64,7 +66,8 @@ class UserExit(msgspec.Struct):
 
     `io` (port, size, write, data), `mmio` (gpa, size, write, data), `hypercall` (nr, args), `hlt`,
     `shutdown` (triple fault), `dirty-ring-full` (harvest and reset it first),
-    `memory-fault` (gpa: no usable host memory), `internal-error` (why) and
+    `memory-fault` (gpa: no usable host memory), `memory-fault-exit` (KVM_EXIT_MEMORY_FAULT: gpa, size,
+    private: no guest_memfd, or the page was of the other kind), `internal-error` (why) and
     `intr` (user space asked for the vCPU back).
     """
 
@@ -76,6 +79,7 @@ class UserExit(msgspec.Struct):
     data: int = 0
     nr: int = 0
     args: tuple[int, int, int, int] = (0, 0, 0, 0)
+    private: bool = False
     why: str = ""
 
 
@@ -118,16 +122,19 @@ class Vcpu:
         self.srcu_idx = -1
 
         self.root_hpa = INVALID_PAGE
+        self.mmu = KvmMmu()
         self.mmu_shadow_page_cache: list[int] = []
         self.dirty_ring: KvmDirtyRing | None = None
         self.pml_pg = -1
         self.vmcs = -1
         self.mmio_gva = 0
+        self.mmio_access = 0
         self.mmio_gfn = 0
         self.mmio_gen = 0
         self.fault_gpa = 0
         self.last_retry_eip = 0
         self.last_retry_addr = 0
+        self.write_fault_to_shadow_pgtable = False
 
         self.entry_intr_info = 0
         self.entry_error_code = 0
@@ -148,6 +155,11 @@ class Vcpu:
         self.user_data: int | None = None
 
     # -- events ---------------------------------------------------------------------------------
+
+    @property
+    def event_needs_reinjection(self) -> bool:
+        """kvm_event_needs_reinjection: an event's delivery was cut short by the exit."""
+        return self.exception.injected or self.interrupt_injected or self.nmi_injected
 
     def queue_exception(self, vector: int, error_code: int | None = None) -> None:
         """kvm_queue_exception: deliver at the next entry. An exception on top of one makes #DF."""

@@ -16,17 +16,22 @@ from __future__ import annotations
 from errno import EFAULT, EINTR, EIO
 from typing import TYPE_CHECKING
 
+from host_mm.address_space import flush_delayed_fput
 from host_mm.kernel.costs import COST_VM_ENTRY, COST_VM_EXIT
 from kvm_model.dirty_ring import kvm_dirty_ring_check_request
-from kvm_model.mmu.mmu_roots import kvm_mmu_free_obsolete_roots, kvm_mmu_reload
+from kvm_model.mmu.mmu_roots import kvm_mmu_free_obsolete_roots, kvm_mmu_load_pgd, kvm_mmu_reload
+from kvm_model.mmu.shadow_roots import kvm_mmu_sync_prev_roots, kvm_mmu_sync_roots
 from kvm_model.requests import (
     EXITING_GUEST_MODE,
     IN_GUEST_MODE,
     KVM_REQ_EVENT,
+    KVM_REQ_LOAD_MMU_PGD,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    KVM_REQ_MMU_SYNC,
     KVM_REQ_NMI,
     KVM_REQ_TLB_FLUSH,
     KVM_REQ_TLB_FLUSH_CURRENT,
+    KVM_REQ_TLB_FLUSH_GUEST,
     KVM_REQ_TRIPLE_FAULT,
     KVM_REQ_UNBLOCK,
     KVM_REQ_UPDATE_CPU_DIRTY_LOGGING,
@@ -54,12 +59,12 @@ _WITH_ERROR_CODE = INTR_INFO_VALID | INTR_INFO_DELIVER_CODE
 _USER_EXIT_REASONS = {
     "io": 2, "hypercall": 3, "hlt": 5, "mmio": 6, "shutdown": 8, "intr": 10, "internal-error": 17,
     "dirty-ring-full": 31,
-    "memory-fault": 0,
+    "memory-fault": 0, "memory-fault-exit": 39,
 }
 _USER_EXIT_NAMES = {
     0: "KVM_EXIT_UNKNOWN", 2: "KVM_EXIT_IO", 3: "KVM_EXIT_HYPERCALL", 5: "KVM_EXIT_HLT", 6: "KVM_EXIT_MMIO",
     8: "KVM_EXIT_SHUTDOWN", 10: "KVM_EXIT_INTR", 17: "KVM_EXIT_INTERNAL_ERROR",
-    31: "KVM_EXIT_DIRTY_RING_FULL",
+    31: "KVM_EXIT_DIRTY_RING_FULL", 39: "KVM_EXIT_MEMORY_FAULT",
 }
 
 
@@ -116,6 +121,7 @@ def kvm_arch_vcpu_ioctl_run(vcpu: Vcpu) -> UserExit:
                 r = _vcpu_run(vcpu)
         finally:
             _srcu_unlock(vcpu)
+    flush_delayed_fput(kvm.host)
     out = _user_exit(vcpu, r)
     if (t := kvm.trace.kvm_userspace_exit) is not None:
         t(_USER_EXIT_REASONS[out.kind], min(r, 0))
@@ -135,6 +141,8 @@ def _srcu_unlock(vcpu: Vcpu) -> None:
 def _user_exit(vcpu: Vcpu, r: int) -> UserExit:
     if r == -EINTR:
         return UserExit("intr")
+    if r < 0 and vcpu.run is not None and vcpu.run.kind == "memory-fault-exit":
+        return vcpu.run
     if r == -EFAULT:
         return UserExit("memory-fault", gpa=vcpu.fault_gpa)
     if r < 0:
@@ -179,6 +187,24 @@ def _vcpu_run(vcpu: Vcpu) -> int:
 # -- entering the guest -------------------------------------------------------------------------
 
 
+def _service_tlb_flush_requests(vcpu: Vcpu) -> None:
+    """Of everything, of the present root, and, with what KVM keeps of the guest's tables, the guest's own."""
+    cpu = vcpu.kvm.cpu
+    if kvm_check_request(KVM_REQ_TLB_FLUSH, vcpu):
+        vcpu.stat["tlb_flush"] += 1
+        cpu.flush_tlb(vcpu)
+        kvm_clear_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu)
+    if kvm_check_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu):
+        vcpu.stat["tlb_flush"] += 1
+        cpu.flush_tlb(vcpu)
+    if kvm_check_request(KVM_REQ_TLB_FLUSH_GUEST, vcpu):
+        vcpu.stat["tlb_flush"] += 1
+        if not vcpu.kvm.tdp_enabled:
+            kvm_mmu_sync_roots(vcpu)
+            kvm_mmu_sync_prev_roots(vcpu)
+        cpu.flush_tlb(vcpu)
+
+
 def _service_requests(vcpu: Vcpu) -> int:
     """What was asked of the vCPU since its last entry. 1 to go on, else vcpu_enter_guest's result."""
     if kvm_check_request(KVM_REQ_VM_DEAD, vcpu):
@@ -188,13 +214,11 @@ def _service_requests(vcpu: Vcpu) -> int:
         return 0
     if kvm_check_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu):
         kvm_mmu_free_obsolete_roots(vcpu)
-    if kvm_check_request(KVM_REQ_TLB_FLUSH, vcpu):
-        vcpu.stat["tlb_flush"] += 1
-        vcpu.kvm.cpu.flush_tlb(vcpu)
-        kvm_clear_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu)
-    if kvm_check_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu):
-        vcpu.stat["tlb_flush"] += 1
-        vcpu.kvm.cpu.flush_tlb(vcpu)
+    if kvm_check_request(KVM_REQ_MMU_SYNC, vcpu):
+        kvm_mmu_sync_roots(vcpu)
+    if kvm_check_request(KVM_REQ_LOAD_MMU_PGD, vcpu):
+        kvm_mmu_load_pgd(vcpu)
+    _service_tlb_flush_requests(vcpu)
     if kvm_check_request(KVM_REQ_TRIPLE_FAULT, vcpu):
         vcpu.run = UserExit("shutdown")
         return 0

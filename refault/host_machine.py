@@ -46,7 +46,6 @@ class HostMachine:
         breaks: frozenset[str] | set[str] = frozenset(),
         check: bool = False,
     ) -> None:
-        check_params(params or {})
         if profile not in profiles():
             raise UsageError(f"no kernel {profile!r}; there is {', '.join(profiles())}")
         unknown = sorted(set(breaks) - set(switches()))
@@ -54,6 +53,7 @@ class HostMachine:
             raise UsageError(f"no protocol switch {unknown[0]!r}; see refault list switches")
         ram_bytes = as_bytes(ram)
         assert ram_bytes is not None
+        check_params(params or {}, ram_bytes)
         self.ram = ram_bytes
         self.swap = as_bytes(swap)
         self.check = check

@@ -11,20 +11,21 @@ from refault.errors import UsageError
 
 __all__ = ["PARAMS", "Param", "check_params"]
 
-_BOOLS = ("y", "n", "1", "0", "on", "off", "yes", "no", "true", "false", "force", "never")
+_BOOLS = ("y", "n", "1", "0", "on", "off", "yes", "no", "true", "false")
+_UINT_MAX = 0xFFFF_FFFF
 
 
 class Param(msgspec.Struct, frozen=True):
     """One parameter: what it takes, its default, its meaning.
 
-    It takes a `bool`, a `count`, a `number` (a count or 0), a `size` or one of several words separated by |;
-    a number may have a greatest value, `most`.
+    It takes a `bool`, a `count`, a `number` (a count or 0), a `size` or one of several words separated by |,
+    of which one may be `bool`; `most` is a number's greatest value.
     """
 
     takes: str
     default: str
     doc: str
-    most: int | None = None
+    most: int = _UINT_MAX
 
 
 PARAMS: dict[str, Param] = {
@@ -39,7 +40,7 @@ PARAMS: dict[str, Param] = {
         "bool", "Y", "split huge pages when dirty logging starts, not at the fault"
     ),
     "kvm.mmio_caching": Param("bool", "Y", "remember MMIO pages as misconfigured EPT entries"),
-    "kvm.nx_huge_pages": Param("bool", "N", "no huge page is executable"),
+    "kvm.nx_huge_pages": Param("bool|force|never", "N", "no huge page is executable"),
     "kvm.nx_huge_pages_recovery_period_ms": Param(
         "number", "0", "ms between two recoveries of huge pages split for code; 0: an hour by the ratio"
     ),
@@ -49,7 +50,10 @@ PARAMS: dict[str, Param] = {
     ),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
     "kvm_intel.pml": Param("bool", "N", "the CPU logs what it dirties; Linux has Y, see dirty_log"),
-    "mm.fault_around_bytes": Param("number", "65536", "what a read fault of a file maps if it is cached"),
+    "mm.fault_around_bytes": Param(
+        "number", "65536", "what a read fault of a file maps if it is cached, rounded down to 2**N",
+        most=(513 << 12) - 1,
+    ),
     "mm.read_ahead_kb": Param("number", "128", "what a miss in the page cache reads around it"),
     "mm.max_gather_pages": Param("count", "9698", "pages that an unmap frees in one go"),
     "mm.movablecore": Param("size", "0", "memory of ZONE_MOVABLE, over all nodes; plain bytes or K, M, G"),
@@ -59,9 +63,15 @@ PARAMS: dict[str, Param] = {
     "swap.device": Param("file|zram", "file", "swap to a file, or to compressed RAM"),
     "swap.vma_ra_enabled": Param("bool", "Y", "swap readahead goes by address, not by slot"),
     "vmm.dirty_ring_size": Param("number", "0", "entries of each vCPU's dirty ring; 0: bitmaps, no rings"),
-    "zswap.accept_threshold_percent": Param("count", "90", "how full a full zswap pool may stay"),
+    "vmm.quirk_slot_zap_all": Param(
+        "bool", "Y", "KVM drops all of its tables with a slot; N: the VMM has it drop the slot's leaves only"
+    ),
+    "vmm.vm_type": Param(
+        "default|sw-protected", "default", "KVM_CREATE_VM's type: with sw-protected pages can be private"
+    ),
+    "zswap.accept_threshold_percent": Param("count", "90", "how full a full zswap pool may stay", most=100),
     "zswap.enabled": Param("bool", "N", "keep swapped pages compressed in RAM before they go to the file"),
-    "zswap.max_pool_percent": Param("count", "20", "how much of RAM the zswap pool may take"),
+    "zswap.max_pool_percent": Param("count", "20", "how much of RAM the zswap pool may take", most=100),
     "zswap.shrinker_enabled": Param("bool", "N", "reclaim writes the zswap pool back, too"),
     "vm.page_cluster": Param("0|1|2|3|4|5", "0", "swap readahead of up to 2**N pages"),
     "mm.lru_gen": Param("bool", "N", "multi-generational LRU instead of the active and inactive lists"),
@@ -92,8 +102,8 @@ PARAMS: dict[str, Param] = {
 }
 
 
-def check_params(params: dict[str, str]) -> None:
-    """UsageError for a name that no model reads or a value that it could not."""
+def check_params(params: dict[str, str], ram: int) -> None:
+    """UsageError for a name that no model reads, or a value that it could not or that `ram` bytes forbid."""
     for name, value in params.items():
         param = PARAMS.get(name)
         if param is None:
@@ -102,22 +112,22 @@ def check_params(params: dict[str, str]) -> None:
             near = get_close_matches(name, PARAMS, 1)
             hint = f"did you mean {near[0]!r}?" if near else "see refault list params"
             raise UsageError(f"no parameter {name!r}; {hint}")
-        if param.takes == "bool":
-            good = value.lower() in _BOOLS
-        elif param.takes == "count":
-            good = value.isdecimal() and int(value) > 0
-        elif param.takes == "number":
-            good = value.isdecimal()
-        elif param.takes == "size":
+        takes = param.takes
+        if takes in ("count", "number"):
+            good = value.isdecimal() and int(value) >= (takes == "count")
+            if good and int(value) > param.most:
+                raise UsageError(f"parameter {name}={value}: it takes at most {param.most}")
+        elif takes == "size":
             good = value.rstrip("kmgKMG").isdecimal() and len(value) - len(value.rstrip("kmgKMG")) < 2
         else:
-            good = value in param.takes.split("|")
-        if good and param.most is not None and int(value) > param.most:
-            raise UsageError(f"parameter {name}={value}: it takes at most {param.most}")
+            words = takes.split("|")
+            good = (value in words and value != "bool") or ("bool" in words and value.lower() in _BOOLS)
         if not good:
-            names = {
-                "bool": "Y or N", "count": "a number from 1", "number": "a number",
-                "size": "bytes, or 64M and the like",
-            }
-            takes = names.get(param.takes, param.takes)
+            said = {"count": "a number from 1", "number": "a number", "size": "bytes, or 64M and the like"}
+            takes = said.get(takes, "Y or N" if takes == "bool" else takes.replace("bool", "Y|N"))
             raise UsageError(f"parameter {name}={value}: it takes {takes}")
+    if (movable := params.get("mm.movablecore")) is not None:
+        from host_mm.mm_init import memparse
+
+        if memparse(movable) >= ram:
+            raise UsageError(f"parameter mm.movablecore={movable}: the host has {ram >> 10}K of RAM in all")

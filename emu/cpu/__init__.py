@@ -12,6 +12,7 @@ Reading order, from one access outwards:
     stops.py                      exceptions, private instructions, exits
     block.py block_body.py        counting instructions, ending slices
     intercept.py control.py       instructions that leave the guest; those that change the CPU's mode
+    pdpte.py                      the registers of PAE paging
     events.py segments.py         delivery of exceptions and interrupts; segment registers
     memory.py                     the CPU's own accesses: descriptors, stacks, operands
     insn.py mmio.py alu.py        decoding one instruction, emulating it on device memory

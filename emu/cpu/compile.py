@@ -73,7 +73,7 @@ def native() -> Native:
             for name, signature in signatures.items()
         }
         word = numba.types.int64
-        compile_walk = numba.njit((word[::1], *[word] * 9), cache=cache is not None)
+        compile_walk = numba.njit((word[::1], *[word] * 10), cache=cache is not None)
         outer = compile_walk(_copy(cast(FunctionType, walk.walk), scope))
 
     def walk_shadow() -> Any:

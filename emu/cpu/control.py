@@ -1,11 +1,11 @@
 """Instructions that change the CPU's mode or privilege and that Unicorn leaves wholly or partly undone.
 
-MOV to CR0 and CR4, LMSW and CLTS with the #GP conditions that QEMU lacks; SYSCALL and SYSENTER, for
-which Unicorn has no code.
+MOV to CR0, CR4 and (in PAE paging) CR3, LMSW and CLTS with the #GP conditions that QEMU lacks; SYSCALL and
+SYSENTER, for which Unicorn has no code.
 
 Source: Intel SDM vol. 2: MOV to/from control registers, LMSW, CLTS, SYSCALL, SYSENTER; vol. 3A 2.5.
 
-Not modelled: SYSRET's #GP on a non-canonical RCX (the fetch faults instead), CR8, PCIDE, LA57, CET.
+Not modelled: SYSRET's #GP on a non-canonical RCX (the fetch faults instead), CR8, PCIDE, CET.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from emu.cpu.env import (
 from emu.cpu.insn import effective_address
 from emu.cpu.memory import VECTOR_GP, GuestFault
 from emu.cpu.mmio import read_register
-from emu.cpu.paging import CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, EFER_SCE
+from emu.cpu.paging import CR0_PE, CR0_PG, CR4_LA57, CR4_PAE, EFER_LMA, EFER_LME, EFER_SCE
+from emu.cpu.pdpte import follow_paging_mode, load_pdptes, load_pdptes_for_cr0, load_pdptes_for_cr4
 from emu.cpu.segments import DESC_CODE, DESC_DB, DESC_G, DESC_L, DESC_P, DESC_S, load_seg_cache
 from emu.cpu.vcpu import UnicornVcpu
 
@@ -39,8 +40,8 @@ _CR0_TS, _CR0_NW, _CR0_CD = 1 << 3, 1 << 29, 1 << 30
 _CR0_FIXED = 1 << 4 | 1 << 5
 _VECTOR_UD = 6
 
-# VME PVI TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT FSGSBASE SMEP SMAP
-CR4_GUEST_BITS = sum(1 << b for b in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 20, 21))
+# VME PVI TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT LA57 FSGSBASE SMEP SMAP
+CR4_GUEST_BITS = sum(1 << b for b in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 21))
 
 _SEG_ACCESSED_RW = 3 << 8
 _RF, _IF, _VM = 1 << 16, 1 << 9, 1 << 17
@@ -52,7 +53,7 @@ def _gp() -> GuestFault:
 
 
 def write_control_register(vcpu: UnicornVcpu, insn: Any, number: int) -> None:
-    """Carry out the instruction at RIP that writes CR0 or CR4, or raise the #GP it deserves."""
+    """Carry out the instruction at RIP that writes CR0, CR3 or CR4, or raise the #GP it deserves."""
     env = vcpu.env
     if insn.id == cx.X86_INS_CLTS:
         value = env.cr(0) & ~_CR0_TS
@@ -62,12 +63,25 @@ def write_control_register(vcpu: UnicornVcpu, insn: Any, number: int) -> None:
         value = read_register(vcpu, insn.operands[1].reg)
     if number == 0:
         _check_cr0(vcpu, value)
+        load_pdptes_for_cr0(vcpu, value)
         vcpu.intercepts.load_cr0(value | _CR0_FIXED)
+    elif number == 3:
+        load_pdptes(vcpu, value)
+        vcpu.intercepts.load_cr3(value)
     else:
-        if value & ~CR4_GUEST_BITS or (env.hflags & HF_LMA and not value & CR4_PAE):
-            raise _gp()
+        _check_cr4(vcpu, value)
+        load_pdptes_for_cr4(vcpu, value)
         vcpu.intercepts.load_cr4(value)
+    follow_paging_mode(vcpu)
     vcpu.skip(insn.size)
+
+
+def _check_cr4(vcpu: UnicornVcpu, value: int) -> None:
+    long_mode = vcpu.env.hflags & HF_LMA
+    if value & ~CR4_GUEST_BITS or (long_mode and not value & CR4_PAE):
+        raise _gp()
+    if long_mode and (value ^ vcpu.env.cr(4)) & CR4_LA57:
+        raise _gp()
 
 
 def lmsw_operand(vcpu: UnicornVcpu, insn: Any) -> int:

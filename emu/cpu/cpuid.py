@@ -3,8 +3,8 @@
 Source: Intel SDM vol. 2A CPUID; AMD APM vol. 3 for 8000_000xH; emu/abi.py for the hypervisor's leaves.
 
 Present: long mode, NX, SYSCALL, 1 GiB pages, SSE to SSE4.2, CMPXCHG16B, POPCNT, SMEP, SMAP, PSE, PGE,
-PAT, TSC, MSR, RDTSCP. Absent although Unicorn knows some: AVX, XSAVE, RDRAND (not deterministic),
-PCID, INVPCID, APIC, MONITOR, SVM, VMX, 5-level paging, protection keys.
+PSE36, PAT, TSC, MSR, RDTSCP, 5-level paging. Absent although Unicorn knows some: AVX, XSAVE, RDRAND (not
+deterministic), PCID, INVPCID, APIC, MONITOR, SVM, VMX, protection keys.
 
 Not modelled: cache and topology leaves beyond what makes Linux content.
 """
@@ -31,12 +31,14 @@ _FEATURES_1_EDX = sum(
 _FEATURES_1_ECX = sum(1 << b for b in (0, 9, 13, 19, 20, 22, 23, 31))
 # FSGSBASE BMI1 SMEP BMI2 ERMS SMAP
 _FEATURES_7_EBX = sum(1 << b for b in (0, 3, 7, 8, 9, 20))
+# LA57
+_FEATURES_7_ECX = 1 << 16
 # SYSCALL NX 1GPAGES RDTSCP LM
 _FEATURES_8001_EDX = sum(1 << b for b in (11, 20, 26, 27, 29))
 # LAHF ABM
 _FEATURES_8001_ECX = sum(1 << b for b in (0, 5))
 _CLFLUSH_64 = 8 << 8
-_LINEAR_BITS = 48
+_LINEAR_BITS = 57
 
 
 def _u32(data: bytes) -> int:
@@ -66,7 +68,7 @@ def cpuid(
             _FEATURES_1_ECX, _FEATURES_1_EDX,
         )
     if leaf == 7 and subleaf == 0:
-        return 0, _FEATURES_7_EBX, 0, 0
+        return 0, _FEATURES_7_EBX, _FEATURES_7_ECX, 0
     return 0, 0, 0, 0
 
 

@@ -228,7 +228,7 @@ def _long_mode(
     stack = rsp
     if ist or inner:
         stack = _tss_stack64(vcpu, 0x24 + 8 * (ist - 1) if ist else 4 + 8 * new_cpl, ext)
-    if not is_canonical(entry):
+    if not is_canonical(entry, vcpu.env.cr(4)):
         raise GuestFault(VECTOR_GP, ext)
     frame = [env.seg(R_SS)[0], rsp, rflags, env.seg(R_CS)[0], rip]
     if error_code is not None:

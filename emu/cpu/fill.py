@@ -186,8 +186,22 @@ class Fill:
         """VM entry: read the PDPTEs, if the root is one of PAE paging."""
         if self._pae:
             at = self.params[body.P_ROOT] >> 3
-            for n in range(4):
-                self.params[body.P_PDPTE + n] = self.ram.i64[at + n]
+            self.pdptes = [self.ram.i64[at + n] for n in range(4)]
+
+    @property
+    def pdptes(self) -> list[int]:
+        """The CPU's four PDPTE registers, signed."""
+        return list(self.params[body.P_PDPTE : body.P_PDPTE + 4])
+
+    @pdptes.setter
+    def pdptes(self, entries: list[int]) -> None:
+        for n, entry in enumerate(entries):
+            self.params[body.P_PDPTE + n] = entry
+
+    @property
+    def pml(self) -> int:
+        """Where the VMCS's words for page-modification logging begin, as an index of RAM's; 0: off."""
+        return self.params[body.P_PML]
 
     def set_vmcs(self, vmcs: int) -> None:
         """Log modified pages as the VMCS at physical address `vmcs` says; 0: do not."""
@@ -249,7 +263,7 @@ class Fill:
             return result
         result = self._walk(
             self._mem, self.ram.nr_frames, env[CR // 8], env[CR // 8 + 3], env[CR // 8 + 4], env[EFER // 8],
-            p[body.P_EPTP], p[body.P_PML], signed(gva), access,
+            p[body.P_EPTP], p[body.P_PML], p[body.P_PDPTE + (gva >> 30 & 3)], signed(gva), access,
         )
         return result
 

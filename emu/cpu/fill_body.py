@@ -13,8 +13,8 @@ without X lets stores pass translated code unseen. So a frame is either data (st
 code (stores leave the CPU and somebody decides). FRAME_MIXED is for frames that hold both and are
 written often: a write through a known executable page gets R W X, slow and coherent.
 
-P_ROOT is the root that KVM loaded into CR3 where it shadows the guest's tables, with P_PDPTE the four PDPTEs
-where that is a PAE root; 0: the guest's CR3 is the CPU's, and P_EPTP the second stage.
+P_ROOT is the root that KVM loaded into CR3 where it shadows the guest's tables; 0: the guest's CR3 is the
+CPU's, and P_EPTP the second stage. P_PDPTE are the CPU's four PDPTE registers, used in PAE paging.
 
 A page fault of a user access to a page of the descriptor tables may really be the CPU's own read
 of them (loading a segment register at CPL 3), which Unicorn does not tell apart. P_DESCRIPTOR is
@@ -134,7 +134,7 @@ def tlb_fill(
     else:
         status, hpa, rights, a, b, c = walk(
             mem, params[P_NR_FRAMES], env[CR // 8], env[CR // 8 + 3], env[CR // 8 + 4], env[EFER // 8],
-            params[P_EPTP], params[P_PML], gva, access,
+            params[P_EPTP], params[P_PML], params[P_PDPTE + (gva >> 30 & 3)], gva, access,
         )
     granted = 0
     if status == OK:

@@ -221,6 +221,11 @@ class Intercepts:
         ctypes.c_uint16.from_address(at + _ENV_INTERCEPT_CR_READ).value = on << 3
         ctypes.c_uint16.from_address(at + _ENV_INTERCEPT_CR_WRITE).value = 1 << 0 | 1 << 4 | on << 3
 
+    def intercept_cr3_writes(self, on: bool) -> None:
+        """Whether MOV to CR3 stops: in PAE paging it loads registers that Unicorn has not."""
+        at = self.env.addr + _ENV_INTERCEPT_CR_WRITE
+        ctypes.c_uint16.from_address(at).value = 1 << 0 | 1 << 4 | on << 3
+
     def stop_reason(self) -> int:
         """After emu_start said UC_ERR_EXCEPTION without a refused fill: a vector or a STOP_*."""
         return self._index.value

@@ -21,10 +21,8 @@ from emu.cpu.walk import (
     EPT_VIOLATION,
     NON_CANONICAL,
     OK,
-    OUTSIDE_RAM,
     PAGE_FAULT,
     PML_FULL,
-    STATUS_NAMES,
     Walk,
 )
 from kvm_model.vmx.exits import (
@@ -94,11 +92,8 @@ def raise_walk_failure(result: Walk, gva: int, *, shadow: bool, stack: bool = Fa
         raise MemoryExit(reason, a if violation else 0, gpa, gva & _M64)
     if status == NON_CANONICAL:
         raise GuestFault(VECTOR_SS if stack else VECTOR_GP, 0)
-    if status == OUTSIDE_RAM:
-        raise GuestNotSupported(f"translation of {gva & _M64:#x} leads to {hpa:#x}, outside the host's RAM")
-    raise GuestNotSupported(
-        f"the guest turned on a paging mode other than 4-level ({STATUS_NAMES.get(status, status)})"
-    )
+    # OUTSIDE_RAM
+    raise GuestNotSupported(f"translation of {gva & _M64:#x} leads to {hpa:#x}, outside the host's RAM")
 
 
 class GuestMemory:

@@ -23,7 +23,7 @@ from emu.cpu.env import (
     SYSENTER_ESP,
     TSC_AUX,
 )
-from emu.cpu.paging import CR0_PG, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, is_canonical
+from emu.cpu.paging import CR0_PG, CR4_LA57, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, is_canonical
 from emu.cpu.vcpu import UnicornVcpu
 
 __all__ = ["MSR_EFER", "MSR_TSC", "PASSTHROUGH", "read_msr", "write_msr"]
@@ -86,7 +86,8 @@ def write_msr(vcpu: UnicornVcpu, index: int, value: int) -> bool:
     """Write; False where WRMSR is #GP. The time-stamp counter is the CPU's (UnicornCpu.write_tsc)."""
     env = vcpu.env
     if index in _BASES:
-        if not is_canonical(value):
+        # By what the CPU has, not by the mode it is in.
+        if not is_canonical(value, CR4_LA57):
             return False
         env.q[_BASES[index] // 8] = value
         return True

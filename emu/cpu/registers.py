@@ -1,7 +1,8 @@
 """Registers by name, as KVM, the debugger and the reports ask for them.
 
-Names: rax..r15, rip, rflags, cr0, cr2, cr3, cr4, efer, cpl; es, cs, ss, ds, fs, gs and gdtr, idtr, ldtr,
-tr for selectors, each also with _base, _limit and _flags (bits 32..63 of the descriptor).
+Names: rax..r15, rip, rflags, cr0, cr2, cr3, cr4, efer, cpl; pdptr0..pdptr3 (the PDPTE registers); es, cs,
+ss, ds, fs, gs and gdtr, idtr, ldtr, tr for selectors, each also with _base, _limit and _flags (bits 32..63 of
+the descriptor).
 
 Not modelled: debug, FPU and SSE registers; writing of segments.
 """
@@ -22,6 +23,7 @@ GENERAL_REGISTERS = {
     )
 }
 _CONTROL = {"cr0": 0, "cr2": 2, "cr3": 3, "cr4": 4}
+_PDPTRS = ("pdptr0", "pdptr1", "pdptr2", "pdptr3")
 _TABLES = {
     **{name: SEGS + SEG_SIZE * n for n, name in enumerate(("es", "cs", "ss", "ds", "fs", "gs"))},
     "gdtr": GDT, "idtr": IDT, "ldtr": LDT, "tr": TR,
@@ -44,6 +46,8 @@ def read_register(vcpu: UnicornVcpu, name: str) -> int:
         return env.efer
     if name == "cpl":
         return env.cpl
+    if name in _PDPTRS:
+        return vcpu.fill.pdptes[_PDPTRS.index(name)] & _M64
     table, _, part = name.partition("_")
     if part not in _PARTS:
         raise KeyError(name)

@@ -85,7 +85,7 @@ class Stops:
             STOP_MSR: self._msr,
             STOP_WRITE_CR0: lambda v: self._write_cr(v, 0),
             STOP_WRITE_CR4: lambda v: self._write_cr(v, 4),
-            STOP_WRITE_CR3: lambda v: cr3_exit(v, self._decode(v), read=False),
+            STOP_WRITE_CR3: self._write_cr3,
             STOP_READ_CR3: lambda v: cr3_exit(v, self._decode(v), read=True),
             STOP_SYSCALL: syscall,
             STOP_SYSENTER: sysenter,
@@ -165,6 +165,13 @@ class Stops:
         if vmexit is None:
             write_control_register(v, insn, number)
         return vmexit
+
+    def _write_cr3(self, v: UnicornVcpu) -> VmExit | None:
+        insn = self._decode(v)
+        if not self.ept:
+            return cr3_exit(v, insn, read=False)
+        write_control_register(v, insn, 3)
+        return None
 
     def _msr(self, v: UnicornVcpu) -> VmExit | None:
         index = v.env.reg(_RCX) & _M32

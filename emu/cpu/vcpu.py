@@ -59,13 +59,17 @@ _FPU_RESET = ((x86.UC_X86_REG_FPCW, 0x37F), (x86.UC_X86_REG_MXCSR, 0x1F80), (x86
 
 
 class UnicornVcpu:
-    """The CPU proper. `stale` collects frames whose translated code must be dropped before the next run."""
+    """The CPU proper. `stale` collects frames whose translated code must be dropped before the next run.
+
+    `shadow`: it runs without EPT, on KVM's shadow tables.
+    """
 
     def __init__(
         self, ram: Ram, vcpu_id: int, *, interpreted: bool = False, shadow: bool = False
     ) -> None:
         self.ram = ram
         self.vcpu_id = vcpu_id
+        self.shadow = shadow
         self.uc = unicorn.Uc(uc_const.UC_ARCH_X86, uc_const.UC_MODE_64)
         self.uc.ctl_set_cpu_model(x86.UC_CPU_X86_BROADWELL)  # the oldest one with SMAP
         self.uc.mem_map_ptr(0, ram.size, uc_const.UC_PROT_ALL, ram.ptr)
@@ -78,7 +82,6 @@ class UnicornVcpu:
         self.fill.install()
         self.counter = BlockCounter(self.uc, interpreted=interpreted)
         self.intercepts = Intercepts(self.uc, self.env)
-        self.intercepts.intercept_cr3(shadow)
         self.memory = GuestMemory(self.fill)
         self.msrs: dict[int, int] = {}
         self.deferred: Callable[[], None] | None = None
@@ -197,6 +200,7 @@ class UnicornVcpu:
         for reg, value in _FPU_RESET:
             self.uc.reg_write(reg, value)
         intercepts.request_interrupt_window(False)
+        intercepts.intercept_cr3(self.shadow)
         self.fill.flush()
 
     def _leave_long_mode(self) -> None:

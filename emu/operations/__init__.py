@@ -7,6 +7,7 @@
 | `mapping.py` | mlock, munlock, mremap |
 | `migration.py` | compaction, exact frames, memory offline, mbind, long-term pins, bad memory |
 | `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
+| `guest_memfd.py` | memory of guest_memfd, private and shared |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `reclaim.py` | memory cgroups, generations, zswap, the OOM killer |
@@ -29,6 +30,7 @@ from emu.operations import (
     device,
     device_memory,
     files,
+    guest_memfd,
     hugetlb,
     instrument,
     ksm,
@@ -52,6 +54,7 @@ __all__ = [
     "device",
     "device_memory",
     "files",
+    "guest_memfd",
     "hugetlb",
     "instrument",
     "ksm",

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING
 
 from host_mm import mmu_notifier
 from host_mm.arch.x86.pgtable import _PAGE_ACCESSED, pmd_pfn, pte_pfn
-from host_mm.filemap import folio_trylock, folio_unlock
 from host_mm.page import PG_idle, PG_young, folio_mapcount, put_page
-from host_mm.page_idle import needs_folio_lock, page_idle_get_folio
+from host_mm.page_idle import page_idle_get_folio, rmap_walk_trylock
 from host_mm.page_vma_mapped import PageVmaMappedWalk
 from host_mm.pgtable_generic import ptep_get, ptep_test_and_clear_young
 from host_mm.pgtable_huge import pmdp_clear_young_notify, pmdp_get
-from host_mm.rmap import rmap_walk
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -74,12 +72,7 @@ def damon_folio_mkold(host: HostMm, folio: int) -> None:
     if not folio_mapcount(host.pages, folio) or folio not in host.pages.mapping:
         host.pages.flags[folio] |= PG_idle
         return
-    lock = needs_folio_lock(host, folio)
-    if lock and not folio_trylock(host, folio):
-        return
-    rmap_walk(host, folio, one)
-    if lock:
-        folio_unlock(host, folio)
+    rmap_walk_trylock(host, folio, one)
 
 
 def damon_folio_young(host: HostMm, folio: int) -> bool:
@@ -99,10 +92,5 @@ def damon_folio_young(host: HostMm, folio: int) -> bool:
 
     if not folio_mapcount(host.pages, folio) or folio not in host.pages.mapping:
         return not host.pages.flags[folio] & PG_idle
-    lock = needs_folio_lock(host, folio)
-    if lock and not folio_trylock(host, folio):
-        return False
-    rmap_walk(host, folio, one)
-    if lock:
-        folio_unlock(host, folio)
+    rmap_walk_trylock(host, folio, one)
     return accessed

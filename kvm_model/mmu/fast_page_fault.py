@@ -3,14 +3,15 @@
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): page_fault_can_be_fast, fast_page_fault,
 fast_pf_fix_direct_spte; tdp_mmu.c: kvm_tdp_mmu_fast_pf_get_last_sptep.
 
-The walk is the same in the TDP MMU and in direct pages. Those are freed only after a flush that waits for
-such walkers; a read section of RCU stands for that.
+Direct pages outside the TDP MMU are freed only after a flush that waits for walkers without mmu_lock; a read
+section of RCU stands for that.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvm_model.mem_attributes import kvm_mem_is_private
 from kvm_model.memslots import kvm_slot_dirty_track_enabled, mark_page_dirty_in_slot
 from kvm_model.mmu.mmu_internal import (
     RET_PF_FIXED,
@@ -19,6 +20,7 @@ from kvm_model.mmu.mmu_internal import (
     KvmPageFault,
     pferr_flags,
 )
+from kvm_model.mmu.shadow_walk import for_each_shadow_entry
 from kvm_model.mmu.spte import (
     PG_LEVEL_4K,
     PT_WRITABLE_MASK,
@@ -50,8 +52,12 @@ def _can_be_fast(vcpu: Vcpu, fault: KvmPageFault) -> bool:
     if fault.rsvd:
         return False
     kvm = vcpu.kvm
+    if fault.is_private != kvm_mem_is_private(kvm, fault.gfn):
+        # It is not the SPTE's rights that the access met.
+        return False
     if not fault.present:
-        return not kvm.spte.ad_enabled or kvm.profile.fast_fault_of_any_nonpresent
+        any_ = kvm.profile.fast_fault_of_any_nonpresent and kvm.spte.acc_track != 0
+        return not kvm.spte.ad_enabled or any_
     if fault.exec and kvm.profile.fast_fault_of_any_nonpresent:
         return False
     return fault.write
@@ -59,6 +65,9 @@ def _can_be_fast(vcpu: Vcpu, fault: KvmPageFault) -> bool:
 
 def _last_sptep(vcpu: Vcpu, gfn: int) -> tuple[int, int, int]:
     kvm = vcpu.kvm
+    if not kvm.tdp_mmu_enabled:
+        level, sptep = list(for_each_shadow_entry(vcpu, vcpu.root_hpa, gfn << 12))[-1]
+        return sptep, kvm.ram.u64[sptep], level
     it = TdpIter(kvm.ram, root_to_sp(kvm, vcpu.root_hpa), PG_LEVEL_4K, gfn, gfn + 1)
     sptep, spte, level = it.sptep, it.old_spte, it.level
     while it.valid:

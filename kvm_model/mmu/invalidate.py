@@ -54,15 +54,18 @@ def kvm_mmu_invalidate_begin(kvm: Kvm) -> None:
         kvm.mmu_invalidate_range_end = INVALID_GPA
 
 
-def kvm_mmu_invalidate_range_add(kvm: Kvm, start: int, end: int) -> None:
-    """Widen the range of the invalidations in progress to hold [start, end)."""
+def kvm_mmu_invalidate_range_add(kvm: Kvm, start: int, end: int, *, unmapped: bool = True) -> None:
+    """Widen the range of the invalidations in progress to hold [start, end).
+
+    Without `unmapped` what is mapped there stays; only nothing new may be mapped.
+    """
     if kvm.mmu_invalidate_range_start == INVALID_GPA or "no-range-union" in kvm.breaks:
         kvm.mmu_invalidate_range_start = start
         kvm.mmu_invalidate_range_end = end
     else:
         kvm.mmu_invalidate_range_start = min(kvm.mmu_invalidate_range_start, start)
         kvm.mmu_invalidate_range_end = max(kvm.mmu_invalidate_range_end, end)
-    if kvm.truths is not None:
+    if unmapped and kvm.truths is not None:
         kvm.truths.note_range(start, end)
     if (t := kvm.trace.mmu_invalidate_begin) is not None:
         t(

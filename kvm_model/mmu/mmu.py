@@ -1,15 +1,17 @@
-"""The fault path: from a TDP fault to an SPTE, a retry, or emulation.
+"""The fault path: from a fault to an SPTE, a retry, emulation, or the guest's own page fault.
 
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): kvm_mmu_page_fault, kvm_mmu_do_page_fault,
-kvm_tdp_mmu_page_fault, direct_page_fault, kvm_mmu_faultin_pfn, kvm_handle_noslot_fault, kvm_handle_error_pfn,
-is_page_fault_stale, kvm_mmu_hugepage_adjust, kvm_mmu_max_mapping_level, host_pfn_mapping_level,
-kvm_mmu_finish_page_fault, page_fault_handle_page_track, kvm_mmu_write_protect_fault.
+kvm_tdp_mmu_page_fault, direct_page_fault, nonpaging_page_fault, kvm_mmu_faultin_pfn,
+kvm_handle_noslot_fault, kvm_handle_error_pfn, is_page_fault_stale, kvm_mmu_hugepage_adjust,
+kvm_mmu_max_mapping_level, host_pfn_mapping_level,
+kvm_mmu_finish_page_fault, page_fault_handle_page_track, kvm_mmu_write_protect_fault; mmu/paging_tmpl.h:
+page_fault.
 
 KVM holds its reference to the page only until the SPTE is in place. What keeps the frame from being
 freed under the mapping is that every change of the host's translation is bracketed, that
 range_start zaps, and that `is_page_fault_stale` is asked under mmu_lock.
 
-Not modelled: private memory, async page faults, the APIC access page.
+Not modelled: async page faults, the APIC access page.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_PSE, lookup_address_in
 from host_mm.gup import FOLL_INTERRUPTIBLE, FOLL_NOWAIT, FOLL_WRITE
 from host_mm.process import BUS_MCEERR_AR
 from kvm_model.follow_pfn import kvm_faultin_pfn, kvm_release_faultin_page
+from kvm_model.guest_access import kvm_vcpu_gfn_to_memslot
+from kvm_model.guest_memfd import kvm_gmem_get_pfn
+from kvm_model.mem_attributes import gfn_is_in_guest_memfd, kvm_mem_is_private
 from kvm_model.memslots import (
-    KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS,
+    KVM_MEM_GUEST_MEMFD,
     KVM_MEMSLOT_INVALID,
     KvmMemorySlot,
     kvm_gfn_is_write_tracked,
@@ -33,7 +38,9 @@ from kvm_model.memslots import (
 from kvm_model.mmu.direct_map import direct_map
 from kvm_model.mmu.fast_page_fault import fast_page_fault
 from kvm_model.mmu.invalidate import mmu_invalidate_retry_gfn, mmu_invalidate_retry_gfn_unsafe
-from kvm_model.mmu.mmio import handle_mmio_page_fault
+from kvm_model.mmu.invalidate_addr import kvm_inject_emulated_page_fault
+from kvm_model.mmu.kvm_mmu import is_cr0_pg
+from kvm_model.mmu.mmio import handle_mmio_page_fault, mmio_info_in_cache, vcpu_cache_mmio_info
 from kvm_model.mmu.mmu_internal import (
     INVALID_PAGE,
     KVM_MAX_HUGEPAGE_LEVEL,
@@ -44,7 +51,9 @@ from kvm_model.mmu.mmu_internal import (
     KVM_PFN_NOSLOT,
     PFERR_GUEST_PAGE_MASK,
     PFERR_PRESENT_MASK,
+    PFERR_PRIVATE_ACCESS,
     PFERR_RSVD_MASK,
+    PFERR_USER_MASK,
     PFERR_WRITE_MASK,
     RET_PF_CONTINUE,
     RET_PF_EMULATE,
@@ -57,13 +66,19 @@ from kvm_model.mmu.mmu_internal import (
     is_error_noslot_pfn,
     is_error_pfn,
     is_obsolete_sp,
+    role_direct,
 )
 from kvm_model.mmu.mmu_roots import mmu_topup_memory_caches
-from kvm_model.mmu.shadow_page import make_mmu_pages_available
-from kvm_model.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, kvm_pages_per_hpage
+from kvm_model.mmu.paging_tmpl import GuestWalker, gva_to_gpa, walk_addr
+from kvm_model.mmu.shadow_fetch import emulate_cr0_wp, fetch
+from kvm_model.mmu.shadow_walk import shadow_page_table_clear_flood, shadow_root_to_sp
+from kvm_model.mmu.shadow_zap import make_mmu_pages_available
+from kvm_model.mmu.spte import ACC_ALL, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, kvm_pages_per_hpage
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
-from kvm_model.mmu.tdp_mmu import kvm_tdp_mmu_map, root_to_sp
+from kvm_model.mmu.tdp_mmu import kvm_tdp_mmu_map
 from kvm_model.mmu.unprotect import kvm_mmu_unprotect_gfn_and_retry
+from kvm_model.requests import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, kvm_test_request
+from kvm_model.vcpu import UserExit
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -71,9 +86,11 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "TRACEPOINTS", "host_pfn_mapping_level", "kvm_mmu_max_mapping_level", "kvm_mmu_page_fault",
-    "kvm_tdp_map_page",
+    "TRACEPOINTS", "host_pfn_mapping_level", "kvm_mmu_do_page_fault", "kvm_mmu_gva_to_gpa_write",
+    "kvm_mmu_max_mapping_level", "kvm_mmu_page_fault", "kvm_tdp_map_page",
 ]
+
+_CPL_USER = 3
 
 _WRITE_TO_GUEST_PAGE_TABLE = PFERR_GUEST_PAGE_MASK | PFERR_WRITE_MASK | PFERR_PRESENT_MASK
 
@@ -109,7 +126,7 @@ def kvm_mmu_max_mapping_level(
     """The highest level that the slot's alignment and the host's mapping allow; mmu_lock held."""
     while max_level > PG_LEVEL_4K and lpage_disallowed(slot, gfn, max_level):
         max_level -= 1
-    if max_level == PG_LEVEL_4K:
+    if max_level == PG_LEVEL_4K or gfn_is_in_guest_memfd(kvm, slot, gfn):
         return PG_LEVEL_4K
     return min(host_pfn_mapping_level(kvm, gfn, slot), max_level)
 
@@ -148,18 +165,45 @@ def _kvm_handle_error_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
     return -EFAULT
 
 
-def _kvm_handle_noslot_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
+def _prepare_memory_fault_exit(vcpu: Vcpu, fault: KvmPageFault) -> None:
+    """kvm_mmu_prepare_memory_fault_exit: user space learns where, and of which kind, the access was."""
+    vcpu.run = UserExit("memory-fault-exit", gpa=fault.gfn << 12, size=4096, private=fault.is_private)
+
+
+def _kvm_handle_noslot_fault(vcpu: Vcpu, fault: KvmPageFault, access: int) -> int:
     kvm = vcpu.kvm
-    generation = kvm.slots().generation
-    if not generation & KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS:
-        vcpu.mmio_gva = 0
-        vcpu.mmio_gfn = fault.gfn
-        vcpu.mmio_gen = generation
+    if fault.is_private:
+        _prepare_memory_fault_exit(vcpu, fault)
+        return -EFAULT
+    gva = 0 if kvm.tdp_enabled else fault.addr
+    vcpu_cache_mmio_info(vcpu, gva, fault.gfn, access & kvm.spte.mmio_access)
     fault.slot = None
     fault.pfn = KVM_PFN_NOSLOT
     fault.map_writable = False
     if not kvm.spte.mmio_value or fault.gfn >= TDP_MMU_MAX_GFN_EXCLUSIVE:
         return RET_PF_EMULATE
+    return RET_PF_CONTINUE
+
+
+def _kvm_mmu_faultin_pfn_gmem(vcpu: Vcpu, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
+    if not slot.flags & KVM_MEM_GUEST_MEMFD:
+        _prepare_memory_fault_exit(vcpu, fault)
+        return -EFAULT
+    pfn = kvm_gmem_get_pfn(vcpu.kvm, slot, fault.gfn)
+    if pfn < 0:
+        _prepare_memory_fault_exit(vcpu, fault)
+        return pfn
+    fault.pfn = fault.refcounted_page = pfn
+    fault.map_writable = True
+    fault.max_level = PG_LEVEL_4K
+    return RET_PF_CONTINUE
+
+
+def _faultin_pfn(vcpu: Vcpu, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
+    """__kvm_mmu_faultin_pfn."""
+    if fault.is_private or slot.gmem_only:
+        return _kvm_mmu_faultin_pfn_gmem(vcpu, fault, slot)
+    _gup(vcpu.kvm, fault, slot)
     return RET_PF_CONTINUE
 
 
@@ -171,29 +215,36 @@ def _gup(kvm: Kvm, fault: KvmPageFault, slot: KvmMemorySlot) -> None:
         fault.pfn, fault.map_writable, fault.refcounted_page = kvm_faultin_pfn(kvm, slot, fault.gfn, foll)
 
 
-def _kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
+def _kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: KvmPageFault, access: int = ACC_ALL) -> int:
+    """Find the frame of the fault's gfn. `access`: the guest's rights to it."""
     kvm = vcpu.kvm
     slot = fault.slot
     breaks = kvm.breaks
     fault.mmu_seq = kvm.mmu_invalidate_seq
     if kvm.sched.preempt:
         kvm.sched.point("seq")
+    # After the snapshot: whoever changes attributes moves the sequence.
+    if fault.is_private != kvm_mem_is_private(kvm, fault.gfn):
+        _prepare_memory_fault_exit(vcpu, fault)
+        return -EFAULT
     if slot is None:
-        return _kvm_handle_noslot_fault(vcpu, fault)
+        return _kvm_handle_noslot_fault(vcpu, fault, access)
     if slot.flags & KVM_MEMSLOT_INVALID:
         if "ignore-invalid-slot" in breaks:
-            return _kvm_handle_noslot_fault(vcpu, fault)
+            return _kvm_handle_noslot_fault(vcpu, fault, access)
         if fault.prefetch:
             return -EAGAIN
         return _retry(kvm, fault, "invalid-slot")
     unlocked = kvm.profile.unlocked_retry_check and "no-retry" not in breaks
     if unlocked and mmu_invalidate_retry_gfn_unsafe(kvm, fault.mmu_seq, fault.gfn):
         return _retry(kvm, fault, "stale-before-gup")
-    _gup(kvm, fault, slot)
+    r = _faultin_pfn(vcpu, fault, slot)
+    if r != RET_PF_CONTINUE:
+        return r
     if is_error_pfn(fault.pfn):
         return _kvm_handle_error_pfn(vcpu, fault)
     if fault.pfn == KVM_PFN_NOSLOT:
-        return _kvm_handle_noslot_fault(vcpu, fault)
+        return _kvm_handle_noslot_fault(vcpu, fault, access)
     if (
         unlocked and "retry-before-gup-only" not in breaks
         and mmu_invalidate_retry_gfn_unsafe(kvm, fault.mmu_seq, fault.gfn)
@@ -209,8 +260,13 @@ def _kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
 def _stale_reason(vcpu: Vcpu, fault: KvmPageFault) -> str:
     """is_page_fault_stale, under mmu_lock: why the fault may not be mapped, or nothing."""
     kvm = vcpu.kvm
-    root = root_to_sp(kvm, vcpu.root_hpa)
-    if (root.tdp_mmu_page or kvm.profile.obsolete_root_check) and is_obsolete_sp(kvm, root):
+    root = shadow_root_to_sp(kvm, vcpu.root_hpa)
+    if root is None:
+        # Of four PAE entries it cannot be seen whether they are obsolete, only that they may be.
+        obsolete = kvm_test_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu)
+    else:
+        obsolete = is_obsolete_sp(kvm, root)
+    if obsolete and (kvm.profile.obsolete_root_check or (root is not None and root.tdp_mmu_page)):
         return "stale-root"
     exempt = fault.slot is None and kvm.profile.retry_scope != "any"
     if exempt or "no-retry" in kvm.breaks or "retry-before-gup-only" in kvm.breaks:
@@ -290,6 +346,41 @@ def _kvm_mmu_finish_page_fault(kvm: Kvm, fault: KvmPageFault, r: int, unlock: Ca
     unlock()
 
 
+def _paging_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
+    """FNAME(page_fault): the guest's own tables say what is at the address, if they allow the access."""
+    kvm = vcpu.kvm
+    walker = GuestWalker()
+    if not walk_addr(walker, vcpu, fault.addr, fault.error_code & ~PFERR_RSVD_MASK):
+        if not fault.prefetch:
+            kvm_inject_emulated_page_fault(vcpu, walker.fault)
+        return RET_PF_RETRY
+    fault.gfn = walker.gfn
+    fault.max_level = walker.level
+    fault.slot = kvm_vcpu_gfn_to_memslot(vcpu, fault.gfn)
+    if _page_fault_handle_page_track(fault):
+        shadow_page_table_clear_flood(vcpu, fault.addr)
+        return RET_PF_WRITE_PROTECTED
+    r = mmu_topup_memory_caches(vcpu)
+    if r:
+        return r
+    r = _kvm_mmu_faultin_pfn(vcpu, fault, walker.pte_access)
+    if r != RET_PF_CONTINUE:
+        return r
+    emulate_cr0_wp(vcpu, fault, walker)
+    kvm.mmu_lock.lock()
+    reason = _stale_reason(vcpu, fault)
+    if reason:
+        r = _retry(kvm, fault, reason)
+    else:
+        r = make_mmu_pages_available(kvm)
+        if not r:
+            r = fetch(vcpu, fault, walker, _kvm_mmu_hugepage_adjust)
+            if r == RET_PF_RETRY:
+                _retry(kvm, fault, "guest-table-changed")
+    _kvm_mmu_finish_page_fault(kvm, fault, r, kvm.mmu_lock.unlock)
+    return r
+
+
 def _kvm_tdp_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
     if vcpu.kvm.tdp_mmu_enabled:
         return _kvm_tdp_mmu_page_fault(vcpu, fault)
@@ -311,20 +402,54 @@ def kvm_tdp_map_page(vcpu: Vcpu, gpa: int, error_code: int, max_level: int) -> i
     return min(r, 0)
 
 
-def _kvm_mmu_write_protect_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
+def kvm_mmu_do_page_fault(vcpu: Vcpu, addr: int, error_code: int, *, prefetch: bool = False) -> int:
+    """One try at a fault, by the vCPU's kind of MMU. RET_PF_* or a negative errno."""
+    kvm, mmu = vcpu.kvm, vcpu.mmu
+    fault = KvmPageFault(addr, error_code, prefetch=prefetch, nx_workaround=kvm.spte.nx_huge_pages)
+    if role_direct(mmu.root_role):
+        fault.slot = kvm_vcpu_gfn_to_memslot(vcpu, fault.gfn)
+    if kvm.tdp_enabled:
+        r = _kvm_tdp_page_fault(vcpu, fault)
+    elif is_cr0_pg(mmu):
+        r = _paging_page_fault(vcpu, fault)
+    else:
+        # Tables of PAE's kind: 2M pages at most.
+        fault.max_level = PG_LEVEL_2M
+        r = _direct_page_fault(vcpu, fault)
+    vcpu.write_fault_to_shadow_pgtable = fault.write_fault_to_shadow_pgtable
+    return r
+
+
+def kvm_mmu_gva_to_gpa_write(vcpu: Vcpu, gva: int) -> int:
+    """Where the guest's tables let it write at its present privilege; INVALID_GPA if nowhere."""
+    user = PFERR_USER_MASK if vcpu.kvm.cpu.get_reg(vcpu, "cs") & 3 == _CPL_USER else 0
+    return gva_to_gpa(vcpu, gva, user | PFERR_WRITE_MASK)
+
+
+def _kvm_mmu_write_protect_fault(vcpu: Vcpu, addr: int, error_code: int) -> int:
     """RET_PF_RETRY, RET_PF_EMULATE, or RET_PF_WRITE_PROTECTED: the CPU may try what cannot be emulated."""
-    if vcpu.last_retry_eip == vcpu.kvm.cpu.get_reg(vcpu, "rip") and vcpu.last_retry_addr == gpa:
+    if vcpu.last_retry_eip == vcpu.kvm.cpu.get_reg(vcpu, "rip") and vcpu.last_retry_addr == addr:
         return RET_PF_EMULATE
     vcpu.last_retry_eip = 0
     vcpu.last_retry_addr = 0
-    of_guest_table = error_code & _WRITE_TO_GUEST_PAGE_TABLE == _WRITE_TO_GUEST_PAGE_TABLE
-    if of_guest_table and kvm_mmu_unprotect_gfn_and_retry(vcpu, gpa, gpa):
-        return RET_PF_RETRY
-    return RET_PF_WRITE_PROTECTED
+    direct = role_direct(vcpu.mmu.root_role)
+    if mmio_info_in_cache(vcpu, addr, direct):
+        return RET_PF_EMULATE
+    if direct:
+        unprotect = error_code & _WRITE_TO_GUEST_PAGE_TABLE == _WRITE_TO_GUEST_PAGE_TABLE
+    else:
+        # Emulating would hold up the event that is to be injected again.
+        unprotect = vcpu.event_needs_reinjection
+    if unprotect:
+        gpa = addr if direct else kvm_mmu_gva_to_gpa_write(vcpu, addr)
+        if kvm_mmu_unprotect_gfn_and_retry(vcpu, addr, gpa):
+            return RET_PF_RETRY
+    # A table that translates the instruction itself would only be shadowed again.
+    return RET_PF_EMULATE if vcpu.write_fault_to_shadow_pgtable else RET_PF_WRITE_PROTECTED
 
 
-def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
-    """Handle a TDP fault at `gpa` with PFERR word `error_code`.
+def kvm_mmu_page_fault(vcpu: Vcpu, addr: int, error_code: int) -> int:
+    """Handle a fault at `addr` (a gpa under TDP, else linear) with PFERR word `error_code`.
 
     A negative errno, RET_PF_EMULATE or RET_PF_WRITE_PROTECTED if the caller must emulate the instruction (and
     with the latter may leave to the CPU what it cannot), or another RET_PF_* if the guest can go on.
@@ -332,19 +457,20 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
     kvm = vcpu.kvm
     if vcpu.root_hpa == INVALID_PAGE:
         return RET_PF_RETRY
+    if kvm.has_private_mem and not error_code & PFERR_RSVD_MASK and kvm_mem_is_private(kvm, addr >> 12):
+        # Nothing but the attribute says what a software-protected VM's access is.
+        error_code |= PFERR_PRIVATE_ACCESS
     stat = vcpu.stat
     r = RET_PF_INVALID
     if error_code & PFERR_RSVD_MASK:
-        r = handle_mmio_page_fault(vcpu, gpa)
+        r = handle_mmio_page_fault(vcpu, addr, role_direct(vcpu.mmu.root_role))
         if r == RET_PF_EMULATE:
             return r
     if r == RET_PF_INVALID:
         stat["pf_taken"] += 1
-        fault = KvmPageFault(gpa, error_code, nx_workaround=kvm.spte.nx_huge_pages)
-        fault.slot = kvm.slots().gfn_to_memslot(fault.gfn)
-        r = _kvm_tdp_page_fault(vcpu, fault)
+        r = kvm_mmu_do_page_fault(vcpu, addr, error_code)
     if r == RET_PF_WRITE_PROTECTED:
-        r = _kvm_mmu_write_protect_fault(vcpu, gpa, error_code)
+        r = _kvm_mmu_write_protect_fault(vcpu, addr, error_code)
     if r == RET_PF_FIXED:
         stat["pf_fixed"] += 1
     elif r in (RET_PF_EMULATE, RET_PF_WRITE_PROTECTED):

@@ -3,9 +3,7 @@
 Source of truth: arch/x86/kvm/mmu/mmu_internal.h, arch/x86/include/asm/kvm_host.h (kvm_mmu_page_role,
 PFERR_*), arch/x86/kvm/mmu/mmutrace.h (KVM_MMU_PAGE_PRINTK); Linux 6.18.
 
-Not modelled: private (encrypted) faults, mirror roots. Shadow paging adds to kvm_mmu_page: unsync_children
-with its bitmap, shadowed_translation, write_flooding_count; to the role: quadrants, access below all, SMEP,
-SMAP.
+Not modelled: encrypted memory, mirror roots.
 """
 
 from __future__ import annotations
@@ -21,13 +19,14 @@ __all__ = [
     "INVALID_PAGE", "KVM_MAX_HUGEPAGE_LEVEL", "KVM_PFN_ERR_FAULT", "KVM_PFN_ERR_HWPOISON",
     "KVM_PFN_ERR_NEEDS_IO", "KVM_PFN_ERR_RO_FAULT", "KVM_PFN_ERR_SIGPENDING", "KVM_PFN_NOSLOT",
     "PFERR_FETCH_MASK", "PFERR_GUEST_FINAL_MASK", "PFERR_GUEST_PAGE_MASK", "PFERR_PRESENT_MASK",
-    "PFERR_RSVD_MASK", "PFERR_USER_MASK", "PFERR_WRITE_MASK", "RET_PF_CONTINUE", "RET_PF_EMULATE",
-    "RET_PF_FIXED", "RET_PF_INVALID", "RET_PF_RETRY", "RET_PF_SPURIOUS",
+    "PFERR_PRIVATE_ACCESS", "PFERR_RSVD_MASK", "PFERR_USER_MASK", "PFERR_WRITE_MASK",
+    "RET_PF_CONTINUE", "RET_PF_EMULATE", "RET_PF_FIXED", "RET_PF_INVALID", "RET_PF_RETRY", "RET_PF_SPURIOUS",
     "RET_PF_WRITE_PROTECTED", "ROLE_4_BYTE_GPTE", "ROLE_ACCESS_MASK", "ROLE_ACCESS_SHIFT",
     "ROLE_AD_DISABLED", "ROLE_CR0_WP", "ROLE_DIRECT", "ROLE_EFER_NX", "ROLE_GUEST_MODE", "ROLE_INVALID",
     "ROLE_LEVEL_MASK", "ROLE_PASSTHROUGH", "ROLE_QUADRANT_MASK", "ROLE_QUADRANT_SHIFT",
     "ROLE_SMAP_ANDNOT_WP", "ROLE_SMEP_ANDNOT_WP", "ROLE_SMM", "ROLE_SMM_SHIFT", "KvmMmuPage", "KvmPageFault",
-    "fmt_mmu_page", "is_error_noslot_pfn", "is_error_pfn", "is_obsolete_sp", "pferr_flags", "role_access",
+    "fmt_mmu_page", "is_error_noslot_pfn", "is_error_pfn", "is_obsolete_sp", "page_args", "pferr_flags",
+    "role_access",
     "role_direct", "role_has_4_byte_gpte", "role_level", "role_quadrant", "role_smm", "role_with_access",
     "role_with_level", "role_with_quadrant", "tdp_root_role",
 ]
@@ -47,6 +46,7 @@ PFERR_RSVD_MASK = 1 << 3
 PFERR_FETCH_MASK = 1 << 4
 PFERR_GUEST_FINAL_MASK = 1 << 32
 PFERR_GUEST_PAGE_MASK = 1 << 33
+PFERR_PRIVATE_ACCESS = 1 << 49
 
 KVM_MAX_HUGEPAGE_LEVEL = 3
 INVALID_PAGE = (1 << 64) - 1
@@ -166,12 +166,18 @@ class KvmMmuPage:
 
     `spt` is its pfn, `ptep` the index in Ram.u64 of the SPTE that points to it (-1: a root), which only the
     TDP MMU's pages have; of the others any number may point to one, `parent_ptes`. `scheduled_to_zap` and
-    `root_count` matter for roots only, `unsync` for shadow paging only.
+    `root_count` matter for roots only.
+
+    Only pages that shadow a guest table (at `gfn`) have the rest. `unsync`: the guest may write that table.
+    `unsync_child_bitmap`: the entries that lead to such a page. `shadowed_translation`: for each entry
+    gfn << 12 | ACC_* of the guest's, where the level can have leaves. `write_flooding_count`: emulated writes
+    to the table since it was last used.
     """
 
     __slots__ = (
         "gfn", "level", "mmu_valid_gen", "nx_huge_page_disallowed", "parent_ptes", "ptep", "role",
-        "root_count", "scheduled_to_zap", "spt", "tdp_mmu_page", "unsync",
+        "root_count", "scheduled_to_zap", "shadowed_translation", "spt", "tdp_mmu_page", "unsync",
+        "unsync_child_bitmap", "write_flooding_count",
     )
 
     def __init__(self, spt: int, ptep: int, gfn: int, role: int) -> None:
@@ -187,6 +193,9 @@ class KvmMmuPage:
         self.tdp_mmu_page = True
         self.parent_ptes: RmapHead
         self.unsync = False
+        self.unsync_child_bitmap: set[int] = set()
+        self.shadowed_translation: list[int] | None = None
+        self.write_flooding_count = 0
 
     @property
     def invalid(self) -> bool:
@@ -205,6 +214,11 @@ class KvmMmuPage:
         )
 
 
+def page_args(sp: KvmMmuPage) -> tuple[int, int, int, int, bool]:
+    """What the kernel's events tell of a page: the arguments of fmt_mmu_page."""
+    return sp.mmu_valid_gen, sp.gfn, sp.role, sp.root_count, sp.unsync
+
+
 def is_obsolete_sp(kvm: Kvm, sp: KvmMmuPage) -> bool:
     """Whether vCPUs must drop the page: it is invalid or, outside the TDP MMU, of an old generation."""
     return sp.invalid or (not sp.tdp_mmu_page and sp.mmu_valid_gen != kvm.mmu_valid_gen)
@@ -221,12 +235,17 @@ def fmt_mmu_page(gen: int, gfn: int, role: int, root_count: int, unsync: bool) -
 
 
 class KvmPageFault:
-    """struct kvm_page_fault: one TDP fault on its way. `refcounted_page` is a pfn, -1: none."""
+    """struct kvm_page_fault: one fault on its way. `refcounted_page` is a pfn, -1: none.
+
+    `addr` is a gpa under TDP, else the guest's linear address; then `gfn` is known after the guest's tables
+    were walked. `write_fault_to_shadow_pgtable`: the write is to a table that translates its own address.
+    """
 
     __slots__ = (
-        "addr", "error_code", "exec", "gfn", "goal_level", "huge_page_disallowed", "map_writable",
-        "max_level", "mmu_seq", "nx_huge_page_workaround_enabled", "pfn", "prefetch", "present",
-        "refcounted_page", "req_level", "rsvd", "slot", "user", "write",
+        "addr", "error_code", "exec", "gfn", "goal_level", "huge_page_disallowed", "is_private",
+        "map_writable", "max_level", "mmu_seq", "nx_huge_page_workaround_enabled", "pfn", "prefetch",
+        "present", "refcounted_page", "req_level", "rsvd", "slot", "user", "write",
+        "write_fault_to_shadow_pgtable",
     )
 
     def __init__(
@@ -241,6 +260,7 @@ class KvmPageFault:
         self.present = error_code & PFERR_PRESENT_MASK != 0
         self.rsvd = error_code & PFERR_RSVD_MASK != 0
         self.user = error_code & PFERR_USER_MASK != 0
+        self.is_private = error_code & PFERR_PRIVATE_ACCESS != 0
         self.nx_huge_page_workaround_enabled = nx_workaround
         self.huge_page_disallowed = False
         self.max_level = max_level
@@ -252,3 +272,4 @@ class KvmPageFault:
         self.pfn = KVM_PFN_ERR_FAULT
         self.refcounted_page = -1
         self.map_writable = False
+        self.write_fault_to_shadow_pgtable = False

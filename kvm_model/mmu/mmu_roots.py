@@ -1,13 +1,14 @@
 """A vCPU's root: loading, dropping, making it obsolete; and the page cache that feeds its faults.
 
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): mmu_topup_memory_caches, kvm_mmu_load,
-kvm_mmu_unload, kvm_mmu_free_obsolete_roots, is_obsolete_sp, kvm_mmu_zap_all_fast,
-kvm_arch_flush_shadow_memslot, kvm_mmu_invalidate_mmio_sptes, kvm_mmu_zap_all; mmu.h: kvm_mmu_reload.
+kvm_mmu_unload, kvm_mmu_reset_context, kvm_mmu_free_obsolete_roots, is_obsolete_sp, kvm_mmu_zap_all_fast,
+kvm_arch_flush_shadow_memslot, kvm_mmu_zap_memslot, kvm_mmu_zap_memslot_pages_and_flush,
+kvm_mmu_invalidate_mmio_sptes, kvm_mmu_zap_all; mmu.h: kvm_mmu_reload, kvm_mmu_load_pgd; 5.10:
+kvm_mmu_init_vm.
 
-Roots are the TDP MMU's or, without it, direct pages (direct_map.py); one VM has one kind.
+Roots are the TDP MMU's or, without it, those of shadow_roots.py; one VM has one kind.
 
-Not modelled: previous roots, nested MMUs, KVM_X86_QUIRK_SLOT_ZAP_ALL switched off (every delete or
-move invalidates all roots).
+Not modelled: nested MMUs.
 """
 
 from __future__ import annotations
@@ -17,11 +18,24 @@ from typing import TYPE_CHECKING
 
 from host_mm.page import put_page
 from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, alloc_pages
-from kvm_model.mmu.direct_map import mmu_alloc_direct_root, mmu_free_root_page
-from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage, is_obsolete_sp
+from kvm_model.mem_attributes import KVM_X86_DEFAULT_VM
+from kvm_model.mmu.gfn_range import kvm_unmap_gfn_range
+from kvm_model.mmu.kvm_mmu import kvm_init_mmu
+from kvm_model.mmu.mmio import MMIO_GVA_ANY, vcpu_clear_mmio_info
+from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage, is_obsolete_sp, role_direct
 from kvm_model.mmu.page_track import KvmPageTrackNotifierNode, kvm_page_track_flush_slot
-from kvm_model.mmu.shadow_page import (
-    kvm_mmu_commit_zap_page,
+from kvm_model.mmu.shadow_roots import (
+    PREV_ROOTS_ALL,
+    kvm_mmu_free_shadow_roots,
+    kvm_mmu_sync_roots,
+    mmu_alloc_direct_roots,
+    mmu_alloc_shadow_roots,
+    obsolete_shadow_roots,
+)
+from kvm_model.mmu.shadow_walk import shadow_root_to_sp
+from kvm_model.mmu.shadow_zap import (
+    kvm_mmu_prepare_zap_page,
+    kvm_mmu_remote_flush_or_zap,
     kvm_mmu_zap_all_shadow_pages,
     kvm_zap_obsolete_pages,
 )
@@ -31,11 +45,14 @@ from kvm_model.mmu.tdp_zap import (
     kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_zap_all,
     kvm_tdp_mmu_zap_invalidated_roots,
+    need_resched,
 )
+from kvm_model.mmu.unsync import for_each_gfn_valid_sp_with_gptes
 from kvm_model.requests import (
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     KVM_REQ_TLB_FLUSH,
     KVM_REQ_TLB_FLUSH_CURRENT,
+    KVM_REQ_TLB_FLUSH_GUEST,
     kvm_check_request,
     kvm_make_all_cpus_request,
     kvm_test_request,
@@ -48,11 +65,13 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "TRACEPOINTS", "KvmMmuPageTrackNode", "kvm_arch_flush_shadow_memslot", "kvm_mmu_flush_ahead",
-    "kvm_mmu_free_obsolete_roots",
-    "kvm_mmu_invalidate_mmio_sptes", "kvm_mmu_load", "kvm_mmu_reload", "kvm_mmu_unload", "kvm_mmu_zap_all",
+    "KVM_X86_QUIRK_SLOT_ZAP_ALL", "TRACEPOINTS", "KvmMmuPageTrackNode", "kvm_arch_flush_shadow_memslot",
+    "kvm_mmu_flush_ahead", "kvm_mmu_free_obsolete_roots", "kvm_mmu_invalidate_mmio_sptes", "kvm_mmu_load",
+    "kvm_mmu_load_pgd", "kvm_mmu_reload", "kvm_mmu_reset_context", "kvm_mmu_unload", "kvm_mmu_zap_all",
     "kvm_mmu_zap_all_fast", "mmu_free_memory_caches", "mmu_topup_memory_caches",
 ]
+
+KVM_X86_QUIRK_SLOT_ZAP_ALL = 1 << 7
 
 KVM_MMU_ZAP_ALL_FAST = Tracepoint(
     "kvmmmu", "kvm_mmu_zap_all_fast", ("mmu_valid_gen", "mmu_used_pages"),
@@ -82,19 +101,33 @@ def mmu_free_memory_caches(vcpu: Vcpu) -> None:
         put_page(vcpu.kvm.host, vcpu.mmu_shadow_page_cache.pop())
 
 
+def kvm_mmu_load_pgd(vcpu: Vcpu) -> None:
+    """Tell the CPU which root to use, if the vCPU has one."""
+    if vcpu.root_hpa != INVALID_PAGE:
+        vcpu.kvm.cpu.load_mmu_pgd(vcpu, vcpu.root_hpa, vcpu.mmu.root_level)
+
+
+def _mmu_alloc_roots(vcpu: Vcpu) -> int:
+    if vcpu.kvm.tdp_mmu_enabled:
+        root = kvm_tdp_mmu_alloc_root(vcpu)
+        if root < 0:
+            return root
+        vcpu.root_hpa = root
+        return 0
+    if role_direct(vcpu.mmu.root_role):
+        return mmu_alloc_direct_roots(vcpu)
+    return mmu_alloc_shadow_roots(vcpu)
+
+
 def kvm_mmu_load(vcpu: Vcpu) -> int:
     """Give the vCPU a valid root and an empty TLB. 0 or a negative errno."""
-    r = mmu_topup_memory_caches(vcpu)
+    r = mmu_topup_memory_caches(vcpu) or _mmu_alloc_roots(vcpu)
     if r:
         return r
-    root = kvm_tdp_mmu_alloc_root(vcpu) if vcpu.kvm.tdp_mmu_enabled else mmu_alloc_direct_root(vcpu)
-    if root < 0:
-        return root
-    vcpu.root_hpa = root
-    cpu = vcpu.kvm.cpu
-    cpu.load_mmu_pgd(vcpu, vcpu.root_hpa, 4)
+    kvm_mmu_sync_roots(vcpu)
+    kvm_mmu_load_pgd(vcpu)
     # Roots are not flushed when they are dropped, so a new one starts with a flush, which no statistic has.
-    cpu.flush_tlb(vcpu)
+    vcpu.kvm.cpu.flush_tlb(vcpu)
     return 0
 
 
@@ -112,35 +145,48 @@ def kvm_mmu_flush_ahead(vcpu: Vcpu) -> bool:
 
     The request to drop an obsolete root is gone before the root is.
     """
-    root = vcpu.kvm.sps.get(vcpu.root_hpa >> 12) if vcpu.root_hpa != INVALID_PAGE else None
+    if vcpu.root_hpa == INVALID_PAGE:
+        return True
+    root = shadow_root_to_sp(vcpu.kvm, vcpu.root_hpa)
+    if root is None:
+        # A special root is dropped whenever that is asked for.
+        if kvm_test_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu):
+            return True
+    elif is_obsolete_sp(vcpu.kvm, root):
+        return True
     return (
-        root is None
-        or is_obsolete_sp(vcpu.kvm, root)
-        or kvm_test_request(KVM_REQ_TLB_FLUSH, vcpu)
+        kvm_test_request(KVM_REQ_TLB_FLUSH, vcpu)
         or kvm_test_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu)
+        or kvm_test_request(KVM_REQ_TLB_FLUSH_GUEST, vcpu)
     )
 
 
 def kvm_mmu_unload(vcpu: Vcpu) -> None:
-    """Drop the vCPU's root."""
+    """Drop the vCPU's root, and those that it keeps for later."""
     kvm = vcpu.kvm
-    if vcpu.root_hpa != INVALID_PAGE and not kvm.tdp_mmu_enabled:
-        invalid_list: list[KvmMmuPage] = []
-        with kvm.mmu_lock:
-            mmu_free_root_page(kvm, root_to_sp(kvm, vcpu.root_hpa), invalid_list)
-            vcpu.root_hpa = INVALID_PAGE
-            kvm_mmu_commit_zap_page(kvm, invalid_list)
+    if not kvm.tdp_mmu_enabled:
+        kvm_mmu_free_shadow_roots(vcpu, current=True, prev=PREV_ROOTS_ALL)
     elif vcpu.root_hpa != INVALID_PAGE:
         kvm.mmu_lock.read_lock()
         kvm_tdp_mmu_put_root(kvm, root_to_sp(kvm, vcpu.root_hpa))
         vcpu.root_hpa = INVALID_PAGE
         kvm.mmu_lock.read_unlock()
-    vcpu.mmio_gva = 0
+    vcpu_clear_mmio_info(vcpu, MMIO_GVA_ANY)
+
+
+def kvm_mmu_reset_context(vcpu: Vcpu) -> None:
+    """The guest's control registers changed in a way that its roles depend on: begin with new roots."""
+    kvm_mmu_unload(vcpu)
+    kvm_init_mmu(vcpu)
 
 
 def kvm_mmu_free_obsolete_roots(vcpu: Vcpu) -> None:
-    """Drop the vCPU's root if it was invalidated."""
-    if vcpu.root_hpa != INVALID_PAGE and is_obsolete_sp(vcpu.kvm, root_to_sp(vcpu.kvm, vcpu.root_hpa)):
+    """Drop those of the vCPU's roots that were invalidated."""
+    kvm = vcpu.kvm
+    if not kvm.tdp_mmu_enabled:
+        current, prev = obsolete_shadow_roots(vcpu)
+        kvm_mmu_free_shadow_roots(vcpu, current=current, prev=prev)
+    elif vcpu.root_hpa != INVALID_PAGE and is_obsolete_sp(kvm, root_to_sp(kvm, vcpu.root_hpa)):
         kvm_mmu_unload(vcpu)
 
 
@@ -165,8 +211,28 @@ def kvm_arch_flush_shadow_memslot(kvm: Kvm, slot: KvmMemorySlot) -> None:
     """Leave nothing mapped of a slot that is being deleted or moved."""
     if kvm.profile.mmu_is_page_track_node:
         kvm_page_track_flush_slot(kvm, slot)
-    else:
+    elif kvm.vm_type == KVM_X86_DEFAULT_VM and not kvm.disabled_quirks & KVM_X86_QUIRK_SLOT_ZAP_ALL:
         kvm_mmu_zap_all_fast(kvm)
+    else:
+        _kvm_mmu_zap_memslot(kvm, slot)
+
+
+def _kvm_mmu_zap_memslot(kvm: Kvm, slot: KvmMemorySlot) -> None:
+    """Only the slot's own leaves go, and what shadows guest tables in it; roots stay as they are."""
+    with kvm.mmu_lock:
+        flush = kvm_unmap_gfn_range(kvm, slot, slot.base_gfn, slot.end_gfn, may_block=True)
+        invalid_list: list[KvmMmuPage] = []
+        # Their accounting is the slot's, and goes with it.
+        for gfn in [gfn for gfn in kvm.mmu_page_hash if slot.base_gfn <= gfn < slot.end_gfn]:
+            for sp in for_each_gfn_valid_sp_with_gptes(kvm, gfn):
+                kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "zap-slot")
+            if need_resched(kvm):
+                kvm_mmu_remote_flush_or_zap(kvm, invalid_list, flush)
+                flush = False
+                kvm.mmu_lock.unlock()
+                kvm.sched.yield_()
+                kvm.mmu_lock.lock()
+        kvm_mmu_remote_flush_or_zap(kvm, invalid_list, flush)
 
 
 class KvmMmuPageTrackNode(KvmPageTrackNotifierNode):

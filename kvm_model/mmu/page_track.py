@@ -83,7 +83,7 @@ def kvm_page_track_has_external_user(kvm: Kvm) -> bool:
 def kvm_page_track_write_tracking_enabled(kvm: Kvm) -> bool:
     """Whether slots count trackers: somebody registered, or guest tables are shadowed. In 5.10 always."""
     return (
-        kvm.external_write_tracking_enabled or kvm.shadow_root_allocated
+        kvm.external_write_tracking_enabled or kvm.shadow_root_allocated or not kvm.tdp_enabled
         or kvm.profile.mmu_is_page_track_node
     )
 

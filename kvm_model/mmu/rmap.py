@@ -11,8 +11,7 @@ without it and holds only the head, so that no SPTE leaves the list, and no tabl
 A walk of a range goes level by level, 4K first, and at each level by index: a change of one 4K page meets the
 2M and 1G leaves over it. Heads exist only while they hold something, so a walk costs what is mapped.
 
-Not modelled: descriptors of three that grow at the tail (5.10), the slab caches they come from, rmaps of the
-SMM address space. Shadow paging adds: gfns of SPTEs read from sp->shadowed_translation, many SPTEs per gfn.
+Not modelled: descriptors of three that grow at the tail (5.10), the slab caches they come from.
 """
 
 from __future__ import annotations
@@ -22,7 +21,12 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.locks import Spinlock
-from kvm_model.mmu.shadow_spte import kvm_mmu_page_get_gfn, mmu_spte_clear_track_bits
+from kvm_model.mmu.mmu_internal import role_smm
+from kvm_model.mmu.shadow_spte import (
+    kvm_mmu_page_get_gfn,
+    kvm_mmu_page_set_translation,
+    mmu_spte_clear_track_bits,
+)
 from kvm_model.mmu.tdp_zap import need_resched
 from kvm_model.requests import kvm_flush_remote_tlbs, kvm_flush_remote_tlbs_gfn
 
@@ -161,10 +165,11 @@ def gfn_to_rmap(gfn: int, level: int, slot: KvmMemorySlot) -> RmapHead | None:
     return slot.rmap[level - 1].get((gfn >> shift) - (slot.base_gfn >> shift))
 
 
-def rmap_add(kvm: Kvm, slot: KvmMemorySlot, sptep: int, gfn: int) -> None:
-    """The SPTE maps `gfn` now. A list that grows too long is zapped, this SPTE with it."""
+def rmap_add(kvm: Kvm, slot: KvmMemorySlot, sptep: int, gfn: int, access: int) -> None:
+    """The SPTE maps `gfn` now, with the guest's rights. A list too long is zapped, this SPTE with it."""
     sp = kvm.sps[sptep >> 9]
     level = sp.level
+    kvm_mmu_page_set_translation(kvm, sp, sptep & 511, gfn, access)
     kvm.stat[("pages_4k", "pages_2m", "pages_1g")[level - 1]] += 1
     head = gfn_to_rmap(gfn, level, slot)
     if head is None:
@@ -184,7 +189,7 @@ def rmap_remove(kvm: Kvm, sptep: int) -> None:
     """The SPTE maps nothing any more."""
     sp = kvm.sps[sptep >> 9]
     gfn = kvm_mmu_page_get_gfn(sp, sptep & 511)
-    slot = kvm.slots().gfn_to_memslot(gfn)
+    slot = kvm.memslots[role_smm(sp.role)].gfn_to_memslot(gfn)
     if slot is None:
         why = f"gfn {gfn:#x} was mapped but has no memslot"
         raise BrokenTruth("rmap-matches-sptes", why, kvm.stream.here())

@@ -1,68 +1,99 @@
-"""Shadow pages: struct kvm_mmu_page outside the TDP MMU. Finding, making, linking and zapping them.
+"""Shadow pages: struct kvm_mmu_page outside the TDP MMU. Finding, making and linking them.
 
-Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): kvm_mmu_find_shadow_page, kvm_mmu_get_shadow_page,
-kvm_mmu_child_role, link_shadow_page, drop_large_spte, mmu_page_zap_pte, kvm_mmu_prepare_zap_page,
-kvm_mmu_commit_zap_page, kvm_mmu_zap_oldest_mmu_pages, make_mmu_pages_available, kvm_mmu_change_mmu_pages,
-kvm_zap_obsolete_pages, kvm_mmu_zap_all; 5.10: kvm_mmu_get_page, kvm_mmu_zap_oldest_mmu_pages.
+Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): kvm_mmu_find_shadow_page, kvm_mmu_alloc_shadow_page,
+kvm_mmu_get_shadow_page, kvm_mmu_child_role, kvm_mmu_get_child_sp, link_shadow_page, validate_direct_spte;
+5.10: kvm_mmu_get_page.
 
-A page is found by its gfn and role word. It outlives its parent: one that a huge SPTE replaced stays in the
-hash with its SPTEs, which their rmaps keep right, and is linked again when the huge SPTE must go. Pages go
-when their generation is obsolete, when there are too many, or with the VM: prepare empties and unlinks them
-under mmu_lock, commit asks for the flush and frees them. The kernel's flush waits there for walkers without
-mmu_lock; here the frame is freed when the last of them is out (rcu.py).
+A page is found by its gfn and role word: pages that shadow the same guest table with other rights on the way
+to it, or in another mode of the CPU, are other pages. It outlives its parent: one that a huge SPTE replaced
+stays in the hash with its SPTEs, which their rmaps keep right, and is linked again when the huge SPTE goes.
+
+A page may have become stale while no vCPU could reach it: before it is linked it is synced, for the CPU is
+not told when the guest's entry above it becomes present.
 
 All under mmu_lock for write. `kvm.active_mmu_pages` holds the newest last.
 
-Not modelled: collisions of the hash, NX huge-page accounting, nested roles. Shadow paging adds: sync of
-unsync pages and of children, write tracking of the guest's tables (account_shadowed), quadrants, write
-flooding.
+Not modelled: collisions of the hash, nested roles; 5.10's link of tables whose children are not synced yet
+(it has them synced before the next entry, which comes after others could have used them).
 """
 
 from __future__ import annotations
 
-from errno import ENOSPC
-from functools import partial
 from typing import TYPE_CHECKING
 
-from host_mm.page import put_page
-from kvm_model.mmu.mmu_internal import ROLE_INVALID, KvmMmuPage, is_obsolete_sp
-from kvm_model.mmu.rmap import RmapHead, pte_list_add, pte_list_remove, rmap_remove, rmap_sptes
-from kvm_model.mmu.shadow_spte import mmu_spte_clear_no_track, mmu_spte_clear_track_bits, mmu_spte_set
-from kvm_model.mmu.spte import is_large_pte, is_last_spte, is_shadow_present_pte, spte_to_pfn
-from kvm_model.mmu.tdp_zap import need_resched
-from kvm_model.requests import (
-    KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
-    kvm_flush_remote_tlbs,
-    kvm_flush_remote_tlbs_gfn,
-    kvm_make_all_cpus_request,
+from kvm_model.mmu.mmu_internal import (
+    ROLE_DIRECT,
+    ROLE_INVALID,
+    ROLE_PASSTHROUGH,
+    KvmMmuPage,
+    is_obsolete_sp,
+    page_args,
+    role_access,
+    role_direct,
+    role_has_4_byte_gpte,
+    role_with_access,
+    role_with_quadrant,
 )
+from kvm_model.mmu.rmap import RmapHead, pte_list_add
+from kvm_model.mmu.shadow_account import account_shadowed
+from kvm_model.mmu.shadow_spte import mmu_spte_set
+from kvm_model.mmu.shadow_sync import kvm_sync_page
+from kvm_model.mmu.shadow_zap import (
+    drop_large_spte,
+    drop_parent_pte,
+    kvm_mmu_commit_zap_page,
+    kvm_mmu_prepare_zap_page,
+)
+from kvm_model.mmu.spte import (
+    PG_LEVEL_1G,
+    PG_LEVEL_4K,
+    is_large_pte,
+    is_shadow_present_pte,
+    spte_to_pfn,
+)
+from kvm_model.mmu.unsync import mark_unsync
+from kvm_model.requests import kvm_flush_remote_tlbs, kvm_flush_remote_tlbs_gfn
 
 if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "drop_large_spte", "drop_parent_pte", "drop_spte", "kvm_mmu_available_pages", "kvm_mmu_change_mmu_pages",
-    "kvm_mmu_commit_zap_page", "kvm_mmu_get_child_sp", "kvm_mmu_get_shadow_page", "kvm_mmu_prepare_zap_page",
-    "kvm_mmu_zap_all_shadow_pages", "kvm_zap_obsolete_pages", "link_shadow_page", "make_mmu_pages_available",
+    "kvm_mmu_child_role", "kvm_mmu_get_child_sp", "kvm_mmu_get_shadow_page", "link_shadow_page",
+    "validate_direct_spte",
 ]
-
-_BATCH_ZAP_PAGES = 10
-_KVM_MIN_FREE_MMU_PAGES = 5
-_KVM_REFILL_PAGES = 25
-
-
-def _trace_args(sp: KvmMmuPage) -> tuple[int, int, int, int, bool]:
-    return sp.mmu_valid_gen, sp.gfn, sp.role, sp.root_count, sp.unsync
 
 
 # -- finding and making -------------------------------------------------------------------------
 
 
-def _kvm_mmu_find_shadow_page(kvm: Kvm, gfn: int, role: int) -> KvmMmuPage | None:
-    for sp in kvm.mmu_page_hash.get(gfn, ()):
-        if sp.role == role and not is_obsolete_sp(kvm, sp):
+def _is_same_role(kvm: Kvm, sp: KvmMmuPage, role: int) -> bool:
+    if sp.role == role:
+        return True
+    ignored = role_with_access(sp.role, role_access(role))
+    return "ignore-role-access" in kvm.breaks and ignored == role and not role_direct(role)
+
+
+def _find(vcpu: Vcpu, gfn: int, role: int, invalid_list: list[KvmMmuPage]) -> KvmMmuPage | None:
+    kvm = vcpu.kvm
+    for sp in tuple(kvm.mmu_page_hash.get(gfn, ())):
+        if is_obsolete_sp(kvm, sp):
+            continue
+        if not _is_same_role(kvm, sp, role):
+            # The upper table will be write-protected, which an unsync page contradicts; it is an old one.
+            if role & 15 > PG_LEVEL_4K and sp.unsync:
+                kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "other-level")
+            continue
+        if role_direct(sp.role):
             return sp
+        if sp.unsync and "link-unsynced" not in kvm.breaks:
+            flush = kvm_sync_page(vcpu, sp, invalid_list)
+            if flush < 0:
+                break
+            if flush:
+                kvm_flush_remote_tlbs(kvm)
+        sp.write_flooding_count = 0
+        return sp
     kvm.stat["mmu_cache_miss"] += 1
     return None
 
@@ -73,60 +104,56 @@ def _kvm_mmu_alloc_shadow_page(vcpu: Vcpu, gfn: int, role: int) -> KvmMmuPage:
     sp.tdp_mmu_page = False
     sp.parent_ptes = RmapHead()
     sp.mmu_valid_gen = kvm.mmu_valid_gen
+    if not role_direct(role) and sp.level <= PG_LEVEL_1G:
+        sp.shadowed_translation = [0] * 512
     kvm.sps[sp.spt] = sp
     kvm.active_mmu_pages[sp.spt] = sp
     kvm.n_used_mmu_pages += 1
     kvm.mmu_page_hash.setdefault(gfn, []).insert(0, sp)
+    if not role_direct(role):
+        account_shadowed(kvm, sp)
     return sp
 
 
 def kvm_mmu_get_shadow_page(vcpu: Vcpu, gfn: int, role: int) -> KvmMmuPage:
     """The page of that gfn and role, made if there is none; make_mmu_pages_available was asked before."""
     kvm = vcpu.kvm
-    sp = _kvm_mmu_find_shadow_page(kvm, gfn, role)
+    invalid_list: list[KvmMmuPage] = []
+    sp = _find(vcpu, gfn, role, invalid_list)
+    kvm_mmu_commit_zap_page(kvm, invalid_list)
     created = sp is None
     if sp is None:
         sp = _kvm_mmu_alloc_shadow_page(vcpu, gfn, role)
     if (t := kvm.trace.kvm_mmu_get_page) is not None:
-        t(*_trace_args(sp), created)
+        t(*page_args(sp), created)
     return sp
 
 
-def kvm_mmu_get_child_sp(vcpu: Vcpu, sptep: int, gfn: int) -> KvmMmuPage | None:
-    """A direct page with all rights to hang below the SPTE; None if a table is there already."""
+def kvm_mmu_child_role(kvm: Kvm, sptep: int, direct: bool, access: int) -> int:
+    """The role of a table to hang below the SPTE; below an invalidated root it is no more invalid for it."""
+    # The level is the role's lowest bits.
+    role = (kvm.sps[sptep >> 9].role - 1) & ~(ROLE_INVALID | ROLE_PASSTHROUGH | ROLE_DIRECT)
+    role = role_with_access(role, access)
+    if direct:
+        role |= ROLE_DIRECT
+    if role_has_4_byte_gpte(role):
+        # A guest table of 4-byte entries needs two shadow tables: the entry above them says which half.
+        role = role_with_quadrant(role, sptep & 1)
+    return role
+
+
+def kvm_mmu_get_child_sp(vcpu: Vcpu, sptep: int, gfn: int, direct: bool, access: int) -> KvmMmuPage | None:
+    """A page to hang below the SPTE: direct, or for the guest's table at `gfn`; None if one is there."""
     kvm = vcpu.kvm
     spte = kvm.ram.u64[sptep]
     if is_shadow_present_pte(spte) and not is_large_pte(spte):
         return None
     if kvm.profile.large_spte_dropped_first:
         drop_large_spte(kvm, sptep, True)
-    # The role's level is its lowest bits; a child of a root that was invalidated is no more invalid for it.
-    return kvm_mmu_get_shadow_page(vcpu, gfn, (kvm.sps[sptep >> 9].role - 1) & ~ROLE_INVALID)
+    return kvm_mmu_get_shadow_page(vcpu, gfn, kvm_mmu_child_role(kvm, sptep, direct, access))
 
 
 # -- links --------------------------------------------------------------------------------------
-
-
-def drop_spte(kvm: Kvm, sptep: int, why: str) -> None:
-    """Zap a leaf and forget it in its rmap."""
-    if is_shadow_present_pte(mmu_spte_clear_track_bits(kvm, sptep, why)):
-        rmap_remove(kvm, sptep)
-
-
-def drop_large_spte(kvm: Kvm, sptep: int, flush: bool) -> None:
-    """Zap a huge leaf, if there is one, that a table is to replace."""
-    if not is_shadow_present_pte(kvm.ram.u64[sptep]):
-        return
-    sp = kvm.sps[sptep >> 9]
-    drop_spte(kvm, sptep, "split")
-    if flush:
-        kvm_flush_remote_tlbs_gfn(kvm, sp.gfn, sp.level)
-
-
-def drop_parent_pte(kvm: Kvm, sp: KvmMmuPage, parent_pte: int) -> None:
-    """Unlink a table from one of the SPTEs that point to it."""
-    pte_list_remove(sp.parent_ptes, parent_pte)
-    mmu_spte_clear_no_track(kvm, parent_pte)
 
 
 def link_shadow_page(kvm: Kvm, sptep: int, sp: KvmMmuPage) -> None:
@@ -134,138 +161,16 @@ def link_shadow_page(kvm: Kvm, sptep: int, sp: KvmMmuPage) -> None:
     drop_large_spte(kvm, sptep, True)
     mmu_spte_set(kvm, sptep, kvm.spte.make_nonleaf_spte(sp.spt))
     pte_list_add(sp.parent_ptes, sptep)
+    if sp.unsync or sp.unsync_child_bitmap:
+        mark_unsync(kvm, sptep)
 
 
-# -- zapping ------------------------------------------------------------------------------------
-
-
-def _mmu_page_zap_pte(kvm: Kvm, sp: KvmMmuPage, sptep: int, spte: int, why: str) -> None:
-    if is_shadow_present_pte(spte):
-        if is_last_spte(spte, sp.level):
-            drop_spte(kvm, sptep, why)
-        else:
-            drop_parent_pte(kvm, kvm.sps[spte_to_pfn(spte)], sptep)
-    elif kvm.spte.is_mmio_spte(spte):
-        mmu_spte_clear_no_track(kvm, sptep)
-
-
-def kvm_mmu_prepare_zap_page(kvm: Kvm, sp: KvmMmuPage, invalid_list: list[KvmMmuPage], why: str) -> int:
-    """Empty and unlink a page; how many pages that put on `invalid_list`. A root in use is freed later."""
-    if (t := kvm.trace.kvm_mmu_prepare_zap_page) is not None:
-        t(*_trace_args(sp))
-    kvm.stat["mmu_shadow_zapped"] += 1
-    table = sp.spt << 9
-    for sptep, spte in enumerate(kvm.ram.u64[table : table + 512].tolist(), table):
-        _mmu_page_zap_pte(kvm, sp, sptep, spte, why)
-    while (parent := next(rmap_sptes(sp.parent_ptes), None)) is not None:
-        drop_parent_pte(kvm, sp, parent)
-    kvm.active_mmu_pages.pop(sp.spt, None)
-    zapped_root = False
-    if sp.root_count:
-        # An obsolete root has been asked for already.
-        zapped_root = not is_obsolete_sp(kvm, sp)
-    else:
-        invalid_list.append(sp)
-        kvm.n_used_mmu_pages -= 1
-    sp.role |= ROLE_INVALID
-    # After it was marked: a vCPU that is asked must see it.
-    if zapped_root:
-        kvm_make_all_cpus_request(kvm, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
-    return 0 if sp.root_count else 1
-
-
-def _kvm_mmu_free_shadow_page(kvm: Kvm, sp: KvmMmuPage) -> None:
-    kvm.sps.pop(sp.spt, None)
-    put_page(kvm.host, sp.spt)
-
-
-def kvm_mmu_commit_zap_page(kvm: Kvm, invalid_list: list[KvmMmuPage]) -> None:
-    """Flush all vCPUs, then free what prepare put on the list; nothing to do, nothing flushed."""
-    if not invalid_list:
+def validate_direct_spte(kvm: Kvm, sptep: int, direct_access: int) -> None:
+    """Unlink a direct table that was made when the guest's huge entry gave other rights."""
+    spte = kvm.ram.u64[sptep]
+    if not is_shadow_present_pte(spte) or is_large_pte(spte):
         return
-    kvm_flush_remote_tlbs(kvm)
-    for sp in invalid_list:
-        pages = kvm.mmu_page_hash[sp.gfn]
-        pages.remove(sp)
-        if not pages:
-            del kvm.mmu_page_hash[sp.gfn]
-        kvm.rcu.call_rcu(partial(_kvm_mmu_free_shadow_page, kvm, sp))
-    invalid_list.clear()
-
-
-def _break_lock(kvm: Kvm) -> bool:
-    if not need_resched(kvm):
-        return False
-    kvm.mmu_lock.unlock()
-    kvm.sched.yield_()
-    kvm.mmu_lock.lock()
-    return True
-
-
-def kvm_zap_obsolete_pages(kvm: Kvm) -> None:
-    """Zap the pages of generations that are over, oldest first, with lock breaks. slots_lock is held."""
-    invalid_list: list[KvmMmuPage] = []
-    batch = 0
-    while kvm.active_mmu_pages:
-        sp = next(iter(kvm.active_mmu_pages.values()))
-        if not is_obsolete_sp(kvm, sp):
-            break
-        if batch >= _BATCH_ZAP_PAGES and _break_lock(kvm):
-            batch = 0
-            continue
-        zapped = kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "zap-root")
-        if kvm.profile.obsolete_zap_breaks_lock:
-            batch += zapped
-    kvm_mmu_commit_zap_page(kvm, invalid_list)
-
-
-def kvm_mmu_zap_all_shadow_pages(kvm: Kvm) -> None:
-    """The part of kvm_mmu_zap_all that is not the TDP MMU's: every page goes."""
-    invalid_list: list[KvmMmuPage] = []
-    while kvm.active_mmu_pages:
-        sp = next(reversed(kvm.active_mmu_pages.values()))
-        kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "zap-all")
-        _break_lock(kvm)
-    kvm_mmu_commit_zap_page(kvm, invalid_list)
-
-
-# -- how many -----------------------------------------------------------------------------------
-
-
-def _kvm_mmu_zap_oldest_mmu_pages(kvm: Kvm, nr_to_zap: int) -> None:
-    invalid_list: list[KvmMmuPage] = []
-    pages = list(kvm.active_mmu_pages.values())
-    if kvm.profile.recycles_newest_pages:
-        pages.reverse()
-    zapped = 0
-    for sp in pages:
-        # A root in use would only be loaded again.
-        if not sp.root_count:
-            zapped += kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "recycle")
-            if zapped >= nr_to_zap:
-                break
-    kvm_mmu_commit_zap_page(kvm, invalid_list)
-    kvm.stat["mmu_recycled"] += zapped
-
-
-def kvm_mmu_available_pages(kvm: Kvm) -> int:
-    """How many more table pages the VM may have."""
-    return max(kvm.n_max_mmu_pages - kvm.n_used_mmu_pages, 0)
-
-
-def make_mmu_pages_available(kvm: Kvm) -> int:
-    """Have room for one fault's table pages, by zapping others. 0 or -ENOSPC."""
-    available = kvm_mmu_available_pages(kvm)
-    if available >= _KVM_MIN_FREE_MMU_PAGES:
-        return 0
-    _kvm_mmu_zap_oldest_mmu_pages(kvm, _KVM_REFILL_PAGES - available)
-    return 0 if kvm_mmu_available_pages(kvm) else -ENOSPC
-
-
-def kvm_mmu_change_mmu_pages(kvm: Kvm, goal: int) -> None:
-    """Set how many table pages the VM may have; what it has too many is zapped."""
-    with kvm.mmu_lock:
-        if kvm.n_used_mmu_pages > goal:
-            _kvm_mmu_zap_oldest_mmu_pages(kvm, kvm.n_used_mmu_pages - goal)
-            goal = kvm.n_used_mmu_pages
-        kvm.n_max_mmu_pages = goal
+    child = kvm.sps[spte_to_pfn(spte)]
+    if role_access(child.role) != direct_access:
+        drop_parent_pte(kvm, child, sptep)
+        kvm_flush_remote_tlbs_gfn(kvm, child.gfn, child.level + 1)

@@ -2,7 +2,8 @@
 
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): mmu_spte_set, mmu_spte_update,
 mmu_spte_clear_track_bits, mmu_spte_clear_no_track, spte_write_protect, spte_clear_dirty,
-kvm_mmu_page_get_gfn; 5.10: mmu_spte_update, mmu_spte_clear_track_bits, mmu_spte_age.
+kvm_mmu_page_get_gfn, kvm_mmu_page_get_access, kvm_mmu_page_set_translation; 5.10: mmu_spte_update,
+mmu_spte_clear_track_bits, mmu_spte_age.
 
 mmu_lock is held for write, so these stores race only with fast page faults, aging and the CPU's A and D bits:
 what those may change is exchanged atomically. Linux 5.10 takes A and D to struct page when they go, and asks
@@ -10,7 +11,7 @@ for a flush when W, A or D goes; 6.18 does neither, it asks when the right to ge
 
 Linux traces no zap here (only the TDP MMU has an event); `refault:spte_zap` does.
 
-Not modelled: 32-bit hosts, SPTE bits at 5.10's places. Shadow paging adds: gfns of indirect pages.
+Not modelled: 32-bit hosts, SPTE bits at 5.10's places.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth
 from kvm_model.mmu.marks import is_dirty_spte, transfer_marks
+from kvm_model.mmu.mmu_internal import role_access
 from kvm_model.mmu.spte import (
+    ACC_ALL,
     PT_WRITABLE_MASK,
     SHADOW_NONPRESENT_VALUE,
     is_last_spte,
@@ -34,26 +37,52 @@ if TYPE_CHECKING:
     from kvm_model.mmu.mmu_internal import KvmMmuPage
 
 __all__ = [
-    "kvm_mmu_page_get_gfn", "mmu_spte_age", "mmu_spte_clear_no_track", "mmu_spte_clear_track_bits",
+    "kvm_mmu_page_get_access", "kvm_mmu_page_get_gfn", "kvm_mmu_page_set_access",
+    "kvm_mmu_page_set_translation", "mmu_spte_age", "mmu_spte_clear_no_track", "mmu_spte_clear_track_bits",
     "mmu_spte_set", "mmu_spte_update", "spte_clear_dirty", "spte_write_protect", "test_and_clear_writable",
 ]
 
 
 def kvm_mmu_page_get_gfn(sp: KvmMmuPage, index: int) -> int:
-    """The first gfn that entry `index` of a direct page maps."""
+    """The first gfn that the leaf at entry `index` maps."""
+    if sp.shadowed_translation is not None:
+        return sp.shadowed_translation[index] >> 12
     return sp.gfn + (index << 9 * (sp.level - 1))
 
 
-def _note(kvm: Kvm, sptep: int, old: int, new: int) -> None:
+def kvm_mmu_page_get_access(sp: KvmMmuPage, index: int) -> int:
+    """ACC_* of the guest's that the leaf at entry `index` shadows; the SPTE may grant less."""
+    if sp.shadowed_translation is not None:
+        return sp.shadowed_translation[index] & ACC_ALL
+    return role_access(sp.role)
+
+
+def kvm_mmu_page_set_translation(kvm: Kvm, sp: KvmMmuPage, index: int, gfn: int, access: int) -> None:
+    """The leaf at entry `index` shadows a guest entry for `gfn` with these rights."""
+    if sp.shadowed_translation is not None:
+        sp.shadowed_translation[index] = gfn << 12 | access
+    elif gfn != kvm_mmu_page_get_gfn(sp, index) or access != role_access(sp.role):
+        why = f"entry {index} of direct page {sp!r} is to map gfn {gfn:#x} with access {access}"
+        raise BrokenTruth("shadowed-translation", why, kvm.stream.here())
+
+
+def kvm_mmu_page_set_access(kvm: Kvm, sp: KvmMmuPage, index: int, access: int) -> None:
+    """The guest's entry grants other rights than before."""
+    kvm_mmu_page_set_translation(kvm, sp, index, kvm_mmu_page_get_gfn(sp, index), access)
+
+
+def _note(kvm: Kvm, sptep: int, old: int, new: int, gfn: int) -> None:
     if kvm.truths is not None:
         sp = kvm.sps[sptep >> 9]
-        kvm.truths.note_spte(sptep, kvm_mmu_page_get_gfn(sp, sptep & 511), sp.level, old, new)
+        if gfn < 0:
+            gfn = kvm_mmu_page_get_gfn(sp, sptep & 511)
+        kvm.truths.note_spte(sptep, gfn, sp.level, old, new)
 
 
-def _changed(kvm: Kvm, sptep: int, old: int, new: int, *, aged: bool = False) -> None:
+def _changed(kvm: Kvm, sptep: int, old: int, new: int, gfn: int = -1, *, aged: bool = False) -> None:
     if kvm.profile.marks_page_at_drop:
         transfer_marks(kvm, kvm.sps[sptep >> 9].level, old, new, accessed=not aged)
-    _note(kvm, sptep, old, new)
+    _note(kvm, sptep, old, new, gfn)
 
 
 def _update_clear_spte(kvm: Kvm, sptep: int, old: int, new: int) -> int:
@@ -67,24 +96,27 @@ def _update_clear_spte(kvm: Kvm, sptep: int, old: int, new: int) -> int:
     return old
 
 
-def mmu_spte_set(kvm: Kvm, sptep: int, new: int) -> None:
-    """Store over an SPTE that is not present."""
+def mmu_spte_set(kvm: Kvm, sptep: int, new: int, gfn: int = -1) -> None:
+    """Store over an SPTE that is not present. `gfn`: what it maps, if its page does not know yet."""
     old = kvm.ram.u64[sptep]
     kvm.ram.u64[sptep] = new
-    _note(kvm, sptep, old, new)
+    _note(kvm, sptep, old, new, gfn)
 
 
-def mmu_spte_update(kvm: Kvm, sptep: int, new: int) -> bool:
-    """Change the bits of a leaf, or store a first one; its frame stays. Whether a flush is due."""
+def mmu_spte_update(kvm: Kvm, sptep: int, new: int, gfn: int = -1) -> bool:
+    """Change the bits of a leaf, or store a first one; its frame stays. Whether a flush is due.
+
+    `gfn`: what it maps, if its page does not know yet.
+    """
     masks = kvm.spte
     old = kvm.ram.u64[sptep]
     if not is_shadow_present_pte(old):
-        mmu_spte_set(kvm, sptep, new)
+        mmu_spte_set(kvm, sptep, new, gfn)
         return False
     old = _update_clear_spte(kvm, sptep, old, new)
     if spte_to_pfn(old) != spte_to_pfn(new):
         raise BrokenTruth("spte-pfn-in-place", f"present leaf {old:#x} replaced by {new:#x} of another frame")
-    _changed(kvm, sptep, old, new)
+    _changed(kvm, sptep, old, new, gfn)
     if not kvm.profile.flush_on_lost_bits:
         return masks.leaf_spte_change_needs_tlb_flush(old, new)
     fixable = old & masks.host_writable and old & masks.mmu_writable

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage, role_direct
-from kvm_model.mmu.shadow_page import kvm_mmu_commit_zap_page, kvm_mmu_prepare_zap_page
+from kvm_model.mmu.mmu_internal import INVALID_PAGE, KvmMmuPage
+from kvm_model.mmu.shadow_zap import kvm_mmu_commit_zap_page, kvm_mmu_prepare_zap_page
+from kvm_model.mmu.unsync import for_each_gfn_valid_sp_with_gptes
 
 if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
@@ -30,9 +31,8 @@ def kvm_mmu_unprotect_gfn_and_retry(vcpu: Vcpu, addr: int, gpa: int, *, always_r
     if kvm.indirect_shadow_pages and gpa != INVALID_PAGE:
         invalid_list: list[KvmMmuPage] = []
         with kvm.mmu_lock:
-            for sp in tuple(kvm.mmu_page_hash.get(gpa >> 12, ())):
-                if not sp.invalid and not role_direct(sp.role):
-                    kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "unprotect")
+            for sp in for_each_gfn_valid_sp_with_gptes(kvm, gpa >> 12):
+                kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "unprotect")
             zapped = bool(invalid_list)
             kvm_mmu_commit_zap_page(kvm, invalid_list)
     if zapped or always_retry:

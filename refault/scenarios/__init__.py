@@ -2,14 +2,19 @@
 
 | file | subject |
 |---|---|
-| `api.py` | what a scenario can do: guest accesses, host operations, steps |
+| `api.py`, `api_kvm.py` | what a scenario can do: guest accesses, host operations, KVM's ioctls |
+| `layout.py`, `backend.py` | where things are in its machine; what a back end must do |
 | `emulator.py` | the back end that runs it here |
 | `emulator_reclaim.py`, `emulator_hugetlb.py` | its steps for reclaim and for huge pages |
 | `emulator_migrate.py` | its steps for migration and compaction |
 | `emulator_files.py` | its steps for files and shared memory |
 | `emulator_dirty.py` | its steps for dirty tracking |
+| `emulator_guest.py`, `emulator_slots.py` | its steps for the guest, and for memory slots |
+| `emulator_gmem.py` | its steps for guest_memfd |
 | `recordings.py` | what the real kernel did |
 | `normal.py` | the form in which the two are compared |
+| `comparison.py`, `explained.py` | whether they are equal; why they may differ, as typed records |
+| `invariants.py` | what holds where chance is in a scenario |
 | `guest.py` | the guest, the same for both |
 | `live/` | the back end that runs it on this machine's `/dev/kvm` |
 | `linux_mm.py` | the scenarios of host memory management |
@@ -20,6 +25,8 @@
 | `linux_mm_thp.py` | those of transparent huge pages |
 | `linux_mm_uffd.py` | those of userfaultfd; `emulator_uffd.py` has their steps |
 | `linux_kvm_dirty.py` | those of dirty tracking in KVM |
+| `linux_kvm_guest.py`, `linux_kvm_prefetch.py` | those of guest instructions and tables; of neighbours |
+| `linux_kvm_slots.py` | those of memory slots |
 | `recorded/linux-6.18/` | the real kernel's traces |
 """
 
@@ -31,19 +38,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refault.scenarios.api import Scenario
 
-__all__ = ["MACHINES", "SCENARIOS", "scenario"]
+__all__ = ["MACHINES", "REPEATS", "SCENARIOS", "scenario"]
 
 SCENARIOS: dict[str, Callable[[Scenario], None]] = {}
 MACHINES: dict[str, dict[str, Any]] = {}
 """What a scenario's machine has that the usual one has not: options of `refault.VM`."""
 
 
-def scenario(**machine: Any) -> Callable[[Callable[[Scenario], None]], Callable[[Scenario], None]]:
+REPEATS: dict[str, str] = {}
+"""How much of a scenario a real machine repeats, where not everything: see comparison.py."""
+
+
+def scenario(
+    *, repeats: str = "exactly", **machine: Any
+) -> Callable[[Callable[[Scenario], None]], Callable[[Scenario], None]]:
     """Register a scenario under its function's name; its docstring is its claim."""
 
     def register(fn: Callable[[Scenario], None]) -> Callable[[Scenario], None]:
         SCENARIOS[fn.__name__] = fn
         MACHINES[fn.__name__] = machine
+        REPEATS[fn.__name__] = repeats
         return fn
 
     return register

@@ -10,239 +10,31 @@ A step has a title, which is part of what is compared, and a result.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["DATA_GPA", "DATA_SIZE", "PAGE", "PROT_NONE", "PROT_READ", "PROT_RW", "Backend", "Scenario"]
+from refault.scenarios.api_kvm import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KvmSteps, pte
+from refault.scenarios.layout import DATA_GPA, DATA_SIZE, PAGE
 
-DATA_GPA = 0x1000_0000
-DATA_SIZE = 0x80_0000
-PAGE = 4096
+if TYPE_CHECKING:
+    from refault.scenarios.backend import Backend
+
+__all__ = [
+    "DATA_GPA", "DATA_SIZE", "KVM_MEM_LOG_DIRTY_PAGES", "KVM_MEM_READONLY", "PAGE", "PROT_NONE", "PROT_READ",
+    "PROT_RW", "Scenario", "pte",
+]
+
 PROT_NONE, PROT_READ, PROT_RW = 0, 1, 3
 
 
-class Backend(Protocol):
-    """A machine that does what a scenario asks. Every method returns what the step's mark shows."""
-
-    def mark(self, text: str) -> None:
-        """Put a line into the event sequence."""
-        ...
-
-    def load(self, offset: int) -> Any:
-        """A guest load of 8 bytes at D + offset: the value, or the exit that came instead."""
-        ...
-
-    def store(self, offset: int, value: int) -> Any:
-        """A guest store of 8 bytes."""
-        ...
-
-    def read_modify_write(self, offset: int) -> Any:
-        """A guest `inc qword`."""
-        ...
-
-    def host_write(self, offset: int, value: int) -> Any:
-        """The VMM stores 8 bytes."""
-        ...
-
-    def host_read(self, offset: int) -> Any:
-        """The VMM loads 8 bytes."""
-        ...
-
-    def madvise(self, offset: int, length: int, advice: str) -> Any:
-        """madvise(2) with MADV_<advice>."""
-        ...
-
-    def mprotect(self, offset: int, length: int, prot: int) -> Any:
-        """mprotect(2)."""
-        ...
-
-    def munmap(self, offset: int, length: int) -> Any:
-        """munmap(2)."""
-        ...
-
-    def mmap_fixed(self, offset: int, length: int) -> Any:
-        """Fresh private anonymous memory at D + offset."""
-        ...
-
-    def mlock(self, offset: int, length: int) -> Any:
-        """mlock(2)."""
-        ...
-
-    def munlock(self, offset: int, length: int) -> Any:
-        """munlock(2)."""
-        ...
-
-    def fork(self) -> Any:
-        """fork(2); the child sleeps."""
-        ...
-
-    def child_exit(self) -> Any:
-        """The child exits and is reaped."""
-        ...
-
-    def clear_refs(self, kind: int) -> Any:
-        """Write to /proc/self/clear_refs."""
-        ...
-
-    def pin(self, offset: int) -> Any:
-        """A long-term pin for writing of the page at D + offset, as an io_uring fixed buffer takes."""
-        ...
-
-    def unpin(self) -> Any:
-        """Give every pin back."""
-        ...
-
-    def fill(self, offset: int, byte: int) -> Any:
-        """The VMM fills the page at D + offset."""
-        ...
-
-    def mergeable(self, offset: int, length: int) -> Any:
-        """madvise(2) with MADV_MERGEABLE; 0."""
-        ...
-
-    def ksmd(self, use_zero_pages: bool) -> Any:
-        """ksmd runs until there is nothing left to merge, then stops."""
-        ...
-
-    def operation(self, name: str, *args: int) -> Any:
-        """A host operation of the registry; a `gpa` is given as an offset from D. Emulator only."""
-        ...
-
-    def begin(self) -> None:
-        """What was before is no part of the event sequence."""
-        ...
-
-    def arrange(self, blocks: Sequence[Sequence[int]]) -> None:
-        """Put the pages of each list into a page block near the bottom of memory, the first highest, and
-        every other page of both slots near the top. Offsets from D."""
-        ...
-
-    def bring_in(self, offset: int, byte: int) -> None:
-        """A page of another mapping, filled, is moved to D + offset (mremap)."""
-        ...
-
-    def frames(self, offsets: Sequence[int]) -> list[int]:
-        """Which frame each page is in."""
-        ...
-
-    def compact_memory(self) -> Any:
-        """A write to /proc/sys/vm/compact_memory."""
-        ...
-
-    def move_pages(self, offset: int, node: int) -> Any:
-        """move_pages(2) of one page with MPOL_MF_MOVE_ALL."""
-        ...
-
-    def mbind(self, offset: int, length: int, node: int) -> Any:
-        """mbind(2) with MPOL_BIND and MPOL_MF_MOVE."""
-        ...
-
-    def nothing(self) -> Any:
-        """A step that only says what was found."""
-        ...
-
-    def slow_load(self, offset: int, ns: int) -> Any:
-        """A guest load after which the VMM's thread loses the CPU for `ns`."""
-        ...
-
-    def idle(self, ns: int) -> Any:
-        """The VMM sleeps."""
-        ...
-
-    def punch_hole(self, offset: int, length: int) -> Any:
-        """fallocate(2) with FALLOC_FL_PUNCH_HOLE in the file that D shows."""
-        ...
-
-    def ftruncate(self, size: int) -> Any:
-        """ftruncate(2) of that file."""
-        ...
-
-    def fsync(self) -> Any:
-        """fsync(2) of that file."""
-        ...
-
-    def pwrite(self, offset: int, data: bytes) -> Any:
-        """pwrite(2) into that file."""
-        ...
-
-    def damon_on(self, offset: int) -> Any:
-        """kdamond watches the frame behind D + offset, by physical address, a sample every 5 ms."""
-        ...
-
-    def damon_off(self) -> Any:
-        """kdamond ends."""
-        ...
-
-    def memcg_enter(self) -> Any:
-        """The VMM's process moves to a memory cgroup of its own."""
-        ...
-
-    def memcg_leave(self) -> Any:
-        """It moves back to the root; what it has stays charged."""
-        ...
-
-    def memcg_limit(self, pages: int) -> Any:
-        """memory.limit_in_bytes of the group becomes `pages` less than its usage."""
-        ...
-
-    def own_pages(self, pages: int) -> Any:
-        """The VMM writes so many fresh pages of its own, of no slot."""
-        ...
-
-    def pages_gone(self, pages: int) -> Any:
-        """Whether any of the first pages of D has no frame."""
-        ...
-
-    def uffd_api(self) -> Any:
-        """userfaultfd(2) and UFFDIO_API; 0."""
-        ...
-
-    def uffd_register(self, mode: int) -> Any:
-        """UFFDIO_REGISTER of the data slot."""
-        ...
-
-    def uffd_answer(self, kind: str) -> None:
-        """From now on a thread of the VMM answers faults by UFFDIO_COPY ("copy") or _ZEROPAGE ("zero")."""
-        ...
-
-    def uffd_copy(self, offset: int) -> Any:
-        """UFFDIO_COPY of the page that the thread copies, too; 0."""
-        ...
-
-
-    def log_dirty(self, on: bool) -> Any:
-        """KVM_SET_USER_MEMORY_REGION of the data slot with KVM_MEM_LOG_DIRTY_PAGES set or clear."""
-        ...
-
-    def get_dirty_log(self) -> Any:
-        """KVM_GET_DIRTY_LOG of the data slot: the dirty pages' numbers."""
-        ...
-
-    def count_dirty_log(self) -> Any:
-        """The same; how many they are, and the first six."""
-        ...
-
-    def enable_manual_protect(self, value: int) -> Any:
-        """KVM_ENABLE_CAP of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2; 0."""
-        ...
-
-    def clear_dirty_log(self, first: int, count: int, pages: Sequence[int]) -> Any:
-        """KVM_CLEAR_DIRTY_LOG of `count` pages from `first` with a mask of `pages`; 0."""
-        ...
-
-    def dirty_ring(self) -> Any:
-        """(flags, slot, offset) of the first six entries of vCPU 0's dirty ring."""
-        ...
-
-    def reset_dirty_rings(self) -> Any:
-        """Harvest what the first eight entries have and KVM_RESET_DIRTY_RINGS; what it answers."""
-        ...
-
-
-class Scenario:
+class Scenario(KvmSteps):
     """The steps, told to a back end. Titles follow the recordings'."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+
+    def use_vcpu(self, number: int) -> None:
+        """What the guest does from now on, this vCPU does; the machine must have it. No step."""
+        self.backend.use_vcpu(number)
 
     def _step(self, title: str, method: str, *args: Any) -> Any:
         self.backend.mark(f">> {title}")
@@ -267,9 +59,9 @@ class Scenario:
         """The VMM writes."""
         return self._step(f"host write D+{offset:#x}={value:#x}", "host_write", offset, value)
 
-    def hr(self, offset: int) -> Any:
+    def hr(self, offset: int, title: str = "") -> Any:
         """The VMM reads."""
-        return self._step(f"host read D+{offset:#x}", "host_read", offset)
+        return self._step(title or f"host read D+{offset:#x}", "host_read", offset)
 
     def madv(self, offset: int, length: int, advice: str, title: str = "") -> Any:
         """madvise."""
@@ -289,6 +81,11 @@ class Scenario:
     def mmap_fixed(self, offset: int, length: int, title: str) -> Any:
         """mmap(MAP_FIXED)."""
         return self._step(title, "mmap_fixed", offset, length)
+
+    def mremap(self, offset: int, length: int, to: int, title: str = "") -> Any:
+        """mremap(MREMAP_MAYMOVE | MREMAP_FIXED)."""
+        title = title or f"mremap(D+{offset:#x},{length:#x},D+{to:#x})"
+        return self._step(title, "mremap", offset, length, to)
 
     def mlock(self, offset: int, length: int) -> Any:
         """mlock."""
@@ -396,13 +193,17 @@ class Scenario:
         """A memory cgroup's limit falls below its usage."""
         return self._step(title, "memcg_limit", pages)
 
+    def memcg_squeeze(self, pages: int, title: str) -> Any:
+        """The limit falls below the usage and is lifted again."""
+        return self._step(title, "memcg_squeeze", pages)
+
     def pages_gone(self, pages: int) -> Any:
         """Were pages reclaimed?"""
         return self._step("pages gone", "pages_gone", pages)
 
-    def fsync(self) -> Any:
+    def fsync(self, title: str = "host fsync") -> Any:
         """fsync of the file."""
-        return self._step("host fsync", "fsync")
+        return self._step(title, "fsync")
 
     def pwrite(self, offset: int, data: bytes, title: str) -> Any:
         """A write into the file, not through its mapping."""
@@ -428,34 +229,3 @@ class Scenario:
     def uffd_copy(self, offset: int, title: str) -> Any:
         """UFFDIO_COPY."""
         return self._step(title, "uffd_copy", offset)
-
-    def log_dirty(self, on: bool) -> Any:
-        """Logging of the data slot begins or ends."""
-        return self._step(f"slot flags {'|=' if on else '-='} LOG_DIRTY", "log_dirty", on)
-
-    def get_dirty_log(self, title: str = "GET_DIRTY_LOG") -> Any:
-        """KVM_GET_DIRTY_LOG."""
-        return self._step(title, "get_dirty_log")
-
-    def count_dirty_log(self, note: str = "") -> Any:
-        """KVM_GET_DIRTY_LOG, of many pages."""
-        return self._step(f"GET_DIRTY_LOG {note}", "count_dirty_log")
-
-    def manual_protect(self, value: int) -> Any:
-        """Manual protection."""
-        title = f"ENABLE_CAP MANUAL_DIRTY_LOG_PROTECT2={value}"
-        return self._step(title, "enable_manual_protect", value)
-
-    def clear_dirty_log(self, first: int, count: int, pages: Sequence[int]) -> Any:
-        """KVM_CLEAR_DIRTY_LOG."""
-        shown = list(pages) if len(pages) < 9 else pages
-        title = f"CLEAR_DIRTY_LOG first={first} num={count} pages={shown}"
-        return self._step(title, "clear_dirty_log", first, count, pages)
-
-    def dirty_ring(self, title: str) -> Any:
-        """What is in the ring."""
-        return self._step(title, "dirty_ring")
-
-    def reset_dirty_rings(self) -> Any:
-        """Harvest and reset."""
-        return self._step("KVM_RESET_DIRTY_RINGS", "reset_dirty_rings")

@@ -1,10 +1,7 @@
 """Scenarios on the emulator.
 
-A guest access sets the registers, enters, and reads what came out. EPT accessed/dirty flags are off,
-so that the walk reads guest tables as shadow paging does, which the recordings were made with.
-
-    slot 0, 2 MiB at gpa 0: what guest.py says
-    slot 1, 8 MiB at gpa 0x10000000: D, whose hva is 0xa00000 below slot 0's
+A guest access sets the registers, enters, and reads what came out. With EPT its accessed/dirty flags are
+off, so that the walk reads guest tables as shadow paging does, which the recordings were made with.
 """
 
 from __future__ import annotations
@@ -14,19 +11,29 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from emu.hostops import OPERATIONS, perform
-from emu.loaders.image import BOOT_GDT, Image
 from host_mm.kernel.errors import KernelError
-from refault.scenarios.api import DATA_GPA, DATA_SIZE, PAGE, Scenario
+from refault.registry import find_tracepoint
+from refault.scenarios.api import Scenario
 from refault.scenarios.emulator_dirty import DirtySteps
 from refault.scenarios.emulator_files import FileSteps
-from refault.scenarios.emulator_hugetlb import SLOT0_OFFSET_HUGETLB, HugetlbSteps
+from refault.scenarios.emulator_gmem import GmemSteps
+from refault.scenarios.emulator_guest import GuestSteps
 from refault.scenarios.emulator_migrate import MigrateSteps
 from refault.scenarios.emulator_reclaim import ReclaimSteps
+from refault.scenarios.emulator_slots import SlotSteps
 from refault.scenarios.emulator_uffd import UffdSteps
-from refault.scenarios.guest import ENTRY, RFLAGS_IOPL3, USER_STACK, guest_memory
-from refault.scenarios.normal import HOST_EVENTS, SLOT0_OFFSET, SLOT0_SIZE, format_range
+from refault.scenarios.layout import (
+    DATA_GPA,
+    DATA_SIZE,
+    PAGE,
+    SLOT0_OFFSET,
+    SLOT0_OFFSET_HUGETLB,
+    SLOT0_SIZE,
+)
+from refault.scenarios.normal import Normalizer, Recording, host_side
 from refault.vm import VM
 from trace_events.stream import Listener
+from trace_events.text import format_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,55 +43,49 @@ if TYPE_CHECKING:
 
 __all__ = ["EmulatorBackend", "run_on_emulator"]
 
-IRET_FRAME = 0x7000
-USER_CS, USER_SS = 0x1B, 0x13
 
+class EmulatorBackend(
+    GuestSteps, SlotSteps, GmemSteps, DirtySteps, FileSteps, MigrateSteps, ReclaimSteps, UffdSteps
+):
+    """One machine for one scenario. `recording()` is the normalised sequence, `events` the trace."""
 
-def _image() -> Image:
-    gdt = struct.pack("<4Q", 0, 0x00AF9B000000FFFF, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF)
-    frame = struct.pack("<5Q", ENTRY["nop"], USER_CS, RFLAGS_IOPL3, USER_STACK, USER_SS)
-    return Image(
-        kind="scenario", mode="long", entry=ENTRY["to_user"], end=SLOT0_SIZE,
-        segments=[(BOOT_GDT, gdt), (IRET_FRAME, frame), *guest_memory()], registers={"rsp": IRET_FRAME},
-    )
-
-
-class EmulatorBackend(DirtySteps, FileSteps, HugetlbSteps, MigrateSteps, ReclaimSteps, UffdSteps):
-    """One machine for one scenario. `lines` is the normalised sequence, `events` the trace."""
-
-    def __init__(self, **options: Any) -> None:
-        hugetlb, file = options.pop("hugetlb", ""), options.pop("file", "")
-        ring = options.pop("dirty_ring", 0)
-        params = {"kvm_intel.eptad": "0", **options.pop("params", {})}
-        if ring:
-            params["vmm.dirty_ring_size"] = str(ring)
+    def __init__(
+        self, *, hugetlb: str = "", file: str = "", dirty_ring: int = 0, guest_pages: str = "4K",
+        slot_flags: int = 0, file_bytes: int = 0, thp: bool = False, **options: Any,
+    ) -> None:
+        params = {"kvm_intel.eptad": "0", "kvm.mmio_caching": "N", **options.pop("params", {})}
+        if dirty_ring:
+            params["vmm.dirty_ring_size"] = str(dirty_ring)
         self.vm = VM("2M", params=params, **{"host_ram": "64M", "swap": "64M", **options})
         board = self.board = self.vm.board
-        slot0 = board.memory.regions[0]
         self.slot0_offset = SLOT0_OFFSET_HUGETLB if hugetlb else SLOT0_OFFSET
-        self.data_hva = slot0.hva - self.slot0_offset
-        self.vm.host._board.host.sched.run_task("vmm", lambda: self._create_data(hugetlb, file))
-        if ring:
-            self.log_dirty(True)
-        board.load(_image())
-        self.vm.run()
-        self._run("nop")
-        self.lines: list[str] = []
+        self.data_hva = board.memory.regions[0].hva - self.slot0_offset
+        slot0 = (self.slot0_offset, self.slot0_offset + SLOT0_SIZE)
+        self.normal = Normalizer(self.data_hva, ((0, DATA_SIZE), slot0))
         self.events: list[Event] = []
+        self._recording: Recording | None = None
         self.child: Vmm | None = None
         self.pinned: list[int] = []
+        board.host.sched.run_task("vmm", lambda: self._create_data(hugetlb, file, file_bytes, slot_flags))
+        if not thp:
+            self.madvise(0, DATA_SIZE, "NOHUGEPAGE")
+        if dirty_ring:
+            self.log_dirty(True)
+        self.start_guest(guest_pages)
+        self._stats_before = self._stats()
         board.host.stream.listen(Listener(("*",), self._note))
 
-    def _create_data(self, hugetlb: str, file: str) -> None:
+    def _create_data(self, hugetlb: str, file: str, file_bytes: int, flags: int) -> None:
         if hugetlb:
             self.create_hugetlb(hugetlb)
         elif file:
-            self.create_file(file)
+            self.create_file(file, file_bytes)
         else:
-            self.board.memory.create(DATA_GPA, DATA_SIZE, self.data_hva)
+            self.board.memory.create(DATA_GPA, DATA_SIZE, self.data_hva, flags)
 
     def close(self) -> None:
         """Destroy the machine."""
+        self._recording = self.recording()
         self.vm.finish()
         self.close_hugetlb()
         self.unpin()
@@ -95,50 +96,35 @@ class EmulatorBackend(DirtySteps, FileSteps, HugetlbSteps, MigrateSteps, Reclaim
 
     def _note(self, event: Event) -> None:
         self.events.append(event)
-        if event.system != "kvm" or event.name not in HOST_EVENTS:
-            return
-        start = event.args["hva"] if "hva" in event.args else event.args["start"]
-        end = event.args.get("end", start)
-        first, last = start - self.data_hva, end - self.data_hva
-        if (start, end) != (0, (1 << 64) - 1) and not (
-            (last > 0 and first < DATA_SIZE)
-            or (last > self.slot0_offset and first < self.slot0_offset + SLOT0_SIZE)
-        ):
-            return
-        absolute = (start, end) == (0, (1 << 64) - 1)
-        self.lines.append(format_range(event.name, start if absolute else first, end if absolute else last))
+        if event.system in ("kvm", "kvmmmu"):
+            self.normal.event(event.name, format_args(event, find_tracepoint(event.event)))
 
-    # -- guest --------------------------------------------------------------------------------
+    @property
+    def lines(self) -> list[str]:
+        """The host's side of the sequence: steps and notifier events."""
+        return host_side(self.normal.lines)
 
-    def _run(self, snippet: str, **registers: int) -> str:
-        board = self.board
-        cpu, vcpu = board.cpu, board.vcpus[0]
-        for name, value in {"rip": ENTRY[snippet], "rsp": USER_STACK, **registers}.items():
-            cpu.set_reg(vcpu, name, value)
-        board.stop = None
-        stop = board.run(lambda: False)
-        if stop.kind == "exit":
-            return "ok"
-        return "EFAULT" if "EFAULT" in stop.why else stop.kind
+    def recording(self) -> Recording:
+        """The whole sequence, and what KVM counted since the machine stood."""
+        if self._recording is not None:
+            return self._recording
+        now = self._stats()
+        moved = {name: now[name] - before for name, before in self._stats_before.items()}
+        return Recording(list(self.normal.lines), {name: n for name, n in moved.items() if n})
 
-    def load(self, offset: int) -> Any:
-        """A guest load."""
-        result = self._run("load", rsi=DATA_GPA + offset)
-        return self.board.cpu.get_reg(self.board.vcpus[0], "rax") if result == "ok" else result
-
-    def store(self, offset: int, value: int) -> Any:
-        """A guest store."""
-        return self._run("store", rdi=DATA_GPA + offset, rax=value)
-
-    def read_modify_write(self, offset: int) -> Any:
-        """A guest inc."""
-        return "IO" if self._run("read_modify_write", rdi=DATA_GPA + offset) == "ok" else "EFAULT"
+    def _stats(self) -> dict[str, int]:
+        kvm = self.board.kvm
+        total = dict(kvm.stat)
+        for vcpu in kvm.vcpus:
+            for name, value in vcpu.stat.items():
+                total[name] = total.get(name, 0) + value
+        return total
 
     # -- host ---------------------------------------------------------------------------------
 
     def mark(self, text: str) -> None:
         """A step's mark."""
-        self.lines.append(text.rstrip())
+        self.normal.mark(text)
 
     def _host(self, call: Callable[[], Any]) -> Any:
         try:
@@ -180,6 +166,12 @@ class EmulatorBackend(DirtySteps, FileSteps, HugetlbSteps, MigrateSteps, Reclaim
         """mmap(MAP_FIXED): the offset it is at."""
         at = self._host(lambda: self.board.vmm.mmap(length, 3, self.data_hva + offset))
         return at if isinstance(at, str) else hex(at - self.data_hva)
+
+    def mremap(self, offset: int, length: int, to: int) -> Any:
+        """mremap(2) to a fixed place."""
+        at, new = self.data_hva + offset, self.data_hva + to
+        result = self._host(lambda: self.board.vmm.mremap(at, length, length, 3, new))
+        return result if isinstance(result, str) else hex(result - self.data_hva)
 
     def mlock(self, offset: int, length: int) -> Any:
         """mlock(2)."""
@@ -244,11 +236,11 @@ class EmulatorBackend(DirtySteps, FileSteps, HugetlbSteps, MigrateSteps, Reclaim
 
     def begin(self) -> None:
         """Forget the lines so far."""
-        self.lines.clear()
+        self.normal.clear()
 
 
 def run_on_emulator(scenario: Callable[[Scenario], None], **options: Any) -> EmulatorBackend:
-    """Run a scenario to its end; `lines` of the result is its normalised sequence."""
+    """Run a scenario to its end; `recording()` of the result is what it did."""
     backend = EmulatorBackend(**options)
     try:
         scenario(Scenario(backend))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from refault.scenarios.api import DATA_GPA
+from refault.scenarios.layout import DATA_GPA
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,8 +25,7 @@ class DirtySteps:
         raise NotImplementedError
 
     def _ioctl(self, call: Callable[[], Any]) -> Any:
-        result = self._host(call)
-        return result.removeprefix("errno ") if isinstance(result, str) else result
+        raise NotImplementedError
 
     def log_dirty(self, on: bool) -> Any:
         """KVM_MEM_LOG_DIRTY_PAGES of the data slot."""

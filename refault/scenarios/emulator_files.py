@@ -5,27 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from emu import files
-from refault.scenarios.api import DATA_GPA, DATA_SIZE
 from refault.scenarios.emulator_hugetlb import HugetlbSteps
+from refault.scenarios.layout import DATA_GPA, DATA_SIZE
 
-__all__ = ["FILE_BYTES", "FileSteps"]
+__all__ = ["FILE_BYTE", "FileSteps"]
 
-FILE_BYTES = b"\x11" * 0x10000
-"""What a private file holds at first; a shared one is a hole."""
+FILE_BYTE = b"\x11"
+"""What a file holds at first, as far as it is not a hole."""
 
 
 class FileSteps(HugetlbSteps):
     """The steps, for a back end that has `board`, `data_hva` and can enter the host."""
 
-    def create_file(self, kind: str) -> None:
-        """The data slot: `kind` is memfd, shared (a file) or private (a file with FILE_BYTES in it)."""
+    def create_file(self, kind: str, filled: int) -> None:
+        """The data slot: `kind` is memfd, shared (a file) or private (one); its first bytes are `filled`."""
         vmm, at = self.board.vmm, self.data_hva
         if kind == "memfd":
             files.mmap_memfd(vmm, DATA_SIZE, at)
         else:
-            private = kind == "private"
-            data = FILE_BYTES if private else b""
-            files.mmap_file(vmm, DATA_SIZE, address=at, private=private, data=data)
+            data = FILE_BYTE * filled
+            files.mmap_file(vmm, DATA_SIZE, address=at, private=kind == "private", data=data)
         self.board.memory.show(DATA_GPA, DATA_SIZE, at)
 
     def fsync(self) -> Any:

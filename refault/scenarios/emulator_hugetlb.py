@@ -6,16 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from emu import files
-from refault.scenarios.api import DATA_GPA, DATA_SIZE
+from refault.scenarios.layout import DATA_GPA, DATA_SIZE
 
 if TYPE_CHECKING:
     from emu.board import Board
     from host_mm.address_space import AddressSpace
 
-__all__ = ["SLOT0_OFFSET_HUGETLB", "HugetlbSteps"]
-
-SLOT0_OFFSET_HUGETLB = -0x400000
-"""Where slot 0 lay in these recordings."""
+__all__ = ["HugetlbSteps"]
 
 
 class HugetlbSteps:

@@ -83,6 +83,16 @@ class ReclaimSteps:
         assert memcg is not None
         return self._host(lambda: self.board.host.mm.memcg.resize_max(memcg, memcg.usage - pages))
 
+    def memcg_squeeze(self, pages: int) -> Any:
+        """v1's limit file, twice."""
+        from host_mm.memcontrol import PAGE_COUNTER_MAX
+
+        memcg = self.memcg
+        assert memcg is not None
+        control = self.board.host.mm.memcg
+        self._host(lambda: control.resize_max(memcg, memcg.usage - pages))
+        self._host(lambda: control.resize_max(memcg, PAGE_COUNTER_MAX))
+
     def own_pages(self, pages: int) -> Any:
         """Fresh pages of the VMM's."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from emu.uffd import UffdHandler
-from refault.scenarios.api import DATA_SIZE, PAGE
+from refault.scenarios.layout import DATA_SIZE, PAGE
 
 if TYPE_CHECKING:
     from emu.board import Board

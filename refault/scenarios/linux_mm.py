@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import refault.scenarios.linux_kvm_dirty
+import refault.scenarios.linux_kvm_guest
+import refault.scenarios.linux_kvm_prefetch
+import refault.scenarios.linux_kvm_slots
 import refault.scenarios.linux_mm_files
 import refault.scenarios.linux_mm_hugetlb
 import refault.scenarios.linux_mm_migrate
@@ -188,7 +191,7 @@ def mlock(s: Scenario) -> None:
     s.munlock(0x3000, PAGE)
 
 
-@scenario()
+@scenario(repeats="but for frames")
 def ksm(s: Scenario) -> None:
     """The page that becomes the KSM page is unmapped once, each merged page twice; a write copies."""
     s.mergeable(0, DATA_SIZE, "mergeable")
@@ -206,7 +209,7 @@ def ksm(s: Scenario) -> None:
     s.ld(0x4000)
 
 
-@scenario()
+@scenario(repeats="but for frames")
 def zero_then_ksm(s: Scenario) -> None:
     """With use_zero_pages a page of zeros becomes the zero page; the last sharer's write copies too."""
     s.mergeable(0, 0x10000)

@@ -34,7 +34,7 @@ def memfd_punch(s: Scenario) -> None:
     s.st(0x4000, 2)
 
 
-@scenario(file="private")
+@scenario(file="private", file_bytes=0x10000, repeats="but for frames")
 def private_file(s: Scenario) -> None:
     """A private page of a file is copied by a write, and outlives a hole but not the end of the file."""
     s.ld(0x3000, "page cache")

@@ -10,7 +10,7 @@ __all__: list[str] = []
 HUGE = 0x20_0000
 
 
-@scenario(hugetlb="private", params={"hugetlb.nr_hugepages": "10"})
+@scenario(hugetlb="private", guest_pages="2M", params={"hugetlb.nr_hugepages": "10"})
 def hugetlb_2m(s: Scenario) -> None:
     """fork brackets the whole mapping, a write copies 2 MiB, and what would cut a huge page is refused."""
     s.ld(0x3000, "first touch read")
@@ -35,7 +35,7 @@ def hugetlb_2m(s: Scenario) -> None:
     s.ld(0x3000)
 
 
-@scenario(hugetlb="shared", params={"hugetlb.nr_hugepages": "6"})
+@scenario(hugetlb="shared", guest_pages="2M", params={"hugetlb.nr_hugepages": "6"})
 def hugetlb_shared(s: Scenario) -> None:
     """A hole of whole huge pages unmaps them, one of 4 KiB tells nobody; fork leaves shared pages alone."""
     s.ld(0x3000)

@@ -29,7 +29,7 @@ def migrate(s: Scenario) -> None:
     s.ld(0x3000)
 
 
-@scenario()
+@scenario(repeats="but for slot 0")
 def migrate_real(s: Scenario) -> None:
     """A page that compaction moves is unmapped once; the guest reads its bytes from the new frame."""
     s.bring_in(0x3000, 0x55)
@@ -41,7 +41,7 @@ def migrate_real(s: Scenario) -> None:
     s.st(0x3000, 2)
 
 
-@scenario()
+@scenario(repeats="but for slot 0")
 def migrate_swapro(s: Scenario) -> None:
     """The same with a page that a child shares: KVM is told for the VMM's mapping alone."""
     s.bring_in(0x3000, 0x55)
@@ -56,7 +56,7 @@ def migrate_swapro(s: Scenario) -> None:
     s.child_exit()
 
 
-@scenario()
+@scenario(repeats="but for frames")
 def compact(s: Scenario) -> None:
     """Compaction unmaps what it moves page by page, the guest's tables too; what lies above stays."""
     for page in range(64):

@@ -83,3 +83,19 @@ def memcg_reclaim(s: Scenario) -> None:
     s.memcg_limit(16, "limit -= 64K")
     s.pages_gone(0x400)
     s.ld(0x3000)
+
+
+@scenario(params={"swap.device": "zram"}, repeats="by chance")
+def memcg_age(s: Scenario) -> None:
+    """Reclaim in the group of the process asks who used a page, page by page, before it takes one."""
+    s.backend.memcg_enter()
+    for i in range(0x400):
+        s.backend.host_write(i * PAGE, i + 1)
+    s.begin()
+    s.st(0x3000, 1)
+    s.st(0x8000, 1)
+    s.memcg_squeeze(128, "limit = usage - 512K")
+    s.ld(0x3000)
+    s.st(0x3000, 2)
+    s.memcg_squeeze(128, "limit = usage - 512K again")
+    s.ld(0x3000)

@@ -10,7 +10,7 @@ __all__: list[str] = []
 HUGE = 0x20_0000
 
 
-@scenario()
+@scenario(thp=True, guest_pages="2M")
 def thp(s: Scenario) -> None:
     """A huge page is made by a fault, parted by DONTNEED and mprotect of 4 KiB, and collapsed again."""
     s.madv(0, DATA_SIZE, "HUGEPAGE")
@@ -31,7 +31,7 @@ def thp(s: Scenario) -> None:
     s.st(0x203000, 1)
 
 
-@scenario()
+@scenario(guest_pages="2M")
 def collapse(s: Scenario) -> None:
     """MADV_COLLAPSE of small pages: one bracket of 2 MiB, over before anything is copied."""
     for page in range(512):
@@ -48,7 +48,7 @@ def collapse(s: Scenario) -> None:
     s.st(0x5000, 6)
 
 
-@scenario(file="memfd", params={"thp.shmem_enabled": "always"})
+@scenario(file="memfd", thp=True, guest_pages="2M", params={"thp.shmem_enabled": "always"})
 def shmem_thp(s: Scenario) -> None:
     """A hole of 4 KiB splits a huge page of a file into pieces as large as can be; COLLAPSE joins them."""
     s.ld(0x3000, "first touch read")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.resources import files
 
+from refault.scenarios.normal import Recording, parse_recording
+
 __all__ = ["recorded_names", "recording"]
 
 
@@ -17,7 +19,6 @@ def recorded_names(kernel: str = "linux-6.18") -> list[str]:
     return sorted(name.removesuffix(".txt") for name in names if name.endswith(".txt"))
 
 
-def recording(name: str, kernel: str = "linux-6.18") -> str:
-    """The text of one recording. Raises FileNotFoundError."""
-    text: str = (_folder(kernel) / f"{name}.txt").read_text()
-    return text
+def recording(name: str, kernel: str = "linux-6.18") -> Recording:
+    """One recording. Raises FileNotFoundError."""
+    return parse_recording((_folder(kernel) / f"{name}.txt").read_text())

@@ -75,7 +75,7 @@ class ShadowMachine(Machine):
         access = code & 0x16
         signed = gva - (1 << 64) if gva >> 63 else gva
         frames = self.ram.nr_frames
-        status, hpa, rights, a, _, _ = walk(self.ram.i64, frames, *regs, 0, 0, signed, access)
+        status, hpa, rights, a, _, _ = walk(self.ram.i64, frames, *regs, 0, 0, 0, signed, access)
         vcpu = self.vcpus[0]
         if status == PAGE_FAULT:
             self.injected.append((gva, a))

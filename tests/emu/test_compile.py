@@ -15,7 +15,7 @@ import sys
 from emu.cpu.compile import native
 code = native()
 ram = memoryview(bytearray(4096 * 8)).cast("q")
-print(code.walk(code.memory(ram), 8, 1 << 31, 0, 32, 0x500, 0, 0, 0, 0))
+print(code.walk(code.memory(ram), 8, 1 << 31, 0, 32, 0x500, 0, 0, 0, 0, 0))
 """
 
 

@@ -42,10 +42,11 @@ def test_cr3_stops_only_when_asked():
     m = Machine()
     v = m.cpu.vcpu(m.vcpus[0])
     m.put(CODE, "mov rax, cr3; mov cr3, rax; mov cr3, rax; hlt")
+    m.cpu.stops.ept = False
     v.intercepts.intercept_cr3(True)
     e = m.run()
     assert (e.reason, e.qualification, e.insn_len, e.rip) == (28, 0x13, 3, CODE)
-    m.set(rip=CODE + 3, rax=0x1000)
+    m.set(rip=CODE + 3, rax=m.reg("cr3"))
     e = m.run()
     assert (e.reason, e.qualification, e.insn_len, e.rip) == (28, 3, 3, CODE + 3)
     v.intercepts.intercept_cr3(False)

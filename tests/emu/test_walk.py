@@ -20,7 +20,6 @@ from emu.cpu.walk import (
     OK,
     OUTSIDE_RAM,
     PAGE_FAULT,
-    PAGING_MODE,
     STATUS_NAMES,
     walk,
 )
@@ -30,6 +29,10 @@ from tests.emu.page_table_cases import Overlay
 FRAMES = 64
 CR0 = P.CR0_PG | P.CR0_PE | P.CR0_WP
 LONG = P.EFER_LME | P.EFER_LMA | P.EFER_NXE
+MODES = (
+    (P.CR4_PAE, LONG), (P.CR4_PAE | P.CR4_LA57, LONG), (P.CR4_PAE, P.EFER_NXE), (0, P.EFER_NXE),
+    (P.CR4_PSE, 0),
+)
 FULL = P.PTE_PRESENT | P.PTE_RW | P.PTE_USER | P.PTE_ACCESSED | P.PTE_DIRTY
 
 
@@ -51,13 +54,14 @@ class Bounded(Overlay):
 
 
 def both(ram: Ram, access: int, *, cr0: int = CR0, cr4: int = P.CR4_PAE, efer: int = LONG, eptp: int = 0,
-         gva: int = 0x123, cr3: int = 0x1000) -> tuple[int, ...]:
+         gva: int = 0x123, cr3: int = 0x1000, pdpte: int = 0) -> tuple[int, ...]:
     """The result, after the compiled form on a copy agreed on it and on memory."""
     copy = Ram(FRAMES)
     copy.b[:] = ram.b
-    result = walk(ram.i64, FRAMES, cr0, cr3, cr4, efer, eptp, 0, gva, access)
+    args = (FRAMES, cr0, cr3, cr4, efer, eptp, 0, pdpte, gva, access)
+    result = walk(ram.i64, *args)
     code = native()
-    assert code.walk(code.memory(copy.i64), FRAMES, cr0, cr3, cr4, efer, eptp, 0, gva, access) == result
+    assert code.walk(code.memory(copy.i64), *args) == result
     assert copy.b == ram.b
     return result
 
@@ -106,11 +110,6 @@ def test_non_canonical_addresses_are_no_page_faults(ram: Ram, gva: int) -> None:
     assert both(ram, ACCESS_READ, gva=gva) == (NON_CANONICAL, 0, 0, 0, 0, 0)
 
 
-def test_paging_modes_that_are_not_modelled_say_so(ram: Ram) -> None:
-    assert both(ram, ACCESS_READ, efer=0)[0] == PAGING_MODE
-    assert both(ram, ACCESS_READ, cr4=P.CR4_PAE | P.CR4_LA57)[0] == PAGING_MODE
-
-
 def test_bits_of_cr3_that_are_no_address_are_ignored(ram: Ram) -> None:
     assert both(ram, ACCESS_READ, cr3=0x1000 | 0xFFF | 3 << 61)[0] == OK
 
@@ -140,7 +139,11 @@ def test_hostile_tables_never_lead_outside_ram() -> None:
         for _ in range(2000):
             eptp = rng.choice((0, rng.randrange(FRAMES + 1) << 12 | rng.choice((0x1E, 0x5E))))
             access = rng.choice((ACCESS_READ, ACCESS_WRITE, ACCESS_FETCH)) | rng.choice((0, ACCESS_USER))
-            args = (FRAMES, CR0, rng.getrandbits(18), P.CR4_PAE, LONG, eptp, 0, rng.getrandbits(47), access)
+            cr4, efer = rng.choice(MODES)
+            pdpte = rng.getrandbits(18) << 12 | rng.getrandbits(1)
+            args = (
+                FRAMES, CR0, rng.getrandbits(18), cr4, efer, eptp, 0, pdpte, rng.getrandbits(47), access
+            )
             result = walk(Bounded(ram.i64), *args)
             assert code.walk(array, *args) == result
             seen.add(STATUS_NAMES[result[0]])

@@ -146,7 +146,7 @@ class Machine:
 
     def run(self, access: int, eptp: int, pml: int = 0) -> tuple[tuple[int, ...], dict[int, int]]:
         """Result and stores of the interpreted walk, after the compiled one gave the same."""
-        registers = (CR0, self.gpa(4), CR4, EFER, eptp, pml, GVA, access)
+        registers = (CR0, self.gpa(4), CR4, EFER, eptp, pml, 0, GVA, access)
         overlay = Overlay(self.ram.i64)
         result = walk(overlay, FRAMES, *registers)
         before = {slot: self.ram.i64[slot] for slot in overlay.stores}
@@ -362,7 +362,7 @@ def test_paging_off_translates_32_bits_through_ept(machine: Machine) -> None:
     words[42 * 512 + 3] = 0x77_7000 | 6 << 3 | 5
     for gva in (gpa | 0x123, gpa | 0x123 | 5 << 32):
         for kind, status in (("r", OK), ("w", EPT_VIOLATION), ("x", OK)):
-            args = (words, FRAMES, P.CR0_PE, 0, 0, 0, EPT_ROOT << 12 | 0x1E, 0, gva, ACCESSES[kind])
+            args = (words, FRAMES, P.CR0_PE, 0, 0, 0, EPT_ROOT << 12 | 0x1E, 0, 0, gva, ACCESSES[kind])
             result = walk(*args)
             assert result == machine.native.walk(machine.array, *args[1:])
             if status == OK:

@@ -153,7 +153,7 @@ class Differential:
         for slot, entry in case.entries.items():
             mem[slot] = entry
         overlay = Overlay(mem)
-        registers = (case.cr0, case.cr3, case.cr4, case.efer, 0, 0, case.gva, case.access)
+        registers = (case.cr0, case.cr3, case.cr4, case.efer, 0, 0, 0, case.gva, case.access)
         result = walk(overlay, RAM_FRAMES, *registers)
         assert self.native.walk(self.array, RAM_FRAMES, *registers) == result, case
         after = {**case.entries, **overlay.stores}

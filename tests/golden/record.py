@@ -35,6 +35,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "first-touch": (("mib=1",), FEW),
     "fork-cow": (("pages=4", "rounds=1"), EVENTS),
     "guest-paging": (("pages=4",), EVENTS),
+    "guest-memfd": (("pages=4", "rounds=1"), (*EVENTS, "kvm:kvm_vm_set_mem_attributes")),
     "idt-swapped": (("rounds=1",), FEW),
     "migrate": (("pages=4", "rounds=1"), EVENTS),
     "mmio": ((), (*EVENTS, "kvm:kvm_mmio", "kvmmmu:mark_mmio_spte", "kvmmmu:handle_mmio_page_fault")),
@@ -50,6 +51,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Payload -> its words and the events kept. A payload without an entry is recorded as it stands."""
 
 OPTIONS = {
+    "guest-memfd": ("--param", "vmm.vm_type=sw-protected"),
     "smp": ("--vcpus", "2"),
     "swap-storm": ("--host-ram", "2M", "--memory", "4M"),
 }

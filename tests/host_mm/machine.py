@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from host_mm import mmu_notifier as mn
-from host_mm.arch.x86.pgtable import pte_pfn, pte_present, walk_lockless
+from host_mm.arch.x86.pgtable import pte_pfn, pte_present, pte_write, walk_lockless
 from host_mm.arch.x86.swapops import is_swap_pte, pte_to_swp_entry, swp_offset
 from host_mm.gup import FOLL_WRITE, get_user_page_fast_only, get_user_pages_unlocked
 from host_mm.host import HostMm
@@ -38,6 +38,17 @@ def run(host: HostMm, *bodies: Callable[[], object]) -> None:
     for task in tasks:
         if task.error is not None:
             raise task.error
+
+
+def store_word(old: int, new: int) -> str:
+    """What a store to a level-1 entry does: "clear", "swap-entry", "protect" or "set"."""
+    if not new:
+        return "clear"
+    if is_swap_pte(new):
+        return "swap-entry"
+    if pte_present(old) and pte_write(old) and not pte_write(new):
+        return "protect"
+    return "set"
 
 
 class Recorder(mn.MmuNotifier):

@@ -60,6 +60,22 @@ def storm(
     host.sched.set_strategy(None)
 
 
+def user(process: Process, base: int, pages: int, seed: int, number: int = 0, steps: int = 200) -> None:
+    """Store and load 16 bytes at the user's own place in random pages, and find what was stored there."""
+    host = process.host
+    rng = random.Random(seed * 31 + number)
+    mine: dict[int, bytes] = {}
+    for step in range(steps):
+        host.sched.advance(900)
+        host.sched.point("user")
+        at = base + rng.randrange(pages) * PAGE + (number + 1) * 64
+        if rng.random() < 0.6:
+            mine[at] = f"{number}:{step}".encode().ljust(16)
+            copy_to_user(process, at, mine[at])
+        else:
+            assert copy_from_user(process, at, 16) == mine.get(at, bytes(16))
+
+
 def _kernel(
     process: Process, base: int, pages: int, seed: int, busy: Callable[[], bool], *, fork_may_fail: bool
 ) -> None:

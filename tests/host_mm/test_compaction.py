@@ -24,6 +24,7 @@ from host_mm.process import Process
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.machine import run
+from tests.host_mm.storm import user
 from trace_events.stream import Listener, TraceStream
 
 PAGE = 4096
@@ -250,18 +251,8 @@ def test_compaction_beside_stores_pins_forks_merging_and_munmap_keeps_every_byte
     host.sched.set_strategy(RandomStrategy(seed, period=2))
     stop: list[int] = []
 
-    def user(number: int) -> None:
-        rng = random.Random(seed * 31 + number)
-        mine: dict[int, bytes] = {}
-        for step in range(250):
-            host.sched.advance(900)
-            host.sched.point("user")
-            at = BASE + rng.randrange(64) * PAGE + number * 64
-            if rng.random() < 0.6:
-                mine[at] = f"{number}:{step}".encode().ljust(16)
-                copy_to_user(process, at, mine[at])
-            else:
-                assert copy_from_user(process, at, 16) == mine.get(at, bytes(16))
+    def worker(number: int) -> None:
+        user(process, BASE, 64, seed, number, steps=250)
         stop.append(number)
 
     def compactor() -> None:
@@ -295,7 +286,7 @@ def test_compaction_beside_stores_pins_forks_merging_and_munmap_keeps_every_byte
             do_munmap(process.mm, where, 64 * PAGE)
             exit_process(child)
 
-    run(host, lambda: user(0), lambda: user(1), compactor, pinner, churner)
+    run(host, lambda: worker(0), lambda: worker(1), compactor, pinner, churner)
     host.sched.set_strategy(None)
     host.sched.run_task("rest", host.quiesce)
     assert host.vmstat["pgmigrate_success"] > 50

@@ -21,6 +21,7 @@ from host_mm.process import Process
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.machine import run
+from tests.host_mm.storm import user
 from tests.host_mm.test_migrate import BASE, PAGE, make, pfn_of
 from trace_events.stream import Listener
 
@@ -120,18 +121,8 @@ def test_beside_stores_forks_and_unmapping_no_byte_is_lost_and_no_frame_shared(s
     stop: list[int] = []
     answers: list[int] = []
 
-    def user() -> None:
-        rng = random.Random(seed)
-        mine: dict[int, bytes] = {}
-        for step in range(200):
-            host.sched.advance(900)
-            host.sched.point("user")
-            at = BASE + rng.randrange(32) * PAGE + 64
-            if rng.random() < 0.6:
-                mine[at] = f"{step}".encode().ljust(16)
-                copy_to_user(process, at, mine[at])
-            else:
-                assert copy_from_user(process, at, 16) == mine.get(at, bytes(16))
+    def worker() -> None:
+        user(process, BASE, 32, seed)
         stop.append(1)
 
     def taker() -> None:
@@ -160,7 +151,7 @@ def test_beside_stores_forks_and_unmapping_no_byte_is_lost_and_no_frame_shared(s
             host.sched.sleep(7000)
             exit_process(child)
 
-    run(host, user, taker, churner)
+    run(host, worker, taker, churner)
     host.sched.set_strategy(None)
     host.sched.run_task("rest", host.quiesce)
     assert 0 in answers

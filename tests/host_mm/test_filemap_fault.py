@@ -53,6 +53,17 @@ def test_the_knob_turns_it_off() -> None:
     s.end()
 
 
+@pytest.mark.parametrize(
+    ("size", "pages"), [("0", [3]), ("8191", [3]), ("12288", [2, 3]), ("20000", [0, 1, 2, 3])]
+)
+def test_the_knob_is_rounded_down_to_a_power_of_two(size: str, pages: list[int]) -> None:
+    s = Shared(disk=b"x" * 16 * PAGE, params={"mm.fault_around_bytes": size})
+    s.do(lambda: copy_from_user(s.b, s.bt, 16 * PAGE))
+    s.do(lambda: copy_from_user(s.a, s.at + 3 * PAGE, 1))
+    assert mapped(s, s.at, 16) == pages
+    s.end()
+
+
 def test_a_write_maps_its_page_alone() -> None:
     s = Shared(disk=b"x" * 16 * PAGE)
     s.do(lambda: copy_to_user(s.a, s.at + 3 * PAGE, b"y"))

@@ -26,6 +26,7 @@ from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.files import Shared
 from tests.host_mm.machine import run
+from tests.host_mm.storm import user
 from tests.host_mm.test_migrate import BASE, PAGE, fill, make, pfn_of
 from tests.host_mm.test_order_classes import record
 from trace_events.stream import Listener
@@ -333,18 +334,8 @@ def test_soft_offline_beside_stores_forks_and_paging_loses_no_byte(seed: int) ->
     host.sched.set_strategy(RandomStrategy(seed, period=2))
     stop: list[int] = []
 
-    def user() -> None:
-        rng = random.Random(seed)
-        mine: dict[int, bytes] = {}
-        for step in range(200):
-            host.sched.advance(900)
-            host.sched.point("user")
-            at = BASE + rng.randrange(16) * PAGE + 64
-            if rng.random() < 0.6:
-                mine[at] = f"{step}".encode().ljust(16)
-                copy_to_user(process, at, mine[at])
-            else:
-                assert copy_from_user(process, at, 16) == mine.get(at, bytes(16))
+    def worker() -> None:
+        user(process, BASE, 16, seed)
         stop.append(1)
 
     def offliner() -> None:
@@ -363,7 +354,7 @@ def test_soft_offline_beside_stores_forks_and_paging_loses_no_byte(seed: int) ->
             host.sched.sleep(rng.randrange(1, 20_000))
             exit_process(child)
 
-    run(host, user, offliner, pager)
+    run(host, worker, offliner, pager)
     host.sched.set_strategy(None)
     host.sched.run_task("rest", host.quiesce)
     assert host.allocator.hwpoisoned

@@ -23,6 +23,7 @@ from host_mm.process import Process
 from host_mm.truths import audit
 from host_mm.uaccess import copy_from_user, copy_to_user
 from tests.host_mm.machine import run
+from tests.host_mm.storm import user
 from trace_events.stream import Listener, TraceStream
 
 PAGE = 4096
@@ -218,18 +219,8 @@ def test_users_movers_pagers_and_forks_in_any_order_keep_every_byte(seed: int) -
     host.sched.set_strategy(RandomStrategy(seed, period=2))
     stop: list[int] = []
 
-    def user(number: int) -> None:
-        rng = random.Random(seed * 31 + number)
-        mine: dict[int, bytes] = {}
-        for step in range(300):
-            host.sched.advance(700)
-            host.sched.point("user")
-            at = BASE + rng.randrange(24) * PAGE + number * 64
-            if rng.random() < 0.5:
-                mine[at] = f"{number}:{step}".encode().ljust(16)
-                copy_to_user(process, at, mine[at])
-            else:
-                assert copy_from_user(process, at, 16) == mine.get(at, bytes(16))
+    def worker(number: int) -> None:
+        user(process, BASE, 24, seed, number, steps=300)
         stop.append(number)
 
     def mover() -> None:
@@ -255,7 +246,7 @@ def test_users_movers_pagers_and_forks_in_any_order_keep_every_byte(seed: int) -
             exit_process(child)
             host.sched.sleep(20000)
 
-    run(host, lambda: user(0), lambda: user(1), mover, pager, forker)
+    run(host, lambda: worker(0), lambda: worker(1), mover, pager, forker)
     host.sched.set_strategy(None)
     assert host.vmstat["pgmigrate_success"] > 4
     host.sched.run_task("drain", host.swap_device.drain)

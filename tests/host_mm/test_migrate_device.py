@@ -14,6 +14,7 @@ from host_mm import mmu_notifier as mn
 from host_mm.arch.x86.pgtable import walk_lockless
 from host_mm.arch.x86.swapops import decode_pte
 from host_mm.host import HostMm
+from host_mm.kernel.errors import BrokenTruth
 from host_mm.memremap import memremap_pages, zone_device_page_init
 from host_mm.migrate_device import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
 from host_mm.migrate_device_collect import (
@@ -177,3 +178,15 @@ def test_the_bracket_in_which_holes_are_filled_is_the_kernels(
     run(driver.host, body)
     assert seen == [("migrate", OWNER), (event, owner)]
     driver.audit()
+
+
+def test_a_charge_that_stays_on_a_free_device_page_is_found() -> None:
+    d = Driver()
+    memcg = d.host.memcg.create("g")
+    d.host.memcg.attach(d.process, memcg)
+    run(d.host, lambda: copy_to_user(d.process, d.base, b"x"))
+    audit(d.host)
+    pfn = walk_lockless(d.host.ram, d.process.mm.pgd, d.base)[0] >> 12 & 0xFFFFF
+    d.host.memcg.folios[d.pgmap.start] = d.host.memcg.folios.pop(pfn)
+    with pytest.raises(BrokenTruth, match=r"memcg-charge.*free"):
+        audit(d.host)

@@ -74,6 +74,11 @@ def test_only_what_can_move_goes_to_zone_movable_and_it_goes_there_first() -> No
     assert host.zones[1].nr_free <= host.zones[1].wmark_low + 1
 
 
+def test_more_movable_memory_than_there_is_means_none() -> None:
+    host = make_host(ram=8 << 20, nodes=1, params={"mm.movablecore": "8M"})
+    assert [zone.idx for zone in host.zones] == [ZONE_NORMAL]
+
+
 def test_unmovable_requests_fail_when_only_zone_movable_has_memory() -> None:
     host = make_host(ram=8 << 20, nodes=1, swap=None, params={"mm.movablecore": "4M"})
     taken = 0

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 
 from host_mm import mmu_notifier as mn
-from host_mm.arch.x86.pgtable import pte_present, pte_write
-from host_mm.arch.x86.swapops import is_swap_pte
 from host_mm.fork import exit_process, fork_process
 from host_mm.host import HostMm
 from host_mm.kernel.sched import Scheduler
@@ -23,6 +21,7 @@ from host_mm.process import Process
 from host_mm.profile import LINUX_6_18, MmProfile
 from host_mm.task_mmu import clear_refs_write
 from host_mm.uaccess import copy_from_user, copy_to_user
+from tests.host_mm.machine import store_word
 from trace_events.stream import Listener, TraceStream
 
 PAGE = 4096
@@ -38,7 +37,7 @@ class Recorder(mn.MmuNotifier):
         self.log: list[str] = []
         self.ranges: list[tuple[int, int, int, int]] = []
         host.pte_hooks.append(
-            lambda where, _, old, new: self.log.append(self.kind(old, new)) if where is mm else None
+            lambda where, _, old, new: self.log.append(store_word(old, new)) if where is mm else None
         )
         names = {
             "primary_flush": "flush", "frame_free": "free", "swap_write_start": "io",
@@ -48,16 +47,6 @@ class Recorder(mn.MmuNotifier):
             [f"refault:{name}" for name in names], lambda event: self.log.append(names[event.name]),
             ancestors=False,
         ))
-
-    @staticmethod
-    def kind(old: int, new: int) -> str:
-        if not new:
-            return "clear"
-        if is_swap_pte(new):
-            return "swap-entry"
-        if pte_present(old) and pte_write(old) and not pte_write(new):
-            return "protect"
-        return "set"
 
     def invalidate_range_start(self, range_: mn.MmuNotifierRange) -> int:
         self.log.append("start")

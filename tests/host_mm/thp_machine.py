@@ -11,14 +11,12 @@ from host_mm.arch.x86.pgtable import (
     lookup_address_in_mm,
     pmd_table,
     pmd_trans_huge,
-    pte_present,
     pte_write,
 )
-from host_mm.arch.x86.swapops import is_swap_pte
 from host_mm.madvise import MADV_HUGEPAGE, do_madvise
 from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.truths import audit
-from tests.host_mm.machine import PAGE, Vmm
+from tests.host_mm.machine import PAGE, Vmm, store_word
 from trace_events.stream import Listener
 
 HUGE = 2 << 20
@@ -33,7 +31,7 @@ class Order(mn.MmuNotifier):
     def __init__(self, vm: ThpVmm) -> None:
         self.vm = vm
         self.words: list[str] = []
-        vm.host.pte_hooks.append(lambda mm, _, old, new: self._entry(mm, self._pte(old, new)))
+        vm.host.pte_hooks.append(lambda mm, _, old, new: self._entry(mm, store_word(old, new)))
         vm.host.pmd_hooks.append(lambda mm, _, old, new: self._entry(mm, self._pmd(old, new)))
         names = {"primary_flush": "flush", "frame_free": "free", "swap_write_start": "io"}
         vm.host.stream.listen(Listener(
@@ -49,16 +47,6 @@ class Order(mn.MmuNotifier):
     def _entry(self, mm: Any, word: str) -> None:
         if mm is self.vm.mm:
             self.words.append(word)
-
-    @staticmethod
-    def _pte(old: int, new: int) -> str:
-        if not new:
-            return "clear"
-        if is_swap_pte(new):
-            return "swap-entry"
-        if pte_present(old) and pte_write(old) and not pte_write(new):
-            return "protect"
-        return "set"
 
     @staticmethod
     def _pmd(old: int, new: int) -> str:

@@ -230,7 +230,7 @@ class Machine:
         self, *, pages: int = 64, vcpus: int = 1, breaks: tuple[str, ...] = (),
         params: dict[str, str] | None = None, ram: int = 16 << 20,
         swap: int | None = 16 << 20, seed: int | None = None, slot: bool = True, profile: str = "linux-6.18",
-        dirty_ring: int = 0,
+        dirty_ring: int = 0, vm_type: int = 0,
     ) -> None:
         self.stream = TraceStream()
         self.sched = Scheduler(self.stream)
@@ -247,7 +247,7 @@ class Machine:
         self.cpu = ScriptedCpu(self.host, ad=ad)
         self.kvm = Kvm(
             self.host, self.process, self.cpu, profile=kvm_profile.PROFILES[profile], params=params or {},
-            breaks=frozenset(breaks), checks=True,
+            breaks=frozenset(breaks), checks=True, vm_type=vm_type,
         )
         if dirty_ring:
             self.kvm.enable_cap(KVM_CAP_DIRTY_LOG_RING, dirty_ring * KVM_DIRTY_GFN_SIZE)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from host_mm.address_space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.sched import Task
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
@@ -20,6 +21,8 @@ from host_mm.mmu_notifier import (
 )
 from host_mm.uaccess import copy_to_user
 from kvm_model.breaks import BREAKS
+from kvm_model.guest_memfd import GUEST_MEMFD_FLAG_MMAP
+from kvm_model.memslots import KVM_MEM_GUEST_MEMFD
 from tests.kvm_model.machine import BASE, PAGE, Machine
 
 
@@ -163,9 +166,18 @@ def fault_beside_a_bracket(m: Machine) -> None:
     m.do(lambda: mmu_notifier_invalidate_range_end(range_))
 
 
+def hole_in_guest_memfd(m: Machine) -> None:
+    file = m.do(lambda: m.kvm.create_guest_memfd(PAGE, GUEST_MEMFD_FLAG_MMAP))
+    m.do(lambda: m.kvm.set_user_memory_region2(4, 1 << 28, PAGE, BASE, KVM_MEM_GUEST_MEMFD, file))
+    m.run(("w", 1 << 28, 1))
+    m.do(lambda: file.a_ops.fallocate(file, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, 0, PAGE))
+    m.truths.sweep()
+
+
 SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
     "drop-ad": (reclaim_what_only_the_guest_wrote, {"dirty-dropped"}),
     "flush-after-unlock": (drop_a_mapped_page, {"flush-before-unlock"}),
+    "gmem-no-unmap": (hole_in_guest_memfd, {"no-spte-in-bracket"}),
     "ignore-invalid-roots": (bracket_while_invalid_roots_are_zapped, {"no-spte-in-bracket"}),
     "ignore-invalid-slot": (fault_on_a_slot_being_deleted, {"no-mmio-over-slot"}),
     "no-flush": (drop_a_mapped_page, {"flush-before-unlock"}),

@@ -63,6 +63,9 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
     "kvm:kvm_dirty_ring_reset": (
         "index dirty_index reset_index", (1, 12, 10), "ring 1: dirty 0xc reset 0xa (used 2)",
     ),
+    "kvm:kvm_vm_set_mem_attributes": (
+        "start end attr", (3, 0x1004, 8), "0x00000000000003 -- 0x00000000001004 [0x8]",
+    ),
     "kvm:kvm_dirty_ring_exit": ("vcpu_id", (1,), "vcpu 1"),
     "kvm:kvm_pml_full": ("vcpu_id", (2,), "vcpu 2: PML full"),
     "kvmmmu:check_mmio_spte": (
@@ -80,9 +83,24 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
         "mmu_valid_gen gfn role root_count unsync created", (0, 0x10, 0x3783, 0, False, True),
         "sp gen 0 gfn 10 l3 8-byte q0 direct wux nxe ad root 0 sync\0 new",
     ),
+    "kvmmmu:kvm_mmu_pagetable_walk": (
+        "addr pferr", (0x10003000, 0x17), "addr 10003000 pferr 17 P|W|U|F",
+    ),
+    "kvmmmu:kvm_mmu_paging_element": ("pte level", (0x8000000000002067, 4), "pte 8000000000002067 level 4"),
+    "kvmmmu:kvm_mmu_set_accessed_bit": ("gpa", (0x4400,), "gpa 4400"),
+    "kvmmmu:kvm_mmu_set_dirty_bit": ("gpa", (0x4408,), "gpa 4408"),
+    "kvmmmu:kvm_mmu_walker_error": ("pferr", (0xD,), "pferr d P|U|RSVD"),
     "kvmmmu:kvm_mmu_prepare_zap_page": (
         "mmu_valid_gen gfn role root_count unsync", (1, 0, 0x13F84, 2, False),
         "sp gen 1 gfn 0 l4 8-byte q0 direct wux invalid nxe !ad root 2 sync\0",
+    ),
+    "kvmmmu:kvm_mmu_sync_page": (
+        "mmu_valid_gen gfn role root_count unsync", (0, 0x10, 0x3701, 0, True),
+        "sp gen 0 gfn 10 l1 8-byte q0 wux nxe ad root 0 unsync\0",
+    ),
+    "kvmmmu:kvm_mmu_unsync_page": (
+        "mmu_valid_gen gfn role root_count unsync", (0, 0x10, 0x3701, 0, False),
+        "sp gen 0 gfn 10 l1 8-byte q0 wux nxe ad root 0 sync\0",
     ),
     "kvmmmu:kvm_mmu_set_spte": (
         "gfn spte sptep level r x u", (0x10003, 0x122207E67, 0x1060D8018, 1, True, True, 1),
@@ -119,6 +137,7 @@ def test_an_event_has_the_kernels_fields_and_line(name: str) -> None:
 def test_a_restarted_run_says_so() -> None:
     assert KERNEL["kvm:kvm_userspace_exit"].format((10, -4)) == "reason restart (4)"
     assert KERNEL["kvm:kvm_userspace_exit"].format((0, -14)) == "reason error (14)"
+    assert KERNEL["kvm:kvm_userspace_exit"].format((39, -14)) == "reason error (14)"
 
 
 def test_event_names_are_unique() -> None:

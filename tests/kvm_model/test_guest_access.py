@@ -7,7 +7,13 @@ from errno import EFAULT
 import pytest
 
 from host_mm.kernel.errors import KernelError
-from kvm_model.guest_access import kvm_vcpu_gfn_to_hva, kvm_vcpu_read_guest, kvm_vcpu_write_guest
+from host_mm.madvise import MADV_DONTNEED, do_madvise
+from kvm_model.guest_access import (
+    kvm_vcpu_gfn_to_hva,
+    kvm_vcpu_read_guest,
+    kvm_vcpu_read_guest_atomic,
+    kvm_vcpu_write_guest,
+)
 from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from tests.kvm_model.machine import BASE, PAGE, Machine
 
@@ -42,3 +48,15 @@ def test_a_read_only_slot_has_an_address_to_read_and_none_to_write() -> None:
     assert kvm_vcpu_gfn_to_hva(vcpu, 3, write=True) == -1
     with pytest.raises(KernelError):
         m.do(lambda: kvm_vcpu_write_guest(vcpu, 0x3000, b"x"))
+
+
+def test_an_atomic_read_takes_no_fault() -> None:
+    m = Machine()
+    vcpu = m.vcpus[0]
+    m.run(("w", 0x2000, 7))
+    assert m.do(lambda: kvm_vcpu_read_guest_atomic(vcpu, 0x2000, 8)) == b"\7" + bytes(7)
+    m.do(lambda: do_madvise(m.mm, BASE + 0x2000, PAGE, MADV_DONTNEED))
+    faults = m.host.vmstat["pgfault"]
+    assert m.do(lambda: kvm_vcpu_read_guest_atomic(vcpu, 0x2000, 8)) is None
+    assert m.do(lambda: kvm_vcpu_read_guest_atomic(vcpu, m.pages * PAGE, 8)) is None
+    assert m.host.vmstat["pgfault"] == faults

@@ -8,13 +8,15 @@ import pytest
 
 import refault.scenarios.linux_mm  # noqa: F401  (fills the registry)
 from refault.errors import UsageError
-from refault.scenarios import MACHINES, SCENARIOS
-from refault.scenarios.normal import normal_recorded
+from refault.scenarios import MACHINES, REPEATS, SCENARIOS
+from refault.scenarios.comparison import compare
 from refault.scenarios.recordings import recording
 
 LIVE = "REFAULT_LIVE" in os.environ
-CHANCE = {"compact"}
-"""What compaction moves depends on where the machine's frames lie."""
+CHANCE = {
+    "compact": "what it does depends on the machine's other memory",
+    "memcg_reclaim": "how many pages a limit takes depends on what else the process has",
+}
 
 
 def why_not() -> str | None:
@@ -31,32 +33,14 @@ REASON = why_not()
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_this_machine_does_what_was_recorded(name: str) -> None:
-    from refault.scenarios.live.backend import KvmBackend, run_on_kvm
+    from refault.scenarios.live.backend import run_on_kvm
 
     if name in CHANCE:
-        pytest.skip("what it does depends on the machine's other memory")
-    missing = needs(name) - set(dir(KvmBackend))
-    if missing:
-        pytest.skip(f"not on a real machine: {', '.join(sorted(missing))}")
+        pytest.skip(CHANCE[name])
     try:
-        text = run_on_kvm(SCENARIOS[name], **MACHINES[name])
+        seen = run_on_kvm(SCENARIOS[name], **MACHINES[name])
     except UsageError as exc:
         pytest.skip(str(exc))
-    assert normal_recorded(text) == normal_recorded(recording(name))
-
-
-def needs(name: str) -> set[str]:
-    """The methods of a back end that the scenario calls."""
-    from refault.scenarios.api import Scenario
-
-    class Names:
-        def __init__(self) -> None:
-            self.seen: set[str] = set()
-
-        def __getattr__(self, method: str) -> object:
-            self.seen.add(method)
-            return lambda *args, **kwargs: 0
-
-    names = Names()
-    SCENARIOS[name](Scenario(names))  # type: ignore[arg-type]
-    return names.seen - {"mark"}
+    comparison = compare(name, seen, recording(name), repeats=REPEATS[name])
+    assert comparison.broken == []
+    assert comparison.unexplained == []

@@ -35,6 +35,18 @@ def test_payload_passes_without_the_tdp_mmu(name: str, profile: str) -> None:
     assert " 0 unexpected failures" in text, text
 
 
+@pytest.mark.parametrize("tdp_mmu", ["Y", "N"])
+def test_guest_memfd_is_shared_memory_with_either_mmu(tdp_mmu: str) -> None:
+    text = run("guest-memfd", params={"kvm.tdp_mmu": tdp_mmu})
+    assert " 0 unexpected failures" in text, text
+
+
+def test_private_memory_is_the_guests_alone_on_a_protected_machine() -> None:
+    text = run("guest-memfd", params={"vmm.vm_type": "sw-protected"})
+    assert "PASS: conversions lose nothing and keep nothing" in text, text
+    assert " 0 unexpected failures" in text, text
+
+
 def test_a_refault_without_the_tdp_mmu_is_explained_back_to_the_host_operation() -> None:
     with refault.VM(memory="64M", seed=1, check=True, params={"kvm.tdp_mmu": "N"}) as vm:
         vm.load("migrate")

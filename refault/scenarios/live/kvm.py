@@ -23,6 +23,8 @@ KVM_GET_SUPPORTED_CPUID = 0xC008AE05
 KVM_CREATE_VCPU = 0xAE41
 KVM_GET_DIRTY_LOG = 0x4010AE42
 KVM_SET_USER_MEMORY_REGION = 0x4020AE46
+KVM_SET_USER_MEMORY_REGION2 = 0x40A0AE49
+KVM_CREATE_GUEST_MEMFD = 0xC040AED4
 KVM_SET_TSS_ADDR = 0xAE47
 KVM_RUN = 0xAE80
 KVM_GET_REGS, KVM_SET_REGS = 0x8090AE81, 0x4090AE82
@@ -33,7 +35,7 @@ KVM_CLEAR_DIRTY_LOG = 0xC018AEC0
 KVM_RESET_DIRTY_RINGS = 0xAEC7
 KVM_GET_STATS_FD = 0xAECE
 
-KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY = 1, 2
+KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_MEM_GUEST_MEMFD = 1, 2, 4
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_DIRTY_LOG_RING = 168, 192
 _DIRTY_LOG_PAGE_OFFSET = 64
 _DIRTY_GFN = struct.Struct("<IIQ")
@@ -92,6 +94,16 @@ class Vm:
         ioctl(
             self.fd, KVM_SET_USER_MEMORY_REGION, struct.pack("<IIQQQ", slot, flags, gpa, size, hva)
         )
+
+    def create_guest_memfd(self, size: int, flags: int) -> int:
+        """KVM_CREATE_GUEST_MEMFD; the descriptor."""
+        return ioctl(self.fd, KVM_CREATE_GUEST_MEMFD, struct.pack("<8Q", size, flags, *[0] * 6))
+
+    def set_slot2(self, slot: int, gpa: int, size: int, hva: int, guest_memfd: int, offset: int) -> None:
+        """KVM_SET_USER_MEMORY_REGION2 with a guest_memfd."""
+        ioctl(self.fd, KVM_SET_USER_MEMORY_REGION2, struct.pack(
+            "<IIQQQQII14Q", slot, KVM_MEM_GUEST_MEMFD, gpa, size, hva, offset, guest_memfd, 0, *[0] * 14
+        ))
 
     def get_dirty_log(self, slot: int, pages: int) -> list[int]:
         """KVM_GET_DIRTY_LOG: the dirty pages' numbers."""
@@ -190,6 +202,10 @@ class Vcpu:
         """(write, gpa, length, data) of an MMIO exit."""
         gpa, data, length, write = struct.unpack_from("<Q8sI?", self._run, 32)
         return write, gpa, length, data[:length]
+
+    def answer_mmio(self, value: int) -> None:
+        """What the load of an MMIO exit gets."""
+        self._run[40:48] = struct.pack("<Q", value)
 
     def dirty_gfn(self, index: int) -> tuple[int, int, int]:
         """(flags, slot, offset) of an entry of the dirty ring."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -10,16 +11,26 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from refault import numbers
+from refault.errors import UsageError
 
-__all__ = ["ksm", "setting", "swap_file"]
+__all__ = ["SETTINGS", "ksm", "on_disk", "setting", "swap_file", "zram"]
 
 KSM = Path("/sys/kernel/mm/ksm")
+ZRAM = Path("/sys/block/zram0")
+SETTINGS = {
+    "hugetlb.nr_hugepages": Path("/proc/sys/vm/nr_hugepages"),
+    "thp.shmem_enabled": Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+    "thp.enabled": Path("/sys/kernel/mm/transparent_hugepage/enabled"),
+}
+"""Parameters of the emulator's machine that are settings of a real one."""
 
 
 @contextmanager
 def setting(path: Path, value: str) -> Iterator[None]:
-    """A file of sysfs has another value meanwhile."""
-    before = path.read_text().strip()
+    """A file of sysfs has another value meanwhile; of several words the one in brackets is the value."""
+    text = path.read_text().strip()
+    chosen = re.search(r"\[(\S+)\]", text)
+    before = chosen[1] if chosen else text
     path.write_text(value)
     try:
         yield
@@ -30,7 +41,7 @@ def setting(path: Path, value: str) -> Iterator[None]:
 @contextmanager
 def swap_file(size: str) -> Iterator[None]:
     """A swap file of `size`, made, turned on and off and removed."""
-    with tempfile.NamedTemporaryFile(prefix="refault-swap-", dir=_swappable()) as file:
+    with tempfile.NamedTemporaryFile(prefix="refault-swap-", dir=on_disk()) as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(bytes(numbers.size(size)))
         file.flush()
@@ -43,8 +54,25 @@ def swap_file(size: str) -> Iterator[None]:
             subprocess.run(["swapoff", file.name], check=True, capture_output=True)
 
 
-def _swappable() -> str:
-    """Swap files cannot lie on tmpfs."""
+@contextmanager
+def zram(size: str) -> Iterator[None]:
+    """/dev/zram0, which nobody else may use, as swap of `size`."""
+    if not ZRAM.is_dir() or (ZRAM / "disksize").read_text().strip() != "0":
+        raise UsageError("this machine has no zram0, or uses it")
+    (ZRAM / "disksize").write_text(str(numbers.size(size)))
+    try:
+        subprocess.run(["mkswap", "/dev/zram0"], check=True, capture_output=True)
+        subprocess.run(["swapon", "/dev/zram0"], check=True, capture_output=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["swapoff", "/dev/zram0"], check=True, capture_output=True)
+    finally:
+        (ZRAM / "reset").write_text("1")
+
+
+def on_disk() -> str:
+    """A folder that is not tmpfs: swap files cannot lie there, and its pages are never written back."""
     return str(Path.cwd())
 
 

@@ -17,11 +17,11 @@ THREADS = ("ksmd", "kdamond", "khugepaged", "kcompactd", "kswapd")
 """The kernel's memory threads, whose notifier calls are about this process, too."""
 BUFFER_KIB = 8192
 
-_LINE = re.compile(r"\s*(.+)-(\d+)\s+\[\d+\] \S+\s+([\d.]+): (\w+): ?(.*)")
+_LINE = re.compile(r"\s*(.+)-(\d+)\s+\[\d+\] \S+\s+[\d.]+: (\w+): ?(.*)")
 _LOST = "LOST"
 
-TraceLine = tuple[str, str, float]
-"""(event, its text, seconds). The event of a mark is "mark"."""
+TraceLine = tuple[str, str]
+"""(event, its text). The event of a mark is "mark"."""
 
 
 class TraceInstance:
@@ -33,19 +33,34 @@ class TraceInstance:
         self.path.mkdir()
         self._write("tracing_on", "0")
         self._write("buffer_size_kb", str(BUFFER_KIB))
-        mine = " || ".join([f"common_pid == {self.pid}", *(f'comm ~ "{name}*"' for name in THREADS)])
+        self._pids = [self.pid]
+        self._filter()
         for system in SYSTEMS:
-            self._write(f"events/{system}/filter", mine)
             self._write(f"events/{system}/enable", "1")
         self._marker = os.open(self.path / "trace_marker", os.O_WRONLY)
 
     def _write(self, name: str, text: str) -> None:
         (self.path / name).write_text(text)
 
+    def _filter(self) -> None:
+        mine = [f"common_pid == {pid}" for pid in self._pids]
+        mine += [f'comm ~ "{name}*"' for name in THREADS]
+        for system in SYSTEMS:
+            self._write(f"events/{system}/filter", " || ".join(mine))
+
+    def watch(self, tid: int) -> None:
+        """Another thread of this process."""
+        self._pids.append(tid)
+        self._filter()
+
     def on(self) -> None:
         """Begin, or begin again: what was before is forgotten."""
         self._write("trace", "")
         self._write("tracing_on", "1")
+
+    def pause(self, paused: bool) -> None:
+        """What happens while it is paused is no part of the sequence."""
+        self._write("tracing_on", "0" if paused else "1")
 
     def off(self) -> None:
         """Stop; what was recorded stays."""
@@ -64,8 +79,8 @@ class TraceInstance:
                 if _LOST in raw:
                     raise OSError(f"events were lost: {raw.strip()}")
                 continue
-            event = "mark" if match[4] == "tracing_mark_write" else match[4]
-            found.append((event, match[5], float(match[3])))
+            event = "mark" if match[3] == "tracing_mark_write" else match[3]
+            found.append((event, match[4]))
         return found
 
     def close(self) -> None:

@@ -1,0 +1,99 @@
+"""Whether a scenario did the same on two machines: equal, explained or different."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import msgspec
+
+from refault.scenarios.explained import Difference, Explanation, differences, explain
+from refault.scenarios.invariants import INVARIANTS
+from refault.scenarios.normal import Recording, host_side
+
+__all__ = ["COMPARED_STATS", "Comparison", "compare"]
+
+COMPARED_STATS = (
+    "pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "mmu_unsync", "mmu_shadow_zapped", "pages_4k",
+    "pages_2m",
+)
+"""The statistics that repeat."""
+
+_FRAME = re.compile(r"\bP\d+\b")
+_SLOT0 = re.compile(r"kvm_mmu_(?:set_spte|spte_requested): gfn 1?[0-9a-f]{1,2} |kvm_\w+ \[D\+0x[ab]\w{5}\.\.")
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """The two sequences as they were compared, and what was found.
+
+    `unneeded`: explanations that explain nothing; `broken`: invariants that do not hold, of scenarios that
+    are compared by those.
+    """
+
+    scenario: str
+    ours: list[str]
+    theirs: list[str]
+    excused: list[tuple[Difference, Explanation]]
+    unexplained: list[Difference]
+    unneeded: list[Explanation]
+    broken: list[str]
+
+    @property
+    def verdict(self) -> str:
+        """equal, explained or different."""
+        if self.unexplained or self.unneeded or self.broken:
+            return "different"
+        return "explained" if self.excused else "equal"
+
+
+def compare(
+    name: str, ours: Recording, theirs: Recording, *, repeats: str = "exactly", whole: bool = True,
+    stats: bool = True,
+) -> Comparison:
+    """Compare two runs of the scenario `name`.
+
+    `repeats` says what a real machine repeats: "exactly"; "but for frames", whose numbers are then masked;
+    "but for slot 0", whose lines are then left out; "by chance", where only invariants are asked.
+    `whole`: with KVM's own lines, not the host's alone; `stats`: with the statistics.
+    """
+    mine, other = _prepared(ours, repeats, whole), _prepared(theirs, repeats, whole)
+    if repeats == "by chance":
+        return Comparison(name, mine, other, [], [], [], _broken(name, mine, other))
+    if whole and stats and repeats != "but for slot 0":
+        mine, other = _with_stats(mine, ours, theirs), _with_stats(other, theirs, ours)
+    excused, unexplained, unneeded = explain(name, differences(mine, other))
+    return Comparison(name, mine, other, excused, unexplained, unneeded if whole else [], [])
+
+
+def _prepared(recording: Recording, repeats: str, whole: bool) -> list[str]:
+    lines = recording.lines if whole else host_side(recording.lines)
+    if repeats == "but for frames":
+        return [_FRAME.sub("P", line) for line in lines]
+    if repeats == "but for slot 0":
+        return _renumbered([line for line in lines if not _SLOT0.match(line)])
+    return list(lines)
+
+
+def _renumbered(lines: list[str]) -> list[str]:
+    """Frames numbered anew, where lines that named some are gone."""
+    frames: dict[str, str] = {}
+    return [_FRAME.sub(lambda m: frames.setdefault(m[0], f"P{len(frames)}"), line) for line in lines]
+
+
+def _with_stats(lines: list[str], recording: Recording, other: Recording) -> list[str]:
+    if not recording.stats or not other.stats:
+        return lines
+    return [*lines, *(f"stats {name}: {recording.stats.get(name, 0)}" for name in COMPARED_STATS)]
+
+
+Invariant = Callable[[list[str]], str]
+
+
+def _broken(name: str, ours: list[str], theirs: list[str]) -> list[str]:
+    found: list[str] = []
+    for side, lines in (("here", ours), ("there", theirs)):
+        for invariant in INVARIANTS[name]:
+            why = invariant(lines)
+            if why:
+                found.append(f"{side}: {why}")
+    return found

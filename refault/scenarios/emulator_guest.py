@@ -1,0 +1,195 @@
+"""What the guest of a scenario does on the emulator: one instruction a KVM_RUN, by any of its vCPUs."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from emu.cpu.env import R_CS, R_DS, R_ES, R_FS, R_GS, R_SS
+from emu.cpu.segments import load_seg_cache
+from emu.loaders.image import Image
+from refault.scenarios.guest import (
+    CUSTOM,
+    ENTRY,
+    INSTRUCTIONS,
+    OUT,
+    PML4,
+    RFLAGS_IOPL3,
+    USER_STACK,
+    guest_memory,
+    pte_gpa,
+)
+from refault.scenarios.layout import DATA_GPA, SLOT0_SIZE
+
+if TYPE_CHECKING:
+    from emu.board import Board, Stop
+    from host_mm.kernel.sched import Task
+    from kvm_model.vcpu import UserExit, Vcpu
+
+__all__ = ["GuestSteps"]
+
+_USER_CS, _USER_DS = 0x0B, 0x13
+_CODE, _DATA = 0x00AFFB00, 0x00CFF300
+"""Descriptor words: 64-bit code and flat data of DPL 3."""
+_ANSWERED = 0x1000
+
+
+class GuestSteps:
+    """The steps, for a back end that has `board` and can enter the host."""
+
+    board: Board
+    data_hva: int
+    slot0_offset: int
+    vcpu: Vcpu
+    mmio: UserExit | None = None
+
+    def _host(self, call: Callable[[], Any]) -> Any:
+        raise NotImplementedError
+
+    # -- starting -----------------------------------------------------------------------------
+
+    def start_guest(self, pages: str) -> None:
+        """Load the guest and bring every vCPU to CPL 3; the first one runs twice, as the recordings' did."""
+        board = self.board
+        board.load(Image(
+            kind="scenario", mode="long", entry=ENTRY["nop"], end=SLOT0_SIZE, segments=guest_memory(pages),
+            registers={},
+        ))
+        board.stops_at_mmio = self._stop_at_mmio
+        self.vcpu = board.vcpus[0]
+        for vcpu in board.vcpus:
+            self._to_user(vcpu)
+            board.threads[vcpu.vcpu_id].halted = True
+        self._run("nop")
+        self._run("nop")
+
+    def _to_user(self, vcpu: Vcpu) -> None:
+        v = self.board.cpu.vcpu(vcpu)
+        if vcpu.vcpu_id:
+            v.start_like(self.board.cpu.vcpu(self.board.vcpus[0]), ENTRY["nop"])
+        for index in (R_ES, R_SS, R_DS, R_FS, R_GS):
+            load_seg_cache(v.env, index, _USER_DS, 0, 0xFFFF_FFFF, _DATA)
+        load_seg_cache(v.env, R_CS, _USER_CS, 0, 0xFFFF_FFFF, _CODE)
+
+    def use_vcpu(self, number: int) -> None:
+        """Whose turn it is."""
+        self.vcpu = self.board.vcpus[number]
+
+    # -- one KVM_RUN --------------------------------------------------------------------------
+
+    def _run(self, snippet: str, **registers: int) -> str:
+        return self._run_at(ENTRY[snippet], **registers)
+
+    def _run_at(self, rip: int, **registers: int) -> str:
+        if self.mmio is not None:
+            # KVM ends the instruction that it began first, whatever the registers say by now.
+            return self.complete(_ANSWERED)
+        # A KVM_RUN with immediate_exit: the last snippet's `out` is over before the registers change.
+        ended, self.vcpu.complete_userspace_io = self.vcpu.complete_userspace_io, None
+        if ended is not None:
+            ended()
+        cpu = self.board.cpu
+        for name, value in {"rip": rip, "rsp": USER_STACK, "rflags": RFLAGS_IOPL3, **registers}.items():
+            cpu.set_reg(self.vcpu, name, value)
+        return self._enter()
+
+    def _enter(self) -> str:
+        board = self.board
+        thread = board.threads[self.vcpu.vcpu_id]
+        board.stop = None
+        board.start_thread(thread)
+        stop = board.run(lambda: False)
+        thread.halted = True
+        return self._shown(stop)
+
+    def _shown(self, stop: Stop) -> str:
+        if stop.kind == "exit":
+            return "ok"
+        if stop.kind == "mmio":
+            return stop.why
+        return "EFAULT" if "EFAULT" in stop.why else stop.kind.upper()
+
+    def _stop_at_mmio(self, vcpu: Vcpu, out: UserExit) -> str:
+        self.mmio = out
+        if out.write:
+            return f"MMIO write of {out.size} bytes at {out.gpa:#x} of {out.data:#x}"
+        return f"MMIO read of {out.size} bytes at {out.gpa:#x}"
+
+    def complete(self, value: int) -> Any:
+        """KVM_RUN after an MMIO exit."""
+        out, self.mmio = self.mmio, None
+        if out is None:
+            return "EINVAL"
+        if not out.write:
+            self.vcpu.complete_mmio(value & (1 << 8 * out.size) - 1)
+        return self._enter()
+
+    # -- accesses -----------------------------------------------------------------------------
+
+    def load(self, offset: int) -> Any:
+        """A guest load."""
+        result = self._run("load", rsi=DATA_GPA + offset)
+        return self.board.cpu.get_reg(self.vcpu, "rax") if result == "ok" else result
+
+    def store(self, offset: int, value: int) -> Any:
+        """A guest store."""
+        return self._run("store", rdi=DATA_GPA + offset, rax=value)
+
+    def read_modify_write(self, offset: int) -> Any:
+        """A guest inc."""
+        return self._run("read_modify_write", rdi=DATA_GPA + offset)
+
+    def instruction(self, code: str, offset: int, **registers: int) -> Any:
+        """Any instruction."""
+        rip = ENTRY[code] if code in INSTRUCTIONS else self._custom(code)
+        return self._run_at(rip, rdi=DATA_GPA + offset, rsi=DATA_GPA + offset, **registers)
+
+    def _custom(self, code: str) -> int:
+        self._poke_slot0(CUSTOM, bytes.fromhex(code) + OUT)
+        return CUSTOM
+
+    def fetch(self, offset: int) -> Any:
+        """Execute what is there."""
+        return self._run_at(DATA_GPA + offset)
+
+    def loop(self, offset: int, count: int, beside: Sequence[tuple[int, str, tuple[Any, ...]]]) -> Any:
+        """A guest loop, and another thread beside it."""
+        thread = self._beside(beside)
+        result = self._run("loop", rdi=DATA_GPA + offset, rax=7, rcx=count)
+        self.board.host.sched.run_until(lambda: thread.done)
+        if thread.error is not None:
+            raise thread.error
+        return result
+
+    def _beside(self, calls: Sequence[tuple[int, str, tuple[Any, ...]]]) -> Task:
+        sched = self.board.host.sched
+
+        def body() -> None:
+            for ns, method, args in calls:
+                sched.sleep(ns)
+                getattr(self, method)(*args)
+
+        return sched.spawn("vmm-beside", body)
+
+    # -- the guest's tables -------------------------------------------------------------------
+
+    def _poke_slot0(self, gpa: int, data: bytes) -> None:
+        at = self.data_hva + self.slot0_offset + gpa
+        self._host(lambda: self.board.vmm.write(at, data))
+
+    def poke(self, offset: int, data: bytes) -> Any:
+        """The VMM stores bytes."""
+        return self._host(lambda: self.board.vmm.write(self.data_hva + offset, data))
+
+    def poke_pte(self, offset: int, entry: int) -> Any:
+        """The VMM stores a guest PTE."""
+        self._poke_slot0(pte_gpa(offset), struct.pack("<Q", entry))
+
+    def store_pte(self, offset: int, entry: int) -> Any:
+        """The guest stores its PTE."""
+        return self._run("store", rdi=pte_gpa(offset), rax=entry)
+
+    def load_cr3(self, root: int) -> Any:
+        """KVM_SET_SREGS."""
+        self._host(lambda: self.board.cpu.set_reg(self.vcpu, "cr3", root or PML4))
