@@ -4,13 +4,14 @@ The CPU reads only KVM's. The guest's entries are read through the memslots and 
 stand, so that nothing is faulted in; a page of the guest's tables that the host has swapped out is said so.
 Each level shows what the guest wrote and what KVM made of it: they may differ where the guest owes a flush.
 
-Not modelled: 5-level paging.
+Not modelled: entries of an address space that the vCPU has left and that KVM keeps for it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from emu.cpu.paging import EFER_LMA, is_canonical
 from emu.inspector import WalkStep, WalkTree
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, lookup_address_in_mm, pte_pfn
 from kvm_model.mmu.kvm_mmu import PT32E_ROOT_LEVEL
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["peek_guest", "shadow_walk_gpa", "shadow_walk_gva"]
 
-_NAMES = {4: "PML4E", 3: "PDPTE", 2: "PDE", 1: "PTE"}
+_NAMES = {5: "PML5E", 4: "PML4E", 3: "PDPTE", 2: "PDE", 1: "PTE"}
 _BITS = ((0x2, "W"), (0x4, "U"), (0x20, "A"), (0x40, "D"), (0x80, "PS"), (0x100, "G"), (1 << 63, "NX"))
 
 
@@ -124,8 +125,9 @@ class _Pair:
 
 def shadow_walk_gva(board: Board, gva: int, vcpu: int = 0) -> WalkTree:
     """The guest's tables and KVM's, level beside level."""
-    if board.cpu.get_reg(board.vcpus[vcpu], "efer") >> 10 & 1:
-        if gva >> 47 not in (0, 0x1FFFF):
+    regs = {name: board.cpu.get_reg(board.vcpus[vcpu], name) for name in ("efer", "cr4")}
+    if regs["efer"] & EFER_LMA:
+        if not is_canonical(gva, regs["cr4"]):
             return WalkTree(gva, None, None, "the address is not canonical", [])
     else:
         gva &= 0xFFFF_FFFF
