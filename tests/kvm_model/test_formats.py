@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
     ),
     "kvm:kvm_hypercall": ("nr a0 a1 a2 a3", (1, 2, 3, 4, 5), "nr 0x1 a0 0x2 a1 0x3 a2 0x4 a3 0x5"),
     "kvm:kvm_msr": ("write ecx data exception", (1, 0x10, 5, True), "msr_write 10 = 0x5 (#GP)"),
+    "kvm:kvm_cr": ("rw cr val", (1, 3, 0x1000), "cr_write 3 = 0x1000"),
     "kvm:kvm_cpuid": (
         "function index rax rbx rcx rdx found used_max_basic", (1, 0, 2, 3, 4, 5, True, False),
         "func 1 idx 0 rax 2 rbx 3 rcx 4 rdx 5, cpuid entry found",
