@@ -340,9 +340,19 @@ VMCALL_MAP_GPA_RANGE = 12
 VMCALL_GMEM_CREATE = 0x5246_0250
 VMCALL_GMEM_PUNCH = 0x5246_0251
 VMCALL_MEMORY_ATTRIBUTES = 0x5246_0252
+VMCALL_SET_CLOCK = 0x5246_0230
+VMCALL_KVMCLOCK_CTRL = 0x5246_0231
+VMCALL_APIC_PAGE = 0x5246_0232
 VMCALL_MANUAL_DIRTY = 0x5246_0210
 VMCALL_CLEAR_DIRTY = 0x5246_0211
 VMCALL_HARVEST_RINGS = 0x5246_0212
+
+KVM_CLOCK_MSR = 0x4B56_4D01
+"""Where the guest says in which page KVM keeps its time: arch/x86/include/asm/pvclock-abi.h."""
+KVM_CLOCK_STOPPED = 2
+
+APIC_GPA = 0xFEE0_0000
+"""The local APIC's registers, where CPUID leaf 1 says that there is one: Intel SDM vol. 3A 11.4."""
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -461,6 +471,15 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_SLOT_MOVE, "slot_move", ("slot", "gpa"), "0", ("ENOENT", "EEXIST"),
            "KVM_SET_USER_MEMORY_REGION with another base: the same memory at `gpa`, nothing at the old "
            "place. The slot must not be deleted (-ENOENT). -EEXIST on overlap."),
+    Vmcall(VMCALL_SET_CLOCK, "set_clock", ("ns",), "0", (),
+           "KVM_SET_CLOCK: kvmclock (MSR KVM_CLOCK_MSR holds the address of its page, bit 0 set) shows `ns` "
+           "now and goes on from there. -EINVAL from 2^63 on."),
+    Vmcall(VMCALL_KVMCLOCK_CTRL, "kvmclock_ctrl", ("cpu",), "1, without a clock 0", (),
+           "KVM_KVMCLOCK_CTRL: the flag KVM_CLOCK_STOPPED is set in the page of vCPU `cpu`. -EINVAL for a "
+           "CPU that does not exist."),
+    Vmcall(VMCALL_APIC_PAGE, "apic_page", ("move",), "pages taken: 0 or 1", (),
+           "The host swaps KVM's APIC-access page out or, with `move` 1, moves it to another frame. 0 where "
+           "the machine has no local APIC. -EINVAL for other values."),
     Vmcall(VMCALL_EPT_SET, "ept_set", ("gpa", "rwx"), "0", (),
            "An instrument on the CPU, not an act of Linux. Makes sure that a 4 KiB EPT leaf maps `gpa` "
            "(faulting it in, splitting a huge one), notes its entry and replaces bits 2:0 with `rwx` "

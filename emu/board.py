@@ -4,7 +4,7 @@ The VMM is small: each vCPU has a thread that enters KVM_RUN and serves what com
 the port bus, MMIO to the test device or the open bus, hypercalls to the host operations, memory
 faults to the protections that `protect` made. Everything else ends the vCPU or the VM.
 
-Not modelled: in-kernel irqchip and LAPIC (vCPU 0 takes the PIC's interrupts, others none), PCI,
+Not modelled: in-kernel irqchip (vCPU 0 takes the PIC's interrupts, others none), PCI,
 ACPI, firmware.
 """
 

@@ -13,8 +13,12 @@ from __future__ import annotations
 __all__ = ["BREAKS"]
 
 BREAKS: dict[str, str] = {
+    "apic-reload-early": "the address of the APIC's page is reloaded too early (vmcs-of-freed-frame)",
     "drop-ad": "a page mapped writable is not marked dirty, so reclaim may drop it as clean (no-lost-write)",
     "flush-after-unlock": "range_start flushes only after it dropped mmu_lock (flush-before-unlock)",
+    "gpc-late-count": "a pfn cache's refresh looks at the count that is raised too late (gpc-in-bracket)",
+    "gpc-map-before-invalidate": "a pfn cache stays valid while it is given another page (gpc-matches-host)",
+    "gpc-skip-invalidate": "range_start does not tell the pfn caches (gpc-in-bracket)",
     "gmem-no-unmap": "a hole in guest_memfd frees pages that SPTEs still map (no-spte-in-bracket)",
     "ignore-invalid-roots": "range_start skips roots that a memslot update invalidated (no-spte-in-bracket)",
     "ignore-invalid-slot": "a fault on a slot being deleted installs an MMIO SPTE (no-mmio-over-slot)",

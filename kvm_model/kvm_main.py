@@ -26,13 +26,17 @@ from kvm_model import (
     dirty_log,
     dirty_ring,
     follow_pfn,
+    lapic,
     memory_region,
     mmu_notifier,
+    pfncache,
+    pvclock,
     requests,
     x86,
     x86_cr,
     x86_emulate,
     x86_events,
+    x86_msr,
 )
 from kvm_model.guest_memfd import KvmGmem, kvm_gmem_create
 from kvm_model.mem_attributes import KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM
@@ -80,7 +84,7 @@ from kvm_model.pfncache import GfnToPfnCache
 from kvm_model.profile import LINUX_6_18, KvmProfile
 from kvm_model.truths import KvmTruths
 from kvm_model.vcpu import Vcpu
-from kvm_model.vmx import pml, vmx
+from kvm_model.vmx import apic_access, pml, vmx
 from kvm_model.vmx.ept import PML_ENTRIES
 
 if TYPE_CHECKING:
@@ -98,6 +102,8 @@ TRACEPOINTS = (
     *follow_pfn.TRACEPOINTS, *gfn_range.TRACEPOINTS, *invalidate.TRACEPOINTS, *dirty_ring.TRACEPOINTS,
     *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *page_track.TRACEPOINTS, *x86_emulate.TRACEPOINTS,
     *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
+    *pfncache.TRACEPOINTS, *pvclock.TRACEPOINTS, *x86_msr.TRACEPOINTS,
+    *lapic.TRACEPOINTS, *apic_access.TRACEPOINTS,
     *tdp_mmu.TRACEPOINTS, *unsync.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS,
     *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS, *set_mem_attributes.TRACEPOINTS,
 )
@@ -176,6 +182,7 @@ class Kvm:
         )
         self.vcpus: list[Vcpu] = []
         self.gpc_list: list[GfnToPfnCache] = []
+        self.kvmclock_offset = 0
         self.truths: KvmTruths | None = KvmTruths(self) if checks else None
         self.mmu_notifier = mmu_notifier.KvmMmuNotifier(self)
         mmu_notifier_register(self.mmu_notifier, self.mm)
@@ -195,6 +202,8 @@ class Kvm:
             )
         else:
             self.spte = legacy_masks(mmio_caching=mmio_caching, nx_huge_pages=nx_huge_pages)
+        self.enable_apicv = _flag(params, "kvm_intel.enable_apicv", False)
+        self.apic_access_memslot_enabled = False
         self.eager_page_split = _flag(params, "kvm.eager_page_split", True)
         self.manual_dirty_log_protect = 0
         # Linux has pml on where the CPU can do it. Off here unless asked for: protection is what shows.
@@ -263,6 +272,7 @@ class Kvm:
     def _table_frames(self) -> dict[int, int]:
         """The frames KVM allocated for itself, for the host's audit: one reference each."""
         own = [pfn for vcpu in self.vcpus for pfn in _frames_of(vcpu)]
+        own += [vcpu.apic.regs for vcpu in self.vcpus if vcpu.apic is not None]
         own += [pfn for vcpu in self.vcpus if vcpu.dirty_ring is not None for pfn in vcpu.dirty_ring.pfns]
         return dict.fromkeys([*self.sps, *(pfn for pfn in own if pfn >= 0)], 1)
 
@@ -293,6 +303,10 @@ class Kvm:
         kvm_init_mmu(vcpu)
         if self.cpu_dirty_log_size:
             pml.vmx_pml_create(vcpu)
+        if self.enable_apicv:
+            lapic.kvm_alloc_apic_access_page(self)
+            vcpu.apic = lapic.Lapic(self, vcpu)
+            requests.kvm_make_request(requests.KVM_REQ_APIC_PAGE_RELOAD, vcpu)
         if self.dirty_ring_size:
             vcpu.dirty_ring = dirty_ring.KvmDirtyRing(self, vcpu_id, self.dirty_ring_size)
         self.vcpus.append(vcpu)
@@ -370,6 +384,8 @@ class Kvm:
         mmu_notifier_unregister(self.mmu_notifier, self.mm)
         self.mn_active_invalidate_count = 0
         for vcpu in self.vcpus:
+            vcpu.pv_time.cache.deactivate()
+            lapic.kvm_free_lapic(vcpu)
             mmu_roots.kvm_mmu_unload(vcpu)
             mmu_roots.mmu_free_memory_caches(vcpu)
             pml.vmx_destroy_pml_buffer(vcpu)

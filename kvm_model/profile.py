@@ -5,8 +5,7 @@ name.
 
 Not modelled of 5.10: that a fault on a slot that is being deleted makes an MMIO SPTE; that a slot's deletion
 zaps the TDP MMU under one hold of mmu_lock and reloads roots, so that none stands there invalid; the role's
-bit for the guest's entry size, which says the opposite there; SPTE bits at other places; the APIC page's
-reload from invalidate_range; gfn_to_pfn caches without notifier.
+bit for the guest's entry size, which says the opposite there; SPTE bits at other places.
 """
 
 from __future__ import annotations
@@ -58,6 +57,9 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     `mmu_is_page_track_node`: the MMU itself is a node of the page-track head, hears so of emulated writes,
     and zaps a slot when the head is told to flush it.
 
+    `pfn_caches`: KVM reaches guest pages that it writes often by gfn_to_pfn caches that the notifier knows.
+    `apic_reload_retries`: reloading the APIC page's address looks whether it is being invalidated, and is
+    asked for where SPTEs are zapped; else by the notifier's invalidate_range.
     `quirks`: those that can be disabled, of which slot-zap-all alone is looked at. `mmu_shrinker`: reclaim
     takes table pages back.
 
@@ -99,6 +101,8 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     smap_implicit_by_cpl: bool = False
     shadow_role_forces_nx: bool = True
     mmu_is_page_track_node: bool = False
+    pfn_caches: bool = True
+    apic_reload_retries: bool = True
     quirks: int = 0x3FF
     mmu_shrinker: bool = False
     absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page"})
@@ -154,6 +158,8 @@ LINUX_5_10 = KvmProfile(
     smap_implicit_by_cpl=True,
     shadow_role_forces_nx=False,
     mmu_is_page_track_node=True,
+    pfn_caches=False,
+    apic_reload_retries=False,
     quirks=0,
     mmu_shrinker=True,
     absent_events=frozenset({

@@ -15,6 +15,13 @@
     log-flushed           a call that takes away W or D for the log has asked for a flush when it returns
     write-tracked         no leaf lets a vCPU write unseen to a page whose writes somebody tracks
     dirty-ring            a ring never holds more than it has room for
+    gpc-in-bracket        no pfn cache is valid from the return of range_start to the call of range_end
+    gpc-matches-host      elsewhere a valid one has the host's frame, and the host may write it
+    gpc-of-freed-frame    no valid one has a frame that is freed
+    apic-page-matches     a vCPU that enters has in its VMCS the frame of the APIC's page that EPT has, if it
+                          has one, and outside brackets that the host has
+    vmcs-of-freed-frame   no VMCS of a vCPU that is in the guest, or enters without reloading it, has a frame
+                          for the APIC's page that is freed
     no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
     rmap-matches-sptes    without the TDP MMU every leaf is in its gfn's rmap, once, and nothing else is; the
                           same of tables and `parent_ptes` (swept only, while nobody has mmu_lock)
@@ -52,6 +59,8 @@ from kvm_model.mmu.spte import (
     spte_to_pfn,
 )
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
+from kvm_model.truths_apic import ApicTruths
+from kvm_model.truths_gpc import CacheTruths
 from kvm_model.truths_rmap import check_rmaps, shadow_entries
 from kvm_model.vmx.pml import pml_entries
 
@@ -65,6 +74,7 @@ if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
     from kvm_model.memslots import KvmMemorySlot
     from kvm_model.mmu.mmu_internal import KvmMmuPage
+    from kvm_model.vcpu import Vcpu
 
 __all__ = ["KvmTruths"]
 
@@ -81,6 +91,8 @@ class KvmTruths:
         self._by_gfn: tuple[dict[int, set[int]], ...] = ({}, {}, {})
         self._noted_gfns: dict[tuple[int, int], int | None] = {}
         self._in_brackets: dict[tuple[int, int], int | None] = {}
+        self.caches = CacheTruths(kvm)
+        self.apic = ApicTruths(kvm)
         self._held: Spinlock | None = None
         self._open: dict[int, tuple[bool, Ranges]] = {}
         self._ranges: dict[Task, Ranges] = {}
@@ -137,6 +149,7 @@ class KvmTruths:
         """range_start is done: nothing may be mapped in the range."""
         ranges = self._ranges.pop(self.kvm.sched.current, [])
         self._open[id(range_)] = (found, ranges)
+        self.caches.note_start(range_)
         for start, end in ranges:
             self._assert_unmapped(start, end)
 
@@ -153,6 +166,7 @@ class KvmTruths:
 
     def note_end_called(self, range_: object) -> None:
         """range_end begins: from its mmu_lock section on the range may be mapped."""
+        self.caches.note_end(range_)
         entry = self._open.get(id(range_))
         self._ending += entry is not None and entry[0]
         if entry is not None:
@@ -244,10 +258,21 @@ class KvmTruths:
         return range(first, first + kvm_pages_per_hpage(level))
 
     def _frame_freed(self, pfn: int, order: int) -> None:
+        self.caches.frame_freed(pfn, order)
+        self.apic.frame_freed(pfn, order)
         for frame in range(pfn, pfn + (1 << order)):
             if self._mapped[frame] > 0:
                 self._broken("spte-of-freed-frame", f"pfn {frame:#x} is freed while an SPTE maps it")
             del self._mapped[frame]
+
+    def note_release(self) -> None:
+        """The address space goes away, and KVM_RUN with it."""
+        self.apic.released = True
+
+    def note_entry(self, vcpu: Vcpu) -> None:
+        """A vCPU with an APIC enters the guest."""
+        if not self._page_table_locked():
+            self.apic.check_entry(vcpu)
 
     def _check_state(self, gfn: int, spte: int) -> None:
         kvm = self.kvm
@@ -284,6 +309,8 @@ class KvmTruths:
         moved = kvm.mmu_invalidate_seq - self._seq0
         if moved < self._begins - kvm.mmu_invalidate_in_progress:
             self._broken("bracket-balance", "mmu_invalidate_in_progress fell before mmu_invalidate_seq rose")
+        if kvm.gpc_list and not self._page_table_locked():
+            self.caches.check()
         if (self._noted or self._noted_gfns) and not self._page_table_locked():
             self._check_noted()
 

@@ -19,6 +19,7 @@ from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import WaitQueue
 from kvm_model.mmu.kvm_mmu import KvmMmu
 from kvm_model.mmu.mmu_internal import INVALID_PAGE
+from kvm_model.pvclock import PvClock
 from kvm_model.requests import (
     KVM_REQ_EVENT,
     KVM_REQ_NMI,
@@ -32,6 +33,7 @@ from kvm_model.vmx.exits import VmExit
 if TYPE_CHECKING:
     from kvm_model.dirty_ring import KvmDirtyRing
     from kvm_model.kvm_main import Kvm
+    from kvm_model.lapic import Lapic
 
 __all__ = [
     "KVM_MP_STATE_HALTED",
@@ -149,6 +151,8 @@ class Vcpu:
         self.mmio_gfn = 0
         self.mmio_gen = 0
         self.fault_gpa = 0
+        self.pv_time = PvClock(kvm)
+        self.apic: Lapic | None = None
         self.last_retry_eip = 0
         self.last_retry_addr = 0
         self.write_fault_to_shadow_pgtable = False

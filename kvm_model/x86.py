@@ -21,10 +21,14 @@ from host_mm.kernel.costs import COST_VM_ENTRY, COST_VM_EXIT
 from kvm_model.dirty_ring import kvm_dirty_ring_check_request
 from kvm_model.mmu.mmu_roots import kvm_mmu_free_obsolete_roots, kvm_mmu_load_pgd, kvm_mmu_reload
 from kvm_model.mmu.shadow_roots import kvm_mmu_sync_prev_roots, kvm_mmu_sync_roots
+from kvm_model.pvclock import kvm_gen_kvmclock_update, kvm_guest_time_update
 from kvm_model.requests import (
     EXITING_GUEST_MODE,
     IN_GUEST_MODE,
+    KVM_REQ_APIC_PAGE_RELOAD,
+    KVM_REQ_CLOCK_UPDATE,
     KVM_REQ_EVENT,
+    KVM_REQ_GLOBAL_CLOCK_UPDATE,
     KVM_REQ_LOAD_MMU_PGD,
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     KVM_REQ_MMU_SYNC,
@@ -42,6 +46,7 @@ from kvm_model.requests import (
     kvm_make_request,
 )
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, UserExit, Vcpu
+from kvm_model.vmx.apic_access import kvm_vcpu_reload_apic_access_page
 from kvm_model.vmx.exits import EXIT_REASON_NAMES, INTR_INFO_DELIVER_CODE, INTR_INFO_VALID, VmExit
 from kvm_model.vmx.pml import vmx_update_cpu_dirty_logging
 from kvm_model.vmx.vmx import vmx_handle_exit
@@ -214,6 +219,10 @@ def _service_requests(vcpu: Vcpu) -> int:
         return 0
     if kvm_check_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu):
         kvm_mmu_free_obsolete_roots(vcpu)
+    if kvm_check_request(KVM_REQ_GLOBAL_CLOCK_UPDATE, vcpu):
+        kvm_gen_kvmclock_update(vcpu)
+    if kvm_check_request(KVM_REQ_CLOCK_UPDATE, vcpu):
+        kvm_guest_time_update(vcpu)
     if kvm_check_request(KVM_REQ_MMU_SYNC, vcpu):
         kvm_mmu_sync_roots(vcpu)
     if kvm_check_request(KVM_REQ_LOAD_MMU_PGD, vcpu):
@@ -223,6 +232,8 @@ def _service_requests(vcpu: Vcpu) -> int:
         vcpu.run = UserExit("shutdown")
         return 0
     kvm_check_request(KVM_REQ_NMI, vcpu)
+    if kvm_check_request(KVM_REQ_APIC_PAGE_RELOAD, vcpu):
+        kvm_vcpu_reload_apic_access_page(vcpu)
     if kvm_check_request(KVM_REQ_UPDATE_CPU_DIRTY_LOGGING, vcpu):
         vmx_update_cpu_dirty_logging(vcpu)
     return 1
@@ -254,6 +265,8 @@ def _vcpu_enter_guest(vcpu: Vcpu) -> int:
         _srcu_lock(vcpu)
         _cancel(vcpu, req_immediate_exit)
         return 1
+    if kvm.truths is not None and vcpu.apic is not None:
+        kvm.truths.note_entry(vcpu)
     if req_immediate_exit:
         kvm_make_request(KVM_REQ_EVENT, vcpu)
         vcpu.kicked = True

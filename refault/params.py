@@ -48,6 +48,7 @@ PARAMS: dict[str, Param] = {
     "kvm.tdp_mmu": Param(
         "bool", "Y", "EPT by the TDP MMU, not by direct pages with rmaps; N in profile linux-5.10"
     ),
+    "kvm_intel.enable_apicv": Param("bool", "N", "a local APIC, whose page the CPU virtualizes; Linux has Y"),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
     "kvm_intel.pml": Param("bool", "N", "the CPU logs what it dirties; Linux has Y, see dirty_log"),
     "mm.fault_around_bytes": Param(

@@ -2,6 +2,7 @@
 
 | file | subject |
 |---|---|
+| `apic.py` | the page of KVM's own behind the local APIC |
 | `arguments.py` | what arguments mean and which are refused; no operations |
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
@@ -18,6 +19,7 @@
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
+| `clock.py` | the guest's paravirtual clock |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
 | `device_memory.py` | a device with memory of its own: pages there, pages its alone |
 | `pfnmap.py` | a PCI function's memory in a slot |
@@ -27,6 +29,8 @@
 """
 
 from emu.operations import (
+    apic,
+    clock,
     device,
     device_memory,
     files,
@@ -51,6 +55,8 @@ from emu.operations import (
 )
 
 __all__ = [
+    "apic",
+    "clock",
     "device",
     "device_memory",
     "files",

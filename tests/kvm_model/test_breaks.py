@@ -24,6 +24,12 @@ from kvm_model.breaks import BREAKS
 from kvm_model.guest_memfd import GUEST_MEMFD_FLAG_MMAP
 from kvm_model.memslots import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES
 from tests.kvm_model.machine import BASE, PAGE, Machine
+from tests.kvm_model.test_apic_access import reload_inside_a_bracket
+from tests.kvm_model.test_pfncache import (
+    give_a_cache_another_page,
+    open_and_close_over_a_cache,
+    refresh_inside_a_start,
+)
 
 
 class SwitchOnce:
@@ -182,9 +188,13 @@ def fetch_the_log(m: Machine) -> None:
 
 
 SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
+    "apic-reload-early": (reload_inside_a_bracket, {"vmcs-of-freed-frame"}),
     "drop-ad": (reclaim_what_only_the_guest_wrote, {"dirty-dropped"}),
     "flush-after-unlock": (drop_a_mapped_page, {"flush-before-unlock"}),
     "gmem-no-unmap": (hole_in_guest_memfd, {"no-spte-in-bracket"}),
+    "gpc-late-count": (refresh_inside_a_start, {"gpc-in-bracket"}),
+    "gpc-map-before-invalidate": (give_a_cache_another_page, {"gpc-matches-host"}),
+    "gpc-skip-invalidate": (open_and_close_over_a_cache, {"gpc-in-bracket"}),
     "ignore-invalid-roots": (bracket_while_invalid_roots_are_zapped, {"no-spte-in-bracket"}),
     "ignore-invalid-slot": (fault_on_a_slot_being_deleted, {"no-mmio-over-slot"}),
     "log-no-flush": (fetch_the_log, {"log-flushed"}),

@@ -46,6 +46,13 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
         "rw port size count val", (1, 0x3F8, 1, 1, 0x41), "pio_write at 0x3f8 size 1 count 1 val 0x41 ",
     ),
     "kvm:kvm_hypercall": ("nr a0 a1 a2 a3", (1, 2, 3, 4, 5), "nr 0x1 a0 0x2 a1 0x3 a2 0x4 a3 0x5"),
+    "kvm:kvm_apic": ("rw reg val", (1, 0x80, 0x20), "apic_write APIC_TASKPRI = 0x20"),
+    "kvm:kvm_pvclock_update": (
+        "vcpu_id version tsc_timestamp system_time tsc_to_system_mul tsc_shift flags",
+        (1, 4, 0x10, 0x20, 1 << 31, -1, 2),
+        "vcpu_id 1, pvclock { version 4, tsc_timestamp 0x10, system_time 0x20, "
+        "tsc_to_system_mul 0x80000000, tsc_shift -1, flags 0x2 }",
+    ),
     "kvm:kvm_msr": ("write ecx data exception", (1, 0x10, 5, True), "msr_write 10 = 0x5 (#GP)"),
     "kvm:kvm_cr": ("rw cr val", (1, 3, 0x1000), "cr_write 3 = 0x1000"),
     "kvm:kvm_cpuid": (

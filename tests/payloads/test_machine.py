@@ -35,6 +35,24 @@ def test_payload_passes_without_the_tdp_mmu(name: str, profile: str) -> None:
     assert " 0 unexpected failures" in text, text
 
 
+@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize(("profile", "tdp_mmu"), [
+    ("linux-6.18", "Y"), ("linux-6.18", "N"), ("linux-5.10", "Y"), ("linux-5.10", "N"),
+])
+def test_the_apics_registers_stay_wherever_their_page_goes(profile: str, tdp_mmu: str, vcpus: int) -> None:
+    params = {"kvm_intel.enable_apicv": "Y", "kvm.tdp_mmu": tdp_mmu}
+    text = run("apic", profile=profile, params=params, vcpus=vcpus)
+    assert "PASS: wherever the page is, the registers are there" in text, text
+    assert " 0 unexpected failures" in text, text
+
+
+@pytest.mark.parametrize("profile", ["linux-6.18", "linux-5.10"])
+@pytest.mark.parametrize("vcpus", [1, 3])
+def test_kvmclock_is_written_wherever_its_page_goes(profile: str, vcpus: int) -> None:
+    text = run("kvmclock", profile=profile, vcpus=vcpus)
+    assert " 0 unexpected failures" in text, text
+
+
 @pytest.mark.parametrize("tdp_mmu", ["Y", "N"])
 def test_guest_memfd_is_shared_memory_with_either_mmu(tdp_mmu: str) -> None:
     text = run("guest-memfd", params={"kvm.tdp_mmu": tdp_mmu})
