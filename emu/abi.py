@@ -343,6 +343,13 @@ VMCALL_MEMORY_ATTRIBUTES = 0x5246_0252
 VMCALL_SET_CLOCK = 0x5246_0230
 VMCALL_KVMCLOCK_CTRL = 0x5246_0231
 VMCALL_APIC_PAGE = 0x5246_0232
+VMCALL_GVT_OPEN = 0x5246_0233
+VMCALL_GVT_CLOSE = 0x5246_0234
+VMCALL_GVT_SHADOW = 0x5246_0235
+VMCALL_GVT_UNSHADOW = 0x5246_0236
+VMCALL_GVT_STALE = 0x5246_0237
+VMCALL_GVT_TOLD = 0x5246_0238
+VMCALL_GVT_READ = 0x5246_0239
 VMCALL_MANUAL_DIRTY = 0x5246_0210
 VMCALL_CLEAR_DIRTY = 0x5246_0211
 VMCALL_HARVEST_RINGS = 0x5246_0212
@@ -480,6 +487,22 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_APIC_PAGE, "apic_page", ("move",), "pages taken: 0 or 1", (),
            "The host swaps KVM's APIC-access page out or, with `move` 1, moves it to another frame. 0 where "
            "the machine has no local APIC. -EINVAL for other values."),
+    Vmcall(VMCALL_GVT_OPEN, "gvt_open", (), "a device's number, from 1 on", ("ENODEV",),
+           "A GPU that translates by tables in guest memory. -ENODEV beyond eight."),
+    Vmcall(VMCALL_GVT_CLOSE, "gvt_close", ("device",), "0", ("ENOENT",),
+           "The GPU goes, with its hold on tables and pages."),
+    Vmcall(VMCALL_GVT_SHADOW, "gvt_shadow", ("device", "gpa"), "0", ("ENOENT", "EEXIST"),
+           "The page is a table of the GPU from now on: 512 entries, bit 0 present, bits 12-51 a guest page. "
+           "The GPU follows each write of the guest; what the host changes it does not see."),
+    Vmcall(VMCALL_GVT_UNSHADOW, "gvt_unshadow", ("device", "gpa"), "0", ("ENOENT",),
+           "It is a table of this GPU no more."),
+    Vmcall(VMCALL_GVT_STALE, "gvt_stale", ("device",), "entries that differ", ("ENOENT",),
+           "Compares the GPU's copy of its tables with guest memory."),
+    Vmcall(VMCALL_GVT_TOLD, "gvt_told", ("device",), "writes that the GPU was told of", ("ENOENT",),
+           "A store that crosses into the table or out of it counts for its part there."),
+    Vmcall(VMCALL_GVT_READ, "gvt_read", ("device", "gpa", "index", "offset"), "the value", ("ENOENT",),
+           "The GPU reads 8 bytes at `offset`, aligned to 8, of the page that entry `index` of table `gpa` "
+           "maps. -EFAULT where it maps nothing."),
     Vmcall(VMCALL_EPT_SET, "ept_set", ("gpa", "rwx"), "0", (),
            "An instrument on the CPU, not an act of Linux. Makes sure that a 4 KiB EPT leaf maps `gpa` "
            "(faulting it in, splitting a huge one), notes its entry and replaces bits 2:0 with `rwx` "

@@ -27,6 +27,7 @@ BREAKS: dict[str, str] = {
     "no-memslot-wait": "a memslot update does not wait for open brackets (bracket-balance)",
     "no-range-union": "a second bracket replaces the range of the first (no-spte-in-bracket)",
     "no-retry": "a fault never asks whether its pfn went stale (no-spte-in-bracket, spte-matches-host)",
+    "no-track-flush": "a page whose writes are tracked is protected, but not flushed (write-tracked)",
     "plain-store": "SPTEs are stored without comparing, so a zapped one can come back (spte-matches-host)",
     "prefetch-in-bracket": "without the TDP MMU a fault maps neighbours in a bracket (no-spte-in-bracket)",
     "retry-before-gup-only": "a fault asks about staleness before GUP, not under lock (spte-matches-host)",

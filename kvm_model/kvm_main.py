@@ -184,6 +184,7 @@ class Kvm:
         self.gpc_list: list[GfnToPfnCache] = []
         self.kvmclock_offset = 0
         self.truths: KvmTruths | None = KvmTruths(self) if checks else None
+        self.shadow_truths = self.truths.shadow if self.truths is not None else None
         self.mmu_notifier = mmu_notifier.KvmMmuNotifier(self)
         mmu_notifier_register(self.mmu_notifier, self.mm)
         self.alive = True

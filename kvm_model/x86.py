@@ -205,9 +205,18 @@ def _service_tlb_flush_requests(vcpu: Vcpu) -> None:
     if kvm_check_request(KVM_REQ_TLB_FLUSH_GUEST, vcpu):
         vcpu.stat["tlb_flush"] += 1
         if not vcpu.kvm.tdp_enabled:
-            kvm_mmu_sync_roots(vcpu)
+            _sync_roots(vcpu)
             kvm_mmu_sync_prev_roots(vcpu)
         cpu.flush_tlb(vcpu)
+
+
+def _sync_roots(vcpu: Vcpu) -> None:
+    """The guest has flushed its TLB."""
+    truths = vcpu.kvm.shadow_truths
+    begun = truths.flush_begins() if truths is not None else 0
+    kvm_mmu_sync_roots(vcpu)
+    if truths is not None:
+        truths.flush_ended(vcpu, begun)
 
 
 def _service_requests(vcpu: Vcpu) -> int:
@@ -224,7 +233,7 @@ def _service_requests(vcpu: Vcpu) -> int:
     if kvm_check_request(KVM_REQ_CLOCK_UPDATE, vcpu):
         kvm_guest_time_update(vcpu)
     if kvm_check_request(KVM_REQ_MMU_SYNC, vcpu):
-        kvm_mmu_sync_roots(vcpu)
+        _sync_roots(vcpu)
     if kvm_check_request(KVM_REQ_LOAD_MMU_PGD, vcpu):
         kvm_mmu_load_pgd(vcpu)
     _service_tlb_flush_requests(vcpu)

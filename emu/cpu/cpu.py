@@ -271,6 +271,13 @@ class UnicornCpu:
             return False
         return vcpu.mode == IN_GUEST_MODE or not kvm_mmu_flush_ahead(vcpu)
 
+    def may_store(self, vcpu: Vcpu, pfn: int) -> bool:
+        """Whether the vCPU could still write to the frame unseen, by a translation that it has."""
+        v = self.vcpus.get(vcpu.vcpu_id)
+        if v is None or not v.fill.may_write(pfn):
+            return False
+        return vcpu.mode == IN_GUEST_MODE or not kvm_mmu_flush_ahead(vcpu)
+
     def evict_tlb(self, vcpu: Vcpu) -> None:
         """Empty the TLB before the vCPU runs on, as hardware may at any time: no new epoch."""
         self.vcpu(vcpu).evict = True

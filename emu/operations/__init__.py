@@ -9,6 +9,7 @@
 | `migration.py` | compaction, exact frames, memory offline, mbind, long-term pins, bad memory |
 | `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
 | `guest_memfd.py` | memory of guest_memfd, private and shared |
+| `gvt.py` | a GPU that the guest shares |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `reclaim.py` | memory cgroups, generations, zswap, the OOM killer |
@@ -35,6 +36,7 @@ from emu.operations import (
     device_memory,
     files,
     guest_memfd,
+    gvt,
     hugetlb,
     instrument,
     ksm,
@@ -61,6 +63,7 @@ __all__ = [
     "device_memory",
     "files",
     "guest_memfd",
+    "gvt",
     "hugetlb",
     "instrument",
     "ksm",

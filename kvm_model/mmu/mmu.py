@@ -136,7 +136,7 @@ def _kvm_mmu_hugepage_adjust(kvm: Kvm, fault: KvmPageFault) -> None:
     slot = fault.slot
     if fault.max_level == PG_LEVEL_4K or slot is None or is_error_noslot_pfn(fault.pfn):
         return
-    if kvm_slot_dirty_track_enabled(slot):
+    if kvm_slot_dirty_track_enabled(slot) and "huge-in-log" not in kvm.breaks:
         return
     fault.req_level = kvm_mmu_max_mapping_level(kvm, slot, fault.gfn, fault.max_level)
     if fault.req_level == PG_LEVEL_4K or fault.huge_page_disallowed:

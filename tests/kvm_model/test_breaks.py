@@ -23,6 +23,11 @@ from host_mm.uaccess import copy_to_user
 from kvm_model.breaks import BREAKS
 from kvm_model.guest_memfd import GUEST_MEMFD_FLAG_MMAP
 from kvm_model.memslots import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES
+from kvm_model.mmu.page_track import (
+    KvmPageTrackNotifierNode,
+    kvm_page_track_register_notifier,
+    kvm_write_track_add_gfn,
+)
 from tests.kvm_model.machine import BASE, PAGE, Machine
 from tests.kvm_model.test_apic_access import reload_inside_a_bracket
 from tests.kvm_model.test_pfncache import (
@@ -187,6 +192,12 @@ def fetch_the_log(m: Machine) -> None:
         assert m.do(lambda: m.kvm.get_dirty_log(0))[0] == 1
 
 
+def track_a_page_that_was_written(m: Machine) -> None:
+    m.run(("w", 0x3000, 1))
+    m.do(lambda: kvm_page_track_register_notifier(m.kvm, KvmPageTrackNotifierNode(), m.mm))
+    m.do(lambda: kvm_write_track_add_gfn(m.kvm, 3))
+
+
 SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
     "apic-reload-early": (reload_inside_a_bracket, {"vmcs-of-freed-frame"}),
     "drop-ad": (reclaim_what_only_the_guest_wrote, {"dirty-dropped"}),
@@ -202,6 +213,7 @@ SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
     "no-memslot-wait": (bracket_over_a_memslot_update, {"bracket-balance"}),
     "no-range-union": (two_brackets, {"no-spte-in-bracket"}),
     "no-retry": (fault_during_a_bracket, {"spte-matches-host"}),
+    "no-track-flush": (track_a_page_that_was_written, {"write-tracked"}),
     "plain-store": (fast_fault_against_a_zap, {"spte-matches-host"}),
     "prefetch-in-bracket": (fault_beside_a_bracket, {"no-spte-in-bracket"}),
     "retry-before-gup-only": (fault_during_a_bracket, {"spte-matches-host"}),
