@@ -400,6 +400,7 @@ class Board:
             if self.uffd is not None:
                 self.uffd.stop()
             self.hugetlb.exit_peer()
+            self.kvm.clear_async_pf()
             self.vmm.exit()
             self.hugetlb.close()
             # As the VMM's files of these, closed after its address space is gone.

@@ -15,6 +15,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvm_model.lapic import MSR_IA32_APICBASE
+from kvm_model.pv_async_pf import (
+    MSR_KVM_ASYNC_PF_ACK,
+    MSR_KVM_ASYNC_PF_EN,
+    MSR_KVM_ASYNC_PF_INT,
+    get_async_pf_ack,
+    get_async_pf_en,
+    get_async_pf_int,
+    set_async_pf_ack,
+    set_async_pf_en,
+    set_async_pf_int,
+)
 from kvm_model.pvclock import MSR_KVM_SYSTEM_TIME, MSR_KVM_SYSTEM_TIME_NEW, kvm_write_system_time
 from kvm_model.x86_cr import MSR_EFER, set_efer
 from trace_events.tracepoint import Tracepoint
@@ -65,6 +76,9 @@ def _get_efer(vcpu: Vcpu) -> int:
 KVM_MSRS: dict[int, tuple[Get, Set]] = {
     MSR_EFER: (_get_efer, set_efer),
     MSR_IA32_APICBASE: (_get_apic_base, _set_apic_base),
+    MSR_KVM_ASYNC_PF_EN: (get_async_pf_en, set_async_pf_en),
+    MSR_KVM_ASYNC_PF_INT: (get_async_pf_int, set_async_pf_int),
+    MSR_KVM_ASYNC_PF_ACK: (get_async_pf_ack, set_async_pf_ack),
     MSR_KVM_SYSTEM_TIME: (_get_system_time, _set_system_time),
     MSR_KVM_SYSTEM_TIME_NEW: (_get_system_time, _set_system_time),
 }

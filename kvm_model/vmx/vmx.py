@@ -30,6 +30,7 @@ from kvm_model.mmu.mmu_internal import (
     RET_PF_RETRY,
     RET_PF_WRITE_PROTECTED,
 )
+from kvm_model.pv_async_pf import kvm_pv_cpuid
 from kvm_model.requests import KVM_REQ_EVENT, kvm_make_request
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit, Vcpu
 from kvm_model.vmx import cr, pml
@@ -236,7 +237,7 @@ def _handle_cpuid(vcpu: Vcpu, exit_: VmExit) -> int:
     cpu = vcpu.kvm.cpu
     leaf = cpu.get_reg(vcpu, "rax") & 0xFFFF_FFFF
     subleaf = cpu.get_reg(vcpu, "rcx") & 0xFFFF_FFFF
-    out = cpu.cpuid(vcpu, leaf, subleaf)
+    out = kvm_pv_cpuid(vcpu.kvm, leaf) or cpu.cpuid(vcpu, leaf, subleaf)
     if leaf == 1 and vcpu.apic is not None:
         out = (*out[:3], out[3] | _CPUID_1_EDX_APIC)
     if (t := vcpu.kvm.trace.kvm_cpuid) is not None:
