@@ -77,6 +77,10 @@ class KvmX86Ops(Protocol):
         """Log what sets an EPT dirty flag as the VMCS at physical address `vmcs` says; 0: do not."""
         ...
 
+    def set_apic_pages(self, vcpu: Vcpu, access: int, virtual: int) -> None:
+        """Accesses that translate to the page at `access` are to the APIC registers at `virtual`."""
+        ...
+
     def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
         """Decode and start the instruction at RIP, whose memory operand is at `gpa`, MMIO or not.
 

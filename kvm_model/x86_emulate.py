@@ -30,6 +30,7 @@ from kvm_model.guest_access import (
     kvm_vcpu_write_guest,
 )
 from kvm_model.kvm_x86_ops import EMULATE_RETRY
+from kvm_model.lapic import APIC_DEFAULT_PHYS_BASE
 from kvm_model.mmu.mmio import vcpu_match_mmio_gpa
 from kvm_model.mmu.page_track import kvm_page_track_write
 from kvm_model.mmu.unprotect import kvm_mmu_unprotect_gfn_and_retry
@@ -160,6 +161,13 @@ def _read_write_onepage(
     vcpu: Vcpu, gpa: int, length: int, access: MmioAccess, data: bytearray, at: int
 ) -> bool:
     """One piece by the memslots, `data[at:]`; false if it is MMIO."""
+    if vcpu.apic is not None and gpa & ~0xFFF == APIC_DEFAULT_PHYS_BASE:
+        if access.write:
+            vcpu.apic.mmio_write(gpa & 0xFFF, length, int.from_bytes(data[at : at + length], "little"))
+        else:
+            value = vcpu.apic.mmio_read(gpa & 0xFFF, length)
+            data[at : at + length] = value.to_bytes(length, "little")
+        return True
     if _vcpu_is_mmio_gpa(vcpu, gpa, access.write):
         return False
     if access.write:
@@ -175,6 +183,8 @@ def _cmpxchg_emulated(vcpu: Vcpu, gpa: int, access: MmioAccess) -> int:
     """1: stored; 0: memory held something else; -1: to be emulated as a plain write."""
     length = access.length
     if length > 8 or length & length - 1 or (gpa & 0xFFF) + length > 0x1000:
+        return -1
+    if vcpu.apic is not None and gpa & ~0xFFF == APIC_DEFAULT_PHYS_BASE:
         return -1
     hva = kvm_vcpu_gfn_to_hva(vcpu, gpa >> 12, write=True)
     if hva < 0:
