@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from difflib import SequenceMatcher
 
 import msgspec
 
@@ -61,7 +62,7 @@ def compare(
         return Comparison(name, mine, other, [], [], [], _broken(name, mine, other))
     if whole and stats and repeats != "but for slot 0":
         mine, other = _with_stats(mine, ours, theirs), _with_stats(other, theirs, ours)
-    excused, unexplained, unneeded = explain(name, differences(mine, other))
+    excused, unexplained, unneeded = explain(name, differences(_same_names(mine, other, ours.freed), other))
     return Comparison(name, mine, other, excused, unexplained, unneeded if whole else [], [])
 
 
@@ -78,6 +79,37 @@ def _renumbered(lines: list[str]) -> list[str]:
     """Frames numbered anew, where lines that named some are gone."""
     frames: dict[str, str] = {}
     return [_FRAME.sub(lambda m: frames.setdefault(m[0], f"P{len(frames)}"), line) for line in lines]
+
+
+def _same_names(ours: list[str], theirs: list[str], freed: dict[str, int]) -> list[str]:
+    """Our lines with the other side's names of frames.
+
+    What a line says is whether its frame is one that was seen before, and which. So each of our frames bears the
+    name of the one that stood in its place, from where that place names one of its own for the first time.
+    Without this a frame more or less would make every line behind it differ.
+
+    A frame that was freed may be handed out again, and is another one then. A real machine's names cannot tell,
+    so a fresh frame of ours may stand where theirs is one of which we know that it was freed before.
+    """
+    mask = [[_FRAME.sub("P", line) for line in lines] for lines in (ours, theirs)]
+    found = list(ours)
+    names: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for tag, a1, a2, b1, _ in SequenceMatcher(None, *mask, autojunk=False).get_opcodes():
+        for n in range(a2 - a1):
+            for mine in _FRAME.findall(ours[a1 + n]):
+                other = (_FRAME.findall(theirs[b1 + n]) or [""])[0] if tag == "equal" else ""
+                free = other not in taken or freed.get(taken[other], a1 + n + 1) <= a1 + n
+                if other and mine not in names and free:
+                    names[mine] = other
+                    taken[other] = mine
+                name = names.get(mine, f"{mine}'")
+                found[a1 + n] = _FRAME.sub(name, ours[a1 + n], count=1)
+                if other and name != other:
+                    # Told once; from here on it is the frame in that place.
+                    names[mine] = other
+                    taken[other] = mine
+    return found
 
 
 def _with_stats(lines: list[str], recording: Recording, other: Recording) -> list[str]:
