@@ -1,7 +1,7 @@
 """Scenarios on the emulator.
 
-A guest access sets the registers, enters, and reads what came out. With EPT its accessed/dirty flags are
-off, so that the walk reads guest tables as shadow paging does, which the recordings were made with.
+A guest access sets the registers, enters, and reads what came out. The recordings were made with shadow
+paging; with EPT its accessed/dirty flags are off, so that the walk reads guest tables as shadow paging does.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class EmulatorBackend(
 
     def __init__(
         self, *, hugetlb: str = "", file: str = "", dirty_ring: int = 0, guest_pages: str = "4K",
-        slot_flags: int = 0, file_bytes: int = 0, thp: bool = False, **options: Any,
+        slot_flags: int = 0, file_bytes: int = 0, thp: bool = False, mmu: str = "shadow", **options: Any,
     ) -> None:
         params = {"kvm_intel.eptad": "0", "kvm.mmio_caching": "N", **options.pop("params", {})}
         if dirty_ring:
             params["vmm.dirty_ring_size"] = str(dirty_ring)
-        self.vm = VM("2M", params=params, **{"host_ram": "64M", "swap": "64M", **options})
+        self.vm = VM("2M", params=params, mmu=mmu, **{"host_ram": "64M", "swap": "64M", **options})
         board = self.board = self.vm.board
         self.slot0_offset = SLOT0_OFFSET_HUGETLB if hugetlb else SLOT0_OFFSET
         self.data_hva = board.memory.regions[0].hva - self.slot0_offset

@@ -35,7 +35,8 @@ class MigrateSteps:
         for at in mapped:
             self.load(at)
         after = self._stats()
-        self.stats_before = {name: was + after[name] - before[name] for name, was in self.stats_before.items()}
+        moved = {name: after[name] - before[name] for name in after}
+        self.stats_before = {name: was + moved[name] for name, was in self.stats_before.items()}
 
     def _is_mapped(self, offset: int) -> bool:
         return self.board.kvm.leaf_spte((DATA_GPA + offset) >> 12)[0] != 0

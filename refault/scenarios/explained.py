@@ -60,8 +60,8 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 _SOFT_DIRTY = (
-    "clear_soft_dirty: empty on the recording's kernel, CONFIG_MEM_SOFT_DIRTY is not set there; here it takes "
-    "the write access from every entry, and the code page is read"
+    "clear_soft_dirty: empty on the recording's kernel, without CONFIG_MEM_SOFT_DIRTY; here it takes "
+    "write access from every entry, and the code page is read"
 )
 _CLFLUSH = (
     "CLFLUSH faults as a load (SDM vol. 2A); Unicorn's translator (gen_lea_modrm) computes its address and "
@@ -74,8 +74,8 @@ EXPLANATIONS: tuple[Explanation, ...] = (
     ),
     *(
         Explanation(
-            "guest_rmw_faults", "guest clflush D+0xd0000 unpopulated", line.split(" ")[0].rstrip(":"), "line", "",
-            line, _CLFLUSH,
+            "guest_rmw_faults", "guest clflush D+0xd0000 unpopulated", line.split(" ")[0].rstrip(":"), "line",
+            "", line, _CLFLUSH,
         )
         for line in (
             "walk addr 100d0000 pferr 4 U", "kvm_mmu_spte_requested: gfn 100d0 pfn P1 level 1",
