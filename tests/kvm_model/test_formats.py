@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
         "tsc_to_system_mul 0x80000000, tsc_shift -1, flags 0x2 }",
     ),
     "kvm:kvm_msr": ("write ecx data exception", (1, 0x10, 5, True), "msr_write 10 = 0x5 (#GP)"),
+    "kvm:kvm_cr": ("rw cr val", (1, 3, 0x1000), "cr_write 3 = 0x1000"),
     "kvm:kvm_cpuid": (
         "function index rax rbx rcx rdx found used_max_basic", (1, 0, 2, 3, 4, 5, True, False),
         "func 1 idx 0 rax 2 rbx 3 rcx 4 rdx 5, cpuid entry found",
