@@ -4,7 +4,7 @@ The VMM is small: each vCPU has a thread that enters KVM_RUN and serves what com
 the port bus, MMIO to the test device or the open bus, hypercalls to the host operations, memory
 faults to the protections that `protect` made. Everything else ends the vCPU or the VM.
 
-Not modelled: in-kernel irqchip and LAPIC (vCPU 0 takes the PIC's interrupts, others none), PCI,
+Not modelled: in-kernel irqchip (vCPU 0 takes the PIC's interrupts, others none), PCI,
 ACPI, firmware.
 """
 
@@ -49,6 +49,7 @@ from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
 from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
 
 if TYPE_CHECKING:
+    from emu.devices.gvt import VirtualGpu
     from emu.devices.hmm_device import HmmDevice
     from emu.devices.pci_bar import PciBar
     from emu.devices.sva import SvaDevice
@@ -139,14 +140,18 @@ class Board:
         self.dune: Dune | None = None
         self.sva: SvaDevice | None = None
         self.hmm_devices: dict[int, HmmDevice] = {}
+        self.gpus: dict[int, VirtualGpu] = {}
         self.bars: dict[int, PciBar] = {}
         self.guest_memfds: list[AddressSpace] = []
         self._make_devices()
-        self.cpu = UnicornCpu(host.mm, host.sched, interpreted=interpreted, params=config.params)
+        ept = config.mmu == "ept"
+        self.cpu = UnicornCpu(
+            host.mm, host.sched, interpreted=interpreted, ept=ept, params=config.params
+        )
         self.cpu.exit_filter = self._exit_filter
         self.kvm = Kvm(
             host.mm, self.process, self.cpu, profile=PROFILES[config.profile], params=config.params,
-            breaks=frozenset(config.breaks), checks=config.checks,
+            breaks=frozenset(config.breaks), checks=config.checks, tdp_enabled=ept,
             vm_type=_VM_TYPES[config.params.get("vmm.vm_type", "default")],
         )
         if config.params.get("vmm.quirk_slot_zap_all", "Y").lower() in ("0", "n", "no", "off", "false"):
@@ -192,9 +197,10 @@ class Board:
         def copy() -> None:
             for gpa, data in image.segments:
                 self.memory.write(gpa, data)
+            self.cpu.start_image(self.vcpus[0], image)
+            self.kvm.set_sregs(self.vcpus[0])
 
         self.host.sched.run_task("vmm", copy)
-        self.cpu.start_image(self.vcpus[0], image)
         self.start_thread(self.threads[0])
 
     def start_cpu(self, number: int, entry: int, stack: int, arg: int) -> None:
@@ -206,6 +212,7 @@ class Board:
             raise KernelError(errno.EBUSY, f"cpu {number} runs")
         caller = self.host.sched.current.ctx.vcpu
         self.cpu.start_like(thread.vcpu, self.vcpus[max(caller, 0)], entry, stack, (arg, number))
+        self.kvm.set_sregs(thread.vcpu)
         self.start_thread(thread)
 
     def set_node(self, number: int, node: int) -> None:
@@ -387,10 +394,13 @@ class Board:
                 self.child.exit()
             for mirror in self.mirrors.values():
                 mirror.close()
+            for gpu in self.gpus.values():
+                gpu.close()
             self._give_back()
             if self.uffd is not None:
                 self.uffd.stop()
             self.hugetlb.exit_peer()
+            self.kvm.clear_async_pf()
             self.vmm.exit()
             self.hugetlb.close()
             # As the VMM's files of these, closed after its address space is gone.

@@ -20,11 +20,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from emu.cpu import mmio, msr
+from emu.cpu.apic_access import apic_access
 from emu.cpu.cpuid import cpuid
 from emu.cpu.env import HF_INHIBIT_IRQ
 from emu.cpu.events import deliver, exception_info, is_hardware_exception, memory_vmexit
 from emu.cpu.faults import FillFailures
-from emu.cpu.fill_body import P_REFUSED
+from emu.cpu.fill_body import APIC_ACCESS, P_REFUSED
 from emu.cpu.insn import Decoder
 from emu.cpu.memory import GuestFault, GuestNotSupported, MemoryExit
 from emu.cpu.portio import finish_element
@@ -46,6 +47,7 @@ from kvm_model.vmx.exits import (
 )
 
 if TYPE_CHECKING:
+    from emu.cpu.fill import FillResult
     from emu.loaders.image import Image
     from host_mm.host import HostMm
     from host_mm.kernel.sched import Scheduler
@@ -220,9 +222,15 @@ class UnicornCpu:
             info = exception_info(fault.vector, fault.error_code is not None)
             return deliver(v, info, fault.error_code or 0, 0, fault.cr2)
 
+    def _apic_access(self, v: UnicornVcpu, last: FillResult) -> VmExit | None:
+        gpa = last.a & ~0xFFF | v.env.invalid_addr & 0xFFF
+        return apic_access(v, self.fills.decode(v), gpa, last.access)
+
     def _stopped(self, v: UnicornVcpu, error: int, refused: bool) -> VmExit | None:
         if error == EMU_EXCEPTION and refused:
             last = v.fill.last()
+            if last.status == APIC_ACCESS and not self.fills.ahead(v, last):
+                return self._apic_access(v, last)
             if last.status != OK:
                 self.fills.handle(v, last)
                 return None
@@ -248,6 +256,10 @@ class UnicornCpu:
             v.fill.eptp = make_eptp(root, self.ept_ad) if root else 0
         v.fill.flush()
 
+    def flush_tlb_guest(self, vcpu: Vcpu) -> None:
+        """Empty the vCPU's translations: it has no others than the guest's."""
+        self.vcpu(vcpu).fill.flush()
+
     def flush_tlb_gva(self, vcpu: Vcpu, gva: int) -> None:
         """Forget what translates `gva`: no flush that rests on an epoch, since that is of one address."""
         self.vcpu(vcpu).intercepts.flush_tlb()
@@ -256,6 +268,13 @@ class UnicornCpu:
         """Whether the vCPU could still use a translation to the frame: it has one and no flush ahead."""
         v = self.vcpus.get(vcpu.vcpu_id)
         if v is None or not v.fill.may_reach(pfn):
+            return False
+        return vcpu.mode == IN_GUEST_MODE or not kvm_mmu_flush_ahead(vcpu)
+
+    def may_store(self, vcpu: Vcpu, pfn: int) -> bool:
+        """Whether the vCPU could still write to the frame unseen, by a translation that it has."""
+        v = self.vcpus.get(vcpu.vcpu_id)
+        if v is None or not v.fill.may_write(pfn):
             return False
         return vcpu.mode == IN_GUEST_MODE or not kvm_mmu_flush_ahead(vcpu)
 
@@ -277,19 +296,31 @@ class UnicornCpu:
             # Unicorn's TLB has no EPTP tag; what another root left behind must not be used
             v.intercepts.flush_tlb()
 
+    def set_apic_pages(self, vcpu: Vcpu, access: int, virtual: int) -> None:
+        """The VMCS's APIC-access and virtual-APIC addresses, from the next fill on."""
+        v = self.vcpu(vcpu)
+        v.fill.set_apic_access_page(access)
+        v.virtual_apic = virtual
+
     def enable_pml(self, vcpu: Vcpu, vmcs: int) -> None:
         """Log what sets an EPT dirty flag, as the VMCS says; 0: do not."""
         self.vcpu(vcpu).fill.set_vmcs(vmcs)
 
     # -- KVM's view of the guest's state -----------------------------------------------------------
 
-    def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
-        """Start the instruction at RIP, whose memory operand is at `gpa`; None if it is unknown."""
+    def emulate(self, vcpu: Vcpu, gpa: int, code: bytes | None = None) -> MmioAccess | None:
+        """Start the instruction at RIP, whose memory operand is at `gpa`; None if it is unknown.
+
+        With `code`, its bytes, as KVM sees the guest: by linear addresses.
+        """
         v = self.vcpu(vcpu)
         try:
-            insn = self.fills.decode(v)
-            if insn is None and self.fills.code_gone(v, gpa) and self._again(v):
-                return EMULATE_RETRY
+            if code is not None:
+                insn = self.decoder.decode(code, v.long_code)
+            else:
+                insn = self.fills.decode(v)
+                if insn is None and self.fills.code_gone(v, gpa) and self._again(v):
+                    return EMULATE_RETRY
             access = mmio.emulate(v, insn, gpa)
         except MemoryExit as exit_:
             return EMULATE_RETRY if exit_.reason != REASON_EPT_MISCONFIG and self._again(v) else None
@@ -314,6 +345,8 @@ class UnicornCpu:
         store = finish(data & ((1 << (8 * access.length)) - 1))
         if store is not None:
             store.insn, store.mode, store.parts = access.insn, access.mode, access.parts
+            if store.gva < 0:
+                store.gva = access.gva
         return store
 
     def get_reg(self, vcpu: Vcpu, name: str) -> int:

@@ -21,7 +21,16 @@ from unicorn.unicorn_py3.unicorn import uclib
 from emu.cpu import env as E
 from emu.cpu import paging as P
 from emu.cpu.compile import native
-from emu.cpu.walk import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE, NON_CANONICAL, OK, PAGE_FAULT, walk
+from emu.cpu.walk import (
+    ACCESS_FETCH,
+    ACCESS_USER,
+    ACCESS_WRITE,
+    EPT_VIOLATION,
+    NON_CANONICAL,
+    OK,
+    PAGE_FAULT,
+    walk,
+)
 from host_mm.ram import Ram
 from tests.emu.page_table_cases import Overlay, to_signed
 
@@ -347,3 +356,34 @@ def test_reserved_bits_of_a_pdpte_are_the_manuals(bit: int, reserved: bool) -> N
 def test_canonical_addresses_have_48_or_57_bits(gva: int, four: bool, five: bool) -> None:
     assert P.is_canonical(gva, 0) is four
     assert P.is_canonical(gva, P.CR4_LA57) is five
+
+
+@pytest.mark.parametrize(("mode", "entries", "size", "leaf"), [
+    ("32-bit", {0x1004: 0x2003, 0x2004: 0x9003}, 4, 0x2004),
+    ("pae", {0x2010: 0x3003, 0x3008: 0x9003}, 8, 0x3008),
+    ("5-level", {0x1000: 0x2003, 0x2000: 0x3003, 0x3000: 0x4003, 0x4010: 0x5003, 0x5008: 0x9003}, 8, 0x5008),
+])
+def test_tables_of_every_mode_are_reached_through_ept(
+    mode: str, entries: dict[int, int], size: int, leaf: int
+) -> None:
+    ram = Ram(64)
+    for at, entry in entries.items():
+        ram.b[at : at + size] = entry.to_bytes(size, "little")
+    ept, code, m = 40, native(), MODES[mode]
+    for table, below in ((ept, ept + 1), (ept + 1, ept + 2), (ept + 2, ept + 3)):
+        ram.i64[table * 512] = below << 12 | 7
+    for frame in range(16):
+        ram.i64[(ept + 3) * 512 + frame] = frame << 12 | 0x37
+    frame = (ept + 3) * 512 + (leaf >> 12)
+    eptp = ept << 12 | 0x1E
+    args = (64, P.CR0_PG | P.CR0_PE, 0x1000, m.cr4, m.efer, eptp, 0, 0x2001, 0x401000, ACCESS_WRITE)
+    for ept_rights, qualification in ((0x30, 0x81), (0x31, 0x8B), (0x37, None)):
+        ram.i64[frame] = leaf & ~0xFFF | ept_rights
+        result = walk(Overlay(ram.i64), *args)
+        if qualification is None:
+            assert result[:2] == (OK, 0x9000)
+        else:
+            # Absent; then readable, where the A and D flags are a write.
+            assert result == (EPT_VIOLATION, 0, 0, qualification, leaf, 1)
+        assert code.walk(code.memory(ram.i64), *args) == result
+    assert int.from_bytes(ram.b[leaf : leaf + size], "little") == entries[leaf] | P.PTE_ACCESSED | P.PTE_DIRTY
