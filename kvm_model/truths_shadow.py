@@ -2,7 +2,8 @@
 
     shadow-agrees     an SPTE of a page that is not unsync, of a pointer or a leaf, is for the gfn that the
                       guest's entry says, and gives no right that the guest's tables do not give (but for
-                      the supervisor while CR0.WP is clear, and to it alone)
+                      the supervisor while CR0.WP is clear, and to it alone; and 5.10 knows the rights on the
+                      way to the last table only, and gives them to all tables: CVE-2021-38198)
     shadow-flush      after a guest flush that holds for what the flushed addresses' SPTEs say in the present
                       root, unsync or not; and for a page when it is linked, which needs no flush
     shadow-protected  no leaf lets the guest write a table whose pages are not unsync
@@ -283,6 +284,8 @@ class ShadowTruths:
         if huge:
             return self._too_much(sp, role_access(child.role), access, gpte)
         below = role_access(child.role)
+        if not self.kvm.profile.pt_access_per_level:
+            return ""
         return f"the page below has rights {below}, the guest gives {access}" if below & ~access else ""
 
     @staticmethod
@@ -378,10 +381,15 @@ class ShadowTruths:
             for slot in slots:
                 self._check_slot(slot, [sp for sp in shadowing if self._slot(sp) is slot])
 
+    def _others_track(self) -> bool:
+        """Whether somebody but the MMU may count on write tracking; 5.10 does not note the first."""
+        kvm = self.kvm
+        return kvm.external_write_tracking_enabled or kvm.profile.mmu_is_page_track_node
+
     def _check_slot(self, slot: KvmMemorySlot, shadowing: list[KvmMmuPage]) -> None:
         tracked = Counter(sp.gfn - slot.base_gfn for sp in shadowing if sp.level > PG_LEVEL_4K)
         have = Counter(slot.gfn_write_track)
-        if tracked - have or (have != tracked and not self.kvm.external_write_tracking_enabled):
+        if tracked - have or (have != tracked and not self._others_track()):
             self._broken("shadow-counts", f"write tracking of {slot!r}: {dict(have)}, tables {dict(tracked)}")
         fresh = slot.copy()
         alloc_lpage_info(fresh)
