@@ -508,6 +508,9 @@ ask_fork:
     cmp rax, -EBUSY
     jne .end
     HOST0 VMCALL_CHILD_EXIT
+    cmp rax, -ECHILD
+    jne .end
+    xor eax, eax                         ; the weather was first
 .end:
     ret
 

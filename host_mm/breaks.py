@@ -3,10 +3,11 @@
 A switch is tested where the step stands: `if "no-primary-flush" not in host.breaks`. With a switch on,
 one of the checked truths is expected to fail.
 
-Each is shown at work by a command in refault/switch_runs.toml. Two more steps can be left out of a HostMm by
-its `breaks` alone, for tests, as no payload asks for their operations yet: `dune-no-retry` (emu/dune.py
-enters what GUP said although a bracket came in between) and `hugetlb-narrow-unshare` (unhooking a shared
-table of huge pages is told and flushed for the requested range only).
+Each is shown at work by a command in refault/switch_runs.toml. Three more steps can be left out of a HostMm
+by its `breaks` alone, for tests, as no payload brings about what they take: `dune-no-retry` (emu/dune.py
+enters what GUP said although a bracket came in between), `hugetlb-narrow-unshare` (unhooking a shared
+table of huge pages is told and flushed for the requested range only) and `retract-without-bracket` (small
+entries of a file's huge page go, with their table, without a word to notifiers).
 
 Not modelled: switches of the KVM side (kvm_model/breaks.py), and that reclaim drops a folio although it
 is dirty again: all who write through a reference lock the folio to say so, but KVM when it unmaps a
@@ -21,7 +22,9 @@ BREAKS: dict[str, str] = {
     "cow-flush-after-unlock": "a COW flushes the old translation only after the page-table lock is dropped",
     "free-before-batched-flush": "reclaim frees its frames before the batched flush",
     "free-before-flush": "mmu_gather frees its pages before it flushes the primary TLB",
+    "huge-dirty-cow": "reading a huge page makes its entry dirty, and GUP writes through dirty entries",
     "ksm-ignore-refs": "KSM merges a page although somebody else holds a reference to it",
+    "ksm-without-bracket": "KSM changes entries without telling notifiers",
     "migrate-ignore-refs": "migration moves a folio although somebody else holds a reference to it",
     "mremap-flush-after-unlock": "mremap flushes the old range only after the page-table locks are dropped",
     "no-fault-recheck": "a COW does not compare the PTE again under the page-table lock",

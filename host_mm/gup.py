@@ -371,7 +371,8 @@ def _follow_huge_pmd(vma: VmArea, addr: int, flags: int) -> int:
         answer = pfn + ((addr >> 12) & (HPAGE_PMD_NR - 1))
         if flags & FOLL_TOUCH:
             young = pte_mkyoung(entry)
-            touched = pte_mkdirty(young) if flags & FOLL_WRITE else young
+            dirty = flags & FOLL_WRITE or "huge-dirty-cow" in host.breaks
+            touched = pte_mkdirty(young) if dirty else young
             if touched != entry:
                 set_pmd(vma.mm, addr & ~(PMD_SIZE - 1), pmd, touched)
     lock.unlock()
@@ -381,6 +382,8 @@ def _follow_huge_pmd(vma: VmArea, addr: int, flags: int) -> int:
 def _can_follow_huge(vma: VmArea, entry: int, pfn: int, flags: int) -> bool:
     """Whether a write, if it is one, may go through this huge entry."""
     if not flags & FOLL_WRITE or pte_write(entry):
+        return True
+    if pte_dirty(entry) and "huge-dirty-cow" in vma.mm.host.breaks:
         return True
     return not vma.flags & VM_HUGETLB and _can_follow_write_pte(vma, entry, pfn, flags)
 

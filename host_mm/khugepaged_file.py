@@ -321,12 +321,20 @@ def _retract_page_tables(mapping: AddressSpace, start: int) -> None:
     mapping.i_mmap_rwsem.read_unlock()
 
 
-def _retract(vma: VmArea, address: int, pmd: int) -> None:
-    mm = vma.mm
+def _bracket(mm: MmStruct, address: int) -> mmu_notifier.MmuNotifierRange | None:
+    """Opened over the 2 MiB at `address`; None where a switch leaves it out."""
+    if "retract-without-bracket" in mm.host.breaks:
+        return None
     range_ = mmu_notifier.mmu_notifier_range_init(
         mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, address + PMD_SIZE
     )
     mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+    return range_
+
+
+def _retract(vma: VmArea, address: int, pmd: int) -> None:
+    mm = vma.mm
+    range_ = _bracket(mm, address)
     entry = 0
     pml = pmd_lock(mm, pmd)
     if find_pmd_or_thp_or_none(mm, address)[0] == SCAN_SUCCEED:
@@ -336,7 +344,8 @@ def _retract(vma: VmArea, address: int, pmd: int) -> None:
             entry = pmdp_collapse_flush(mm, address, pmd)
         ptl.unlock()
     pml.unlock()
-    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+    if range_ is not None:
+        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
     if entry:
         _free_table(mm, entry)
 
@@ -409,10 +418,7 @@ def _drop_table(vma: VmArea, address: int, pmd: int, folio: int) -> str:
     ptl.unlock()
     if result != SCAN_SUCCEED:
         return result
-    range_ = mmu_notifier.mmu_notifier_range_init(
-        mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, address + PMD_SIZE
-    )
-    mmu_notifier.mmu_notifier_invalidate_range_start(range_)
+    range_ = _bracket(mm, address)
     pml = pmd_lock(mm, pmd)
     ptl.lock()
     # The folio's lock keeps more of its pages out, but a write may have made a copy meanwhile.
@@ -431,7 +437,8 @@ def _drop_table(vma: VmArea, address: int, pmd: int, folio: int) -> str:
     pml.unlock()
     if mapped:
         put_page(host, folio, mapped)
-    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+    if range_ is not None:
+        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
     if entry:
         _free_table(mm, entry)
     return result

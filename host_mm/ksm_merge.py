@@ -100,7 +100,9 @@ def _page_address_in_vma(host: HostMm, pfn: int, vma: VmArea) -> int:
     return vma.address_of_index(host.pages.index[pfn])
 
 
-def _bracket(mm: MmStruct, address: int) -> mmu_notifier.MmuNotifierRange:
+def _bracket(mm: MmStruct, address: int) -> mmu_notifier.MmuNotifierRange | None:
+    if "ksm-without-bracket" in mm.host.breaks:
+        return None
     range_ = mmu_notifier.mmu_notifier_range_init(
         mmu_notifier.MMU_NOTIFY_CLEAR, mm, address, address + 4096, order=mmu_notifier.ORDER_UNDER_PTL
     )
@@ -131,7 +133,8 @@ def write_protect_page(vma: VmArea, pfn: int) -> int:
     if pte:
         found = _write_protect_locked(mm, address, pte, pfn)
         pte_lockptr(mm, pte).unlock()
-    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+    if range_ is not None:
+        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
     return found
 
 
@@ -181,7 +184,8 @@ def replace_page(vma: VmArea, pfn: int, kpfn: int, orig_pte: int) -> int:
             _replace_locked(vma, address, pte, pfn, kpfn)
             err = 0
         pte_lockptr(mm, pte).unlock()
-    mmu_notifier.mmu_notifier_invalidate_range_end(range_)
+    if range_ is not None:
+        mmu_notifier.mmu_notifier_invalidate_range_end(range_)
     return err
 
 

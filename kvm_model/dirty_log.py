@@ -170,6 +170,14 @@ def _logged_slot(kvm: Kvm, slot: int, first_page: int = 0) -> tuple[KvmMemorySlo
     return memslot, memslot.dirty_bitmap
 
 
+def _flush_and_return(kvm: Kvm, flush: bool) -> None:
+    """What was protected becomes so for every vCPU: from here on a write is heard of."""
+    if flush and "log-no-flush" not in kvm.breaks:
+        kvm_flush_remote_tlbs(kvm)
+    if kvm.truths is not None:
+        kvm.truths.note_log_returned()
+
+
 def kvm_get_dirty_log(kvm: Kvm, slot: int) -> bytearray:
     """KVM_GET_DIRTY_LOG: the bits since the last time, one a page; unless protection is manual, cleared."""
     with kvm.slots_lock:
@@ -177,6 +185,8 @@ def kvm_get_dirty_log(kvm: Kvm, slot: int) -> bytearray:
         _arch_sync_dirty_log(kvm)
         if kvm.manual_dirty_log_protect:
             return bytearray(bitmap)
+        if kvm.truths is not None:
+            kvm.truths.note_log_call()
         snapshot = bytearray(len(bitmap))
         flush = False
         kvm.mmu_lock.lock()
@@ -188,8 +198,7 @@ def kvm_get_dirty_log(kvm: Kvm, slot: int) -> bytearray:
                 bitmap[at : at + 8] = bytes(8)
                 _enable_log_dirty_pt_masked(kvm, memslot, at * 8, mask)
         kvm.mmu_lock.unlock()
-        if flush:
-            kvm_flush_remote_tlbs(kvm)
+        _flush_and_return(kvm, flush)
         return snapshot
 
 
@@ -207,6 +216,8 @@ def kvm_clear_dirty_log(
         if len(mask) < words * 8:
             raise KernelError(EFAULT, "the bitmap is too short")
         flush = False
+        if kvm.truths is not None:
+            kvm.truths.note_log_call()
         kvm.mmu_lock.lock()
         for word in range(words):
             want = int.from_bytes(mask[word * 8 : word * 8 + 8], "little")
@@ -218,14 +229,15 @@ def kvm_clear_dirty_log(
                 flush = True
                 _enable_log_dirty_pt_masked(kvm, memslot, first_page + word * 64, cleared)
         kvm.mmu_lock.unlock()
-        if flush:
-            kvm_flush_remote_tlbs(kvm)
+        _flush_and_return(kvm, flush)
 
 
 def kvm_vm_ioctl_reset_dirty_pages(kvm: Kvm) -> int:
     """KVM_RESET_DIRTY_RINGS: how many entries were taken back; KernelError(EINVAL) without rings."""
     if not kvm.dirty_ring_size:
         raise KernelError(EINVAL, "the VM has no dirty rings")
+    if kvm.truths is not None:
+        kvm.truths.note_log_call()
     with kvm.slots_lock:
         cleared = 0
         for vcpu in kvm.vcpus:
@@ -233,8 +245,7 @@ def kvm_vm_ioctl_reset_dirty_pages(kvm: Kvm) -> int:
             cleared += kvm_dirty_ring_reset(
                 kvm, vcpu.dirty_ring, lambda slot, offset, mask: _reset_dirty_gfn(kvm, slot, offset, mask)
             )
-    if cleared:
-        kvm_flush_remote_tlbs(kvm)
+    _flush_and_return(kvm, cleared != 0)
     return cleared
 
 

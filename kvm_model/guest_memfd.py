@@ -341,7 +341,7 @@ def kvm_gmem_create(kvm: Kvm, size: int, flags: int) -> AddressSpace:
     supported = GUEST_MEMFD_FLAG_MMAP | (0 if kvm.has_private_mem else GUEST_MEMFD_FLAG_INIT_SHARED)
     if flags & ~supported:
         raise KernelError(EINVAL, f"flags {flags:#x}: this VM supports {supported:#x}")
-    if size <= 0 or size & 0xFFF:
+    if not 0 < size < 1 << 63 or size & 0xFFF:
         raise KernelError(EINVAL, f"size {size:#x} is not whole pages")
     gmem = KvmGmem(kvm, size, flags)
     kvm.gmems.append(gmem)

@@ -30,6 +30,7 @@ from kvm_model import (
     mmu_notifier,
     requests,
     x86,
+    x86_cr,
     x86_emulate,
     x86_events,
 )
@@ -296,6 +297,13 @@ class Kvm:
             vcpu.dirty_ring = dirty_ring.KvmDirtyRing(self, vcpu_id, self.dirty_ring_size)
         self.vcpus.append(vcpu)
         return vcpu
+
+    def set_sregs(self, vcpu: Vcpu) -> None:
+        """KVM_SET_SREGS: the control registers that user space has just given the vCPU count from now on."""
+        with vcpu.mutex:
+            idx = self.srcu.read_lock()
+            x86_cr.kvm_set_sregs(vcpu)
+            self.srcu.read_unlock(idx)
 
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         """KVM_SET_USER_MEMORY_REGION; size 0 deletes."""

@@ -12,6 +12,7 @@
     spte-of-freed-frame   no leaf of any root, invalid ones included, maps a frame that is freed
     write-logged          a leaf of a logged slot that can be written unseen (W, and D where the CPU logs) is
                           in the dirty log: the bitmap, a ring, or a CPU's log that is not drained yet
+    log-flushed           a call that takes away W or D for the log has asked for a flush when it returns
     write-tracked         no leaf lets a vCPU write unseen to a page whose writes somebody tracks
     dirty-ring            a ring never holds more than it has room for
     no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
@@ -84,6 +85,7 @@ class KvmTruths:
         self._open: dict[int, tuple[bool, Ranges]] = {}
         self._ranges: dict[Task, Ranges] = {}
         self._flush_due: set[Task] = set()
+        self._log_calls: dict[Task, bool] = {}
         self._begins = 0
         self._ends = 0
         self._ending = 0
@@ -115,6 +117,16 @@ class KvmTruths:
     def note_flush(self) -> None:
         """Every vCPU has, or is about to get, a flush request."""
         self._flush_due.clear()
+        self._log_calls.update(dict.fromkeys(self._log_calls, False))
+
+    def note_log_call(self) -> None:
+        """This task protects pages for the dirty log from now on, until `note_log_returned`."""
+        self._log_calls[self.kvm.sched.current] = False
+
+    def note_log_returned(self) -> None:
+        """User space may look at the log now, and counts on hearing of every later write."""
+        if self._log_calls.pop(self.kvm.sched.current, False):
+            self._broken("log-flushed", "SPTEs were protected for the log and no vCPU was asked to flush")
 
     def note_start_unlock(self) -> None:
         """range_start is about to drop mmu_lock."""
@@ -197,6 +209,8 @@ class KvmTruths:
                 self._broken("no-mmio-over-slot", f"gfn {gfn:#x}: {new:#x} over {old:#x}")
             return
         self._check_state(gfn, new)
+        if was_leaf and old & ~new & PT_WRITABLE_MASK and kvm.sched.current in self._log_calls:
+            self._log_calls[kvm.sched.current] = True
         if was_leaf and spte_to_pfn(old) != spte_to_pfn(new):
             self._broken("spte-pfn-in-place", f"gfn {gfn:#x} level {level}: {old:#x} became {new:#x}")
         pages = kvm_pages_per_hpage(level)

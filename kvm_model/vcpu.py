@@ -19,7 +19,14 @@ from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import WaitQueue
 from kvm_model.mmu.kvm_mmu import KvmMmu
 from kvm_model.mmu.mmu_internal import INVALID_PAGE
-from kvm_model.requests import KVM_REQ_EVENT, KVM_REQ_NMI, OUTSIDE_GUEST_MODE, kvm_make_request, kvm_vcpu_kick
+from kvm_model.requests import (
+    KVM_REQ_EVENT,
+    KVM_REQ_NMI,
+    KVM_REQ_TRIPLE_FAULT,
+    OUTSIDE_GUEST_MODE,
+    kvm_make_request,
+    kvm_vcpu_kick,
+)
 from kvm_model.vmx.exits import VmExit
 
 if TYPE_CHECKING:
@@ -81,6 +88,16 @@ class UserExit(msgspec.Struct):
     args: tuple[int, int, int, int] = (0, 0, 0, 0)
     private: bool = False
     why: str = ""
+
+
+_DF_VECTOR = 8
+_BENIGN, _CONTRIBUTORY, _PAGE_FAULT = range(3)
+
+
+def _exception_class(vector: int) -> int:
+    if vector == 14:
+        return _PAGE_FAULT
+    return _CONTRIBUTORY if vector in (0, 10, 11, 12, 13) else _BENIGN
 
 
 class QueuedException:
@@ -162,10 +179,17 @@ class Vcpu:
         return self.exception.injected or self.interrupt_injected or self.nmi_injected
 
     def queue_exception(self, vector: int, error_code: int | None = None) -> None:
-        """kvm_queue_exception: deliver at the next entry. An exception on top of one makes #DF."""
+        """kvm_multiple_exception: deliver at the next entry. With one that waits already it makes a double
+        fault, replaces it, or is the end of the guest."""
         ex = self.exception
         if ex.pending or ex.injected:
-            vector, error_code = 8, 0
+            if ex.vector == _DF_VECTOR:
+                kvm_make_request(KVM_REQ_EVENT, self)
+                kvm_make_request(KVM_REQ_TRIPLE_FAULT, self)
+                return
+            first, second = _exception_class(ex.vector), _exception_class(vector)
+            if (first == second == _CONTRIBUTORY) or (first == _PAGE_FAULT and second != _BENIGN):
+                vector, error_code = _DF_VECTOR, 0
         ex.pending = True
         ex.injected = False
         ex.vector = vector

@@ -22,7 +22,7 @@ LONGEST_TEXT = 400
 VERBS: dict[str, str] = {
     "run": "run a guest on a host that swaps, migrates and copies behind its back",
     "report": "print a trace as trace-cmd report does",
-    "stat": "VM exits of a trace in the table of perf kvm stat report",
+    "stat": "VM exits of a trace in the table of perf kvm stat report; KVM's own statistics of a run",
     "explain": "why an event happened: back to the host operation, forward to the refault",
     "walk": "translate an address through both stages at some point of a trace",
     "diff": "the first place where two traces part",

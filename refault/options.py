@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
+
+if TYPE_CHECKING:
+    from refault.kvmstat import KvmStat
 
 __all__ = ["RunOptions"]
 
@@ -11,7 +16,8 @@ class RunOptions(msgspec.Struct, kw_only=True):
     """One run. Sizes are bytes, `timeout` is seconds of real time.
 
     `words` are the payload's own parameters, `NAME=VALUE`, for its command line. `swap` None means
-    no swap. `vcpus` is how many the machine has; the guest starts the others.
+    no swap. `vcpus` is how many the machine has; the guest starts the others. Into `kvm_stat` go KVM's
+    statistics at the end; the guest's serial port then is stderr.
     """
 
     payload: str
@@ -35,3 +41,4 @@ class RunOptions(msgspec.Struct, kw_only=True):
     max_insns: int | None = None
     timeout: float = 600.0
     interpreted: bool = False
+    kvm_stat: list[KvmStat] | None = None

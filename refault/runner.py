@@ -76,7 +76,7 @@ def _naming_the_event() -> Iterator[list[TraceStream]]:
 
 
 def _build(options: RunOptions) -> VM:
-    out = sys.stderr if options.json else sys.stdout
+    out = sys.stderr if options.json or options.kvm_stat is not None else sys.stdout
 
     def output(data: bytes) -> None:
         out.write(data.decode("latin-1"))
@@ -103,6 +103,7 @@ def _script_text(options: RunOptions) -> str | None:
 
 def run(options: RunOptions) -> int:
     """Run one guest; returns the exit code. UsageError for bad input."""
+    from refault.kvmstat import collect_kvm
     from refault.observer import Observer
     from refault.output import print_json
     from refault.registry import check_globs
@@ -148,6 +149,8 @@ def run(options: RunOptions) -> int:
                 print_json(summary)
             else:
                 print_summary(summary)
+        if options.kvm_stat is not None:
+            options.kvm_stat.append(collect_kvm(vm.board.kvm))
         return code
 
 

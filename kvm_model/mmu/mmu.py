@@ -444,8 +444,7 @@ def _kvm_mmu_write_protect_fault(vcpu: Vcpu, addr: int, error_code: int) -> int:
         gpa = addr if direct else kvm_mmu_gva_to_gpa_write(vcpu, addr)
         if kvm_mmu_unprotect_gfn_and_retry(vcpu, addr, gpa):
             return RET_PF_RETRY
-    # A table that translates the instruction itself would only be shadowed again.
-    return RET_PF_EMULATE if vcpu.write_fault_to_shadow_pgtable else RET_PF_WRITE_PROTECTED
+    return RET_PF_WRITE_PROTECTED
 
 
 def kvm_mmu_page_fault(vcpu: Vcpu, addr: int, error_code: int) -> int:

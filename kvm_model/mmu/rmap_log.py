@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from host_mm.page import folio_test_large, page_folio
-from kvm_model.mmu.mmu_internal import KVM_MAX_HUGEPAGE_LEVEL
+from kvm_model.mmu.mmu_internal import KVM_MAX_HUGEPAGE_LEVEL, role_direct
 from kvm_model.mmu.rmap import (
     RmapHead,
     gfn_to_rmap,
@@ -108,10 +108,13 @@ def kvm_rmap_zap_collapsible_sptes(
     pages = kvm.host.pages
 
     def collapsible(sptep: int) -> bool:
+        sp = kvm.sps[sptep >> 9]
+        if not role_direct(sp.role):
+            # The guest's own table is what keeps this leaf small.
+            return False
         if kvm.profile.collapses_any_compound_page:
             pfn = spte_to_pfn(kvm.ram.u64[sptep])
             return folio_test_large(pages, page_folio(pages, pfn))
-        sp = kvm.sps[sptep >> 9]
         return sp.level < max_mapping_level(sp.gfn)
 
     def zap(kvm: Kvm, head: RmapHead, slot: KvmMemorySlot) -> bool:

@@ -1,19 +1,23 @@
 """VM-exit handlers: what each exit reason makes KVM do.
 
 Source of truth: arch/x86/kvm/vmx/vmx.c (Linux 6.18): kvm_vmx_exit_handlers, handle_ept_violation,
-handle_ept_misconfig, handle_io, handle_interrupt_window; vmx/common.h: __vmx_handle_ept_violation;
-x86.c: kvm_emulate_halt, kvm_emulate_cpuid, kvm_emulate_rdmsr, kvm_fast_pio.
+handle_ept_misconfig, handle_exception_nmi, handle_cr, handle_invlpg, handle_io, handle_interrupt_window;
+vmx/common.h: __vmx_handle_ept_violation; mmu/mmu.c: kvm_handle_page_fault; x86.c: kvm_complete_insn_gp,
+kvm_emulate_halt, kvm_emulate_cpuid, kvm_emulate_rdmsr, kvm_fast_pio.
 
 A handler returns above 0 to enter the guest again, 0 for user space, or a negative errno.
 
-Not modelled: string port I/O, KVM's own hypercalls (every VMCALL goes to user space), CR and INVLPG
-intercepts (EPT needs none), #PF and NMI intercepts, handle_ept_misconfig's endless re-entry when an event is
-delivered through a known MMIO page (it stops, as through any other).
+Without EPT the guest's page faults exit, and so do its changes of control registers and INVLPG.
+
+Not modelled: string port I/O, KVM's own hypercalls (every VMCALL goes to user space), CR intercepts under
+EPT, intercepts of exceptions other than #PF, of NMIs, and of CR8; handle_ept_misconfig's endless re-entry
+when an event is delivered through a known MMIO page (it stops, as through any other).
 """
 
 from __future__ import annotations
 
 from host_mm.kernel.costs import COST_FAULT
+from kvm_model.mmu.invalidate_addr import kvm_mmu_invlpg
 from kvm_model.mmu.mmu import kvm_mmu_page_fault
 from kvm_model.mmu.mmu_internal import (
     PFERR_FETCH_MASK,
@@ -41,12 +45,14 @@ from kvm_model.vmx.exits import (
     EPT_GVA_VALID,
     INTR_INFO_VALID,
     REASON_CPUID,
+    REASON_CR_ACCESS,
     REASON_EPT_MISCONFIG,
     REASON_EPT_VIOLATION,
     REASON_EXCEPTION_NMI,
     REASON_EXTERNAL_INTERRUPT,
     REASON_HLT,
     REASON_INTERRUPT_WINDOW,
+    REASON_INVLPG,
     REASON_IO_INSTRUCTION,
     REASON_MSR_READ,
     REASON_MSR_WRITE,
@@ -55,6 +61,7 @@ from kvm_model.vmx.exits import (
     REASON_VMCALL,
     VmExit,
 )
+from kvm_model.x86_cr import MSR_EFER, kvm_lmsw, kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, set_efer
 from kvm_model.x86_emulate import internal_error, x86_emulate_instruction
 from trace_events.tracepoint import Tracepoint
 
@@ -63,13 +70,18 @@ __all__ = ["TRACEPOINTS", "vmx_handle_exit"]
 _EPT_PROT_MASK = EPT_ENTRY_READ | EPT_ENTRY_WRITE | EPT_ENTRY_EXEC
 _VECTORING_OK = frozenset((REASON_EXCEPTION_NMI, REASON_EPT_VIOLATION, REASON_EPT_MISCONFIG, REASON_PML_FULL))
 _MASK64 = (1 << 64) - 1
-_GP = 13
+_GP, _PF = 13, 14
+_GENERAL_REGISTERS = (
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16))
+)
+_CS_L, _EFER_LMA = 1 << 21, 1 << 10
 
 KVM_PAGE_FAULT = Tracepoint(
     "kvm", "kvm_page_fault", ("vcpu_id", "guest_rip", "fault_address", "error_code"),
     lambda vcpu_id, rip, address, error_code:
         f"vcpu {vcpu_id} rip 0x{rip:x} address 0x{address:016x} error_code 0x{error_code:x}",
-    scope=True, doc="An EPT violation; error_code is the exit qualification.",
+    scope=True,
+    doc="An EPT violation, error_code the exit qualification; without EPT a #PF at a linear address.",
 )
 KVM_PIO = Tracepoint(
     "kvm", "kvm_pio", ("rw", "port", "size", "count", "val"),
@@ -92,8 +104,12 @@ KVM_MSR = Tracepoint(
     lambda write, ecx, data, exception:
         f"msr_{'write' if write else 'read'} {ecx:x} = 0x{data:x}{' (#GP)' if exception else ''}",
 )
+KVM_CR = Tracepoint(
+    "kvm", "kvm_cr", ("rw", "cr", "val"),
+    lambda rw, cr, val: f"cr_{'write' if rw else 'read'} {cr:x} = 0x{val:x}",
+)
 TRACEPOINTS = (
-    KVM_PAGE_FAULT, *pml.TRACEPOINTS, KVM_PIO, KVM_HYPERCALL, KVM_CPUID, KVM_MSR,
+    KVM_CR, KVM_PAGE_FAULT, *pml.TRACEPOINTS, KVM_PIO, KVM_HYPERCALL, KVM_CPUID, KVM_MSR,
 )
 
 
@@ -136,6 +152,22 @@ def _handle_ept_violation(vcpu: Vcpu, exit_: VmExit) -> int:
 
 def _handle_ept_misconfig(vcpu: Vcpu, exit_: VmExit) -> int:
     return _page_fault(vcpu, exit_.guest_physical, PFERR_RSVD_MASK)
+
+
+def _handle_exception_nmi(vcpu: Vcpu, exit_: VmExit) -> int:
+    kvm = vcpu.kvm
+    cr2, error_code = exit_.qualification, exit_.error_code
+    vectoring = exit_.idt_vectoring_info & INTR_INFO_VALID
+    if exit_.intr_info & 0xFF != _PF or (vectoring and error_code & PFERR_RSVD_MASK):
+        return internal_error(vcpu, "an exception while an event was being delivered")
+    ctx = kvm.stream.ctx
+    saved = ctx.cause
+    if (t := kvm.trace.kvm_page_fault) is not None:
+        ctx.cause = t(vcpu.vcpu_id, exit_.rip, cr2, error_code)
+    try:
+        return _page_fault(vcpu, cr2, error_code)
+    finally:
+        ctx.cause = saved
 
 
 def _page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
@@ -242,13 +274,58 @@ def _handle_wrmsr(vcpu: Vcpu, exit_: VmExit) -> int:
     cpu = vcpu.kvm.cpu
     index = cpu.get_reg(vcpu, "rcx") & 0xFFFF_FFFF
     value = cpu.get_reg(vcpu, "rdx") << 32 & _MASK64 | cpu.get_reg(vcpu, "rax") & 0xFFFF_FFFF
-    ok = cpu.set_msr(vcpu, index, value)
+    ok = set_efer(vcpu, value) if index == MSR_EFER else cpu.set_msr(vcpu, index, value)
     if (t := vcpu.kvm.trace.kvm_msr) is not None:
         t(1, index, value, not ok)
     if ok:
         cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
     else:
         vcpu.queue_exception(_GP, 0)
+    return 1
+
+
+def _trace_cr(vcpu: Vcpu, write: int, cr: int, value: int) -> None:
+    if (t := vcpu.kvm.trace.kvm_cr) is not None:
+        t(write, cr, value)
+
+
+def _handle_mov_to_cr(vcpu: Vcpu, cr: int, reg: str, insn_len: int) -> int:
+    cpu = vcpu.kvm.cpu
+    value = cpu.get_reg(vcpu, reg)
+    if not (cpu.get_reg(vcpu, "efer") & _EFER_LMA and cpu.get_reg(vcpu, "cs_flags") & _CS_L):
+        value &= 0xFFFF_FFFF
+    _trace_cr(vcpu, 1, cr, value)
+    setter = {0: kvm_set_cr0, 3: kvm_set_cr3, 4: kvm_set_cr4}[cr]
+    # kvm_complete_insn_gp
+    if setter(vcpu, value):
+        cpu.skip_emulated_instruction(vcpu, insn_len)
+    else:
+        vcpu.queue_exception(_GP, 0)
+    return 1
+
+
+def _handle_cr(vcpu: Vcpu, exit_: VmExit) -> int:
+    cpu = vcpu.kvm.cpu
+    qualification = exit_.qualification
+    cr, kind = qualification & 15, qualification >> 4 & 3
+    reg = _GENERAL_REGISTERS[qualification >> 8 & 15]
+    if kind == 0:
+        return _handle_mov_to_cr(vcpu, cr, reg, exit_.insn_len)
+    if kind == 1:
+        value = cpu.get_reg(vcpu, "cr3")
+        cpu.set_reg(vcpu, reg, value)
+        _trace_cr(vcpu, 0, cr, value)
+    else:
+        msw = qualification >> 16 & 0xF
+        _trace_cr(vcpu, 1, 0, cpu.get_reg(vcpu, "cr0") & ~0xF | msw)
+        kvm_lmsw(vcpu, msw)
+    cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
+    return 1
+
+
+def _handle_invlpg(vcpu: Vcpu, exit_: VmExit) -> int:
+    kvm_mmu_invlpg(vcpu, exit_.qualification)
+    vcpu.kvm.cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
     return 1
 
 
@@ -278,6 +355,9 @@ def _handle_external_interrupt(vcpu: Vcpu, exit_: VmExit) -> int:
 
 
 _HANDLERS = {
+    REASON_EXCEPTION_NMI: _handle_exception_nmi,
+    REASON_CR_ACCESS: _handle_cr,
+    REASON_INVLPG: _handle_invlpg,
     REASON_EXTERNAL_INTERRUPT: _handle_external_interrupt,
     REASON_TRIPLE_FAULT: _handle_triple_fault,
     REASON_INTERRUPT_WINDOW: _handle_interrupt_window,

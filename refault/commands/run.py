@@ -6,22 +6,24 @@ reported FAIL, 3 it died or met a limit, 4 a truth of the model broke."""
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-__all__ = ["configure", "main"]
+__all__ = ["configure", "configure_machine", "machine_options", "main", "word"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("payload", help="see refault list payloads, or a file")
     parser.add_argument(
-        "words", nargs="*", type=_word, metavar="NAME=VALUE", help="parameters of the payload, e.g. pages=512"
+        "words", nargs="*", type=word, metavar="NAME=VALUE", help="parameters of the payload, e.g. pages=512"
     )
-    _configure_machine(parser.add_argument_group("the machine"))
+    configure_machine(parser.add_argument_group("the machine"))
     _configure_watching(parser.add_argument_group("watching"))
     _configure_limits(parser.add_argument_group("limits"))
 
 
-def _configure_machine(machine: argparse._ArgumentGroup) -> None:
+def configure_machine(machine: argparse._ArgumentGroup) -> None:
+    """What the machine is; `machine_options` reads it."""
     from refault.numbers import number, size
 
     machine.add_argument(
@@ -42,7 +44,10 @@ def _configure_machine(machine: argparse._ArgumentGroup) -> None:
         help="swap file (default: as large as the guest's memory)",
     )
     machine.add_argument("--vcpus", type=_count, default=1, metavar="N", help="default: 1")
-    machine.add_argument("--mmu", choices=("ept",), default="ept", help="second stage (default: ept)")
+    machine.add_argument(
+        "--mmu", choices=("ept", "shadow"), default="ept",
+        help="ept: a second stage; shadow: KVM shadows the guest's page tables (default: ept)",
+    )
     machine.add_argument(
         "--profile",
         type=_profile,
@@ -112,7 +117,8 @@ def _configure_limits(limits: argparse._ArgumentGroup) -> None:
     )
 
 
-def _word(text: str) -> str:
+def word(text: str) -> str:
+    """NAME=VALUE, a parameter of a payload."""
     if "=" not in text or text.startswith("=") or " " in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
     return text
@@ -168,30 +174,36 @@ def _switch(text: str) -> str:
     return text
 
 
+def machine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of RunOptions that `configure_machine` asked for."""
+    return {
+        "memory": args.memory,
+        "memory_backend": args.memory_backend,
+        "host_ram": args.host_ram if args.host_ram is not None else 2 * args.memory,
+        "swap": {"off": None, "auto": args.memory}.get(args.swap, args.swap),
+        "vcpus": args.vcpus,
+        "mmu": args.mmu,
+        "profile": args.profile,
+        "params": dict(args.param),
+        "seed": args.seed,
+        "host_script": args.host_script,
+        "breaks": frozenset(args.breaks),
+    }
+
+
 def main(args: argparse.Namespace) -> int:
     """Run it."""
     from refault.options import RunOptions
     from refault.runner import run
 
-    swap = {"off": None, "auto": args.memory}.get(args.swap, args.swap)
     code: int = run(
         RunOptions(
             payload=args.payload,
             words=tuple(args.words),
-            memory=args.memory,
-            memory_backend=args.memory_backend,
-            host_ram=args.host_ram if args.host_ram is not None else 2 * args.memory,
-            swap=swap,
-            vcpus=args.vcpus,
-            mmu=args.mmu,
-            profile=args.profile,
-            params=dict(args.param),
-            seed=args.seed,
+            **machine_options(args),
             events=tuple(args.events) or ("*",),
             trace=args.trace,
-            host_script=args.host_script,
             check=args.check,
-            breaks=frozenset(args.breaks),
             json=args.json,
             quiet=args.quiet,
             max_insns=args.max_insns,

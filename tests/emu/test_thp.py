@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import refault
-from host_mm.kernel.errors import KernelError
+from host_mm.kernel.errors import BrokenTruth, KernelError
 from refault.scenarios.api import DATA_GPA
 from refault.scenarios.emulator import run_on_emulator
 from refault.scenarios.linux_mm_thp import collapse, thp
@@ -61,6 +61,33 @@ def test_khugepaged_collapses_what_a_guest_uses() -> None:
         vm.host.swap_out(gpa=0x200000, pages=512)
         assert (vm.run()).status == 0
         vm.finish()
+
+
+def collapsed_under_a_small_leaf(*breaks: str) -> None:
+    """The guest has a 4K leaf in a huge page of shared memory that the VMM maps by small entries; khugepaged
+    takes those away."""
+    params = {"thp.shmem_enabled": "always"}
+    with refault.VM("8M", memory_backend="memfd", check=True, params=params) as vm:
+        vm.board.host.mm.breaks = frozenset(breaks)
+        vm.load("first-touch", "mib=2")
+        vm.run()
+        host, kvm = vm.host, vm.board.kvm
+        host.thp_enable(gpa=0x400000, pages=512)
+        host.protect(gpa=0x400000, pages=1, prot=1)  # a part of the 2 MiB, so that small entries map the rest
+        host.host_read(gpa=0x401000, size=4)
+        vm.board.host.sched.run_task("map", lambda: kvm.map_for_instrument(0x401))
+        kvm.instrumented.clear()
+        host.protect(gpa=0x400000, pages=1, prot=3)
+        assert kvm.leaf_spte(0x401)[1] == 1
+        assert host.khugepaged() > 0
+        vm.board.host.checker.sweep()
+        assert kvm.leaf_spte(0x401)[1] == 0
+
+
+def test_small_leaves_go_when_khugepaged_takes_the_small_entries_of_a_file_away() -> None:
+    collapsed_under_a_small_leaf()
+    with pytest.raises(BrokenTruth, match="spte-matches-host"):
+        collapsed_under_a_small_leaf("retract-without-bracket")
 
 
 def test_huge_pages_from_the_start_with_the_policy_always() -> None:

@@ -6,24 +6,27 @@ have one.
 
 Source of truth: virt/kvm/kvm_main.c (Linux 6.18), in its order of checks: kvm_set_memory_region,
 kvm_get_dirty_log_protect, kvm_clear_dirty_log_protect, kvm_vm_ioctl_enable_cap_generic,
-kvm_vm_ioctl_enable_dirty_log_ring, kvm_vm_ioctl_reset_dirty_pages, kvm_vm_ioctl_create_vcpu.
+kvm_vm_ioctl_enable_dirty_log_ring, kvm_vm_ioctl_reset_dirty_pages, kvm_vm_ioctl_create_vcpu,
+kvm_vm_ioctl_set_mem_attributes; virt/kvm/guest_memfd.c: kvm_gmem_create, kvm_gmem_bind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from errno import E2BIG, EEXIST, EFAULT, EINVAL, ENOENT, ENXIO
+from errno import E2BIG, EBADF, EEXIST, EFAULT, EINVAL, ENOENT, ENOTTY, ENXIO
 from typing import NamedTuple, Protocol
 
-__all__ = ["ARENA", "CASES", "Case", "Machine"]
+__all__ = ["ARENA", "ATTRIBUTES", "CASES", "Case", "Machine"]
 
 PAGE = 4096
 ARENA = 256 * PAGE
 """Bytes of user memory from `Machine.hva` on."""
-LOG, READONLY = 1, 2
+LOG, READONLY, GMEM = 1, 2, 4
 MANUAL, RING = 168, 192
 MANUAL_ENABLE, INITIALLY_SET = 1, 2
 U64 = (1 << 64) - 1
+GMEM_MMAP, GMEM_INIT_SHARED = 1, 2
+ATTRIBUTE_PRIVATE = 8
 RESERVED_RING_ENTRIES = 64
 RING_ENTRY = 16
 
@@ -53,6 +56,18 @@ class Machine(Protocol):
 
     def create_vcpu(self, vcpu_id: int) -> None:
         """KVM_CREATE_VCPU."""
+
+    def create_gmem(self, size: int, flags: int = 0) -> None:
+        """KVM_CREATE_GUEST_MEMFD; `region2` shows the last one made."""
+
+    def region2(
+        self, slot: int, gpa: int, size: int, hva: int, flags: int = GMEM, offset: int = 0, *,
+        bad_file: bool = False,
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2 of that file, or of no open file."""
+
+    def attributes(self, gpa: int, size: int, attributes: int = 0, flags: int = 0) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES."""
 
 
 Call = Callable[[Machine], None]
@@ -211,4 +226,61 @@ VCPUS = (
     Case("a negative number", (lambda m: m.create_vcpu(U64),), EINVAL),
 )
 
-CASES = (*REGIONS, *LOGS, *CLEARS, *CAPS, *VCPUS)
+
+
+def gmem(size: int = 16 * PAGE, flags: int = GMEM_MMAP) -> Call:
+    return lambda m: m.create_gmem(size, flags)
+
+
+def shown(slot: int, gpa: int = 0, pages: int = 16, flags: int = GMEM, offset: int = 0, at: int = 0) -> Call:
+    """Slot of `pages` of the last guest_memfd from byte `offset` on."""
+    return lambda m: m.region2(slot, gpa, pages * PAGE, m.hva + at * PAGE, flags, offset)
+
+
+GMEMS = (
+    Case("a guest_memfd", (gmem(),), 0, NEW),
+    Case("a guest_memfd that begins shared", (gmem(flags=GMEM_MMAP | GMEM_INIT_SHARED),), 0, NEW),
+    Case("no guest_memfd before 6.8", (gmem(),), ENOTTY, ("linux-5.10",)),
+    Case("a guest_memfd with an unknown flag", (gmem(flags=4),), EINVAL, NEW),
+    Case("a guest_memfd of nothing", (gmem(0),), EINVAL, NEW),
+    Case("a guest_memfd of half a page", (gmem(PAGE // 2),), EINVAL, NEW),
+    Case("a guest_memfd of negative size", (gmem(1 << 63),), EINVAL, NEW),
+    Case("a slot of it", (gmem(), shown(0)), 0, NEW),
+    Case("a slot without it by the new ioctl", (lambda m: m.region2(0, 0, PAGE, m.hva, 0),), 0, NEW),
+    Case("no new ioctl before 6.8", (lambda m: m.region2(0, 0, PAGE, m.hva),), ENOTTY, ("linux-5.10",)),
+    Case("a slot of no open file", (lambda m: m.region2(0, 0, PAGE, m.hva, bad_file=True),), EBADF, NEW),
+    Case("it cannot be logged", (gmem(), shown(0, flags=GMEM | LOG)), EINVAL, NEW),
+    Case("nor read-only", (gmem(), shown(0, flags=GMEM | READONLY)), EINVAL, NEW),
+    Case("an offset within a page", (gmem(), shown(0, pages=1, offset=8)), EINVAL, NEW),
+    Case("an offset that wraps", (gmem(), shown(0, offset=U64 - PAGE + 1)), EINVAL, NEW),
+    Case("a slot beyond its end", (gmem(), shown(0, pages=17)), EINVAL, NEW),
+    Case("an offset beyond its end", (gmem(), shown(0, pages=8, offset=9 * PAGE)), EINVAL, NEW),
+    Case("the same pages in two slots", (
+        gmem(), shown(0, pages=8), shown(1, gpa=64 * PAGE, pages=8, offset=7 * PAGE),
+    ), EINVAL, NEW),
+    Case("halves of it in two slots", (
+        gmem(), shown(0, pages=8), shown(1, gpa=64 * PAGE, pages=8, offset=8 * PAGE),
+    ), 0, NEW),
+    Case("a slot of it cannot move", (gmem(), shown(0), shown(0, gpa=64 * PAGE)), EINVAL, NEW),
+    Case("nor be set again", (gmem(), shown(0), shown(0)), EINVAL, NEW),
+    Case("but be deleted", (gmem(), shown(0), region(0, pages=0)), 0, NEW),
+    Case("and its pages shown again", (gmem(), shown(0), region(0, pages=0), shown(1)), 0, NEW),
+    Case("over another slot before the file is looked at", (
+        SLOT, lambda m: m.region2(1, 0, PAGE, m.hva, bad_file=True),
+    ), EEXIST, NEW),
+)
+
+ATTRIBUTES = (
+    Case("no attributes before 6.8", (lambda m: m.attributes(0, PAGE),), ENOTTY, ("linux-5.10",)),
+    Case("attributes with a flag", (lambda m: m.attributes(0, PAGE, 0, 1),), EINVAL, NEW),
+    Case("an unknown attribute", (lambda m: m.attributes(0, PAGE, 1),), EINVAL, NEW),
+    Case("private memory of a VM that has none", (
+        lambda m: m.attributes(0, PAGE, ATTRIBUTE_PRIVATE),
+    ), EINVAL, NEW),
+    Case("attributes of nothing", (lambda m: m.attributes(0, 0),), EINVAL, NEW),
+    Case("attributes that wrap", (lambda m: m.attributes(U64 - PAGE + 1, 2 * PAGE),), EINVAL, NEW),
+    Case("attributes of half a page", (lambda m: m.attributes(0, PAGE // 2),), EINVAL, NEW),
+    Case("attributes from within a page", (lambda m: m.attributes(8, PAGE),), EINVAL, NEW),
+)
+
+CASES = (*REGIONS, *LOGS, *CLEARS, *CAPS, *VCPUS, *GMEMS, *ATTRIBUTES)

@@ -22,7 +22,7 @@ from host_mm.mmu_notifier import (
 from host_mm.uaccess import copy_to_user
 from kvm_model.breaks import BREAKS
 from kvm_model.guest_memfd import GUEST_MEMFD_FLAG_MMAP
-from kvm_model.memslots import KVM_MEM_GUEST_MEMFD
+from kvm_model.memslots import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES
 from tests.kvm_model.machine import BASE, PAGE, Machine
 
 
@@ -174,12 +174,20 @@ def hole_in_guest_memfd(m: Machine) -> None:
     m.truths.sweep()
 
 
+def fetch_the_log(m: Machine) -> None:
+    m.do(lambda: m.kvm.set_user_memory_region(0, 0, m.pages * PAGE, BASE, KVM_MEM_LOG_DIRTY_PAGES))
+    for value in (1, 2):
+        m.run(("w", 0, value))
+        assert m.do(lambda: m.kvm.get_dirty_log(0))[0] == 1
+
+
 SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
     "drop-ad": (reclaim_what_only_the_guest_wrote, {"dirty-dropped"}),
     "flush-after-unlock": (drop_a_mapped_page, {"flush-before-unlock"}),
     "gmem-no-unmap": (hole_in_guest_memfd, {"no-spte-in-bracket"}),
     "ignore-invalid-roots": (bracket_while_invalid_roots_are_zapped, {"no-spte-in-bracket"}),
     "ignore-invalid-slot": (fault_on_a_slot_being_deleted, {"no-mmio-over-slot"}),
+    "log-no-flush": (fetch_the_log, {"log-flushed"}),
     "no-flush": (drop_a_mapped_page, {"flush-before-unlock"}),
     "no-memslot-wait": (bracket_over_a_memslot_update, {"bracket-balance"}),
     "no-range-union": (two_brackets, {"no-spte-in-bracket"}),
@@ -210,7 +218,7 @@ def test_a_switch_breaks_its_truth(name: str, tdp_mmu: str) -> None:
         scene(Machine(breaks=(name,), params={"kvm.tdp_mmu": tdp_mmu}))
     assert info.value.truth in truths
     # What names no event here is the VMM's own call, which nothing encloses.
-    assert info.value.seq is not None or name in ("drop-ad", "no-memslot-wait")
+    assert info.value.seq is not None or name in ("drop-ad", "log-no-flush", "no-memslot-wait")
 
 
 @pytest.mark.parametrize(("name", "tdp_mmu"), CASES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from host_mm.address_space import AddressSpace
 from host_mm.kernel.errors import KernelError
 from kvm_model.profile import PROFILES
 from tests.kvm_model import machine
@@ -20,6 +21,7 @@ class Model:
         self.kvm = self.m.kvm
         self.max_vcpu_ids = PROFILES[profile].max_vcpu_ids
         self.user_mem_slots = PROFILES[profile].user_mem_slots
+        self.gmem: AddressSpace | None = None
         self.address_spaces = PROFILES[profile].nr_memslot_as_ids
 
     def region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
@@ -41,6 +43,19 @@ class Model:
     def create_vcpu(self, vcpu_id: int) -> None:
         self.kvm.create_vcpu(vcpu_id)
 
+    def create_gmem(self, size: int, flags: int = 0) -> None:
+        self.gmem = self.m.do(lambda: self.kvm.create_guest_memfd(size, flags))
+
+    def region2(
+        self, slot: int, gpa: int, size: int, hva: int, flags: int = 4, offset: int = 0, *,
+        bad_file: bool = False,
+    ) -> None:
+        file = None if bad_file else self.gmem
+        self.m.do(lambda: self.kvm.set_user_memory_region2(slot, gpa, size, hva, flags, file, offset))
+
+    def attributes(self, gpa: int, size: int, attributes: int = 0, flags: int = 0) -> None:
+        self.m.do(lambda: self.kvm.set_memory_attributes(gpa, size, attributes, flags))
+
     def state(self) -> tuple[object, ...]:
         """What a refusal must leave as it is."""
         kvm = self.kvm
@@ -50,7 +65,8 @@ class Model:
         ]
         return (
             slots, [v.vcpu_id for v in kvm.vcpus], kvm.dirty_ring_size, kvm.manual_dirty_log_protect,
-            kvm.nr_memslot_pages, kvm.nr_memslots_dirty_logging,
+            kvm.nr_memslot_pages, kvm.nr_memslots_dirty_logging, len(kvm.gmems),
+            [slot for gmem in kvm.gmems for slot in gmem.bindings],
         )
 
 
