@@ -5,7 +5,8 @@ SYSENTER, for which Unicorn has no code.
 
 Source: Intel SDM vol. 2: MOV to/from control registers, LMSW, CLTS, SYSCALL, SYSENTER; vol. 3A 2.5.
 
-Not modelled: SYSRET's #GP on a non-canonical RCX (the fetch faults instead), CR8, PCIDE, CET.
+Not modelled: SYSRET's #GP on a non-canonical RCX (the fetch faults instead), CR8, PCIDE, CET;
+under EPT, the #GP of reserved bits of CR3 in IA-32e mode, where MOV to CR3 is left to Unicorn.
 """
 
 from __future__ import annotations
