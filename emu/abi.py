@@ -340,9 +340,27 @@ VMCALL_MAP_GPA_RANGE = 12
 VMCALL_GMEM_CREATE = 0x5246_0250
 VMCALL_GMEM_PUNCH = 0x5246_0251
 VMCALL_MEMORY_ATTRIBUTES = 0x5246_0252
+VMCALL_PREFAULT = 0x5246_0253
+VMCALL_SET_CLOCK = 0x5246_0230
+VMCALL_KVMCLOCK_CTRL = 0x5246_0231
+VMCALL_APIC_PAGE = 0x5246_0232
+VMCALL_GVT_OPEN = 0x5246_0233
+VMCALL_GVT_CLOSE = 0x5246_0234
+VMCALL_GVT_SHADOW = 0x5246_0235
+VMCALL_GVT_UNSHADOW = 0x5246_0236
+VMCALL_GVT_STALE = 0x5246_0237
+VMCALL_GVT_TOLD = 0x5246_0238
+VMCALL_GVT_READ = 0x5246_0239
 VMCALL_MANUAL_DIRTY = 0x5246_0210
 VMCALL_CLEAR_DIRTY = 0x5246_0211
 VMCALL_HARVEST_RINGS = 0x5246_0212
+
+KVM_CLOCK_MSR = 0x4B56_4D01
+"""Where the guest says in which page KVM keeps its time: arch/x86/include/asm/pvclock-abi.h."""
+KVM_CLOCK_STOPPED = 2
+
+APIC_GPA = 0xFEE0_0000
+"""The local APIC's registers, where CPUID leaf 1 says that there is one: Intel SDM vol. 3A 11.4."""
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -438,6 +456,10 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_MEMORY_ATTRIBUTES, "memory_attributes", ("gpa", "pages", "attributes"), "0", (),
            "KVM_SET_MEMORY_ATTRIBUTES: 8 private, 0 shared. Both kinds of a page keep their bytes. -EINVAL "
            "for attributes that the VM does not support: only a protected one has 8. -ENOSYS before 6.8."),
+    Vmcall(VMCALL_PREFAULT, "prefault", ("gpa", "pages"), "pages mapped, from `gpa` on", ("ENOENT",),
+           "KVM_PRE_FAULT_MEMORY on the calling vCPU: the range is mapped, as far as it goes, as by faults "
+           "for reading, but counts as not accessed. -ENOENT where there is no memory. -ENOSYS with shadow "
+           "paging and before Linux 6.11."),
     Vmcall(VMCALL_MANUAL_DIRTY, "manual_dirty", ("value",), "0", (),
            "KVM_ENABLE_CAP with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: with `value` 1 get_dirty neither clears "
            "nor protects, clear_dirty does; with 3 also every page of a log is set from its start, and "
@@ -461,6 +483,31 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_SLOT_MOVE, "slot_move", ("slot", "gpa"), "0", ("ENOENT", "EEXIST"),
            "KVM_SET_USER_MEMORY_REGION with another base: the same memory at `gpa`, nothing at the old "
            "place. The slot must not be deleted (-ENOENT). -EEXIST on overlap."),
+    Vmcall(VMCALL_SET_CLOCK, "set_clock", ("ns",), "0", (),
+           "KVM_SET_CLOCK: kvmclock (MSR KVM_CLOCK_MSR holds the address of its page, bit 0 set) shows `ns` "
+           "now and goes on from there. -EINVAL from 2^63 on."),
+    Vmcall(VMCALL_KVMCLOCK_CTRL, "kvmclock_ctrl", ("cpu",), "1, without a clock 0", (),
+           "KVM_KVMCLOCK_CTRL: the flag KVM_CLOCK_STOPPED is set in the page of vCPU `cpu`. -EINVAL for a "
+           "CPU that does not exist."),
+    Vmcall(VMCALL_APIC_PAGE, "apic_page", ("move",), "pages taken: 0 or 1", (),
+           "The host swaps KVM's APIC-access page out or, with `move` 1, moves it to another frame. 0 where "
+           "the machine has no local APIC. -EINVAL for other values."),
+    Vmcall(VMCALL_GVT_OPEN, "gvt_open", (), "a device's number, from 1 on", ("ENODEV",),
+           "A GPU that translates by tables in guest memory. -ENODEV beyond eight."),
+    Vmcall(VMCALL_GVT_CLOSE, "gvt_close", ("device",), "0", ("ENOENT",),
+           "The GPU goes, with its hold on tables and pages."),
+    Vmcall(VMCALL_GVT_SHADOW, "gvt_shadow", ("device", "gpa"), "0", ("ENOENT", "EEXIST"),
+           "The page is a table of the GPU from now on: 512 entries, bit 0 present, bits 12-51 a guest page. "
+           "The GPU follows each write of the guest; what the host changes it does not see."),
+    Vmcall(VMCALL_GVT_UNSHADOW, "gvt_unshadow", ("device", "gpa"), "0", ("ENOENT",),
+           "It is a table of this GPU no more."),
+    Vmcall(VMCALL_GVT_STALE, "gvt_stale", ("device",), "entries that differ", ("ENOENT",),
+           "Compares the GPU's copy of its tables with guest memory."),
+    Vmcall(VMCALL_GVT_TOLD, "gvt_told", ("device",), "writes that the GPU was told of", ("ENOENT",),
+           "A store that crosses into the table or out of it counts for its part there."),
+    Vmcall(VMCALL_GVT_READ, "gvt_read", ("device", "gpa", "index", "offset"), "the value", ("ENOENT",),
+           "The GPU reads 8 bytes at `offset`, aligned to 8, of the page that entry `index` of table `gpa` "
+           "maps. -EFAULT where it maps nothing."),
     Vmcall(VMCALL_EPT_SET, "ept_set", ("gpa", "rwx"), "0", (),
            "An instrument on the CPU, not an act of Linux. Makes sure that a 4 KiB EPT leaf maps `gpa` "
            "(faulting it in, splitting a huge one), notes its entry and replaces bits 2:0 with `rwx` "

@@ -4,7 +4,7 @@ The VMM is small: each vCPU has a thread that enters KVM_RUN and serves what com
 the port bus, MMIO to the test device or the open bus, hypercalls to the host operations, memory
 faults to the protections that `protect` made. Everything else ends the vCPU or the VM.
 
-Not modelled: in-kernel irqchip and LAPIC (vCPU 0 takes the PIC's interrupts, others none), PCI,
+Not modelled: in-kernel irqchip (vCPU 0 takes the PIC's interrupts, others none), PCI,
 ACPI, firmware.
 """
 
@@ -49,6 +49,7 @@ from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
 from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
 
 if TYPE_CHECKING:
+    from emu.devices.gvt import VirtualGpu
     from emu.devices.hmm_device import HmmDevice
     from emu.devices.pci_bar import PciBar
     from emu.devices.sva import SvaDevice
@@ -139,6 +140,7 @@ class Board:
         self.dune: Dune | None = None
         self.sva: SvaDevice | None = None
         self.hmm_devices: dict[int, HmmDevice] = {}
+        self.gpus: dict[int, VirtualGpu] = {}
         self.bars: dict[int, PciBar] = {}
         self.guest_memfds: list[AddressSpace] = []
         self._make_devices()
@@ -392,10 +394,13 @@ class Board:
                 self.child.exit()
             for mirror in self.mirrors.values():
                 mirror.close()
+            for gpu in self.gpus.values():
+                gpu.close()
             self._give_back()
             if self.uffd is not None:
                 self.uffd.stop()
             self.hugetlb.exit_peer()
+            self.kvm.clear_async_pf()
             self.vmm.exit()
             self.hugetlb.close()
             # As the VMM's files of these, closed after its address space is gone.

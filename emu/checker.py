@@ -8,6 +8,8 @@ floor adds the one that needs to see the CPU:
     stale-translation   a frame is freed while a vCPU that is in guest mode, or that could enter
                         without a flush, holds a translation to it filled since its last flush
 
+    write-tracked       a vCPU as above holds a writable translation to a page whose writes a device tracks
+
 Not modelled: translations that Unicorn dropped by itself still count as held.
 """
 
@@ -19,6 +21,7 @@ from host_mm.kernel.errors import BrokenTruth
 from host_mm.truths import audit, nothing_left
 
 if TYPE_CHECKING:
+    from emu.board import Board
     from emu.host import Host
 
 __all__ = ["Checker"]
@@ -48,8 +51,18 @@ class Checker:
             truths = board.kvm.truths
             if truths is not None:
                 truths.check()
+            if board.gpus and board.kvm.mmu_lock.owner is None:
+                self._check_tracked(board)
         if self.points >= self._next_sweep:
             self._next_sweep = self.points + max(SWEEP_EVERY, POINTS_PER_LEAF * self._sweep_all())
+
+    def _check_tracked(self, board: Board) -> None:
+        for slot in board.kvm.slots():
+            for index in slot.gfn_write_track:
+                pfn = board.vmm.present_pfn(slot.userspace_addr + (index << 12))
+                if pfn >= 0 and any(board.cpu.may_store(vcpu, pfn) for vcpu in board.vcpus):
+                    what = f"gfn {slot.base_gfn + index:#x} is tracked and can be written unseen"
+                    raise BrokenTruth("write-tracked", what, self.host.stream.here())
 
     def _sweep_all(self) -> int:
         self.sweeps += 1

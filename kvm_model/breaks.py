@@ -13,8 +13,13 @@ from __future__ import annotations
 __all__ = ["BREAKS"]
 
 BREAKS: dict[str, str] = {
+    "apic-reload-early": "the address of the APIC's page is reloaded too early (vmcs-of-freed-frame)",
+    "apf-no-wakeup": "a page that was read in for a vCPU that sleeps wakes nobody (no-deadlock)",
     "drop-ad": "a page mapped writable is not marked dirty, so reclaim may drop it as clean (no-lost-write)",
     "flush-after-unlock": "range_start flushes only after it dropped mmu_lock (flush-before-unlock)",
+    "gpc-late-count": "a pfn cache's refresh looks at the count that is raised too late (gpc-in-bracket)",
+    "gpc-map-before-invalidate": "a pfn cache stays valid while it is given another page (gpc-matches-host)",
+    "gpc-skip-invalidate": "range_start does not tell the pfn caches (gpc-in-bracket)",
     "gmem-no-unmap": "a hole in guest_memfd frees pages that SPTEs still map (no-spte-in-bracket)",
     "ignore-invalid-roots": "range_start skips roots that a memslot update invalidated (no-spte-in-bracket)",
     "ignore-invalid-slot": "a fault on a slot being deleted installs an MMIO SPTE (no-mmio-over-slot)",
@@ -23,6 +28,7 @@ BREAKS: dict[str, str] = {
     "no-memslot-wait": "a memslot update does not wait for open brackets (bracket-balance)",
     "no-range-union": "a second bracket replaces the range of the first (no-spte-in-bracket)",
     "no-retry": "a fault never asks whether its pfn went stale (no-spte-in-bracket, spte-matches-host)",
+    "no-track-flush": "a page whose writes are tracked is protected, but not flushed (write-tracked)",
     "plain-store": "SPTEs are stored without comparing, so a zapped one can come back (spte-matches-host)",
     "prefetch-in-bracket": "without the TDP MMU a fault maps neighbours in a bracket (no-spte-in-bracket)",
     "retry-before-gup-only": "a fault asks about staleness before GUP, not under lock (spte-matches-host)",

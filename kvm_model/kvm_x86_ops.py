@@ -85,8 +85,12 @@ class KvmX86Ops(Protocol):
         """Log what sets an EPT dirty flag as the VMCS at physical address `vmcs` says; 0: do not."""
         ...
 
+    def set_apic_pages(self, vcpu: Vcpu, access: int, virtual: int) -> None:
+        """Accesses that translate to the page at `access` are to the APIC registers at `virtual`."""
+        ...
+
     def emulate(self, vcpu: Vcpu, gpa: int, code: bytes | None = None) -> MmioAccess | None:
-        """Decode and start the instruction at RIP, whose memory operand is at `gpa`.
+        """Decode and start the instruction at RIP, whose memory operand is at `gpa`, MMIO or not.
 
         None where the instruction cannot be emulated, EMULATE_RETRY where its bytes or its other
         operand are not mapped (any more): the guest then meets that fault itself. With `code`, the

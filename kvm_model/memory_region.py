@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from host_mm.address_space import AddressSpace
     from kvm_model.kvm_main import Kvm
 
-__all__ = ["TRACEPOINTS", "kvm_set_user_memory_region"]
+__all__ = ["TRACEPOINTS", "kvm_set_internal_memslot", "kvm_set_user_memory_region"]
 
 _U64 = 1 << 64
 KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO = 50
@@ -71,6 +71,11 @@ def kvm_set_user_memory_region(
         raise KernelError(EINVAL, f"slot {slot & 0xFFFF} is out of range")
     with kvm.slots_lock:
         _kvm_set_memory_region(kvm, slot, gpa, size, hva, flags, guest_memfd, offset)
+
+
+def kvm_set_internal_memslot(kvm: Kvm, slot: int, gpa: int, size: int, hva: int) -> None:
+    """A slot of KVM's own, whose number user space cannot name; slots_lock is held. KernelError."""
+    _kvm_set_memory_region(kvm, slot, gpa, size, hva, 0, None, 0)
 
 
 def _check(kvm: Kvm, as_id: int, id_: int, gpa: int, size: int, hva: int, flags: int) -> None:

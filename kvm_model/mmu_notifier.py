@@ -9,8 +9,8 @@ the count. Both find the same slots because a memslot update waits for open brac
 event and its owner, never refuses, and takes no mmu_lock if no slot is hit. In 5.10 it does in any case, any
 open bracket makes any fault retry, and a memslot update waits for none.
 
-Not modelled: SEV's cache flush on reclaim, the APIC access page (the one thing 5.10's invalidate_range
-callback is for), roots by address space (a slot of the SMM space zaps and ages in the only space's roots).
+Not modelled: SEV's cache flush on reclaim, roots by address space (a slot of the SMM space zaps and ages in
+the only space's roots).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from host_mm.mmu_notifier import MmuNotifier, MmuNotifierRange, mmu_notifier_range_blockable
+from kvm_model.lapic import apic_access_page_slot
 from kvm_model.memslots import KvmMemorySlot, hva_to_gfn_memslot
 from kvm_model.mmu.gfn_range import (
     kvm_age_gfn,
@@ -33,7 +34,7 @@ from kvm_model.mmu.invalidate import (
 )
 from kvm_model.mmu.mmu_roots import kvm_mmu_zap_all
 from kvm_model.pfncache import gfn_to_pfn_cache_invalidate_start
-from kvm_model.requests import kvm_flush_remote_tlbs
+from kvm_model.requests import KVM_REQ_APIC_PAGE_RELOAD, kvm_flush_remote_tlbs, kvm_make_all_cpus_request
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ class KvmMmuNotifier(MmuNotifier):
 
     def __init__(self, kvm: Kvm) -> None:
         self.kvm = kvm
+        if kvm.host.profile.invalidate_range:
+            self.invalidate_range = self._invalidate_range
 
     def invalidate_range_start(self, range_: MmuNotifierRange) -> int:
         """kvm_mmu_notifier_invalidate_range_start: unmap, and keep unmapped until the end."""
@@ -138,11 +141,14 @@ class KvmMmuNotifier(MmuNotifier):
         with kvm.mn_invalidate_lock:
             kvm.mn_active_invalidate_count += 1
         # Before mmu_lock, and thus before mmu_invalidate_in_progress: the caches look at the count above.
-        gfn_to_pfn_cache_invalidate_start(kvm, range_.start, range_.end)
+        if "gpc-skip-invalidate" not in kvm.breaks:
+            gfn_to_pfn_cache_invalidate_start(kvm, range_.start, range_.end)
         _, found = kvm_handle_hva_range(
             kvm, range_.start, range_.end, handler=_kvm_mmu_unmap_gfn_range, on_lock=kvm_mmu_invalidate_begin,
             flush_on_ret=True, may_block=mmu_notifier_range_blockable(range_), lockless=False,
         )
+        if "apic-reload-early" in kvm.breaks and not kvm.profile.apic_reload_retries:
+            self._reload_apic_page(range_.start, range_.end)
         if kvm.truths is not None:
             kvm.truths.note_start_returned(range_, found)
         return 0
@@ -207,9 +213,24 @@ class KvmMmuNotifier(MmuNotifier):
             may_block=False, lockless=False,
         )
 
+    def _invalidate_range(self, mm: MmStruct, start: int, end: int) -> None:
+        """kvm_arch_mmu_notifier_invalidate_range, of 5.10: the entries are clear; without mmu_lock."""
+        kvm = self.kvm
+        if kvm.apic_access_memslot_enabled and "apic-reload-early" not in kvm.breaks:
+            idx = kvm.srcu.read_lock()
+            self._reload_apic_page(start, end)
+            kvm.srcu.read_unlock(idx)
+
+    def _reload_apic_page(self, start: int, end: int) -> None:
+        slot = self.kvm.slots().id_hash.get(apic_access_page_slot(self.kvm))
+        if slot is not None and start <= slot.userspace_addr < end:
+            kvm_make_all_cpus_request(self.kvm, KVM_REQ_APIC_PAGE_RELOAD)
+
     def release(self, mm: MmStruct) -> None:
         """kvm_mmu_notifier_release: the address space goes away; drop everything."""
         kvm = self.kvm
         idx = kvm.srcu.read_lock()
+        if kvm.truths is not None:
+            kvm.truths.note_release()
         kvm_mmu_zap_all(kvm)
         kvm.srcu.read_unlock(idx)

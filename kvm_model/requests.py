@@ -23,14 +23,40 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "EXITING_GUEST_MODE", "IN_GUEST_MODE", "KVM_REQUEST_NO_ACTION", "KVM_REQUEST_NO_WAKEUP",
-    "KVM_REQUEST_WAIT", "KVM_REQ_DIRTY_RING_SOFT_FULL", "KVM_REQ_EVENT", "KVM_REQ_LOAD_MMU_PGD",
-    "KVM_REQ_MMU_FREE_OBSOLETE_ROOTS", "KVM_REQ_MMU_SYNC", "KVM_REQ_NMI",
-    "KVM_REQ_OUTSIDE_GUEST_MODE", "KVM_REQ_TLB_FLUSH", "KVM_REQ_TLB_FLUSH_CURRENT",
-    "KVM_REQ_TLB_FLUSH_GUEST", "KVM_REQ_TRIPLE_FAULT", "KVM_REQ_UNBLOCK",
-    "KVM_REQ_UPDATE_CPU_DIRTY_LOGGING", "KVM_REQ_VM_DEAD", "OUTSIDE_GUEST_MODE", "TRACEPOINTS",
-    "kvm_check_request", "kvm_clear_request", "kvm_flush_remote_tlbs", "kvm_flush_remote_tlbs_gfn",
-    "kvm_make_all_cpus_request", "kvm_make_request", "kvm_test_request", "kvm_vcpu_kick",
+    "EXITING_GUEST_MODE",
+    "IN_GUEST_MODE",
+    "KVM_REQUEST_NO_ACTION",
+    "KVM_REQUEST_NO_WAKEUP",
+    "KVM_REQUEST_WAIT",
+    "KVM_REQ_APF_HALT",
+    "KVM_REQ_APF_READY",
+    "KVM_REQ_APIC_PAGE_RELOAD",
+    "KVM_REQ_CLOCK_UPDATE",
+    "KVM_REQ_DIRTY_RING_SOFT_FULL",
+    "KVM_REQ_EVENT",
+    "KVM_REQ_GLOBAL_CLOCK_UPDATE",
+    "KVM_REQ_LOAD_MMU_PGD",
+    "KVM_REQ_MMU_FREE_OBSOLETE_ROOTS",
+    "KVM_REQ_MMU_SYNC",
+    "KVM_REQ_NMI",
+    "KVM_REQ_OUTSIDE_GUEST_MODE",
+    "KVM_REQ_TLB_FLUSH",
+    "KVM_REQ_TLB_FLUSH_CURRENT",
+    "KVM_REQ_TLB_FLUSH_GUEST",
+    "KVM_REQ_TRIPLE_FAULT",
+    "KVM_REQ_UNBLOCK",
+    "KVM_REQ_UPDATE_CPU_DIRTY_LOGGING",
+    "KVM_REQ_VM_DEAD",
+    "OUTSIDE_GUEST_MODE",
+    "TRACEPOINTS",
+    "kvm_check_request",
+    "kvm_clear_request",
+    "kvm_flush_remote_tlbs",
+    "kvm_flush_remote_tlbs_gfn",
+    "kvm_make_all_cpus_request",
+    "kvm_make_request",
+    "kvm_test_request",
+    "kvm_vcpu_kick",
     "kvm_vcpu_wake_up",
 ]
 
@@ -50,10 +76,15 @@ KVM_REQ_UNBLOCK = 2
 KVM_REQ_DIRTY_RING_SOFT_FULL = 3
 KVM_REQ_TRIPLE_FAULT = 8 + 2
 KVM_REQ_MMU_SYNC = 8 + 3
+KVM_REQ_CLOCK_UPDATE = 8 + 4
 KVM_REQ_LOAD_MMU_PGD = 8 + 5
 KVM_REQ_EVENT = 8 + 6
+KVM_REQ_APF_HALT = 8 + 7
 KVM_REQ_NMI = 8 + 9
+KVM_REQ_GLOBAL_CLOCK_UPDATE = 8 + 16
+KVM_REQ_APIC_PAGE_RELOAD = 8 + 17 | _QUIET
 KVM_REQ_TLB_FLUSH_CURRENT = 8 + 26
+KVM_REQ_APF_READY = 8 + 28
 KVM_REQ_UPDATE_CPU_DIRTY_LOGGING = 8 + 30 | _QUIET
 KVM_REQ_TLB_FLUSH_GUEST = 8 + 27 | _QUIET
 KVM_REQ_MMU_FREE_OBSOLETE_ROOTS = 8 + 31 | _QUIET

@@ -4,7 +4,8 @@ Source of truth: include/linux/kvm_host.h (kvm_vcpu), arch/x86/include/asm/kvm_h
 kvm_queued_exception, kvm_queued_interrupt, kvm_vcpu_stat), include/uapi/linux/kvm.h (kvm_run);
 Linux 6.18.
 
-Not modelled: in-kernel local APIC (interrupts come from `irq_source`, as with a user-space irqchip),
+Not modelled: in-kernel local APIC (interrupts come from `irq_source`, as with a user-space irqchip), but for
+the vectors that KVM itself raises;
 SMM, guest debugging, XSAVE, steal time.
 """
 
@@ -19,6 +20,7 @@ from host_mm.kernel.locks import Mutex
 from host_mm.kernel.sched import WaitQueue
 from kvm_model.mmu.kvm_mmu import KvmMmu
 from kvm_model.mmu.mmu_internal import INVALID_PAGE
+from kvm_model.pvclock import PvClock
 from kvm_model.requests import (
     KVM_REQ_EVENT,
     KVM_REQ_NMI,
@@ -30,8 +32,10 @@ from kvm_model.requests import (
 from kvm_model.vmx.exits import VmExit
 
 if TYPE_CHECKING:
+    from kvm_model.async_pf import AsyncPfQueues
     from kvm_model.dirty_ring import KvmDirtyRing
     from kvm_model.kvm_main import Kvm
+    from kvm_model.lapic import Lapic
 
 __all__ = [
     "KVM_MP_STATE_HALTED",
@@ -41,6 +45,7 @@ __all__ = [
     "QueuedException",
     "UserExit",
     "Vcpu",
+    "VcpuApf",
 ]
 
 KVM_MP_STATE_RUNNABLE = 0
@@ -113,6 +118,21 @@ class QueuedException:
         self.error_code = 0
 
 
+class VcpuApf:
+    """kvm_vcpu_arch.apf. `halted`: the vCPU sleeps until a page is there; `gfns` of pages under way."""
+
+    __slots__ = ("data_gpa", "gfns", "halted", "id", "msr_en_val", "msr_int_val", "pageready_pending")
+
+    def __init__(self) -> None:
+        self.halted = False
+        self.gfns: list[int] = []
+        self.id = 0
+        self.msr_en_val = 0
+        self.msr_int_val = 0
+        self.data_gpa = 0
+        self.pageready_pending = False
+
+
 class Vcpu:
     """struct kvm_vcpu. The CPU reads `entry_*`, `irq_window` and `kicked`; the board sets `irq_source`.
 
@@ -149,6 +169,8 @@ class Vcpu:
         self.mmio_gfn = 0
         self.mmio_gen = 0
         self.fault_gpa = 0
+        self.pv_time = PvClock(kvm)
+        self.apic: Lapic | None = None
         self.last_retry_eip = 0
         self.last_retry_addr = 0
         self.write_fault_to_shadow_pgtable = False
@@ -164,6 +186,9 @@ class Vcpu:
         self.interrupt_soft = False
         self.nmi_pending = 0
         self.nmi_injected = False
+        self.lapic_irr: set[int] = set()
+        self.apf = VcpuApf()
+        self.async_pf: AsyncPfQueues
         self.event_exit_inst_len = 0
 
         self.exit = VmExit(0, 0)
@@ -206,7 +231,21 @@ class Vcpu:
 
     def has_interrupt(self) -> bool:
         """kvm_cpu_has_interrupt: the interrupt controller has something."""
-        return self.irq_source is not None and self.irq_source.has_interrupt()
+        return bool(self.lapic_irr) or (self.irq_source is not None and self.irq_source.has_interrupt())
+
+    def ack_interrupt(self) -> int:
+        """kvm_cpu_get_interrupt: the vector to deliver, of the controller in user space first."""
+        if self.irq_source is not None and self.irq_source.has_interrupt():
+            return self.irq_source.ack()
+        vector = max(self.lapic_irr)
+        self.lapic_irr.remove(vector)
+        return vector
+
+    def apic_set_irq(self, vector: int) -> None:
+        """kvm_apic_set_irq with a fixed vector to this vCPU."""
+        self.lapic_irr.add(vector)
+        kvm_make_request(KVM_REQ_EVENT, self)
+        kvm_vcpu_kick(self)
 
     # -- answers of user space ------------------------------------------------------------------
 

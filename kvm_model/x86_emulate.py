@@ -34,6 +34,7 @@ from kvm_model.guest_access import (
     kvm_vcpu_write_guest,
 )
 from kvm_model.kvm_x86_ops import EMULATE_RETRY
+from kvm_model.lapic import APIC_DEFAULT_PHYS_BASE
 from kvm_model.mmu.invalidate import INVALID_GPA
 from kvm_model.mmu.invalidate_addr import kvm_inject_emulated_page_fault
 from kvm_model.mmu.kvm_mmu import X86Exception, is_cr0_pg, permission_fault
@@ -205,7 +206,7 @@ def _do_access(vcpu: Vcpu, addr: int, access: MmioAccess) -> int:
     at = 0
     for start, length in parts:
         gpa, known_mmio = _locate(vcpu, start, access)
-        if known_mmio or not _read_write_onepage(vcpu, gpa, length, access, data, at):
+        if not _read_write_onepage(vcpu, gpa, length, access, data, at, known_mmio):
             mmio.append((gpa, at, length))
         at += length
     if mmio:
@@ -236,7 +237,13 @@ def _finish_access(vcpu: Vcpu, addr: int, access: MmioAccess, data: int) -> int:
     return 1 if store is None else _emulate_access(vcpu, addr, store)
 
 
+def _is_apic(vcpu: Vcpu, gpa: int) -> bool:
+    return vcpu.apic is not None and gpa & ~0xFFF == APIC_DEFAULT_PHYS_BASE
+
+
 def _vcpu_is_mmio_gpa(vcpu: Vcpu, gva: int, gpa: int, write: bool) -> bool:
+    if _is_apic(vcpu, gpa):
+        return True
     if not vcpu_match_mmio_gpa(vcpu, gpa):
         return False
     if (t := vcpu.kvm.trace.vcpu_match_mmio) is not None:
@@ -255,9 +262,19 @@ def emulator_write_phys(vcpu: Vcpu, gpa: int, data: bytes) -> bool:
 
 
 def _read_write_onepage(
-    vcpu: Vcpu, gpa: int, length: int, access: MmioAccess, data: bytearray, at: int
+    vcpu: Vcpu, gpa: int, length: int, access: MmioAccess, data: bytearray, at: int, known_mmio: bool
 ) -> bool:
-    """One piece by the memslots, `data[at:]`; false if it is MMIO."""
+    """One piece by the memslots or the local APIC, `data[at:]`; false if it is MMIO for user space."""
+    if _is_apic(vcpu, gpa):
+        assert vcpu.apic is not None
+        if access.write:
+            vcpu.apic.mmio_write(gpa & 0xFFF, length, int.from_bytes(data[at : at + length], "little"))
+        else:
+            value = vcpu.apic.mmio_read(gpa & 0xFFF, length)
+            data[at : at + length] = value.to_bytes(length, "little")
+        return True
+    if known_mmio:
+        return False
     if access.write:
         return emulator_write_phys(vcpu, gpa, bytes(data[at : at + length]))
     try:
@@ -276,6 +293,8 @@ def _cmpxchg_emulated(vcpu: Vcpu, addr: int, access: MmioAccess) -> int:
         if gpa == INVALID_GPA:
             return -1
     if length > 8 or length & length - 1 or (gpa & 0xFFF) + length > 0x1000:
+        return -1
+    if _is_apic(vcpu, gpa):
         return -1
     hva = kvm_vcpu_gfn_to_hva(vcpu, gpa >> 12, write=True)
     if hva < 0:

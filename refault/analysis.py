@@ -25,6 +25,7 @@ __all__ = ["PAGE_FAULT", "SPTE_INSTALL", "SPTE_ZAP", "Analysis", "Refault", "gfn
 PAGE_FAULT = "kvm:kvm_page_fault"
 SPTE_ZAP = "refault:spte_zap"
 SPTE_INSTALL = "refault:spte_install"
+FAULT_RETRY = "refault:fault_retry"
 HOST_OP = "refault:host_op"
 HOST_FAULT = "refault:host_fault"
 BRACKET = "refault:mmu_notifier_start"
@@ -151,11 +152,28 @@ class Analysis:
                 faults.setdefault((event.killed_by, gfn), event)
             elif event.event == SPTE_INSTALL and not event.args.get("prefetch"):
                 installs.setdefault((event.killed_by, gfn), event)
+        # Shadow paging knows the gfn only when the guest's tables were walked: there the install tells.
+        for key, install in installs.items():
+            fault = self.by_seq.get(install.cause) if install.cause is not None else None
+            if key not in faults and fault is not None and fault.event == PAGE_FAULT:
+                faults[key] = fault
         found = [
             Refault(key[1], self.by_seq[key[0]], event, installs.get(key))
             for key, event in {**installs, **faults}.items()
         ]
         return sorted(found, key=lambda refault: refault.fault.seq)
+
+    @cached_property
+    def _retries(self) -> dict[int, list[Event]]:
+        retries: dict[int, list[Event]] = defaultdict(list)
+        for event in self.events:
+            if event.event == FAULT_RETRY:
+                retries[event.args.get("gfn", -1)].append(event)
+        return retries
+
+    def retries_of(self, gfn: int) -> list[Event]:
+        """The times that a fault on this guest frame had to begin again."""
+        return self._retries.get(gfn, [])
 
     def refaults(self) -> list[Refault]:
         """Every zap that was answered, in the order of the answers."""

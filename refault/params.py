@@ -36,6 +36,7 @@ PARAMS: dict[str, Param] = {
     "hugetlb.nr_overcommit_hugepages": Param(
         "number", "0", "huge pages that the pool may grow by while they are asked for"
     ),
+    "kvm.async_pf": Param("bool", "N", "a vCPU need not wait for a page that is read in; Linux has Y"),
     "kvm.eager_page_split": Param(
         "bool", "Y", "split huge pages when dirty logging starts, not at the fault"
     ),
@@ -48,6 +49,7 @@ PARAMS: dict[str, Param] = {
     "kvm.tdp_mmu": Param(
         "bool", "Y", "EPT by the TDP MMU, not by direct pages with rmaps; N in profile linux-5.10"
     ),
+    "kvm_intel.enable_apicv": Param("bool", "N", "a local APIC, whose page the CPU virtualizes; Linux has Y"),
     "kvm_intel.eptad": Param("bool", "Y", "EPT accessed and dirty bits"),
     "kvm_intel.pml": Param("bool", "N", "the CPU logs what it dirties; Linux has Y, see dirty_log"),
     "mm.fault_around_bytes": Param(

@@ -20,11 +20,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from emu.cpu import mmio, msr
+from emu.cpu.apic_access import apic_access
 from emu.cpu.cpuid import cpuid
 from emu.cpu.env import HF_INHIBIT_IRQ
 from emu.cpu.events import deliver, exception_info, is_hardware_exception, memory_vmexit
 from emu.cpu.faults import FillFailures
-from emu.cpu.fill_body import P_REFUSED
+from emu.cpu.fill_body import APIC_ACCESS, P_REFUSED
 from emu.cpu.insn import Decoder
 from emu.cpu.memory import GuestFault, GuestNotSupported, MemoryExit
 from emu.cpu.portio import finish_element
@@ -46,6 +47,7 @@ from kvm_model.vmx.exits import (
 )
 
 if TYPE_CHECKING:
+    from emu.cpu.fill import FillResult
     from emu.loaders.image import Image
     from host_mm.host import HostMm
     from host_mm.kernel.sched import Scheduler
@@ -220,9 +222,15 @@ class UnicornCpu:
             info = exception_info(fault.vector, fault.error_code is not None)
             return deliver(v, info, fault.error_code or 0, 0, fault.cr2)
 
+    def _apic_access(self, v: UnicornVcpu, last: FillResult) -> VmExit | None:
+        gpa = last.a & ~0xFFF | v.env.invalid_addr & 0xFFF
+        return apic_access(v, self.fills.decode(v), gpa, last.access)
+
     def _stopped(self, v: UnicornVcpu, error: int, refused: bool) -> VmExit | None:
         if error == EMU_EXCEPTION and refused:
             last = v.fill.last()
+            if last.status == APIC_ACCESS and not self.fills.ahead(v, last):
+                return self._apic_access(v, last)
             if last.status != OK:
                 self.fills.handle(v, last)
                 return None
@@ -263,6 +271,13 @@ class UnicornCpu:
             return False
         return vcpu.mode == IN_GUEST_MODE or not kvm_mmu_flush_ahead(vcpu)
 
+    def may_store(self, vcpu: Vcpu, pfn: int) -> bool:
+        """Whether the vCPU could still write to the frame unseen, by a translation that it has."""
+        v = self.vcpus.get(vcpu.vcpu_id)
+        if v is None or not v.fill.may_write(pfn):
+            return False
+        return vcpu.mode == IN_GUEST_MODE or not kvm_mmu_flush_ahead(vcpu)
+
     def evict_tlb(self, vcpu: Vcpu) -> None:
         """Empty the TLB before the vCPU runs on, as hardware may at any time: no new epoch."""
         self.vcpu(vcpu).evict = True
@@ -280,6 +295,12 @@ class UnicornCpu:
             v.fill.eptp = eptp
             # Unicorn's TLB has no EPTP tag; what another root left behind must not be used
             v.intercepts.flush_tlb()
+
+    def set_apic_pages(self, vcpu: Vcpu, access: int, virtual: int) -> None:
+        """The VMCS's APIC-access and virtual-APIC addresses, from the next fill on."""
+        v = self.vcpu(vcpu)
+        v.fill.set_apic_access_page(access)
+        v.virtual_apic = virtual
 
     def enable_pml(self, vcpu: Vcpu, vmcs: int) -> None:
         """Log what sets an EPT dirty flag, as the VMCS says; 0: do not."""

@@ -4,7 +4,7 @@ Source: Intel SDM vol. 2A CPUID; AMD APM vol. 3 for 8000_000xH; emu/abi.py for t
 
 Present: long mode, NX, SYSCALL, 1 GiB pages, SSE to SSE4.2, CMPXCHG16B, POPCNT, SMEP, SMAP, PSE, PGE,
 PSE36, PAT, TSC, MSR, RDTSCP, 5-level paging. Absent although Unicorn knows some: AVX, XSAVE, RDRAND (not
-deterministic), PCID, INVPCID, APIC, MONITOR, SVM, VMX, protection keys.
+deterministic), PCID, INVPCID, APIC (KVM shows it where it has one), MONITOR, SVM, VMX, protection keys.
 
 Not modelled: cache and topology leaves beyond what makes Linux content.
 """

@@ -58,7 +58,7 @@ class FillFailures:
     def handle(self, vcpu: UnicornVcpu, last: FillResult) -> None:
         """Put things right so that the vCPU can run on, or raise GuestFault or MemoryExit."""
         page = last.page & _M64
-        if last.access & ACCESS_FETCH and page != vcpu.env.eip & ~0xFFF and last.status != NEW_CODE:
+        if self.ahead(vcpu, last) and last.status != NEW_CODE:
             if vcpu.stepped_from != vcpu.env.eip:
                 vcpu.stepped_from = vcpu.env.eip
                 vcpu.intercepts.step_once()
@@ -70,6 +70,11 @@ class FillFailures:
             self._code_write(vcpu, page, last)
         else:
             self._fail(vcpu, page, last)
+
+    @staticmethod
+    def ahead(vcpu: UnicornVcpu, last: FillResult) -> bool:
+        """Whether it was a fetch of another page than RIP's."""
+        return bool(last.access & ACCESS_FETCH) and last.page & _M64 != vcpu.env.eip & ~0xFFF
 
     # -- faults and exits -----------------------------------------------------------------------
 

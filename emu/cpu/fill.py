@@ -126,6 +126,7 @@ class Fill:
         p[body.P_WRITE_EPOCH] = _address(self.write_epoch)
         p[body.P_FETCHED] = _address(ram.fetched)
         p[body.P_IMPLICIT_PAGE] = body.NO_PAGE
+        p[body.P_APIC] = -1
         self._publish_code()
 
     def install(self) -> None:
@@ -206,6 +207,10 @@ class Fill:
     def set_vmcs(self, vmcs: int) -> None:
         """Log modified pages as the VMCS at physical address `vmcs` says; 0: do not."""
         self.params[body.P_PML] = vmcs >> 3
+
+    def set_apic_access_page(self, address: int) -> None:
+        """The frame at `address` stands for the APIC's registers from the next fill on."""
+        self.params[body.P_APIC] = address >> 12
 
     @property
     def epoch(self) -> int:

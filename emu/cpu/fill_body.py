@@ -16,6 +16,8 @@ written often: a write through a known executable page gets R W X, slow and cohe
 P_ROOT is the root that KVM loaded into CR3 where it shadows the guest's tables; 0: the guest's CR3 is the
 CPU's, and P_EPTP the second stage. P_PDPTE are the CPU's four PDPTE registers, used in PAE paging.
 
+An access to the frame P_APIC (-1: none) is one to the APIC's registers: APIC_ACCESS, never an entry.
+
 A page fault of a user access to a page of the descriptor tables may really be the CPU's own read
 of them (loading a segment register at CPL 3), which Unicorn does not tell apart. P_DESCRIPTOR is
 set then; with P_IMPLICIT_PAGE the next run makes accesses to that page as implicit supervisor ones.
@@ -50,7 +52,8 @@ from emu.cpu.walk import (
 from emu.cpu.words import Words
 
 __all__ = [
-    "CODE_WRITE", "FRAME_CODE", "FRAME_DATA", "FRAME_MIXED", "NEW_CODE", "NO_PAGE", "P_A", "P_ACCESS",
+    "APIC_ACCESS", "CODE_WRITE", "FRAME_CODE", "FRAME_DATA", "FRAME_MIXED", "NEW_CODE", "NO_PAGE", "P_A",
+    "P_ACCESS", "P_APIC",
     "P_B", "P_C", "P_CODE", "P_CODE_MASK", "P_COUNT", "P_DESCRIPTOR", "P_ENV", "P_EPOCH", "P_EPTP",
     "P_FETCHED", "P_FILLS", "P_FILL_EPOCH", "P_GVA", "P_HPA", "P_IMPLICIT_PAGE", "P_NR_FRAMES", "P_PDPTE",
     "P_PML", "P_RAM", "P_REFUSED", "P_RIGHTS", "P_ROOT", "P_STATUS", "P_WRITE_EPOCH", "in_descriptor_tables",
@@ -71,6 +74,7 @@ P_CODE_MASK = 9
 P_IMPLICIT_PAGE = 10
 P_PML = 11
 P_ROOT = 12
+P_APIC = 13
 P_PDPTE = 28
 # Outputs of the last fill: the walk's result, after P_ACCESS in its order.
 P_STATUS = 16
@@ -91,6 +95,7 @@ NO_PAGE = 1
 
 NEW_CODE = 16
 CODE_WRITE = 17
+APIC_ACCESS = 18
 
 FRAME_DATA = 0
 FRAME_CODE = 1
@@ -139,7 +144,9 @@ def tlb_fill(
     granted = 0
     if status == OK:
         pfn = hpa >> 12
-        if kind == _UC_MEM_FETCH:
+        if pfn == params[P_APIC]:
+            status = APIC_ACCESS
+        elif kind == _UC_MEM_FETCH:
             if code_page_known(code, params[P_CODE_MASK], gva, pfn):
                 granted = rights & (RIGHT_R | RIGHT_X)
             else:

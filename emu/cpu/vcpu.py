@@ -90,6 +90,7 @@ class UnicornVcpu:
         self.stale: set[int] = ram.stale.subscribe()
         self.evict = False
         self.slice_left = 0
+        self.virtual_apic = 0
         start = uclib.uc_emu_start
         self._start = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t

@@ -2,12 +2,15 @@
 
 | file | subject |
 |---|---|
+| `apic.py` | the page of KVM's own behind the local APIC |
 | `arguments.py` | what arguments mean and which are refused; no operations |
 | `memory.py` | madvise, mprotect, move_pages, aging, reads and writes by the VMM |
 | `mapping.py` | mlock, munlock, mremap |
 | `migration.py` | compaction, exact frames, memory offline, mbind, long-term pins, bad memory |
 | `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
+| `guest_memfd.py` | memory of guest_memfd, private and shared; faults ahead of the guest |
 | `guest_memfd.py` | memory of guest_memfd, private and shared |
+| `gvt.py` | a GPU that the guest shares |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |
 | `reclaim.py` | memory cgroups, generations, zswap, the OOM killer |
@@ -18,6 +21,7 @@
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
 | `slots.py` | memory slots and the dirty log |
+| `clock.py` | the guest's paravirtual clock |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
 | `device_memory.py` | a device with memory of its own: pages there, pages its alone |
 | `pfnmap.py` | a PCI function's memory in a slot |
@@ -27,10 +31,13 @@
 """
 
 from emu.operations import (
+    apic,
+    clock,
     device,
     device_memory,
     files,
     guest_memfd,
+    gvt,
     hugetlb,
     instrument,
     ksm,
@@ -51,10 +58,13 @@ from emu.operations import (
 )
 
 __all__ = [
+    "apic",
+    "clock",
     "device",
     "device_memory",
     "files",
     "guest_memfd",
+    "gvt",
     "hugetlb",
     "instrument",
     "ksm",

@@ -7,7 +7,7 @@ kvm_set_spte_hva with kvm_unmap_rmapp, kvm_age_rmapp, kvm_test_age_rmapp, kvm_se
 A VM with the TDP MMU has no rmaps, one without it has nothing else: a walk of a range visits the rmaps of all
 levels, so that the unmap of one 4K page takes the huge leaf over it along.
 
-Not modelled: huge entries in change_pte; the APIC access page. Shadow paging adds: rmaps beside the TDP MMU.
+Not modelled: huge entries in change_pte. Shadow paging adds: rmaps beside the TDP MMU.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from kvm_model.mmu.spte import PG_LEVEL_4K, kvm_pages_per_hpage
 from kvm_model.mmu.tdp_age import kvm_tdp_mmu_age_gfn_range, kvm_tdp_mmu_test_age_gfn
 from kvm_model.mmu.tdp_set_pte import changed_pte_notifier_make_spte, kvm_tdp_mmu_set_spte_gfn
 from kvm_model.mmu.tdp_zap import kvm_tdp_mmu_unmap_gfn_range, kvm_tdp_mmu_zap_leafs
+from kvm_model.requests import KVM_REQ_APIC_PAGE_RELOAD, kvm_make_all_cpus_request
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ def _kvm_zap_rmap(kvm: Kvm, head: RmapHead, why: str) -> bool:
 
 def kvm_unmap_gfn_range(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, *, may_block: bool) -> bool:
     """Zap [start, end) of the slot, mmu_lock held for write; whether a flush is due."""
+    if slot.id == kvm.profile.user_mem_slots + 1 and kvm.profile.apic_reload_retries:
+        # APIC_ACCESS_PAGE_PRIVATE_MEMSLOT: the VMCS has the frame's address.
+        kvm_make_all_cpus_request(kvm, KVM_REQ_APIC_PAGE_RELOAD)
     if kvm.tdp_mmu_enabled:
         return kvm_tdp_mmu_unmap_gfn_range(kvm, start, end, may_block=may_block, why="unmap")
     return walk_slot_rmaps(

@@ -118,8 +118,14 @@ def slot_write_track_add_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> None:
     """__kvm_write_track_add_gfn: from here on every guest write to `gfn` exits. mmu_lock held for write."""
     _update_gfn_write_track(kvm, slot, gfn, 1)
     kvm_mmu_gfn_disallow_lpage(slot, gfn)
+    truths = kvm.truths
     if kvm_mmu_slot_gfn_write_protect(kvm, slot, gfn, PG_LEVEL_4K):
-        kvm_flush_remote_tlbs(kvm)
+        if truths is not None:
+            truths.note_flush_due()
+        if "no-track-flush" not in kvm.breaks:
+            kvm_flush_remote_tlbs(kvm)
+    if truths is not None:
+        truths.note_tracked(gfn)
 
 
 def slot_write_track_remove_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> None:

@@ -1,9 +1,9 @@
 """VM-exit handlers: what each exit reason makes KVM do.
 
 Source of truth: arch/x86/kvm/vmx/vmx.c (Linux 6.18): kvm_vmx_exit_handlers, handle_ept_violation,
-handle_ept_misconfig, handle_exception_nmi, handle_cr, handle_invlpg, handle_io, handle_interrupt_window;
-vmx/common.h: __vmx_handle_ept_violation; mmu/mmu.c: kvm_handle_page_fault; x86.c: kvm_complete_insn_gp,
-kvm_emulate_halt, kvm_emulate_cpuid, kvm_emulate_rdmsr, kvm_fast_pio.
+handle_ept_misconfig, handle_exception_nmi, handle_io, handle_interrupt_window; vmx/common.h:
+__vmx_handle_ept_violation; mmu/mmu.c: kvm_handle_page_fault; x86.c: kvm_emulate_halt, kvm_emulate_cpuid,
+kvm_fast_pio.
 
 A handler returns above 0 to enter the guest again, 0 for user space, or a negative errno.
 
@@ -17,7 +17,6 @@ when an event is delivered through a known MMIO page (it stops, as through any o
 from __future__ import annotations
 
 from host_mm.kernel.costs import COST_FAULT
-from kvm_model.mmu.invalidate_addr import kvm_mmu_invlpg
 from kvm_model.mmu.mmu import kvm_mmu_page_fault
 from kvm_model.mmu.mmu_internal import (
     PFERR_FETCH_MASK,
@@ -31,9 +30,11 @@ from kvm_model.mmu.mmu_internal import (
     RET_PF_RETRY,
     RET_PF_WRITE_PROTECTED,
 )
+from kvm_model.pv_async_pf import kvm_pv_cpuid
 from kvm_model.requests import KVM_REQ_EVENT, kvm_make_request
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit, Vcpu
-from kvm_model.vmx import pml
+from kvm_model.vmx import cr, pml
+from kvm_model.vmx.apic_access import handle_apic_access, handle_apic_write
 from kvm_model.vmx.exits import (
     EPT_ACC_EXEC,
     EPT_ACC_READ,
@@ -44,6 +45,8 @@ from kvm_model.vmx.exits import (
     EPT_GVA_TRANSLATED,
     EPT_GVA_VALID,
     INTR_INFO_VALID,
+    REASON_APIC_ACCESS,
+    REASON_APIC_WRITE,
     REASON_CPUID,
     REASON_CR_ACCESS,
     REASON_EPT_MISCONFIG,
@@ -61,20 +64,17 @@ from kvm_model.vmx.exits import (
     REASON_VMCALL,
     VmExit,
 )
-from kvm_model.x86_cr import MSR_EFER, kvm_lmsw, kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, set_efer
 from kvm_model.x86_emulate import internal_error, x86_emulate_instruction
+from kvm_model.x86_msr import handle_rdmsr, handle_wrmsr
 from trace_events.tracepoint import Tracepoint
 
 __all__ = ["TRACEPOINTS", "vmx_handle_exit"]
 
 _EPT_PROT_MASK = EPT_ENTRY_READ | EPT_ENTRY_WRITE | EPT_ENTRY_EXEC
 _VECTORING_OK = frozenset((REASON_EXCEPTION_NMI, REASON_EPT_VIOLATION, REASON_EPT_MISCONFIG, REASON_PML_FULL))
+_CPUID_1_EDX_APIC = 1 << 9
 _MASK64 = (1 << 64) - 1
-_GP, _PF = 13, 14
-_GENERAL_REGISTERS = (
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16))
-)
-_CS_L, _EFER_LMA = 1 << 21, 1 << 10
+_PF = 14
 
 KVM_PAGE_FAULT = Tracepoint(
     "kvm", "kvm_page_fault", ("vcpu_id", "guest_rip", "fault_address", "error_code"),
@@ -99,17 +99,8 @@ KVM_CPUID = Tracepoint(
         f"func {function:x} idx {index:x} rax {rax:x} rbx {rbx:x} rcx {rcx:x} rdx {rdx:x}, "
         f"cpuid entry {'found' if found else 'not found'}{', used max basic' if used else ''}",
 )
-KVM_MSR = Tracepoint(
-    "kvm", "kvm_msr", ("write", "ecx", "data", "exception"),
-    lambda write, ecx, data, exception:
-        f"msr_{'write' if write else 'read'} {ecx:x} = 0x{data:x}{' (#GP)' if exception else ''}",
-)
-KVM_CR = Tracepoint(
-    "kvm", "kvm_cr", ("rw", "cr", "val"),
-    lambda rw, cr, val: f"cr_{'write' if rw else 'read'} {cr:x} = 0x{val:x}",
-)
 TRACEPOINTS = (
-    KVM_CR, KVM_PAGE_FAULT, *pml.TRACEPOINTS, KVM_PIO, KVM_HYPERCALL, KVM_CPUID, KVM_MSR,
+    *cr.TRACEPOINTS, KVM_PAGE_FAULT, *pml.TRACEPOINTS, KVM_PIO, KVM_HYPERCALL, KVM_CPUID,
 )
 
 
@@ -246,86 +237,14 @@ def _handle_cpuid(vcpu: Vcpu, exit_: VmExit) -> int:
     cpu = vcpu.kvm.cpu
     leaf = cpu.get_reg(vcpu, "rax") & 0xFFFF_FFFF
     subleaf = cpu.get_reg(vcpu, "rcx") & 0xFFFF_FFFF
-    out = cpu.cpuid(vcpu, leaf, subleaf)
+    out = kvm_pv_cpuid(vcpu.kvm, leaf) or cpu.cpuid(vcpu, leaf, subleaf)
+    if leaf == 1 and vcpu.apic is not None:
+        out = (*out[:3], out[3] | _CPUID_1_EDX_APIC)
     if (t := vcpu.kvm.trace.kvm_cpuid) is not None:
         t(leaf, subleaf, *out, True, False)
     for name, value in zip(("rax", "rbx", "rcx", "rdx"), out, strict=True):
         cpu.set_reg(vcpu, name, value)
     cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
-    return 1
-
-
-def _handle_rdmsr(vcpu: Vcpu, exit_: VmExit) -> int:
-    cpu = vcpu.kvm.cpu
-    index = cpu.get_reg(vcpu, "rcx") & 0xFFFF_FFFF
-    value = cpu.get_msr(vcpu, index)
-    if (t := vcpu.kvm.trace.kvm_msr) is not None:
-        t(0, index, value or 0, value is None)
-    if value is None:
-        vcpu.queue_exception(_GP, 0)
-        return 1
-    cpu.set_reg(vcpu, "rax", value & 0xFFFF_FFFF)
-    cpu.set_reg(vcpu, "rdx", value >> 32)
-    cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
-    return 1
-
-
-def _handle_wrmsr(vcpu: Vcpu, exit_: VmExit) -> int:
-    cpu = vcpu.kvm.cpu
-    index = cpu.get_reg(vcpu, "rcx") & 0xFFFF_FFFF
-    value = cpu.get_reg(vcpu, "rdx") << 32 & _MASK64 | cpu.get_reg(vcpu, "rax") & 0xFFFF_FFFF
-    ok = set_efer(vcpu, value) if index == MSR_EFER else cpu.set_msr(vcpu, index, value)
-    if (t := vcpu.kvm.trace.kvm_msr) is not None:
-        t(1, index, value, not ok)
-    if ok:
-        cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
-    else:
-        vcpu.queue_exception(_GP, 0)
-    return 1
-
-
-def _trace_cr(vcpu: Vcpu, write: int, cr: int, value: int) -> None:
-    if (t := vcpu.kvm.trace.kvm_cr) is not None:
-        t(write, cr, value)
-
-
-def _handle_mov_to_cr(vcpu: Vcpu, cr: int, reg: str, insn_len: int) -> int:
-    cpu = vcpu.kvm.cpu
-    value = cpu.get_reg(vcpu, reg)
-    if not (cpu.get_reg(vcpu, "efer") & _EFER_LMA and cpu.get_reg(vcpu, "cs_flags") & _CS_L):
-        value &= 0xFFFF_FFFF
-    _trace_cr(vcpu, 1, cr, value)
-    setter = {0: kvm_set_cr0, 3: kvm_set_cr3, 4: kvm_set_cr4}[cr]
-    # kvm_complete_insn_gp
-    if setter(vcpu, value):
-        cpu.skip_emulated_instruction(vcpu, insn_len)
-    else:
-        vcpu.queue_exception(_GP, 0)
-    return 1
-
-
-def _handle_cr(vcpu: Vcpu, exit_: VmExit) -> int:
-    cpu = vcpu.kvm.cpu
-    qualification = exit_.qualification
-    cr, kind = qualification & 15, qualification >> 4 & 3
-    reg = _GENERAL_REGISTERS[qualification >> 8 & 15]
-    if kind == 0:
-        return _handle_mov_to_cr(vcpu, cr, reg, exit_.insn_len)
-    if kind == 1:
-        value = cpu.get_reg(vcpu, "cr3")
-        cpu.set_reg(vcpu, reg, value)
-        _trace_cr(vcpu, 0, cr, value)
-    else:
-        msw = qualification >> 16 & 0xF
-        _trace_cr(vcpu, 1, 0, cpu.get_reg(vcpu, "cr0") & ~0xF | msw)
-        kvm_lmsw(vcpu, msw)
-    cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
-    return 1
-
-
-def _handle_invlpg(vcpu: Vcpu, exit_: VmExit) -> int:
-    kvm_mmu_invlpg(vcpu, exit_.qualification)
-    vcpu.kvm.cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
     return 1
 
 
@@ -356,8 +275,8 @@ def _handle_external_interrupt(vcpu: Vcpu, exit_: VmExit) -> int:
 
 _HANDLERS = {
     REASON_EXCEPTION_NMI: _handle_exception_nmi,
-    REASON_CR_ACCESS: _handle_cr,
-    REASON_INVLPG: _handle_invlpg,
+    REASON_CR_ACCESS: cr.handle_cr,
+    REASON_INVLPG: cr.handle_invlpg,
     REASON_EXTERNAL_INTERRUPT: _handle_external_interrupt,
     REASON_TRIPLE_FAULT: _handle_triple_fault,
     REASON_INTERRUPT_WINDOW: _handle_interrupt_window,
@@ -365,8 +284,10 @@ _HANDLERS = {
     REASON_HLT: _handle_hlt,
     REASON_VMCALL: _handle_vmcall,
     REASON_IO_INSTRUCTION: _handle_io,
-    REASON_MSR_READ: _handle_rdmsr,
-    REASON_MSR_WRITE: _handle_wrmsr,
+    REASON_APIC_ACCESS: handle_apic_access,
+    REASON_APIC_WRITE: handle_apic_write,
+    REASON_MSR_READ: handle_rdmsr,
+    REASON_MSR_WRITE: handle_wrmsr,
     REASON_EPT_VIOLATION: _handle_ept_violation,
     REASON_EPT_MISCONFIG: _handle_ept_misconfig,
     REASON_PML_FULL: pml.handle_pml_full,

@@ -64,6 +64,7 @@ class ScriptedCpu:
         self.allowed = True
         self.vmcs: dict[int, int] = {}
         self.written: set[int] = set()
+        self.apic: dict[int, tuple[int, int]] = {}
 
     # -- KvmX86Ops ------------------------------------------------------------------------------
 
@@ -176,6 +177,9 @@ class ScriptedCpu:
 
     def flush_tlb_guest(self, vcpu: Vcpu) -> None:
         self.flush_tlb(vcpu)
+
+    def set_apic_pages(self, vcpu: Vcpu, access: int, virtual: int) -> None:
+        self.apic[vcpu.vcpu_id] = access, virtual
 
     def evict_tlb(self, vcpu: Vcpu) -> None:
         # Hardware may keep every translation: the tests that want an eviction clear `tlb` themselves.

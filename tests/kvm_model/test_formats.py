@@ -46,7 +46,15 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
         "rw port size count val", (1, 0x3F8, 1, 1, 0x41), "pio_write at 0x3f8 size 1 count 1 val 0x41 ",
     ),
     "kvm:kvm_hypercall": ("nr a0 a1 a2 a3", (1, 2, 3, 4, 5), "nr 0x1 a0 0x2 a1 0x3 a2 0x4 a3 0x5"),
+    "kvm:kvm_apic": ("rw reg val", (1, 0x80, 0x20), "apic_write APIC_TASKPRI = 0x20"),
+    "kvm:kvm_pvclock_update": (
+        "vcpu_id version tsc_timestamp system_time tsc_to_system_mul tsc_shift flags",
+        (1, 4, 0x10, 0x20, 1 << 31, -1, 2),
+        "vcpu_id 1, pvclock { version 4, tsc_timestamp 0x10, system_time 0x20, "
+        "tsc_to_system_mul 0x80000000, tsc_shift -1, flags 0x2 }",
+    ),
     "kvm:kvm_msr": ("write ecx data exception", (1, 0x10, 5, True), "msr_write 10 = 0x5 (#GP)"),
+    "kvm:kvm_cr": ("rw cr val", (1, 3, 0x1000), "cr_write 3 = 0x1000"),
     "kvm:kvm_cpuid": (
         "function index rax rbx rcx rdx found used_max_basic", (1, 0, 2, 3, 4, 5, True, False),
         "func 1 idx 0 rax 2 rbx 3 rcx 4 rdx 5, cpuid entry found",
@@ -62,6 +70,14 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
     ),
     "kvm:kvm_dirty_ring_reset": (
         "index dirty_index reset_index", (1, 12, 10), "ring 1: dirty 0xc reset 0xa (used 2)",
+    ),
+    "kvm:kvm_try_async_get_page": ("gva gfn", (0x3000, 3), "gva = 0x3000, gfn = 0x3"),
+    "kvm:kvm_async_pf_repeated_fault": ("gva gfn", (0x3000, 3), "gva = 0x3000, gfn = 0x3"),
+    "kvm:kvm_async_pf_doublefault": ("gva gfn", (0x3000, 3), "gva = 0x3000, gfn = 0x3"),
+    "kvm:kvm_async_pf_not_present": ("token gva", (0x1002, 0x3000), "token 0x1002 gva 0x3000"),
+    "kvm:kvm_async_pf_ready": ("token gva", (0x1002, 0x3000), "token 0x1002 gva 0x3000"),
+    "kvm:kvm_async_pf_completed": (
+        "address gva", (0x7F0000003000, 0x3000), "gva 0x3000 address 0x7f0000003000",
     ),
     "kvm:kvm_vm_set_mem_attributes": (
         "start end attr", (3, 0x1004, 8), "0x00000000000003 -- 0x00000000001004 [0x8]",

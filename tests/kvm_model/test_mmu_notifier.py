@@ -17,7 +17,6 @@ from host_mm.mmu_notifier import (
     mmu_notifier_range_init,
     mmu_notifier_test_young,
 )
-from kvm_model.pfncache import GfnToPfnCache
 from tests.kvm_model.machine import BASE, PAGE, Machine
 
 
@@ -156,36 +155,6 @@ def test_the_end_of_the_vmm_drops_every_spte() -> None:
     m.do(lambda: exit_process(m.process))
     assert m.truths.sweep() == 0
     m.do(m.kvm.destroy)
-
-
-def test_a_pfn_cache_is_dropped_by_a_bracket_and_refreshed_after_it() -> None:
-    m = Machine()
-    gpc = GfnToPfnCache(m.kvm)
-    assert m.do(lambda: gpc.activate(0x3010)) == 0
-    assert gpc.check(8)
-    assert not gpc.check(PAGE)
-    m.run(("w", 0x3000, 7))
-    m.do(lambda: do_madvise(m.mm, BASE + 3 * PAGE, PAGE, MADV_PAGEOUT))
-    assert not gpc.check(8)
-    assert m.do(gpc.refresh) == 0
-    assert gpc.check(8)
-    assert m.host.ram.u64[gpc.pfn << 9] == 7
-    m.do(gpc.deactivate)
-    assert not m.kvm.gpc_list
-
-
-def test_a_pfn_cache_is_not_filled_while_a_bracket_is_open() -> None:
-    m = Machine()
-    gpc = GfnToPfnCache(m.kvm)
-    range_ = bracket(m, 0, PAGE)
-    refresh = m.sched.spawn("gpc", lambda: gpc.activate(0x3000))
-    spin = m.sched.spawn("clock", lambda: [m.sched.yield_() for _ in range(20)])
-    m.finish(spin)
-    assert not refresh.done
-    assert not gpc.valid
-    close(m, range_)
-    m.finish(refresh)
-    assert gpc.valid
 
 
 def test_freeing_a_frame_that_an_spte_maps_breaks_a_truth() -> None:

@@ -38,8 +38,12 @@ NOT_ASKED = {
     "child_read",  # changes nothing
     # How the log is kept is chosen once for a machine: tests/emu/test_dirty_rings.py and tests of KVM's.
     "clear_dirty", "harvest_rings", "manual_dirty",
-    # The payload guest-memfd asks for these.
-    "gmem_create", "gmem_punch", "map_gpa_range", "memory_attributes",
+    # The payload gvt asks for these.
+    "gvt_close", "gvt_open", "gvt_read", "gvt_shadow", "gvt_stale", "gvt_told", "gvt_unshadow",
+    "apic_page",  # The payload apic asks for it.
+    "kvmclock_ctrl", "set_clock",  # The payload kvmclock asks for these.
+    # The payloads guest-memfd and prefault ask for these.
+    "gmem_create", "gmem_punch", "map_gpa_range", "memory_attributes", "prefault",
 }
 ANSWERED = {"contig_free"}
 """Asked for only where another one was served."""

@@ -35,6 +35,46 @@ def test_payload_passes_without_the_tdp_mmu(name: str, profile: str) -> None:
     assert " 0 unexpected failures" in text, text
 
 
+@pytest.mark.parametrize("profile", ["linux-6.18", "linux-5.10"])
+@pytest.mark.parametrize("strategy", ["block", "random"])
+def test_a_guest_works_while_its_pages_come_in(strategy: str, profile: str) -> None:
+    text = run("apf", params={"kvm.async_pf": "Y", "sched.strategy": strategy}, profile=profile)
+    assert "PASS: meanwhile it worked" in text, text
+    assert " 0 unexpected failures" in text, text
+
+
+@pytest.mark.parametrize("payload", ["swap-storm", "timer", "race", "smp"])
+def test_payloads_that_know_nothing_of_it_pass_with_asynchronous_page_faults(payload: str) -> None:
+    text = run(payload, vcpus=3 if payload in ("race", "smp") else 1, params={"kvm.async_pf": "Y"})
+    assert " 0 unexpected failures" in text, text
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize(("profile", "tdp_mmu"), [
+    ("linux-6.18", "Y"), ("linux-6.18", "N"), ("linux-5.10", "Y"), ("linux-5.10", "N"),
+])
+def test_the_apics_registers_stay_wherever_their_page_goes(profile: str, tdp_mmu: str, vcpus: int) -> None:
+    params = {"kvm_intel.enable_apicv": "Y", "kvm.tdp_mmu": tdp_mmu}
+    text = run("apic", profile=profile, params=params, vcpus=vcpus)
+    assert "PASS: wherever the page is, the registers are there" in text, text
+    assert " 0 unexpected failures" in text, text
+
+
+@pytest.mark.parametrize(("profile", "tdp_mmu"), [
+    ("linux-6.18", "Y"), ("linux-6.18", "N"), ("linux-5.10", "Y"), ("linux-5.10", "N"),
+])
+def test_a_gpu_follows_every_write_to_its_tables(profile: str, tdp_mmu: str) -> None:
+    text = run("gvt", profile=profile, params={"kvm.tdp_mmu": tdp_mmu}, vcpus=3)
+    assert " 0 unexpected failures" in text, text
+
+
+@pytest.mark.parametrize("profile", ["linux-6.18", "linux-5.10"])
+@pytest.mark.parametrize("vcpus", [1, 3])
+def test_kvmclock_is_written_wherever_its_page_goes(profile: str, vcpus: int) -> None:
+    text = run("kvmclock", profile=profile, vcpus=vcpus)
+    assert " 0 unexpected failures" in text, text
+
+
 @pytest.mark.parametrize("tdp_mmu", ["Y", "N"])
 def test_guest_memfd_is_shared_memory_with_either_mmu(tdp_mmu: str) -> None:
     text = run("guest-memfd", params={"kvm.tdp_mmu": tdp_mmu})
