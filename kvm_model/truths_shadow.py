@@ -257,16 +257,12 @@ class ShadowTruths:
         """What is wrong with a present SPTE for this guest entry; nothing if it is right."""
         if not is_present_gpte(gpte):
             return "that is not present"
-        huge = sp.level > PG_LEVEL_4K and gpte & PT_PAGE_SIZE_MASK != 0
-        wrong = self._disagrees_as(sp, index, spte, gpte, huge)
-        if wrong and huge and role_has_4_byte_gpte(sp.role):
-            # The role does not say whether CR4.PSE was set when the SPTE was made; clear, it ignores the bit.
-            return self._disagrees_as(sp, index, spte, gpte, False) and wrong
-        return wrong
-
-    def _disagrees_as(self, sp: KvmMmuPage, index: int, spte: int, gpte: int, huge: bool) -> str:
         four = role_has_4_byte_gpte(sp.role)
         paging = PAGING32 if four else PAGING64
+        huge = sp.level > PG_LEVEL_4K and gpte & PT_PAGE_SIZE_MASK != 0
+        if huge and four and not is_last_spte(spte, sp.level):
+            # Whether bit 7 counts is CR4.PSE's to say, of which no role of a page knows.
+            huge = role_direct(self.kvm.sps[spte_to_pfn(spte)].role)
         gfn = gpte_to_gfn_lvl(paging, gpte, sp.level) if huge else gpte_to_gfn(paging, gpte)
         if huge and four:
             gfn += ((gpte & _PSE36_MASK) << _PSE36_SHIFT) + ((index & 1) << 9)
