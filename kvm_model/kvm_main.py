@@ -32,6 +32,7 @@ from kvm_model import (
     pfncache,
     pvclock,
     requests,
+    smm,
     x86,
     x86_emulate,
     x86_events,
@@ -102,7 +103,7 @@ TRACEPOINTS = (
     *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *page_track.TRACEPOINTS, *x86_emulate.TRACEPOINTS,
     *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
     *pfncache.TRACEPOINTS, *pvclock.TRACEPOINTS, *x86_msr.TRACEPOINTS,
-    *lapic.TRACEPOINTS, *apic_access.TRACEPOINTS,
+    *lapic.TRACEPOINTS, *smm.TRACEPOINTS, *apic_access.TRACEPOINTS,
     *tdp_mmu.TRACEPOINTS, *unsync.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS,
     *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS, *set_mem_attributes.TRACEPOINTS,
 )

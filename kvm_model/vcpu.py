@@ -5,7 +5,7 @@ kvm_queued_exception, kvm_queued_interrupt, kvm_vcpu_stat), include/uapi/linux/k
 Linux 6.18.
 
 Not modelled: in-kernel local APIC (interrupts come from `irq_source`, as with a user-space irqchip),
-SMM, guest debugging, XSAVE, steal time.
+guest debugging, XSAVE, steal time.
 """
 
 from __future__ import annotations
@@ -135,6 +135,9 @@ class Vcpu:
         self.mmio_gen = 0
         self.fault_gpa = 0
         self.pv_time = PvClock(kvm)
+        self.smm = False
+        self.smbase = 0x30000
+        self.smi_pending = False
         self.apic: Lapic | None = None
         self.last_retry_eip = 0
         self.last_retry_addr = 0

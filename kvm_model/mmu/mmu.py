@@ -392,7 +392,7 @@ def kvm_tdp_map_page(vcpu: Vcpu, gpa: int, error_code: int, max_level: int) -> i
     kvm = vcpu.kvm
     while True:
         fault = KvmPageFault(gpa, error_code, nx_workaround=kvm.spte.nx_huge_pages, max_level=max_level)
-        fault.slot = kvm.slots().gfn_to_memslot(fault.gfn)
+        fault.slot = kvm_vcpu_gfn_to_memslot(vcpu, fault.gfn)
         r = _kvm_tdp_page_fault(vcpu, fault)
         if r != RET_PF_RETRY:
             break

@@ -26,7 +26,7 @@ from kvm_model.requests import kvm_flush_remote_tlbs
 
 if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
-    from kvm_model.mmu.mmu_internal import KvmMmuPage
+    from kvm_model.mmu.mmu_internal import KvmMmuPage, role_smm
 
 __all__ = ["NxRecovery"]
 
@@ -113,7 +113,7 @@ class NxRecovery:
         """kvm_mmu_sp_dirty_logging_enabled."""
         if not self.kvm.nr_memslots_dirty_logging:
             return False
-        slot = self.kvm.slots().gfn_to_memslot(sp.gfn)
+        slot = self.kvm.memslots[role_smm(sp.role)].gfn_to_memslot(sp.gfn)
         return slot is not None and kvm_slot_dirty_track_enabled(slot)
 
     def _zap(self, sp: KvmMmuPage) -> bool:

@@ -95,7 +95,7 @@ def kvm_mmu_slot_gfn_write_protect(kvm: Kvm, slot: KvmMemorySlot, gfn: int, min_
     """
     protected = kvm_rmap_write_protect_gfn(kvm, slot, gfn, min_level)
     if kvm.tdp_mmu_enabled:
-        protected |= kvm_tdp_mmu_write_protect_gfn(kvm, gfn, min_level)
+        protected |= kvm_tdp_mmu_write_protect_gfn(kvm, slot, gfn, min_level)
     return protected
 
 

@@ -32,6 +32,7 @@ from kvm_model.requests import kvm_flush_remote_tlbs
 
 if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
+    from kvm_model.memslots import KvmMemorySlot
 
 __all__ = [
     "kvm_tdp_mmu_invalidate_roots", "kvm_tdp_mmu_unmap_gfn_range", "kvm_tdp_mmu_zap_all",
@@ -96,11 +97,16 @@ def kvm_tdp_mmu_zap_leafs(kvm: Kvm, start: int, end: int, flush: bool) -> bool:
     return flush
 
 
-def kvm_tdp_mmu_unmap_gfn_range(kvm: Kvm, start: int, end: int, *, may_block: bool, why: str) -> bool:
-    """Zap [start, end) in all roots, invalid ones too: the notifier's unmap. Whether a flush is due."""
+def kvm_tdp_mmu_unmap_gfn_range(
+    kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, *, may_block: bool, why: str
+) -> bool:
+    """Zap [start, end) in all roots of the slot's address space, invalid ones too: the notifier's unmap.
+
+    Whether a flush is due.
+    """
     flush = False
     invalid = "ignore-invalid-roots" not in kvm.breaks
-    for root in for_each_tdp_mmu_root_yield_safe(kvm, invalid=invalid):
+    for root in for_each_tdp_mmu_root_yield_safe(kvm, slot.as_id, invalid=invalid):
         flush = _zap_leafs(kvm, root, start, end, can_yield=may_block, flush=flush, why=why)
     return flush
 

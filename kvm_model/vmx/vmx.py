@@ -28,6 +28,7 @@ from kvm_model.mmu.mmu_internal import (
     RET_PF_WRITE_PROTECTED,
 )
 from kvm_model.requests import KVM_REQ_EVENT, kvm_make_request
+from kvm_model.smm import emulator_leave_smm
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit, Vcpu
 from kvm_model.vmx import pml
 from kvm_model.vmx.apic_access import handle_apic_access, handle_apic_write
@@ -67,6 +68,7 @@ __all__ = ["TRACEPOINTS", "vmx_handle_exit"]
 _EPT_PROT_MASK = EPT_ENTRY_READ | EPT_ENTRY_WRITE | EPT_ENTRY_EXEC
 _VECTORING_OK = frozenset((REASON_EXCEPTION_NMI, REASON_EPT_VIOLATION, REASON_EPT_MISCONFIG, REASON_PML_FULL))
 _CPUID_1_EDX_APIC = 1 << 9
+_UD = 6
 _MASK64 = (1 << 64) - 1
 
 KVM_PAGE_FAULT = Tracepoint(
@@ -224,6 +226,20 @@ def _handle_cpuid(vcpu: Vcpu, exit_: VmExit) -> int:
     return 1
 
 
+def _handle_exception_nmi(vcpu: Vcpu, exit_: VmExit) -> int:
+    if exit_.intr_info & 0xFF == _UD:
+        return _handle_ud(vcpu)
+    return internal_error(vcpu, f"exception {exit_.intr_info & 0xFF}")
+
+
+def _handle_ud(vcpu: Vcpu) -> int:
+    """handle_ud: the one invalid opcode that the CPU reports is RSM."""
+    if not vcpu.smm:
+        vcpu.queue_exception(_UD)
+        return 1
+    return 1 if emulator_leave_smm(vcpu) else internal_error(vcpu, "RSM cannot be emulated")
+
+
 def _handle_hlt(vcpu: Vcpu, exit_: VmExit) -> int:
     vcpu.stat["halt_exits"] += 1
     vcpu.kvm.cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
@@ -257,6 +273,7 @@ _HANDLERS = {
     REASON_HLT: _handle_hlt,
     REASON_VMCALL: _handle_vmcall,
     REASON_IO_INSTRUCTION: _handle_io,
+    REASON_EXCEPTION_NMI: _handle_exception_nmi,
     REASON_APIC_ACCESS: handle_apic_access,
     REASON_APIC_WRITE: handle_apic_write,
     REASON_MSR_READ: handle_rdmsr,
