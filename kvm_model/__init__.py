@@ -17,10 +17,14 @@ Reading order, which is the way of one fault and of one host event:
     mmu/spte.py mmu/tdp_mmu.py    what an SPTE says, and every store to one
     mmu/rmap.py mmu/direct_map.py the same without the TDP MMU
     memslots.py memory_region.py  the guest's memory map, and how it changes
+    async_pf.py x86_async_pf.py   page faults that the guest need not wait for
+    pv_async_pf.py                what a guest needs that takes them
     guest_memfd.py                memory that is a file of KVM's
     mem_attributes.py             which guest frames are private
     dirty_log.py dirty_ring.py    which pages were written, told by bitmap or by ring
     vmx/pml.py requests.py        the CPU's own log; flushes and kicks
+    truths.py truths_rmap.py      what must hold
+    truths_shadow.py mmu/shadow_fetch.py  what must hold of shadow paging; and where it begins
     truths.py truths_rmap.py truths_gpc.py truths_apic.py   what must hold
     dirty_log_rmap.py breaks.py   the log without the TDP MMU; how to break what must hold
     profile.py                    what differs between kernels

@@ -16,6 +16,7 @@
     write-tracked         no leaf lets a vCPU write unseen to a page whose writes somebody tracks, and no
                           translation of before
     dirty-ring            a ring never holds more than it has room for
+    spte-dirty-kept       in 5.10, outside the TDP MMU, the page is dirty when a leaf that says so changes
     gpc-in-bracket        no pfn cache is valid from the return of range_start to the call of range_end
     gpc-matches-host      elsewhere a valid one has the host's frame, and the host may write it
     gpc-of-freed-frame    no valid one has a frame that is freed
@@ -36,8 +37,10 @@ page-table lock is held or the place is in an open bracket.
 Source of truth: the rules themselves (virt/kvm/kvm_main.c, Documentation/virt/kvm/locking.rst,
 arch/x86/kvm/mmu/spte.h: is_writable_pte's table); Linux 6.18.
 
-Not modelled: shadow paging's rule about guest tables, a huge leaf made beside a bracket
-that covers a part of it (legal: the host must split first, in a bracket of its own).
+Shadow paging's rules about guest tables are in truths_shadow.py.
+
+Not modelled: a huge leaf made beside a bracket that covers a part of it (legal: the host must split first,
+in a bracket of its own).
 """
 
 from __future__ import annotations
@@ -47,9 +50,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, PMD_SIZE, lookup_address_in_mm, pte_pfn
 from host_mm.kernel.errors import BrokenTruth
+from host_mm.page import PG_dirty, PG_reserved, page_folio
 from kvm_model.guest_memfd import kvm_gmem_folio
 from kvm_model.mem_attributes import gfn_is_in_guest_memfd
 from kvm_model.memslots import hva_to_gfn_memslot, kvm_slot_dirty_track_enabled
+from kvm_model.mmu.marks import is_dirty_spte
 from kvm_model.mmu.mmu_internal import role_smm
 from kvm_model.mmu.spte import (
     PG_LEVEL_1G,
@@ -66,6 +71,7 @@ from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from kvm_model.truths_apic import ApicTruths
 from kvm_model.truths_gpc import CacheTruths
 from kvm_model.truths_rmap import check_rmaps, shadow_entries
+from kvm_model.truths_shadow import ShadowTruths
 from kvm_model.vmx.pml import pml_entries
 
 if TYPE_CHECKING:
@@ -114,6 +120,7 @@ class KvmTruths:
         self._seq0 = kvm.mmu_invalidate_seq
         self._mapped: Counter[int] = Counter()
         self._ring: Counter[tuple[int, int]] = Counter()
+        self.shadow = None if kvm.tdp_enabled else ShadowTruths(kvm)
         kvm.host.pte_hooks.append(self._host_pte_changed)
         kvm.host.pmd_hooks.append(self._host_pmd_changed)
         kvm.host.free_hooks.append(self._frame_freed)
@@ -231,7 +238,11 @@ class KvmTruths:
         """An SPTE changed."""
         kvm = self.kvm
         key = gfn | role_smm(kvm.sps[sptep >> 9].role) << _SPACE_SHIFT
+        if self.shadow is not None:
+            self.shadow.note_spte(sptep, gfn, level, new)
         was_leaf = is_shadow_present_pte(old) and is_last_spte(old, level)
+        if was_leaf and kvm.profile.marks_page_at_drop and not kvm.tdp_mmu_enabled:
+            self._check_dirty_kept(gfn, old, new)
         self._count_leaf(old, new, level, was_leaf)
         if not kvm.tdp_mmu_enabled:
             self._index_leaf(sptep, key, level, was_leaf, new)
@@ -252,6 +263,15 @@ class KvmTruths:
         if making or self._in_open_bracket(key, pages):
             self._broken("no-spte-in-bracket", f"gfn {gfn:#x} level {level}: {new:#x} stored in a bracket")
         self._noted[sptep] = key, kvm.stream.ctx.cause
+
+    def _check_dirty_kept(self, gfn: int, old: int, new: int) -> None:
+        """5.10: where a leaf was all that knew of a write, the page knows it before the leaf does not."""
+        kvm = self.kvm
+        kept = is_shadow_present_pte(new) and is_dirty_spte(kvm, new)
+        pages = kvm.host.pages
+        flags = pages.flags[page_folio(pages, spte_to_pfn(old))]
+        if is_dirty_spte(kvm, old) and not kept and not flags & (PG_dirty | PG_reserved):
+            self._broken("spte-dirty-kept", f"gfn {gfn:#x}: {old:#x} became {new:#x}, the page is clean")
 
     def _index_leaf(self, sptep: int, gfn: int, level: int, was_leaf: bool, new: int) -> None:
         heads = self._by_gfn[level - 1] if level <= PG_LEVEL_1G else {}
@@ -334,6 +354,8 @@ class KvmTruths:
             self.caches.check()
         if (self._noted or self._noted_gfns) and not self._page_table_locked():
             self._check_noted()
+        if self.shadow is not None:
+            self.shadow.check()
 
     def _page_table_locked(self) -> bool:
         # Asked at every point: mostly nobody has one, or somebody still has the one found last.
@@ -383,6 +405,10 @@ class KvmTruths:
                 return False
             sp = parent
         return True
+
+    def leaves_of(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """(sptep, gfn, level, SPTE) of every present leaf that maps anything in gfns [start, end)."""
+        return self._all_leaves(start, end)
 
     def _all_leaves(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """(sptep, gfn, level, SPTE) of every present leaf that maps anything in [start, end) of one space."""
@@ -462,7 +488,7 @@ class KvmTruths:
         if level > host_level:
             self._broken("spte-matches-host", f"gfn {gfn:#x}: level {level}, host level {host_level}", seq)
         if spte & PT_WRITABLE_MASK:
-            self._check_logged(slot, gfn, spte, seq)
+            self._check_logged(slot, gfn, level, spte, seq)
             if slot.gfn_write_track:
                 self._check_tracked(slot, gfn, level, spte, seq)
         if spte & kvm.spte.host_writable and not entry & _PAGE_RW:
@@ -471,24 +497,27 @@ class KvmTruths:
                 seq,
             )
 
-    def _check_logged(self, slot: KvmMemorySlot, gfn: int, spte: int, seq: int | None) -> None:
+    def _check_logged(self, slot: KvmMemorySlot, gfn: int, level: int, spte: int, seq: int | None) -> None:
         kvm = self.kvm
         if not kvm_slot_dirty_track_enabled(slot) or kvm.slots_lock.owner is not None:
             # Under slots_lock the log is turned on, read or cleared: protection and bits are on their way.
             return
         if kvm.cpu_dirty_log_size and not spte & kvm.spte.dirty:
             return
+        for page in range(gfn, gfn + kvm_pages_per_hpage(level)):
+            if not self._is_logged(slot, page):
+                why = f"gfn {page:#x} is writable by {spte:#x}, its dirty bit is clear"
+                self._broken("write-logged", why, seq)
+
+    def _is_logged(self, slot: KvmMemorySlot, gfn: int) -> bool:
+        kvm = self.kvm
         page = gfn - slot.base_gfn
         bitmap = slot.dirty_bitmap
         if bitmap is not None:
             logged = bitmap[page >> 3] >> (page & 7) & 1 != 0
         else:
             logged = self._ring[slot.as_id << 16 | slot.id, page] > 0
-        if not logged and kvm.cpu_dirty_log_size:
-            logged = any(gfn in pml_entries(vcpu) for vcpu in kvm.vcpus)
-        if not logged:
-            why = f"gfn {gfn:#x} is writable by {spte:#x}, its dirty bit is clear"
-            self._broken("write-logged", why, seq)
+        return logged or (kvm.cpu_dirty_log_size != 0 and any(gfn in pml_entries(vcpu) for vcpu in kvm.vcpus))
 
     def _check_tracked(self, slot: KvmMemorySlot, gfn: int, level: int, spte: int, seq: int | None) -> None:
         if self.kvm.mmu_lock.owner is not None:
@@ -516,6 +545,8 @@ class KvmTruths:
                 self._check_leaf(sptep, gfn, level, spte, None)
         if not kvm.tdp_mmu_enabled and kvm.mmu_lock.owner is None:
             check_rmaps(kvm)
+        if self.shadow is not None:
+            self.shadow.sweep()
         return count
 
     def quiescent(self) -> None:

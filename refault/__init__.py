@@ -19,6 +19,7 @@ Map of this room, the front door. It holds no model logic.
 | `observer.py`, `summary.py` | what a run notes, and the table it ends with |
 | `scenarios/` | claims about Linux as small programs, and what the real kernel did |
 | `analysis.py`, `story.py` | what a trace says: refaults, cause chains, the story of one page |
+| `refaults.py` | all that it says of each refault: killer, SPTEs, GUP, retries |
 | `exitstat.py`, `kvmstat.py` | the table of `perf kvm stat report`; KVM's own statistics |
 | `compare.py` | differences: the first place where two traces part |
 | `registry.py` | which tracepoints, payloads and modules exist, found without importing them |

@@ -16,14 +16,16 @@ from functools import cached_property
 import msgspec
 
 from host_mm.ram import PAGE_SHIFT
+from kvm_model.vmx.exits import EPT_GVA_VALID
 from trace_events.event import Event
 from trace_events.filters import compile_globs
 
-__all__ = ["PAGE_FAULT", "SPTE_INSTALL", "SPTE_ZAP", "Analysis", "Refault", "gfn_of"]
+__all__ = ["PAGE_FAULT", "SPTE_INSTALL", "SPTE_ZAP", "Analysis", "Refault", "gfn_of", "is_ept_violation"]
 
 PAGE_FAULT = "kvm:kvm_page_fault"
 SPTE_ZAP = "refault:spte_zap"
 SPTE_INSTALL = "refault:spte_install"
+FAULT_RETRY = "refault:fault_retry"
 HOST_OP = "refault:host_op"
 HOST_FAULT = "refault:host_fault"
 BRACKET = "refault:mmu_notifier_start"
@@ -54,9 +56,18 @@ class Refault(msgspec.Struct, frozen=True):
         return None if self.install is None else self.install.ts - self.fault.ts
 
 
+def is_ept_violation(fault: Event) -> bool:
+    """Whether a kvm_page_fault is one: its error_code is then an exit qualification, which says that there is
+    a linear address. Without EPT it is that of a #PF, which never has that bit, at a linear address."""
+    code = fault.args.get("error_code")
+    return isinstance(code, int) and code & EPT_GVA_VALID != 0
+
+
 def gfn_of(event: Event) -> int | None:
     """The guest frame an event is about, or None."""
     args = event.args
+    if event.event == PAGE_FAULT and not is_ept_violation(event):
+        return None
     for name in ("gfn", "gpa", "fault_address"):
         value = args.get(name)
         if isinstance(value, int):
@@ -141,11 +152,28 @@ class Analysis:
                 faults.setdefault((event.killed_by, gfn), event)
             elif event.event == SPTE_INSTALL and not event.args.get("prefetch"):
                 installs.setdefault((event.killed_by, gfn), event)
+        # Shadow paging knows the gfn only when the guest's tables were walked: there the install tells.
+        for key, install in installs.items():
+            fault = self.by_seq.get(install.cause) if install.cause is not None else None
+            if key not in faults and fault is not None and fault.event == PAGE_FAULT:
+                faults[key] = fault
         found = [
             Refault(key[1], self.by_seq[key[0]], event, installs.get(key))
             for key, event in {**installs, **faults}.items()
         ]
         return sorted(found, key=lambda refault: refault.fault.seq)
+
+    @cached_property
+    def _retries(self) -> dict[int, list[Event]]:
+        retries: dict[int, list[Event]] = defaultdict(list)
+        for event in self.events:
+            if event.event == FAULT_RETRY:
+                retries[event.args.get("gfn", -1)].append(event)
+        return retries
+
+    def retries_of(self, gfn: int) -> list[Event]:
+        """The times that a fault on this guest frame had to begin again."""
+        return self._retries.get(gfn, [])
 
     def refaults(self) -> list[Refault]:
         """Every zap that was answered, in the order of the answers."""

@@ -68,13 +68,18 @@ def kvm_mmu_invalidate_addr(
     if _is_noncanonical(vcpu, addr):
         return
     kvm, mmu = vcpu.kvm, vcpu.mmu
+    truths = kvm.shadow_truths
+    begun = truths.flush_begins() if truths is not None else 0
     kvm.cpu.flush_tlb_gva(vcpu, addr)
-    if role_direct(mmu.root_role) or "no-invlpg-sync" in kvm.breaks:
+    if role_direct(mmu.root_role):
         return
-    if current:
-        _invalidate_in_root(vcpu, vcpu.root_hpa, addr)
-    for index in prev:
-        _invalidate_in_root(vcpu, mmu.prev_roots[index][1], addr)
+    if "no-invlpg-sync" not in kvm.breaks:
+        if current:
+            _invalidate_in_root(vcpu, vcpu.root_hpa, addr)
+        for index in prev:
+            _invalidate_in_root(vcpu, mmu.prev_roots[index][1], addr)
+    if truths is not None and current:
+        truths.flush_ended(vcpu, begun, addr)
 
 
 def kvm_mmu_invlpg(vcpu: Vcpu, addr: int) -> None:

@@ -93,7 +93,7 @@ def mark_mmio_spte(vcpu: Vcpu, sptep: int, gfn: int, access: int) -> None:
     spte = kvm.spte.make_mmio_spte(gfn, access, generation)
     if (t := kvm.trace.mark_mmio_spte) is not None:
         t(sptep << 3, gfn, spte & ACC_ALL, get_mmio_spte_generation(spte))
-    mmu_spte_set(kvm, sptep, spte, gfn)
+    mmu_spte_set(kvm, sptep, spte)
 
 
 def kvm_tdp_mmu_get_walk(vcpu: Vcpu, gpa: int) -> list[tuple[int, int, int]]:

@@ -121,10 +121,14 @@ def _mmu_alloc_roots(vcpu: Vcpu) -> int:
 
 def kvm_mmu_load(vcpu: Vcpu) -> int:
     """Give the vCPU a valid root and an empty TLB. 0 or a negative errno."""
+    truths = vcpu.kvm.shadow_truths
+    begun = truths.flush_begins() if truths is not None else 0
     r = mmu_topup_memory_caches(vcpu) or _mmu_alloc_roots(vcpu)
     if r:
         return r
     kvm_mmu_sync_roots(vcpu)
+    if truths is not None:
+        truths.flush_ended(vcpu, begun)
     kvm_mmu_load_pgd(vcpu)
     # Roots are not flushed when they are dropped, so a new one starts with a flush, which no statistic has.
     vcpu.kvm.cpu.flush_tlb(vcpu)

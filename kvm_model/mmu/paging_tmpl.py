@@ -291,7 +291,7 @@ def _walk_tables(walker: GuestWalker, vcpu: Vcpu, addr: int, access: int) -> tup
 
 
 def _note_pt_access(walker: GuestWalker, vcpu: Vcpu, access: int) -> None:
-    if vcpu.kvm.profile.pt_access_per_level:
+    if vcpu.kvm.profile.pt_access_per_level and "one-pt-access" not in vcpu.kvm.breaks:
         walker.pt_access[walker.level - 1] = access
     else:
         walker.pt_access = [access] * len(walker.pt_access)

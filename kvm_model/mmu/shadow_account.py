@@ -42,10 +42,13 @@ def account_shadowed(kvm: Kvm, sp: KvmMmuPage) -> None:
     slot = _slot_of(kvm, sp)
     if sp.level > PG_LEVEL_4K:
         slot_write_track_add_gfn(kvm, slot, sp.gfn)
-        return
-    kvm_mmu_gfn_disallow_lpage(slot, sp.gfn)
-    if kvm_mmu_slot_gfn_write_protect(kvm, slot, sp.gfn, PG_LEVEL_4K):
-        kvm_flush_remote_tlbs_gfn(kvm, sp.gfn, PG_LEVEL_4K)
+    else:
+        kvm_mmu_gfn_disallow_lpage(slot, sp.gfn)
+        protect = "no-table-protect" not in kvm.breaks
+        if protect and kvm_mmu_slot_gfn_write_protect(kvm, slot, sp.gfn, PG_LEVEL_4K):
+            kvm_flush_remote_tlbs_gfn(kvm, sp.gfn, PG_LEVEL_4K)
+    if kvm.shadow_truths is not None:
+        kvm.shadow_truths.note_table(sp)
 
 
 def unaccount_shadowed(kvm: Kvm, sp: KvmMmuPage) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvm_model.mmu.mmu_internal import (
+    ROLE_CR0_WP,
     ROLE_DIRECT,
     ROLE_INVALID,
     ROLE_PASSTHROUGH,
@@ -70,8 +71,11 @@ __all__ = [
 def _is_same_role(kvm: Kvm, sp: KvmMmuPage, role: int) -> bool:
     if sp.role == role:
         return True
-    ignored = role_with_access(sp.role, role_access(role))
-    return "ignore-role-access" in kvm.breaks and ignored == role and not role_direct(role)
+    if not kvm.breaks or role_direct(role):
+        return False
+    if "ignore-role-access" in kvm.breaks:
+        return role_with_access(sp.role, role_access(role)) == role
+    return "ignore-role-wp" in kvm.breaks and not (sp.role ^ role) & ~ROLE_CR0_WP
 
 
 def _find(vcpu: Vcpu, gfn: int, role: int, invalid_list: list[KvmMmuPage]) -> KvmMmuPage | None:
@@ -118,6 +122,8 @@ def _kvm_mmu_alloc_shadow_page(vcpu: Vcpu, gfn: int, role: int) -> KvmMmuPage:
 def kvm_mmu_get_shadow_page(vcpu: Vcpu, gfn: int, role: int) -> KvmMmuPage:
     """The page of that gfn and role, made if there is none; make_mmu_pages_available was asked before."""
     kvm = vcpu.kvm
+    if kvm.shadow_truths is not None:
+        kvm.shadow_truths.note_get()
     invalid_list: list[KvmMmuPage] = []
     sp = _find(vcpu, gfn, role, invalid_list)
     kvm_mmu_commit_zap_page(kvm, invalid_list)
@@ -158,6 +164,8 @@ def kvm_mmu_get_child_sp(vcpu: Vcpu, sptep: int, gfn: int, direct: bool, access:
 
 def link_shadow_page(kvm: Kvm, sptep: int, sp: KvmMmuPage) -> None:
     """Let the SPTE point to the table, in place of the huge leaf that may be there."""
+    if kvm.shadow_truths is not None:
+        kvm.shadow_truths.note_link(sp)
     drop_large_spte(kvm, sptep, True)
     mmu_spte_set(kvm, sptep, kvm.spte.make_nonleaf_spte(sp.spt))
     pte_list_add(sp.parent_ptes, sptep)

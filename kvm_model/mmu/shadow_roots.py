@@ -213,7 +213,7 @@ def _is_root_usable(kvm: Kvm, root: tuple[int, int], pgd: int, role: int) -> boo
         return False
     sp = shadow_root_to_sp(kvm, root[1])
     assert sp is not None, "a special root is not kept"
-    return sp.role == role or ("reuse-any-role" in kvm.breaks and sp.level == role & 15)
+    return sp.role == role
 
 
 def _swap_root(vcpu: Vcpu, index: int) -> None:

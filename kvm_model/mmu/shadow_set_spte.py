@@ -24,6 +24,7 @@ from kvm_model.memslots import (
     KVM_MEM_READONLY,
     KVM_MEMSLOT_INVALID,
     KvmMemorySlot,
+    kvm_gfn_is_write_tracked,
     kvm_slot_dirty_track_enabled,
     mark_page_dirty_in_slot,
 )
@@ -118,7 +119,8 @@ def mmu_set_spte(
     assert slot is not None
     flush, was_rmapped = _make_room(kvm, sptep, level, pfn)
     host_writable = fault is None or fault.map_writable
-    wrprot = must_protect(
+    late = "unsync-after-store" in kvm.breaks
+    wrprot = kvm_gfn_is_write_tracked(slot, gfn) if late else must_protect(
         kvm, sp, slot, access, gfn, kvm.ram.u64[sptep], host_writable=host_writable, prefetch=prefetch
     )
     spte = kvm.spte.make_spte(
@@ -132,6 +134,11 @@ def mmu_set_spte(
     else:
         flush |= mmu_spte_update(kvm, sptep, spte, gfn)
         trace_set_spte(kvm, gfn if fault is None else fault.gfn, gfn, level, sptep, spte, prefetch)
+    if late:
+        kvm.sched.point("unsync")
+        must_protect(kvm, sp, slot, access, gfn, 0, host_writable=host_writable, prefetch=prefetch)
+    if kvm.shadow_truths is not None:
+        kvm.shadow_truths.note_compared(sptep)
     if wrprot and fault is not None and fault.write:
         ret = RET_PF_WRITE_PROTECTED
     if flush:

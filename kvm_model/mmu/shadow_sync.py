@@ -92,6 +92,8 @@ def _sync_spte(vcpu: Vcpu, sp: KvmMmuPage, index: int) -> int:
         return -1
     gpte = int.from_bytes(data, "little")
     sptep = sp.spt << 9 | index
+    if kvm.shadow_truths is not None:
+        kvm.shadow_truths.note_compared(sptep)
     if prefetch_invalid_gpte(vcpu.mmu, gpte):
         drop_spte(kvm, sptep, "sync")
         return 1
@@ -125,6 +127,11 @@ def _rewrite_spte(vcpu: Vcpu, sp: KvmMmuPage, sptep: int, gfn: int, access: int)
     )
     if new & PT_WRITABLE_MASK and kvm_slot_dirty_track_enabled(slot):
         mark_page_dirty_in_slot(vcpu, slot, gfn)
+    if "no-dirty-on-sync" in kvm.breaks:
+        kvm.ram.u64[sptep] = new
+        if kvm.truths is not None:
+            kvm.truths.note_spte(sptep, gfn, sp.level, spte, new)
+        return 1
     return int(mmu_spte_update(kvm, sptep, new))
 
 
@@ -144,7 +151,7 @@ def _kvm_sync_page_check(vcpu: Vcpu, sp: KvmMmuPage) -> bool:
     root_role = vcpu.mmu.root_role
     if sp.role & ROLE_DIRECT or root_role & ROLE_DIRECT:
         return False
-    return not (sp.role ^ root_role) & ~_SYNC_ROLE_IGN or "sync-any-role" in vcpu.kvm.breaks
+    return not (sp.role ^ root_role) & ~_SYNC_ROLE_IGN
 
 
 def kvm_sync_page(vcpu: Vcpu, sp: KvmMmuPage, invalid_list: list[KvmMmuPage]) -> int:
@@ -159,6 +166,8 @@ def kvm_sync_page(vcpu: Vcpu, sp: KvmMmuPage, invalid_list: list[KvmMmuPage]) ->
     if flush < 0:
         kvm_mmu_prepare_zap_page(kvm, sp, invalid_list, "sync")
         return -1
+    if kvm.shadow_truths is not None and not sp.unsync:
+        kvm.shadow_truths.note_table(sp)
     return flush
 
 

@@ -84,11 +84,15 @@ def _fetch_gpte(vcpu: Vcpu, gpa: int, length: int) -> tuple[int, int, int]:
 def kvm_mmu_track_write(vcpu: Vcpu, gpa: int, new: bytes) -> None:
     """The guest's write of `new` at `gpa` has been emulated: forget what it made stale."""
     kvm = vcpu.kvm
-    if not kvm.indirect_shadow_pages or "no-track-write" in kvm.breaks:
+    if not kvm.indirect_shadow_pages:
         return
     invalid_list: list[KvmMmuPage] = []
     flush = False
     with kvm.mmu_lock:
+        if kvm.shadow_truths is not None:
+            kvm.shadow_truths.note_write(gpa, len(new))
+        if "no-track-write" in kvm.breaks:
+            return
         gpa, length, gentry = _fetch_gpte(vcpu, gpa, len(new))
         kvm.stat["mmu_pte_write"] += 1
         for sp in for_each_gfn_valid_sp_with_gptes(kvm, gpa >> 12):

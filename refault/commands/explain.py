@@ -1,5 +1,5 @@
 """Why event N of a trace happened, back to the host operation, and what came of it; with --gfn or
---gpa the story of one guest page, without either the most refaulted pages."""
+--gpa the story of one guest page, without either the most refaulted pages; with --refaults all of them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gfn", type=number, help="the story of this guest frame number")
     parser.add_argument("--gpa", type=number, help="the story of the page at this guest physical address")
+    parser.add_argument(
+        "--refaults", action="store_true",
+        help="every refault: who took the mapping, the SPTE before and after, GUP's answer, retries",
+    )
     add_json_flag(parser)
 
 
@@ -34,6 +38,8 @@ def main(args: argparse.Namespace) -> int:
 
     trace = read_trace(args.trace)
     analysis = Analysis(trace.events)
+    if args.refaults:
+        return _refaults(analysis, args)
     if args.event is not None:
         return _explain_event(analysis, args)
     gfn = args.gpa >> 12 if args.gpa is not None else args.gfn
@@ -71,6 +77,21 @@ def _explain_event(analysis: Analysis, args: argparse.Namespace) -> int:
         return 0
     head, text, blank, prose, *rest = explain(analysis, event, find_tracepoint)
     print("\n".join([head, text, blank, wrapped(prose), *rest]))
+    return 0
+
+
+def _refaults(analysis: Analysis, args: argparse.Namespace) -> int:
+    """One JSON object a refault, or two lines."""
+    from refault.refaults import tell_all
+
+    gfn = args.gpa >> 12 if args.gpa is not None else args.gfn
+    for told in tell_all(analysis):
+        if gfn is not None and told.gfn != gfn:
+            continue
+        if args.json:
+            print_json(told)
+        else:
+            print("\n".join(told.lines()))
     return 0
 
 

@@ -38,11 +38,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refault.scenarios.api import Scenario
 
-__all__ = ["MACHINES", "REPEATS", "SCENARIOS", "scenario"]
+__all__ = ["MACHINES", "OPTIONS", "REPEATS", "SCENARIOS", "scenario"]
 
 SCENARIOS: dict[str, Callable[[Scenario], None]] = {}
 MACHINES: dict[str, dict[str, Any]] = {}
-"""What a scenario's machine has that the usual one has not: options of `refault.VM`."""
+"""What a scenario's machine has that the usual one has not, of OPTIONS."""
+OPTIONS = {
+    "swap": "size of the swap file, None for no swap (64M)",
+    "vcpus": "how many (1); Scenario.use_vcpu says whose turn it is",
+    "guest_pages": "with what the guest maps D: 4K or 2M (4K)",
+    "slot_flags": "of D's slot from the start: KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY (0)",
+    "file": "what D is: memfd, shared or private, the latter two a file on disk (anonymous memory)",
+    "file_bytes": "how much of the file is 0x11 and not a hole (0)",
+    "hugetlb": "D is of huge pages: shared or private (no)",
+    "thp": "D may be of transparent huge pages; otherwise it is MADV_NOHUGEPAGE (False)",
+    "dirty_ring": "entries of each vCPU's dirty ring (0)",
+    "params": "module parameters, as --param; swap.device, hugetlb.nr_hugepages and thp.* on both machines",
+    "mmu": "of the emulator: shadow or ept (shadow)",
+    "profile": "of the emulator: whose behaviour (linux-6.18)",
+    "seed": "of the emulator: all chance comes from it (1)",
+    "host_ram": "of the emulator: host memory (64M)",
+}
 
 
 REPEATS: dict[str, str] = {}
@@ -52,7 +68,13 @@ REPEATS: dict[str, str] = {}
 def scenario(
     *, repeats: str = "exactly", **machine: Any
 ) -> Callable[[Callable[[Scenario], None]], Callable[[Scenario], None]]:
-    """Register a scenario under its function's name; its docstring is its claim."""
+    """Register a scenario under its function's name; its docstring is its claim.
+
+    `machine` has OPTIONS; TypeError for another. `repeats`: see comparison.compare.
+    """
+    for name in machine:
+        if name not in OPTIONS:
+            raise TypeError(f"a scenario's machine has no option {name!r}; there are {', '.join(OPTIONS)}")
 
     def register(fn: Callable[[Scenario], None]) -> Callable[[Scenario], None]:
         SCENARIOS[fn.__name__] = fn
