@@ -329,7 +329,7 @@ class UnicornCpu:
         v = self.vcpu(vcpu)
         try:
             if code is not None:
-                insn = self.decoder.decode(code, v.long_code)
+                insn = self.decoder.decode(code, v.code_bits)
             else:
                 insn = self.fills.decode(v)
                 if insn is None and self.fills.code_gone(v, gpa) and self._again(v):
