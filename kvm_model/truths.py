@@ -24,7 +24,7 @@
                           has one, and outside brackets that the host has
     vmcs-of-freed-frame   no VMCS of a vCPU that is in the guest, or enters without reloading it, has a frame
                           for the APIC's page that is freed
-    no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
+    no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present (5.10 does that)
     rmap-matches-sptes    without the TDP MMU every leaf is in its gfn's rmap, once, and nothing else is; the
                           same of tables and `parent_ptes` (swept only, while nobody has mmu_lock)
 
@@ -247,7 +247,7 @@ class KvmTruths:
         if not kvm.tdp_mmu_enabled:
             self._index_leaf(sptep, key, level, was_leaf, new)
         if not is_shadow_present_pte(new) or not is_last_spte(new, level):
-            if was_leaf and kvm.spte.is_mmio_spte(new):
+            if was_leaf and kvm.spte.is_mmio_spte(new) and not kvm.profile.invalid_slot_is_noslot:
                 self._broken("no-mmio-over-slot", f"gfn {gfn:#x}: {new:#x} over {old:#x}")
             return
         self._check_state(gfn, new)

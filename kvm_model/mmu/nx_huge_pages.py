@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvm_model.memslots import kvm_slot_dirty_track_enabled
+from kvm_model.mmu.mmu_internal import role_smm
 from kvm_model.mmu.spte import SHADOW_NONPRESENT_VALUE, is_last_spte, is_shadow_present_pte, spte_to_pfn
 from kvm_model.mmu.tdp_iter import TdpIter
 from kvm_model.mmu.tdp_mmu import tdp_mmu_set_spte_atomic
@@ -26,7 +27,7 @@ from kvm_model.requests import kvm_flush_remote_tlbs
 
 if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
-    from kvm_model.mmu.mmu_internal import KvmMmuPage, role_smm
+    from kvm_model.mmu.mmu_internal import KvmMmuPage
 
 __all__ = ["NxRecovery"]
 

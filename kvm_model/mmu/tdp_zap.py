@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "kvm_tdp_mmu_invalidate_roots", "kvm_tdp_mmu_unmap_gfn_range", "kvm_tdp_mmu_zap_all",
-    "kvm_tdp_mmu_zap_invalidated_roots", "kvm_tdp_mmu_zap_leafs", "need_resched", "tdp_mmu_iter_cond_resched",
+    "kvm_tdp_mmu_zap_invalidated_roots", "kvm_tdp_mmu_zap_leafs", "kvm_tdp_mmu_zap_valid_roots",
+    "need_resched", "tdp_mmu_iter_cond_resched",
 ]
 
 
@@ -136,6 +137,26 @@ def kvm_tdp_mmu_zap_all(kvm: Kvm) -> None:
     """Zap every root, invalid ones too, mmu_lock held for write. No flush: no vCPU will run again."""
     for root in for_each_tdp_mmu_root_yield_safe(kvm, invalid=True):
         _zap_root(kvm, root, False, "zap-all")
+
+
+def kvm_tdp_mmu_zap_valid_roots(kvm: Kvm) -> None:
+    """kvm_tdp_mmu_zap_all of 5.10, mmu_lock held for write: roots stay valid and empty, all is flushed."""
+    flush = False
+    for root in for_each_tdp_mmu_root_yield_safe(kvm):
+        kvm.rcu.read_lock()
+        it = TdpIter(kvm.ram, root, root.level, 0, TDP_MMU_MAX_GFN_EXCLUSIVE, skip_nonpresent=True)
+        while it.valid:
+            if tdp_mmu_iter_cond_resched(kvm, it, flush=flush, shared=False):
+                flush = False
+            elif is_shadow_present_pte(it.old_spte):
+                tdp_mmu_iter_set_spte(kvm, it, SHADOW_NONPRESENT_VALUE, "zap-root")
+                flush = True
+                if kvm.truths is not None:
+                    kvm.truths.note_flush_due()
+            it.next()
+        kvm.rcu.read_unlock()
+    if flush:
+        kvm_flush_remote_tlbs(kvm)
 
 
 def kvm_tdp_mmu_invalidate_roots(kvm: Kvm) -> None:
