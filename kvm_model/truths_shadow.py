@@ -381,15 +381,13 @@ class ShadowTruths:
             for slot in slots:
                 self._check_slot(slot, [sp for sp in shadowing if self._slot(sp) is slot])
 
-    def _others_track(self) -> bool:
-        """Whether somebody but the MMU may count on write tracking; 5.10 does not note the first."""
-        kvm = self.kvm
-        return kvm.external_write_tracking_enabled or kvm.profile.mmu_is_page_track_node
-
     def _check_slot(self, slot: KvmMemorySlot, shadowing: list[KvmMmuPage]) -> None:
         tracked = Counter(sp.gfn - slot.base_gfn for sp in shadowing if sp.level > PG_LEVEL_4K)
         have = Counter(slot.gfn_write_track)
-        if tracked - have or (have != tracked and not self._others_track()):
+        kvm = self.kvm
+        own_nodes = int(kvm.profile.mmu_is_page_track_node)
+        others = kvm.external_write_tracking_enabled or len(kvm.track_notifier_list) > own_nodes
+        if tracked - have or (have != tracked and not others):
             self._broken("shadow-counts", f"write tracking of {slot!r}: {dict(have)}, tables {dict(tracked)}")
         fresh = slot.copy()
         alloc_lpage_info(fresh)
