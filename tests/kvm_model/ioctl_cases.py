@@ -7,7 +7,8 @@ have one.
 Source of truth: virt/kvm/kvm_main.c (Linux 6.18), in its order of checks: kvm_set_memory_region,
 kvm_get_dirty_log_protect, kvm_clear_dirty_log_protect, kvm_vm_ioctl_enable_cap_generic,
 kvm_vm_ioctl_enable_dirty_log_ring, kvm_vm_ioctl_reset_dirty_pages, kvm_vm_ioctl_create_vcpu,
-kvm_vm_ioctl_set_mem_attributes, kvm_vcpu_pre_fault_memory; virt/kvm/guest_memfd.c: kvm_gmem_create, kvm_gmem_bind.
+kvm_vm_ioctl_set_mem_attributes, kvm_vcpu_pre_fault_memory;
+virt/kvm/guest_memfd.c: kvm_gmem_create, kvm_gmem_bind.
 """
 
 from __future__ import annotations
