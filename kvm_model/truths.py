@@ -341,6 +341,10 @@ class KvmTruths:
             noted = _key(first, slot), (last - first) >> 12
             self._noted_gfns[noted] = kvm.stream.ctx.cause
 
+    def note_gfns(self, gfn: int, pages: int) -> None:
+        """What lies behind these frames changed, and no host page table says so: guest_memfd, attributes."""
+        self._noted_gfns[gfn, pages] = self.kvm.stream.ctx.cause
+
     # -- checks ---------------------------------------------------------------------------------
 
     def on_point(self, kind: str) -> None:

@@ -55,8 +55,10 @@ class Difference(msgspec.Struct, frozen=True):
         if mine.keys() != other.keys() or mine["event"] != other["event"]:
             return [("line", self.ours, self.theirs)]
         found = [(name, mine[name], other[name]) for name in mine if mine[name] != other[name]]
-        # The letters say what some of the low bits mean.
-        return [one for one in found if one[0] != "rights"] or found
+        # The letters say again what some of the low bits mean, but for the right to execute.
+        if "low" in (one[0] for one in found) and mine["rights"][2] == other["rights"][2]:
+            found = [one for one in found if one[0] != "rights"]
+        return found
 
 
 _SOFT_DIRTY = (
