@@ -26,6 +26,7 @@ BREAKS: dict[str, str] = {
     "ignore-invalid-roots": "range_start skips roots that a memslot update invalidated (no-spte-in-bracket)",
     "ignore-invalid-slot": "a fault on a slot being deleted installs an MMIO SPTE (no-mmio-over-slot)",
     "log-no-flush": "reading or clearing a dirty log does not flush what it protected (log-flushed)",
+    "ignore-smm-slots": "range_start does not look for slots of the SMM space (spte-of-freed-frame)",
     "no-flush": "range_start never asks vCPUs to flush their TLBs (flush-before-unlock)",
     "no-memslot-wait": "a memslot update does not wait for open brackets (bracket-balance)",
     "no-range-union": "a second bracket replaces the range of the first (no-spte-in-bracket)",

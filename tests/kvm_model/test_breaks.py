@@ -36,6 +36,7 @@ from tests.kvm_model.test_pfncache import (
     open_and_close_over_a_cache,
     refresh_inside_a_start,
 )
+from tests.kvm_model.test_smm import page_out_what_both_spaces_have
 
 
 class SwitchOnce:
@@ -245,6 +246,7 @@ SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
     "ignore-invalid-roots": (bracket_while_invalid_roots_are_zapped, {"no-spte-in-bracket"}),
     "ignore-invalid-slot": (fault_on_a_slot_being_deleted, {"no-mmio-over-slot"}),
     "log-no-flush": (fetch_the_log, {"log-flushed"}),
+    "ignore-smm-slots": (page_out_what_both_spaces_have, {"spte-matches-host", "spte-of-freed-frame"}),
     "no-flush": (drop_a_mapped_page, {"flush-before-unlock"}),
     "no-memslot-wait": (bracket_over_a_memslot_update, {"bracket-balance"}),
     "no-range-union": (two_brackets, {"no-spte-in-bracket"}),

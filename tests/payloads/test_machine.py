@@ -115,8 +115,25 @@ def test_the_apics_registers_stay_wherever_their_page_goes(profile: str, tdp_mmu
 @pytest.mark.parametrize(("profile", "tdp_mmu"), [
     ("linux-6.18", "Y"), ("linux-6.18", "N"), ("linux-5.10", "Y"), ("linux-5.10", "N"),
 ])
+def test_smm_has_memory_of_its_own(profile: str, tdp_mmu: str) -> None:
+    text = run("smm", profile=profile, params={"kvm.tdp_mmu": tdp_mmu}, vcpus=3)
+    assert " 0 unexpected failures" in text, text
+
+
+@pytest.mark.parametrize(("profile", "tdp_mmu"), [
+    ("linux-6.18", "Y"), ("linux-6.18", "N"), ("linux-5.10", "Y"), ("linux-5.10", "N"),
+])
 def test_a_gpu_follows_every_write_to_its_tables(profile: str, tdp_mmu: str) -> None:
     text = run("gvt", profile=profile, params={"kvm.tdp_mmu": tdp_mmu}, vcpus=3)
+    assert " 0 unexpected failures" in text, text
+
+
+@pytest.mark.parametrize(("profile", "params"), [
+    ("linux-6.18", {"vmm.quirk_slot_zap_all": "N"}), ("linux-5.10", {"kvm.tdp_mmu": "Y"}),
+])
+def test_flash_is_memory_to_read_and_a_device_to_write(profile: str, params: dict[str, str]) -> None:
+    text = run("flash", profile=profile, params=params)
+    assert "PASS: nothing is lost, wherever the pages are" in text, text
     assert " 0 unexpected failures" in text, text
 
 
