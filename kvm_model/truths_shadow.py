@@ -381,7 +381,10 @@ class ShadowTruths:
     def _check_slot(self, slot: KvmMemorySlot, shadowing: list[KvmMmuPage]) -> None:
         tracked = Counter(sp.gfn - slot.base_gfn for sp in shadowing if sp.level > PG_LEVEL_4K)
         have = Counter(slot.gfn_write_track)
-        if tracked - have or (have != tracked and not self.kvm.external_write_tracking_enabled):
+        kvm = self.kvm
+        own_nodes = int(kvm.profile.mmu_is_page_track_node)
+        others = kvm.external_write_tracking_enabled or len(kvm.track_notifier_list) > own_nodes
+        if tracked - have or (have != tracked and not others):
             self._broken("shadow-counts", f"write tracking of {slot!r}: {dict(have)}, tables {dict(tracked)}")
         fresh = slot.copy()
         alloc_lpage_info(fresh)

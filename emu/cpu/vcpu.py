@@ -7,7 +7,7 @@ leaves), so registers are read and written in place.
 Source: docs of Unicorn 2.1.4; qemu/target/i386/cpu.c: x86_cpu_exec_enter, x86_cpu_exec_exit;
 Intel SDM vol. 3A 9.1 (state after reset), table 9-1.
 
-Not modelled: real mode and virtual-8086 mode as a starting state, SMM, INIT and SIPI.
+Not modelled: real mode and virtual-8086 mode as a starting state, INIT and SIPI.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from emu.cpu.block import BlockCounter
 from emu.cpu.env import (
     EXCEPTION_INDEX_IS_INT,
     GDT,
+    HF_CS32,
     HF_CS64,
     HF_INHIBIT_IRQ,
     IDT,
@@ -41,7 +42,7 @@ from emu.cpu.env import (
 from emu.cpu.fill import Fill
 from emu.cpu.intercept import Intercepts
 from emu.cpu.memory import GuestFault, GuestMemory, MemoryExit
-from emu.cpu.paging import CR0_PE, CR0_PG, CR4_PAE, EFER_LME
+from emu.cpu.paging import CR0_PE, CR0_PG, CR4_PAE, EFER_LME, pae_paging
 from emu.cpu.segments import FLAT_CODE32, FLAT_CODE64, FLAT_DATA, load_seg_cache
 from emu.cpu.walk import ACCESS_READ, EPT_MISCONFIG, EPT_VIOLATION, OK, PML_FULL
 from host_mm.ram import Ram
@@ -119,6 +120,20 @@ class UnicornVcpu:
         """Whether CS is a 64-bit code segment."""
         return bool(self.env.hflags & HF_CS64)
 
+    @property
+    def linear_rip(self) -> int:
+        """The linear address of RIP: outside 64-bit code CS has a base."""
+        env = self.env
+        if env.hflags & HF_CS64:
+            return env.eip
+        return int(env.eip + env.seg(R_CS)[1] & 0xFFFFFFFF)
+
+    @property
+    def code_bits(self) -> int:
+        """How instructions are decoded: 64, 32 or 16."""
+        hflags = self.env.hflags
+        return 64 if hflags & HF_CS64 else 32 if hflags & HF_CS32 else 16
+
     def skip(self, length: int) -> None:
         """Step RIP over an instruction; whatever it was, it ends a STI or MOV SS shadow."""
         env = self.env
@@ -160,6 +175,15 @@ class UnicornVcpu:
                 self.deferred = None
                 raise
             self.deferred = None
+
+    def watch_cr3(self) -> None:
+        """CR0 or CR4 changed: MOV to CR3 must be seen in PAE paging, where it loads PDPTEs.
+
+        In other modes it is Unicorn's own; without EPT it exits in every mode.
+        """
+        if not self.shadow:
+            env = self.env
+            self.intercepts.intercept_cr3_writes(pae_paging(env.cr(0), env.cr(4), env.efer))
 
     # -- translated code ------------------------------------------------------------------------
 
@@ -240,14 +264,16 @@ class UnicornVcpu:
         self.fill.flush()
 
     def start_like(self, other: UnicornVcpu, entry: int) -> None:
-        """64-bit mode in the address space and with the tables of `other`; LDTR and TR null."""
+        """The mode, the address space and the tables of `other`; LDTR and TR null."""
         self.reset()
         env, source = self.env, other.env
-        env.efer = EFER_LME
+        env.efer = source.efer & EFER_LME
         self.intercepts.load_cr4(source.cr(4))
         env.set_cr(3, source.cr(3))
         self.intercepts.load_cr0(source.cr(0))
         env.efer = source.efer
+        self.fill.pdptes = other.fill.pdptes
+        self.watch_cr3()
         for table in (GDT, IDT):
             env.set_table(table, *source.table(table))
         for index in (R_ES, R_SS, R_DS, R_FS, R_GS, R_CS):
