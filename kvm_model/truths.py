@@ -251,7 +251,8 @@ class KvmTruths:
             if was_leaf and kvm.spte.is_mmio_spte(new) and not kvm.profile.invalid_slot_is_noslot:
                 self._broken("no-mmio-over-slot", f"gfn {gfn:#x}: {new:#x} over {old:#x}")
             return
-        self._check_state(gfn, new)
+        if sptep not in kvm.instrumented:
+            self._check_state(gfn, new)
         if was_leaf and old & ~new & PT_WRITABLE_MASK and kvm.sched.current in self._log_calls:
             self._log_calls[kvm.sched.current] = True
         if was_leaf and spte_to_pfn(old) != spte_to_pfn(new):

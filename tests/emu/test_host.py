@@ -123,7 +123,7 @@ def test_a_vm_that_is_being_destroyed_takes_no_operations(vm: refault.VM) -> Non
 
 def test_a_vcpu_that_must_drop_its_root_holds_no_translations() -> None:
     """Zapping an invalidated root flushes nothing: the vCPU flushes when it loads the next one."""
-    backend = EmulatorBackend(check=True)
+    backend = EmulatorBackend(check=True, mmu="ept")
     backend.load(0)
     slot = backend.vm.host.slot_create(0x2000_0000)
     backend.vm.host.slot_delete(slot)
@@ -133,27 +133,27 @@ def test_a_vcpu_that_must_drop_its_root_holds_no_translations() -> None:
 
 
 def test_code_that_is_unmapped_before_its_mmio_is_emulated_is_fetched_again() -> None:
-    backend = EmulatorBackend(check=True)
+    backend = EmulatorBackend(check=True, mmu="ept")
     board = backend.board
     emulate, calls = board.cpu.emulate, 0
 
-    def late(vcpu: Any, gpa: int) -> Any:
+    def late(vcpu: Any, gpa: int, code: bytes | None = None) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
             # Another CPU's notifier, between the exit and the emulator's look at the instruction.
             board.kvm.zap_for_instrument(CODE >> 12)
-        return emulate(vcpu, gpa)
+        return emulate(vcpu, gpa, code)
 
     board.cpu.emulate = late  # type: ignore[method-assign]
-    assert backend.load(0x2000_0000 - DATA_GPA) == (1 << 64) - 1
+    assert backend.load(0x2000_0000 - DATA_GPA) == "MMIO read of 8 bytes at 0x20000000"
     assert calls == 2
     backend.close()
 
 
 def test_a_vcpu_that_is_about_to_drop_its_root_holds_no_translations() -> None:
     """The request is served already, the root not dropped yet: memory may be freed at that moment."""
-    backend = EmulatorBackend(check=True)
+    backend = EmulatorBackend(check=True, mmu="ept")
     backend.load(0)
     board = backend.board
     slot = backend.vm.host.slot_create(0x2000_0000)
@@ -167,8 +167,8 @@ def test_a_vcpu_that_is_about_to_drop_its_root_holds_no_translations() -> None:
 
 
 def test_a_guest_that_runs_code_from_a_device_is_not_tried_again() -> None:
-    backend = EmulatorBackend(check=True)
-    assert backend._run("load", rip=0x2000_0000) == "error"
+    backend = EmulatorBackend(check=True, mmu="ept")
+    assert backend._run_at(0x2000_0000) == "ERROR"
     assert backend.board.stop is not None
     assert "cannot be emulated" in backend.board.stop.why
     backend.close()

@@ -126,7 +126,10 @@ def test_huge_pages_move_and_are_not_swapped(vm: refault.VM) -> None:
 
 
 class Sharing(EmulatorBackend):
-    """D shows the first 8 MiB of a file of 1 GiB, which a peer maps as well."""
+    """D shows the first 8 MiB of a file of 1 GiB, which a peer maps as well.
+
+    Made with thp=True: MADV_NOHUGEPAGE of D alone would part the mapping, and no table were shared.
+    """
 
     def create_hugetlb(self, kind: str) -> None:
         vmm = self.board.vmm
@@ -158,7 +161,7 @@ class Sharing(EmulatorBackend):
 
 
 def backend(kind: type[EmulatorBackend], **kw: Any) -> EmulatorBackend:
-    return kind(hugetlb="shared", check=True, params={"hugetlb.nr_hugepages": "6"}, **kw)
+    return kind(hugetlb="shared", check=True, mmu="ept", params={"hugetlb.nr_hugepages": "6"}, **kw)
 
 
 def test_the_guests_mappings_are_of_2_mib_and_come_back_so() -> None:
@@ -185,7 +188,7 @@ def drop_one_page_of_a_shared_table(machine: Sharing) -> None:
 
 
 def test_dropping_a_page_of_a_shared_table_takes_every_spte_of_that_gib() -> None:
-    machine = backend(Sharing)
+    machine = backend(Sharing, thp=True)
     assert isinstance(machine, Sharing)
     drop_one_page_of_a_shared_table(machine)
     at = machine.lines.index(">> host madvise(D+0x0,0x200000,DONTNEED)")
@@ -193,7 +196,7 @@ def test_dropping_a_page_of_a_shared_table_takes_every_spte_of_that_gib() -> Non
 
 
 def test_telling_of_the_dropped_page_only_leaves_sptes_to_memory_that_is_not_mapped() -> None:
-    machine = backend(Sharing)
+    machine = backend(Sharing, thp=True)
     assert isinstance(machine, Sharing)
     machine.board.host.mm.breaks = frozenset({"hugetlb-narrow-unshare"})
     with pytest.raises(BrokenTruth):

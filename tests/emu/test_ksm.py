@@ -77,7 +77,7 @@ def test_a_guest_reads_what_it_wrote_while_its_pages_are_merged_and_parted(zero_
         backend.ksmd(zero_pages)
         sharing = max(sharing, mm.ksm.ksm_pages_sharing + mm.ksm.ksm_zero_pages)
         what = rng.choice(("", "", "UNMERGEABLE", "PAGEOUT", "fork", "migrate"))
-        if what == "fork" and backend.child is None:
+        if what == "fork" and not backend.children:
             backend.fork()
         elif what == "migrate":
             backend.vm.host.migrate(DATA_GPA, len(pages))
