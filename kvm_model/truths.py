@@ -16,9 +16,7 @@
     write-tracked         no leaf lets a vCPU write unseen to a page whose writes somebody tracks, and no
                           translation of before
     dirty-ring            a ring never holds more than it has room for
-<<<<<<< HEAD
     spte-dirty-kept       in 5.10, outside the TDP MMU, the page is dirty when a leaf that says so changes
-=======
     gpc-in-bracket        no pfn cache is valid from the return of range_start to the call of range_end
     gpc-matches-host      elsewhere a valid one has the host's frame, and the host may write it
     gpc-of-freed-frame    no valid one has a frame that is freed
@@ -26,7 +24,6 @@
                           has one, and outside brackets that the host has
     vmcs-of-freed-frame   no VMCS of a vCPU that is in the guest, or enters without reloading it, has a frame
                           for the APIC's page that is freed
->>>>>>> main
     no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
     rmap-matches-sptes    without the TDP MMU every leaf is in its gfn's rmap, once, and nothing else is; the
                           same of tables and `parent_ptes` (swept only, while nobody has mmu_lock)
