@@ -15,6 +15,6 @@
 | `uffd.py` | the thread of a VMM that serves a userfaultfd: post-copy, snapshots, lent pages |
 | `hostops.py`, `operations/` | what can be asked of the host |
 | `config.py` | everything that decides what a machine does |
-| `inspector.py` | a translation shown without making one |
+| `inspector.py`, `shadow_inspector.py` | a translation shown without making one |
 | `checker.py` | the truths of all rooms, at scheduling points; its own is truth 2's TLB half |
 """

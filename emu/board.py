@@ -144,11 +144,14 @@ class Board:
         self.bars: dict[int, PciBar] = {}
         self.guest_memfds: list[AddressSpace] = []
         self._make_devices()
-        self.cpu = UnicornCpu(host.mm, host.sched, interpreted=interpreted, params=config.params)
+        ept = config.mmu == "ept"
+        self.cpu = UnicornCpu(
+            host.mm, host.sched, interpreted=interpreted, ept=ept, params=config.params
+        )
         self.cpu.exit_filter = self._exit_filter
         self.kvm = Kvm(
             host.mm, self.process, self.cpu, profile=PROFILES[config.profile], params=config.params,
-            breaks=frozenset(config.breaks), checks=config.checks,
+            breaks=frozenset(config.breaks), checks=config.checks, tdp_enabled=ept,
             vm_type=_VM_TYPES[config.params.get("vmm.vm_type", "default")],
         )
         if config.params.get("vmm.quirk_slot_zap_all", "Y").lower() in ("0", "n", "no", "off", "false"):
@@ -194,9 +197,10 @@ class Board:
         def copy() -> None:
             for gpa, data in image.segments:
                 self.memory.write(gpa, data)
+            self.cpu.start_image(self.vcpus[0], image)
+            self.kvm.set_sregs(self.vcpus[0])
 
         self.host.sched.run_task("vmm", copy)
-        self.cpu.start_image(self.vcpus[0], image)
         self.start_thread(self.threads[0])
 
     def start_cpu(self, number: int, entry: int, stack: int, arg: int) -> None:
@@ -208,6 +212,7 @@ class Board:
             raise KernelError(errno.EBUSY, f"cpu {number} runs")
         caller = self.host.sched.current.ctx.vcpu
         self.cpu.start_like(thread.vcpu, self.vcpus[max(caller, 0)], entry, stack, (arg, number))
+        self.kvm.set_sregs(thread.vcpu)
         self.start_thread(thread)
 
     def set_node(self, number: int, node: int) -> None:
@@ -395,6 +400,7 @@ class Board:
             if self.uffd is not None:
                 self.uffd.stop()
             self.hugetlb.exit_peer()
+            self.kvm.clear_async_pf()
             self.vmm.exit()
             self.hugetlb.close()
             # As the VMM's files of these, closed after its address space is gone.

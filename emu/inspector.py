@@ -4,9 +4,10 @@ Reads the tables as the hardware would but sets no A/D bit and faults nothing in
 a frozen machine shows the machine and not the walk. Source of the layouts: emu/cpu/paging.py and
 kvm_model/vmx/ept.py.
 
-In PAE paging the first step is the PDPTE register, at the address that it is loaded from.
+In PAE paging the first step is the PDPTE register, at the address that it is loaded from. Without EPT:
+shadow_inspector.py.
 
-Not modelled: shadow paging.
+Not modelled: what no table says, such as protection keys.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ _EPT_BITS = ((0x1, "R"), (0x2, "W"), (0x4, "X"), (0x80, "PS"), (0x100, "A"), (0x
 
 
 class WalkStep(msgspec.Struct):
-    """One entry that was read. `stage` 1 is the guest's tables, 2 the EPT. Addresses are where the
-    entry lies: guest physical for stage 1, host physical for stage 2. `flags` decodes the entry."""
+    """One entry that was read. `stage` 1 is the guest's tables, 2 the EPT or KVM's shadow tables. Addresses
+    are where the entry lies: guest physical for stage 1, host physical for stage 2. `flags` decodes it."""
 
     stage: int
     name: str
@@ -78,6 +79,8 @@ class WalkTree(msgspec.Struct):
             lines.append(f"{indent}{where}: {step.entry:#018x}  {step.flags}")
         if self.gva is not None and self.gpa is not None:
             lines.append(f"gpa {self.gpa:#x}")
+        elif self.gva is not None and self.hpa is not None:
+            lines.append(f"no gpa: {self.why}")
         if self.hpa is None:
             lines.append(f"no hpa: {self.why}")
         else:

@@ -16,6 +16,8 @@ Reading order, which is the way of one fault and of one host event:
     mmu/spte.py mmu/tdp_mmu.py    what an SPTE says, and every store to one
     mmu/rmap.py mmu/direct_map.py the same without the TDP MMU
     memslots.py memory_region.py  the guest's memory map, and how it changes
+    async_pf.py x86_async_pf.py   page faults that the guest need not wait for
+    pv_async_pf.py                what a guest needs that takes them
     guest_memfd.py                memory that is a file of KVM's
     mem_attributes.py             which guest frames are private
     dirty_log.py dirty_ring.py    which pages were written, told by bitmap or by ring

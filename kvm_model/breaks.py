@@ -14,6 +14,7 @@ __all__ = ["BREAKS"]
 
 BREAKS: dict[str, str] = {
     "apic-reload-early": "the address of the APIC's page is reloaded too early (vmcs-of-freed-frame)",
+    "apf-no-wakeup": "a page that was read in for a vCPU that sleeps wakes nobody (no-deadlock)",
     "drop-ad": "a page mapped writable is not marked dirty, so reclaim may drop it as clean (no-lost-write)",
     "flush-after-unlock": "range_start flushes only after it dropped mmu_lock (flush-before-unlock)",
     "gpc-late-count": "a pfn cache's refresh looks at the count that is raised too late (gpc-in-bracket)",

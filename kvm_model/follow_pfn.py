@@ -4,7 +4,7 @@ Source of truth: virt/kvm/kvm_main.c (Linux 6.18): __kvm_faultin_pfn, kvm_follow
 hva_to_pfn_fast, hva_to_pfn_slow, hva_to_pfn_remapped, kvm_release_page_*; include/linux/kvm_host.h:
 kvm_release_faultin_page.
 
-Not modelled: pinning, async page faults, the memory type of MMIO frames.
+Not modelled: pinning, the memory type of MMIO frames.
 """
 
 from __future__ import annotations

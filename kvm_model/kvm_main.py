@@ -23,6 +23,7 @@ from host_mm.mmu_notifier_register import mmu_notifier_register, mmu_notifier_un
 from host_mm.page import put_page
 from host_mm.page_alloc import GFP_KERNEL_ACCOUNT, GFP_ZERO, alloc_pages
 from kvm_model import (
+    async_pf,
     dirty_log,
     dirty_ring,
     follow_pfn,
@@ -33,10 +34,13 @@ from kvm_model import (
     pvclock,
     requests,
     x86,
+    x86_async_pf,
+    x86_cr,
     x86_emulate,
     x86_events,
     x86_msr,
 )
+from kvm_model.async_pf import AsyncPfQueues, kvm_clear_async_pf_completion_queue
 from kvm_model.guest_memfd import KvmGmem, kvm_gmem_create
 from kvm_model.mem_attributes import KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM
 from kvm_model.memslots import KVM_MEM_GUEST_MEMFD, KvmMemslots
@@ -64,6 +68,7 @@ from kvm_model.mmu.mmu_internal import (
     tdp_root_role,
 )
 from kvm_model.mmu.nx_huge_pages import NxRecovery
+from kvm_model.mmu.pre_fault import kvm_vcpu_pre_fault_memory
 from kvm_model.mmu.rcu import Rcu
 from kvm_model.mmu.set_mem_attributes import kvm_vm_ioctl_set_mem_attributes
 from kvm_model.mmu.shadow_walk import get_walk
@@ -105,6 +110,7 @@ TRACEPOINTS = (
     *lapic.TRACEPOINTS, *apic_access.TRACEPOINTS,
     *tdp_mmu.TRACEPOINTS, *unsync.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS,
     *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS, *set_mem_attributes.TRACEPOINTS,
+    *async_pf.TRACEPOINTS, *x86_async_pf.TRACEPOINTS,
 )
 """Every tracepoint of this room, each declared beside the code that fires it."""
 
@@ -205,6 +211,8 @@ class Kvm:
         self.enable_apicv = _flag(params, "kvm_intel.enable_apicv", False)
         self.apic_access_memslot_enabled = False
         self.eager_page_split = _flag(params, "kvm.eager_page_split", True)
+        # Linux has it where the local APIC is its own. Off here unless asked for: the waits are what shows.
+        self.async_pf = _flag(params, "kvm.async_pf", False)
         self.manual_dirty_log_protect = 0
         # Linux has pml on where the CPU can do it. Off here unless asked for: protection is what shows.
         enable_pml = _flag(params, "kvm_intel.pml", False) and self.spte.ad_enabled and self.tdp_enabled
@@ -298,6 +306,7 @@ class Kvm:
         if any(v.vcpu_id == vcpu_id for v in self.vcpus):
             raise KernelError(EEXIST, f"vCPU {vcpu_id} exists")
         vcpu = Vcpu(self, vcpu_id)
+        vcpu.async_pf = AsyncPfQueues(vcpu)
         if not self.tdp_enabled:
             vcpu.mmu.pae_root = self.alloc_zeroed_page()
         kvm_init_mmu(vcpu)
@@ -311,6 +320,13 @@ class Kvm:
             vcpu.dirty_ring = dirty_ring.KvmDirtyRing(self, vcpu_id, self.dirty_ring_size)
         self.vcpus.append(vcpu)
         return vcpu
+
+    def set_sregs(self, vcpu: Vcpu) -> None:
+        """KVM_SET_SREGS: the control registers that user space has just given the vCPU count from now on."""
+        with vcpu.mutex:
+            idx = self.srcu.read_lock()
+            x86_cr.kvm_set_sregs(vcpu)
+            self.srcu.read_unlock(idx)
 
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         """KVM_SET_USER_MEMORY_REGION; size 0 deletes."""
@@ -330,6 +346,10 @@ class Kvm:
     def create_guest_memfd(self, size: int, flags: int = 0) -> AddressSpace:
         """KVM_CREATE_GUEST_MEMFD: a file, to be closed with fput before the VM is destroyed."""
         return kvm_gmem_create(self, size, flags)
+
+    def pre_fault_memory(self, vcpu: Vcpu, gpa: int, size: int, flags: int = 0) -> int:
+        """KVM_PRE_FAULT_MEMORY: how many bytes from `gpa` on are mapped now, some; KernelError."""
+        return kvm_vcpu_pre_fault_memory(vcpu, gpa, size, flags)
 
     def set_memory_attributes(self, gpa: int, size: int, attributes: int, flags: int = 0) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES."""
@@ -374,6 +394,7 @@ class Kvm:
         if self.gmems:
             raise BrokenTruth("file-count", "a guest_memfd is open: it holds the VM", self.stream.here())
         self.alive = False
+        self.clear_async_pf()
         mmu_notifier_unregister(self.mmu_notifier, self.mm)
         self.mn_active_invalidate_count = 0
         for vcpu in self.vcpus:
@@ -394,6 +415,12 @@ class Kvm:
         self.host.frame_holders.remove(self._table_frames)
         if self.truths is not None:
             self.truths.detach()
+
+    def clear_async_pf(self) -> None:
+        """Wait until no work item brings pages in any more, and forget them. Each holds the address space."""
+        for vcpu in self.vcpus:
+            kvm_clear_async_pf_completion_queue(vcpu)
+            vcpu.apf.gfns.clear()
 
     # -- for the board and its tools ------------------------------------------------------------
 
@@ -444,7 +471,7 @@ class Kvm:
             error_code = PFERR_WRITE_MASK | PFERR_GUEST_FINAL_MASK
             r = mmu_roots.kvm_mmu_reload(vcpu)
             if not r:
-                r = mmu.kvm_tdp_map_page(vcpu, gfn << 12, error_code, PG_LEVEL_4K)
+                r = mmu.kvm_tdp_map_page(vcpu, gfn << 12, error_code, PG_LEVEL_4K, prefetch=False)
             if r < 0:
                 raise KernelError(-r, f"gfn {gfn:#x} cannot be mapped")
             self.instrumented.add(self.leaf_spte(gfn)[0] >> 3)

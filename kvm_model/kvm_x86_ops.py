@@ -30,8 +30,10 @@ class MmioAccess(msgspec.Struct):
 
     `data` is what a store writes. A `lock`ed store is made only if memory still holds `old`. `parts`:
     (gpa, length) of the two pieces of an access that crosses a page; without them it is all at the gpa that
-    exited. `insn` and `mode` (kvm_emulate_insn's flags: prot64 is 9, prot32
-    5, prot16 1, real 0) are for the trace. What else the CPU needs to finish it keeps in `priv`.
+    exited. `gva` is the access's linear address where KVM translates itself, -1 elsewhere; `page_table`:
+    instructions of this kind are what guests write page tables with. `insn` and `mode` (kvm_emulate_insn's
+    flags: prot64 is 9, prot32 5, prot16 1, real 0) are for the trace. What else the CPU needs to finish it
+    keeps in `priv`.
     """
 
     write: bool
@@ -43,6 +45,8 @@ class MmioAccess(msgspec.Struct):
     lock: bool = False
     old: int = 0
     parts: tuple[tuple[int, int], ...] = ()
+    gva: int = -1
+    page_table: bool = False
 
 
 EMULATE_RETRY = MmioAccess(False, 0)
@@ -58,6 +62,10 @@ class KvmX86Ops(Protocol):
 
     def flush_tlb(self, vcpu: Vcpu) -> None:
         """Empty the vCPU's translations of every kind (INVEPT of its root)."""
+        ...
+
+    def flush_tlb_guest(self, vcpu: Vcpu) -> None:
+        """Empty what the guest can see of its translations (INVVPID)."""
         ...
 
     def evict_tlb(self, vcpu: Vcpu) -> None:
@@ -81,19 +89,20 @@ class KvmX86Ops(Protocol):
         """Accesses that translate to the page at `access` are to the APIC registers at `virtual`."""
         ...
 
-    def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
+    def emulate(self, vcpu: Vcpu, gpa: int, code: bytes | None = None) -> MmioAccess | None:
         """Decode and start the instruction at RIP, whose memory operand is at `gpa`, MMIO or not.
 
         None where the instruction cannot be emulated, EMULATE_RETRY where its bytes or its other
-        operand are not mapped (any more): the guest then meets that fault itself.
+        operand are not mapped (any more): the guest then meets that fault itself. With `code`, the
+        instruction's bytes, no access goes by the CPU's own walk: each is told with its linear address.
         """
         ...
 
     def complete_mmio(self, vcpu: Vcpu, access: MmioAccess, data: int) -> MmioAccess | None:
         """Finish an emulated access: put `data` where a load wants it, set flags, step RIP.
 
-        Completing the load of a read-modify-write gives its store to the same gpa, which KVM makes
-        and completes in turn.
+        Completing the load of a read-modify-write gives its store to the same place, that of a move
+        between two places the store to the other, which KVM makes and completes in turn.
         """
         ...
 

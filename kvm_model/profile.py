@@ -28,7 +28,11 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     `lockless_aging`: aging takes no mmu_lock. `flush_on_young`: clear_flush_young flushes.
     `age_clears_dirty`: aging clears an SPTE's dirty bit as well. `marks_page_at_drop`: what an SPTE's
     accessed and dirty bits say goes to struct page when they are cleared, and nothing when it is made.
+    Of asynchronous page faults: `apf_token_never_zero`; `apf_needs_paging`: no token while CR0.PG is clear;
+    `apf_ready_keeps_error_code`: the page is mapped for the access that faulted, not for a read;
+    `block_traces_wakeup`: their wait is traced as HLT's is.
     `dirty_ring`: there are dirty rings. `guest_memfd`: there are guest_memfd and memory attributes.
+    `pre_fault_memory`: there is KVM_PRE_FAULT_MEMORY.
 
     `tdp_mmu`: the default of the module parameter. The rest is of VMs without the TDP MMU:
     `obsolete_root_check`: a fault whose root is obsolete is retried. `unmap_breaks_lock`: an unmap gives
@@ -81,6 +85,11 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     marks_page_at_drop: bool = False
     dirty_ring: bool = True
     guest_memfd: bool = True
+    pre_fault_memory: bool = True
+    apf_token_never_zero: bool = True
+    apf_needs_paging: bool = True
+    apf_ready_keeps_error_code: bool = True
+    block_traces_wakeup: bool = False
     tdp_mmu: bool = True
     obsolete_root_check: bool = True
     unmap_breaks_lock: bool = True
@@ -105,7 +114,7 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     apic_reload_retries: bool = True
     quirks: int = 0x3FF
     mmu_shrinker: bool = False
-    absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page"})
+    absent_events: frozenset[str] = frozenset({"kvm:kvm_age_page", "kvm:kvm_async_pf_doublefault"})
     user_mem_slots: int = 32764
     max_vcpu_ids: int = 4096
     max_vcpus: int = 1024
@@ -135,6 +144,11 @@ LINUX_5_10 = KvmProfile(
     marks_page_at_drop=True,
     dirty_ring=False,
     guest_memfd=False,
+    pre_fault_memory=False,
+    apf_token_never_zero=False,
+    apf_needs_paging=False,
+    apf_ready_keeps_error_code=False,
+    block_traces_wakeup=True,
     tdp_mmu=False,
     obsolete_root_check=False,
     unmap_breaks_lock=False,
@@ -163,8 +177,9 @@ LINUX_5_10 = KvmProfile(
     quirks=0,
     mmu_shrinker=True,
     absent_events=frozenset({
-        "kvm:kvm_age_hva", "kvm:kvm_dirty_ring_exit", "kvm:kvm_dirty_ring_push", "kvm:kvm_dirty_ring_reset",
-        "kvm:kvm_test_age_hva", "kvm:kvm_unmap_hva_range", "kvm:kvm_vm_set_mem_attributes",
+        "kvm:kvm_age_hva", "kvm:kvm_async_pf_repeated_fault", "kvm:kvm_dirty_ring_exit",
+        "kvm:kvm_dirty_ring_push", "kvm:kvm_dirty_ring_reset", "kvm:kvm_test_age_hva",
+        "kvm:kvm_unmap_hva_range", "kvm:kvm_vm_set_mem_attributes",
         "kvmmmu:kvm_mmu_split_huge_page", "kvmmmu:kvm_tdp_mmu_spte_changed",
     }),
 )

@@ -4,7 +4,8 @@ Source of truth: include/linux/kvm_host.h (kvm_vcpu), arch/x86/include/asm/kvm_h
 kvm_queued_exception, kvm_queued_interrupt, kvm_vcpu_stat), include/uapi/linux/kvm.h (kvm_run);
 Linux 6.18.
 
-Not modelled: in-kernel local APIC (interrupts come from `irq_source`, as with a user-space irqchip),
+Not modelled: in-kernel local APIC (interrupts come from `irq_source`, as with a user-space irqchip), but for
+the vectors that KVM itself raises;
 SMM, guest debugging, XSAVE, steal time.
 """
 
@@ -20,10 +21,18 @@ from host_mm.kernel.sched import WaitQueue
 from kvm_model.mmu.kvm_mmu import KvmMmu
 from kvm_model.mmu.mmu_internal import INVALID_PAGE
 from kvm_model.pvclock import PvClock
-from kvm_model.requests import KVM_REQ_EVENT, KVM_REQ_NMI, OUTSIDE_GUEST_MODE, kvm_make_request, kvm_vcpu_kick
+from kvm_model.requests import (
+    KVM_REQ_EVENT,
+    KVM_REQ_NMI,
+    KVM_REQ_TRIPLE_FAULT,
+    OUTSIDE_GUEST_MODE,
+    kvm_make_request,
+    kvm_vcpu_kick,
+)
 from kvm_model.vmx.exits import VmExit
 
 if TYPE_CHECKING:
+    from kvm_model.async_pf import AsyncPfQueues
     from kvm_model.dirty_ring import KvmDirtyRing
     from kvm_model.kvm_main import Kvm
     from kvm_model.lapic import Lapic
@@ -36,6 +45,7 @@ __all__ = [
     "QueuedException",
     "UserExit",
     "Vcpu",
+    "VcpuApf",
 ]
 
 KVM_MP_STATE_RUNNABLE = 0
@@ -85,6 +95,16 @@ class UserExit(msgspec.Struct):
     why: str = ""
 
 
+_DF_VECTOR = 8
+_BENIGN, _CONTRIBUTORY, _PAGE_FAULT = range(3)
+
+
+def _exception_class(vector: int) -> int:
+    if vector == 14:
+        return _PAGE_FAULT
+    return _CONTRIBUTORY if vector in (0, 10, 11, 12, 13) else _BENIGN
+
+
 class QueuedException:
     """struct kvm_queued_exception."""
 
@@ -96,6 +116,21 @@ class QueuedException:
         self.vector = 0
         self.has_error_code = False
         self.error_code = 0
+
+
+class VcpuApf:
+    """kvm_vcpu_arch.apf. `halted`: the vCPU sleeps until a page is there; `gfns` of pages under way."""
+
+    __slots__ = ("data_gpa", "gfns", "halted", "id", "msr_en_val", "msr_int_val", "pageready_pending")
+
+    def __init__(self) -> None:
+        self.halted = False
+        self.gfns: list[int] = []
+        self.id = 0
+        self.msr_en_val = 0
+        self.msr_int_val = 0
+        self.data_gpa = 0
+        self.pageready_pending = False
 
 
 class Vcpu:
@@ -151,6 +186,9 @@ class Vcpu:
         self.interrupt_soft = False
         self.nmi_pending = 0
         self.nmi_injected = False
+        self.lapic_irr: set[int] = set()
+        self.apf = VcpuApf()
+        self.async_pf: AsyncPfQueues
         self.event_exit_inst_len = 0
 
         self.exit = VmExit(0, 0)
@@ -166,10 +204,17 @@ class Vcpu:
         return self.exception.injected or self.interrupt_injected or self.nmi_injected
 
     def queue_exception(self, vector: int, error_code: int | None = None) -> None:
-        """kvm_queue_exception: deliver at the next entry. An exception on top of one makes #DF."""
+        """kvm_multiple_exception: deliver at the next entry. With one that waits already it makes a double
+        fault, replaces it, or is the end of the guest."""
         ex = self.exception
         if ex.pending or ex.injected:
-            vector, error_code = 8, 0
+            if ex.vector == _DF_VECTOR:
+                kvm_make_request(KVM_REQ_EVENT, self)
+                kvm_make_request(KVM_REQ_TRIPLE_FAULT, self)
+                return
+            first, second = _exception_class(ex.vector), _exception_class(vector)
+            if (first == second == _CONTRIBUTORY) or (first == _PAGE_FAULT and second != _BENIGN):
+                vector, error_code = _DF_VECTOR, 0
         ex.pending = True
         ex.injected = False
         ex.vector = vector
@@ -186,7 +231,21 @@ class Vcpu:
 
     def has_interrupt(self) -> bool:
         """kvm_cpu_has_interrupt: the interrupt controller has something."""
-        return self.irq_source is not None and self.irq_source.has_interrupt()
+        return bool(self.lapic_irr) or (self.irq_source is not None and self.irq_source.has_interrupt())
+
+    def ack_interrupt(self) -> int:
+        """kvm_cpu_get_interrupt: the vector to deliver, of the controller in user space first."""
+        if self.irq_source is not None and self.irq_source.has_interrupt():
+            return self.irq_source.ack()
+        vector = max(self.lapic_irr)
+        self.lapic_irr.remove(vector)
+        return vector
+
+    def apic_set_irq(self, vector: int) -> None:
+        """kvm_apic_set_irq with a fixed vector to this vCPU."""
+        self.lapic_irr.add(vector)
+        kvm_make_request(KVM_REQ_EVENT, self)
+        kvm_vcpu_kick(self)
 
     # -- answers of user space ------------------------------------------------------------------
 

@@ -21,10 +21,13 @@ from host_mm.kernel.costs import COST_VM_ENTRY, COST_VM_EXIT
 from kvm_model.dirty_ring import kvm_dirty_ring_check_request
 from kvm_model.mmu.mmu_roots import kvm_mmu_free_obsolete_roots, kvm_mmu_load_pgd, kvm_mmu_reload
 from kvm_model.mmu.shadow_roots import kvm_mmu_sync_prev_roots, kvm_mmu_sync_roots
+from kvm_model.pv_async_pf import kvm_check_async_pf_completion
 from kvm_model.pvclock import kvm_gen_kvmclock_update, kvm_guest_time_update
 from kvm_model.requests import (
     EXITING_GUEST_MODE,
     IN_GUEST_MODE,
+    KVM_REQ_APF_HALT,
+    KVM_REQ_APF_READY,
     KVM_REQ_APIC_PAGE_RELOAD,
     KVM_REQ_CLOCK_UPDATE,
     KVM_REQ_EVENT,
@@ -160,7 +163,7 @@ def _user_exit(vcpu: Vcpu, r: int) -> UserExit:
 def _vcpu_run(vcpu: Vcpu) -> int:
     kvm = vcpu.kvm
     while True:
-        if vcpu.mp_state == KVM_MP_STATE_RUNNABLE:
+        if vcpu.mp_state == KVM_MP_STATE_RUNNABLE and not vcpu.apf.halted:
             r = _vcpu_enter_guest(vcpu)
         else:
             r = _vcpu_block(vcpu)
@@ -240,9 +243,14 @@ def _service_requests(vcpu: Vcpu) -> int:
     if kvm_check_request(KVM_REQ_TRIPLE_FAULT, vcpu):
         vcpu.run = UserExit("shutdown")
         return 0
+    if kvm_check_request(KVM_REQ_APF_HALT, vcpu):
+        vcpu.apf.halted = True
+        return 1
     kvm_check_request(KVM_REQ_NMI, vcpu)
     if kvm_check_request(KVM_REQ_APIC_PAGE_RELOAD, vcpu):
         kvm_vcpu_reload_apic_access_page(vcpu)
+    if kvm_check_request(KVM_REQ_APF_READY, vcpu):
+        kvm_check_async_pf_completion(vcpu)
     if kvm_check_request(KVM_REQ_UPDATE_CPU_DIRTY_LOGGING, vcpu):
         vmx_update_cpu_dirty_logging(vcpu)
     return 1
@@ -253,7 +261,7 @@ def _vcpu_enter_guest(vcpu: Vcpu) -> int:
     kvm = vcpu.kvm
     if vcpu.requests:
         r = _service_requests(vcpu)
-        if r <= 0:
+        if r <= 0 or vcpu.apf.halted:
             return r
     req_immediate_exit = False
     if kvm_check_request(KVM_REQ_EVENT, vcpu) or vcpu.has_interrupt():
@@ -323,35 +331,39 @@ def _trace_exit(kvm: Kvm, vcpu: Vcpu, exit_: VmExit) -> None:
 
 
 def _vcpu_runnable(vcpu: Vcpu) -> bool:
-    """kvm_arch_vcpu_runnable."""
-    if vcpu.exception.pending or vcpu.nmi_pending:
+    """kvm_arch_vcpu_runnable, of a vCPU that halts."""
+    if vcpu.async_pf.done or vcpu.exception.pending or vcpu.nmi_pending:
         return True
     return vcpu.has_interrupt() and vcpu.kvm.cpu.interrupt_allowed(vcpu)
 
 
 def _vcpu_block(vcpu: Vcpu) -> int:
-    if not _vcpu_runnable(vcpu) and not _can_wake(vcpu):
+    halted = vcpu.mp_state == KVM_MP_STATE_HALTED
+    if halted and not _vcpu_runnable(vcpu) and not _can_wake(vcpu):
         vcpu.mp_state = KVM_MP_STATE_RUNNABLE
         vcpu.run = UserExit("hlt")
         return 0
     if not _vcpu_runnable(vcpu):
         _srcu_unlock(vcpu)
-        _kvm_vcpu_halt(vcpu)
+        _kvm_vcpu_halt(vcpu, traced=halted or vcpu.kvm.profile.block_traces_wakeup)
         _srcu_lock(vcpu)
         if not _vcpu_runnable(vcpu):
             return 1
     if vcpu.mp_state == KVM_MP_STATE_HALTED:
         vcpu.mp_state = KVM_MP_STATE_RUNNABLE
         kvm_make_request(KVM_REQ_EVENT, vcpu)
+    vcpu.apf.halted = False
     return 1
 
 
 def _can_wake(vcpu: Vcpu) -> bool:
     """Whether an interrupt can ever end this halt."""
-    return vcpu.irq_source is not None and vcpu.kvm.cpu.get_reg(vcpu, "rflags") & _RFLAGS_IF != 0
+    somebody = vcpu.irq_source is not None or vcpu.async_pf.queued > 0
+    return somebody and vcpu.kvm.cpu.get_reg(vcpu, "rflags") & _RFLAGS_IF != 0
 
 
-def _kvm_vcpu_halt(vcpu: Vcpu) -> None:
+def _kvm_vcpu_halt(vcpu: Vcpu, *, traced: bool) -> None:
+    """kvm_vcpu_halt, or without `traced` kvm_vcpu_block alone."""
     kvm = vcpu.kvm
     start = kvm.sched.now
     waited = False
@@ -360,6 +372,8 @@ def _kvm_vcpu_halt(vcpu: Vcpu) -> None:
         vcpu.wait.wait()
         if vcpu.requests:
             break
+    if not traced:
+        return
     vcpu.stat["halt_wait_ns"] += kvm.sched.now - start
     if (t := kvm.trace.kvm_vcpu_wakeup) is not None:
         # Only s390 knows invalid wake-ups.

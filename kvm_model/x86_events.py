@@ -131,8 +131,7 @@ def _inject_new_irq(vcpu: Vcpu, can_inject: bool) -> bool:
     if not can_inject:
         return True
     if vcpu.kvm.cpu.interrupt_allowed(vcpu):
-        assert vcpu.irq_source is not None
-        vcpu.interrupt_nr = vcpu.irq_source.ack()
+        vcpu.interrupt_nr = vcpu.ack_interrupt()
         vcpu.interrupt_soft = False
         vcpu.interrupt_injected = True
         _inject_irq(vcpu, False)

@@ -1,7 +1,7 @@
 """RDMSR and WRMSR that exit: KVM's own registers, and the CPU's.
 
 Source of truth: arch/x86/kvm/x86.c (Linux 6.18): kvm_emulate_rdmsr, kvm_emulate_wrmsr, kvm_get_msr_common,
-kvm_set_msr_common.
+kvm_set_msr_common, set_efer.
 
 `KVM_MSRS` is for the paravirtual ones and others that KVM keeps itself; what is not there is the CPU's
 (kvm_x86_ops.py: get_msr, set_msr).
@@ -15,7 +15,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvm_model.lapic import MSR_IA32_APICBASE
+from kvm_model.pv_async_pf import (
+    MSR_KVM_ASYNC_PF_ACK,
+    MSR_KVM_ASYNC_PF_EN,
+    MSR_KVM_ASYNC_PF_INT,
+    get_async_pf_ack,
+    get_async_pf_en,
+    get_async_pf_int,
+    set_async_pf_ack,
+    set_async_pf_en,
+    set_async_pf_int,
+)
 from kvm_model.pvclock import MSR_KVM_SYSTEM_TIME, MSR_KVM_SYSTEM_TIME_NEW, kvm_write_system_time
+from kvm_model.x86_cr import MSR_EFER, set_efer
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -57,8 +69,16 @@ def _set_apic_base(vcpu: Vcpu, value: int) -> bool:
     return value == vcpu.apic.base_msr
 
 
+def _get_efer(vcpu: Vcpu) -> int:
+    return vcpu.kvm.cpu.get_reg(vcpu, "efer")
+
+
 KVM_MSRS: dict[int, tuple[Get, Set]] = {
+    MSR_EFER: (_get_efer, set_efer),
     MSR_IA32_APICBASE: (_get_apic_base, _set_apic_base),
+    MSR_KVM_ASYNC_PF_EN: (get_async_pf_en, set_async_pf_en),
+    MSR_KVM_ASYNC_PF_INT: (get_async_pf_int, set_async_pf_int),
+    MSR_KVM_ASYNC_PF_ACK: (get_async_pf_ack, set_async_pf_ack),
     MSR_KVM_SYSTEM_TIME: (_get_system_time, _set_system_time),
     MSR_KVM_SYSTEM_TIME_NEW: (_get_system_time, _set_system_time),
 }

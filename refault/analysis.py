@@ -16,10 +16,11 @@ from functools import cached_property
 import msgspec
 
 from host_mm.ram import PAGE_SHIFT
+from kvm_model.vmx.exits import EPT_GVA_VALID
 from trace_events.event import Event
 from trace_events.filters import compile_globs
 
-__all__ = ["PAGE_FAULT", "SPTE_INSTALL", "SPTE_ZAP", "Analysis", "Refault", "gfn_of"]
+__all__ = ["PAGE_FAULT", "SPTE_INSTALL", "SPTE_ZAP", "Analysis", "Refault", "gfn_of", "is_ept_violation"]
 
 PAGE_FAULT = "kvm:kvm_page_fault"
 SPTE_ZAP = "refault:spte_zap"
@@ -55,9 +56,18 @@ class Refault(msgspec.Struct, frozen=True):
         return None if self.install is None else self.install.ts - self.fault.ts
 
 
+def is_ept_violation(fault: Event) -> bool:
+    """Whether a kvm_page_fault is one: its error_code is then an exit qualification, which says that there is
+    a linear address. Without EPT it is that of a #PF, which never has that bit, at a linear address."""
+    code = fault.args.get("error_code")
+    return isinstance(code, int) and code & EPT_GVA_VALID != 0
+
+
 def gfn_of(event: Event) -> int | None:
     """The guest frame an event is about, or None."""
     args = event.args
+    if event.event == PAGE_FAULT and not is_ept_violation(event):
+        return None
     for name in ("gfn", "gpa", "fault_address"):
         value = args.get(name)
         if isinstance(value, int):

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from kvm_model.mmu.mmu_internal import PFERR_FETCH_MASK, PFERR_WRITE_MASK
 from kvm_model.vmx.exits import (
     EPT_ACC_EXEC,
     EPT_ACC_WRITE,
@@ -18,6 +19,7 @@ from kvm_model.vmx.exits import (
     EPT_GVA_VALID,
     EXIT_REASON_NAMES,
     REASON_EPT_VIOLATION,
+    REASON_EXCEPTION_NMI,
 )
 from refault.analysis import BRACKET, HOST_OP, PAGE_FAULT, SPTE_INSTALL, SPTE_ZAP, Analysis, gfn_of
 from refault.story import story
@@ -81,6 +83,7 @@ class Observer:
         self._began = time.monotonic()
         self._next_line = 0.0
         self._tty = sys.stderr.isatty()
+        self._shadow = vm.config.mmu != "ept"
 
     def __call__(self, event: Event) -> None:
         name = event.event
@@ -90,8 +93,12 @@ class Observer:
             self.exits[EXIT_REASON_NAMES.get(reason, str(reason))] += 1
             if reason == REASON_EPT_VIOLATION:
                 self.violations[_violation_kind(args["info1"])] += 1
+            elif reason == REASON_EXCEPTION_NMI:
+                self.violations[_page_fault_kind(args["error_code"])] += 1
         elif name == SPTE_INSTALL:
             self.sptes["installed"] += 1
+            if self._shadow and event.killed_by is not None and not args["prefetch"]:
+                self._refault(event)
         elif name == SPTE_ZAP:
             self.sptes["zapped"] += 1
         elif name == BRACKET:
@@ -99,6 +106,7 @@ class Observer:
         elif name == HOST_OP:
             self.operations[args["op"]] += 1
         elif name == PAGE_FAULT and event.killed_by is not None:
+            # Of a fault on a linear address nobody knows the page: what it maps is the refault.
             self._refault(event)
 
     def _refault(self, event: Event) -> None:
@@ -190,12 +198,18 @@ class Observer:
             payload=str(vm.payload.get("name", "")), outcome=outcome, exit_code=code, seed=config.seed,
             instructions=vm.board.cpu.instructions, logical_ns=vm.board.host.sched.now,
             wall_seconds=time.monotonic() - self._began, memory=config.memory, host_ram=config.host_ram,
-            swap=config.swap, exits=dict(self.exits), violations=dict(self.violations),
+            swap=config.swap, mmu=config.mmu, exits=dict(self.exits), violations=dict(self.violations),
             brackets=dict(self.brackets), operations=dict(self.operations), sptes=dict(self.sptes),
             kvm=vm.stat, host=vm.vmstat,
             refaults=self.refaults, top=self.most_refaulted(), story=self.story(),
             truths=checker.counts() if checker is not None else None, trace=trace, trace_events=trace_events,
         )
+
+
+def _page_fault_kind(error_code: int) -> str:
+    if error_code & PFERR_WRITE_MASK:
+        return "write"
+    return "fetch" if error_code & PFERR_FETCH_MASK else "read"
 
 
 def _violation_kind(qualification: int) -> str:

@@ -36,6 +36,7 @@ PARAMS: dict[str, Param] = {
     "hugetlb.nr_overcommit_hugepages": Param(
         "number", "0", "huge pages that the pool may grow by while they are asked for"
     ),
+    "kvm.async_pf": Param("bool", "N", "a vCPU need not wait for a page that is read in; Linux has Y"),
     "kvm.eager_page_split": Param(
         "bool", "Y", "split huge pages when dirty logging starts, not at the fault"
     ),

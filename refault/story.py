@@ -10,6 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvm_model.mmu.mmu_internal import (
+    PFERR_FETCH_MASK,
+    PFERR_PRESENT_MASK,
+    PFERR_RSVD_MASK,
+    PFERR_WRITE_MASK,
+)
 from kvm_model.vmx.exits import (
     EPT_ACC_EXEC,
     EPT_ACC_WRITE,
@@ -29,6 +35,7 @@ from refault.analysis import (
     SPTE_INSTALL,
     SPTE_ZAP,
     Analysis,
+    is_ept_violation,
 )
 from trace_events.event import Event
 from trace_events.text import format_args
@@ -37,6 +44,7 @@ from trace_events.tracepoint import Tracepoint
 __all__ = ["STORY_LINES", "duration", "explain", "moment", "sentence", "story"]
 
 STORY_LINES = 10
+_EPT_ONLY = 1 << 4 | 1 << 8
 
 _BRACKETS = {
     "unmap": "took a range out of the address space",
@@ -65,14 +73,28 @@ def moment(event: Event) -> str:
 
 
 def _page_fault(event: Event) -> str:
-    # With EPT the event's error_code is the exit qualification: vmx.c, handle_ept_violation.
     code = int(event.args["error_code"])
+    if not is_ept_violation(event):
+        return _shadow_page_fault(event, code)
+    # With EPT the event's error_code is the exit qualification: vmx.c, handle_ept_violation.
     page = f"guest page {int(event.args['fault_address']) >> 12:#x}"
     verb = "wrote to" if code & EPT_ACC_WRITE else "fetched from" if code & EPT_ACC_EXEC else "read"
     if code & EPT_GVA_VALID and not code & EPT_GVA_TRANSLATED:
         page = f"a page table in {page}"
     had = code & (EPT_ENTRY_READ | EPT_ENTRY_WRITE | EPT_ENTRY_EXEC)
     what = "which KVM had mapped without that right" if had else "which KVM had not mapped"
+    return f"vCPU {event.args.get('vcpu_id', event.vcpu)} {verb} {page}, {what}"
+
+
+def _shadow_page_fault(event: Event, code: int) -> str:
+    verb = "wrote to" if code & PFERR_WRITE_MASK else "fetched from" if code & PFERR_FETCH_MASK else "read"
+    page = f"linear page {int(event.args['fault_address']) >> 12:#x}"
+    if code & PFERR_RSVD_MASK:
+        what = "which KVM knew as a device's"
+    elif code & PFERR_PRESENT_MASK:
+        what = "which KVM had mapped without that right"
+    else:
+        what = "which KVM had not mapped"
     return f"vCPU {event.args.get('vcpu_id', event.vcpu)} {verb} {page}, {what}"
 
 
@@ -112,8 +134,10 @@ def _install(event: Event) -> str:
 
 
 def _rights(spte: int) -> str:
-    # EPT entries have R, W, X in bits 0 to 2.
-    return "".join(letter if spte & bit else "-" for letter, bit in (("r", 1), ("w", 2), ("x", 4)))
+    # EPT entries have R, W, X in bits 0 to 2, and a memory type or the accessed bit in 4 or 8, where KVM's
+    # entries for CR3 have nothing; those have P, W, U and, at the top, NX.
+    execute = spte & 4 if spte & _EPT_ONLY else not spte >> 63
+    return f"{'r' if spte & 1 else '-'}{'w' if spte & 2 else '-'}{'x' if execute else '-'}"
 
 
 def _exit(event: Event) -> str:
@@ -178,8 +202,8 @@ def _story_line(analysis: Analysis, event: Event) -> str:
     line = f"{moment(event)}  #{event.seq}  {sentence(event)}"
     if event.event == SPTE_ZAP:
         return f"{line}, because of {analysis.reason(event)}."
-    zap = analysis.killer(event) if event.event == PAGE_FAULT else None
-    if zap is None:
+    zap = analysis.killer(event)
+    if zap is None or (event.event == SPTE_INSTALL and event not in analysis.answers(zap.seq)):
         return f"{line}."
     if event not in analysis.answers(zap.seq):
         return f"{line} yet: the first try was overtaken and comes again."

@@ -12,17 +12,20 @@ from refault.story import duration
 __all__ = ["RunSummary", "print_summary", "render"]
 
 TOP = 6
-KVM_SHOWN = ("pf_taken", "pf_fixed", "pf_spurious", "pf_fast", "remote_tlb_flush_requests", "tlb_flush")
+KVM_SHOWN = (
+    "pf_taken", "pf_fixed", "pf_guest", "pf_spurious", "pf_fast", "remote_tlb_flush_requests",
+    "tlb_flush",
+)
 HOST_SHOWN = ("pgfault", "pgmajfault", "pswpin", "pswpout", "cow_break", "pgmigrate_success", "oom_kill")
 
 
 class RunSummary(msgspec.Struct, kw_only=True):
     """What a run came to. Counters keep the names that KVM's statistics and vmstat give them.
 
-    `exits` counts VM exits by reason, `violations` EPT violations by access, `brackets` notifier
-    brackets by event, `operations` host operations, `sptes` leaf SPTEs; `top` are the (gfn, refaults)
-    that refaulted most, `story` the life of the first of them. `truths` tells what was checked, None
-    if nothing.
+    `exits` counts VM exits by reason, `violations` EPT violations by access, or with `mmu` "shadow" the page
+    faults that exited, `brackets` notifier brackets by event, `operations` host operations, `sptes` leaf
+    SPTEs; `top` are the (gfn, refaults) that refaulted most, `story` the life of the first of them. `truths`
+    tells what was checked, None if nothing.
     """
 
     payload: str
@@ -35,6 +38,7 @@ class RunSummary(msgspec.Struct, kw_only=True):
     memory: int
     host_ram: int
     swap: int | None
+    mmu: str = "ept"
     exits: dict[str, int] = {}
     violations: dict[str, int] = {}
     brackets: dict[str, int] = {}
@@ -69,7 +73,8 @@ def render(summary: RunSummary) -> Any:
     )
     table.add_row("VM exits", _counts(summary.exits))
     if summary.violations:
-        table.add_row("EPT violations", _counts(summary.violations))
+        what = "EPT violations" if summary.mmu == "ept" else "page faults"
+        table.add_row(what, _counts(summary.violations))
     if summary.operations:
         table.add_row("host operations", _counts(summary.operations))
     table.add_row("notifier brackets", _counts(summary.brackets))
@@ -114,7 +119,9 @@ def _chosen(counts: dict[str, int], names: tuple[str, ...]) -> dict[str, int]:
 
 def _machine(summary: RunSummary) -> str:
     swap = f"{_size(summary.swap)} swap" if summary.swap else "no swap"
-    return f"{_size(summary.memory)} guest on {_size(summary.host_ram)} host, {swap}, seed {summary.seed}"
+    ept = "" if summary.mmu == "ept" else "no EPT, "
+    host = f"{_size(summary.host_ram)} host, {swap}, {ept}seed {summary.seed}"
+    return f"{_size(summary.memory)} guest on {host}"
 
 
 def _size(value: int) -> str:

@@ -24,6 +24,7 @@ from emu.hostops import OPERATIONS, perform
 from emu.inspector import WalkTree, walk_gpa, walk_gva
 from emu.loaders import load_image
 from emu.loaders.image import LoaderError
+from emu.shadow_inspector import shadow_walk_gpa, shadow_walk_gva
 from refault.errors import UsageError
 from refault.header import check_words, make_header, read_payload
 from refault.host_machine import HostMachine, as_bytes
@@ -106,6 +107,7 @@ class HostCalls:
 
 BACKENDS = ("anon", "memfd", "hugetlb")
 HPAGE_SIZE = 2 << 20
+MMUS = ("ept", "shadow")
 
 
 def _check(memory: int, vcpus: int, mmu: str, memory_backend: str) -> None:
@@ -117,8 +119,8 @@ def _check(memory: int, vcpus: int, mmu: str, memory_backend: str) -> None:
         raise UsageError(f"memory {memory}: not a positive multiple of 4 KiB")
     if not 1 <= vcpus <= MAX_VCPUS:
         raise UsageError(f"vcpus {vcpus}: not a number from 1 to {MAX_VCPUS}")
-    if mmu != "ept":
-        raise UsageError(f"mmu {mmu!r}: there is only 'ept'")
+    if mmu not in MMUS:
+        raise UsageError(f"mmu {mmu!r}: want {' or '.join(MMUS)}")
 
 
 class VM:
@@ -126,7 +128,8 @@ class VM:
 
     Sizes are bytes or text such as "64M". `memory_backend` is what the guest's RAM is to the host: "anon",
     "memfd" (shared memory), "hugetlb" (a memfd of huge pages; a private host's pool has enough of them) or
-    "file:PATH" (a file, mapped shared). `mmu` is "ept"; `profile` names the kernel, see `refault list
+    "file:PATH" (a file, mapped shared). `mmu` is "ept", or "shadow" for a CPU without EPT, below whose guest
+    KVM makes tables of the guest's own; `profile` names the kernel, see `refault list
     profiles` (default: the host's, linux-6.18 for a private one). `interpreted` runs the page walk in
     Python: slower, the same bytes of trace. `output` gets the guest's serial bytes.
     """
@@ -261,13 +264,17 @@ class VM:
     # -- looking ------------------------------------------------------------------------------
 
     def walk(self, *, gva: int | None = None, gpa: int | None = None, vcpu: int = 0) -> WalkTree:
-        """Translate an address through both stages (`gpa`: the second only) without touching anything."""
+        """Translate an address through both stages (`gpa`: the second only) without touching anything.
+
+        With mmu="shadow": through the guest's tables and KVM's; of a gpa every entry of KVM's that maps it.
+        """
         if (gva is None) == (gpa is None):
             raise TypeError("walk() wants gva=... or gpa=...")
+        shadow = self.config.mmu == "shadow"
         if gpa is not None:
-            return walk_gpa(self.board, gpa, vcpu)
+            return shadow_walk_gpa(self.board, gpa) if shadow else walk_gpa(self.board, gpa, vcpu)
         assert gva is not None
-        return walk_gva(self.board, gva, vcpu)
+        return (shadow_walk_gva if shadow else walk_gva)(self.board, gva, vcpu)
 
     @contextmanager
     def trace(self, *globs: str) -> Iterator[Recording]:

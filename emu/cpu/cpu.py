@@ -256,6 +256,10 @@ class UnicornCpu:
             v.fill.eptp = make_eptp(root, self.ept_ad) if root else 0
         v.fill.flush()
 
+    def flush_tlb_guest(self, vcpu: Vcpu) -> None:
+        """Empty the vCPU's translations: it has no others than the guest's."""
+        self.vcpu(vcpu).fill.flush()
+
     def flush_tlb_gva(self, vcpu: Vcpu, gva: int) -> None:
         """Forget what translates `gva`: no flush that rests on an epoch, since that is of one address."""
         self.vcpu(vcpu).intercepts.flush_tlb()
@@ -304,13 +308,19 @@ class UnicornCpu:
 
     # -- KVM's view of the guest's state -----------------------------------------------------------
 
-    def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
-        """Start the instruction at RIP, whose memory operand is at `gpa`; None if it is unknown."""
+    def emulate(self, vcpu: Vcpu, gpa: int, code: bytes | None = None) -> MmioAccess | None:
+        """Start the instruction at RIP, whose memory operand is at `gpa`; None if it is unknown.
+
+        With `code`, its bytes, as KVM sees the guest: by linear addresses.
+        """
         v = self.vcpu(vcpu)
         try:
-            insn = self.fills.decode(v)
-            if insn is None and self.fills.code_gone(v, gpa) and self._again(v):
-                return EMULATE_RETRY
+            if code is not None:
+                insn = self.decoder.decode(code, v.long_code)
+            else:
+                insn = self.fills.decode(v)
+                if insn is None and self.fills.code_gone(v, gpa) and self._again(v):
+                    return EMULATE_RETRY
             access = mmio.emulate(v, insn, gpa)
         except MemoryExit as exit_:
             return EMULATE_RETRY if exit_.reason != REASON_EPT_MISCONFIG and self._again(v) else None
@@ -335,6 +345,8 @@ class UnicornCpu:
         store = finish(data & ((1 << (8 * access.length)) - 1))
         if store is not None:
             store.insn, store.mode, store.parts = access.insn, access.mode, access.parts
+            if store.gva < 0:
+                store.gva = access.gva
         return store
 
     def get_reg(self, vcpu: Vcpu, name: str) -> int:

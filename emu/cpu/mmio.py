@@ -4,7 +4,8 @@ The instruction at RIP is decoded; what it loads or stores is an MmioAccess, whi
 does in guest memory or takes to user space; `complete` puts the answer where the instruction wants it, sets
 the flags and steps RIP. A read-modify-write is two accesses: completing its load gives the store, which if it
 is locked says what the load found. Strings are done one element at a time: while the count lasts RIP stays,
-and the next element exits by itself. An operand that crosses a page is told in two parts.
+and the next element exits by itself. An operand that crosses a page is told in two parts. Where KVM shadows
+the guest's tables it translates and splits by itself, so that only the linear address is told.
 
 Source: arch/x86/kvm/emulate.c (x86_emulate_insn, writeback), x86.c: emulator_read_write,
 complete_emulated_mmio; Intel SDM vol. 2.
@@ -26,8 +27,8 @@ from emu.cpu.vcpu import UnicornVcpu
 from kvm_model.kvm_x86_ops import MmioAccess
 
 __all__ = [
-    "Finish", "advance_string", "emulate", "read_register", "source_segment", "string_address",
-    "write_register",
+    "Finish", "advance_string", "emulate", "is_page_table_writing", "read_register", "source_segment",
+    "string_address", "write_register",
 ]
 
 RAX, RCX, RSI, RDI = 0, 1, 6, 7
@@ -43,6 +44,10 @@ _LOADS = (cx.X86_INS_MOV, cx.X86_INS_MOVABS, cx.X86_INS_MOVZX, cx.X86_INS_MOVSX,
 _STOS = (cx.X86_INS_STOSB, cx.X86_INS_STOSW, cx.X86_INS_STOSD, cx.X86_INS_STOSQ)
 _LODS = (cx.X86_INS_LODSB, cx.X86_INS_LODSW, cx.X86_INS_LODSD, cx.X86_INS_LODSQ)
 _MOVS = (cx.X86_INS_MOVSB, cx.X86_INS_MOVSW, cx.X86_INS_MOVSD, cx.X86_INS_MOVSQ)
+_PAGE_TABLE = (
+    cx.X86_INS_OR, cx.X86_INS_AND, cx.X86_INS_XCHG, cx.X86_INS_CMPXCHG, cx.X86_INS_CMPXCHG8B,
+    cx.X86_INS_CMPXCHG16B, cx.X86_INS_BTS, cx.X86_INS_BTC,
+)
 _REP = (0xF2, 0xF3)
 _LOCK = 0xF0
 
@@ -101,7 +106,7 @@ def advance_string(vcpu: UnicornVcpu, insn: Any, size: int, *indexes: int) -> No
 def _crossing(vcpu: UnicornVcpu, linear: int, size: int) -> tuple[tuple[int, int], ...] | None:
     """(gpa, length) of the two parts of an operand that crosses a page, () of another; None: unmapped."""
     first = 4096 - (linear & 0xFFF)
-    if first >= size:
+    if first >= size or vcpu.shadow:
         return ()
     low = vcpu.guest_physical(linear)
     high = vcpu.guest_physical((linear + first) & _M64)
@@ -123,9 +128,19 @@ def emulate(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
     linear = effective_address(vcpu.env, insn, insn.operands[memory], vcpu.long_code)
     parts = _crossing(vcpu, linear, size)
     access = None if parts is None else _plain(vcpu, insn, size, memory)
-    if access is not None and parts:
-        access.parts = parts
+    if access is not None:
+        access.parts = parts or ()
+        if vcpu.shadow:
+            access.gva = linear
+            access.page_table = is_page_table_writing(insn)
     return access
+
+
+def is_page_table_writing(insn: Any) -> bool:
+    """x86_page_table_writing_insn: what KVM emulates at once where it meets a page table."""
+    if insn.id in (cx.X86_INS_MOV, cx.X86_INS_MOVABS):
+        return bool(insn.operands[0].type == cx.X86_OP_MEM)
+    return insn.id in _PAGE_TABLE
 
 
 def _plain(vcpu: UnicornVcpu, insn: Any, size: int, memory: int) -> MmioAccess | None:
@@ -237,20 +252,28 @@ def _exchange(vcpu: UnicornVcpu, insn: Any, size: int, reg: int) -> MmioAccess:
     return MmioAccess(False, size, 0, priv=finish)
 
 
+def _at(vcpu: UnicornVcpu, linear: int) -> int:
+    """The linear address of an access, where it must be told."""
+    return linear if vcpu.shadow else -1
+
+
 def _string(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
     size = insn.operands[0].size
     mask = (1 << (8 * size)) - 1
     if insn.id in _STOS:
-        parts = _crossing(vcpu, string_address(vcpu, insn, RDI, R_ES), size)
+        target = string_address(vcpu, insn, RDI, R_ES)
+        parts = _crossing(vcpu, target, size)
         if parts is None:
             return None
 
         def stored(_: int) -> None:
             advance_string(vcpu, insn, size, RDI)
 
-        return MmioAccess(True, size, vcpu.env.reg(RAX) & mask, parts=parts, priv=stored)
+        data = vcpu.env.reg(RAX) & mask
+        return MmioAccess(True, size, data, parts=parts, gva=_at(vcpu, target), priv=stored)
     if insn.id in _LODS:
-        parts = _crossing(vcpu, string_address(vcpu, insn, RSI, source_segment(insn)), size)
+        source = string_address(vcpu, insn, RSI, source_segment(insn))
+        parts = _crossing(vcpu, source, size)
         if parts is None:
             return None
 
@@ -258,8 +281,22 @@ def _string(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
             write_register(vcpu, insn.operands[0].reg, data)
             advance_string(vcpu, insn, size, RSI)
 
-        return MmioAccess(False, size, 0, parts=parts, priv=loaded)
-    return _movs(vcpu, insn, gpa, size)
+        return MmioAccess(False, size, 0, parts=parts, gva=_at(vcpu, source), priv=loaded)
+    return _move_linear(vcpu, insn, size) if vcpu.shadow else _movs(vcpu, insn, gpa, size)
+
+
+def _move_linear(vcpu: UnicornVcpu, insn: Any, size: int) -> MmioAccess:
+    """MOVS where KVM makes both accesses."""
+    source = string_address(vcpu, insn, RSI, source_segment(insn))
+    target = string_address(vcpu, insn, RDI, R_ES)
+
+    def moved(_: int) -> None:
+        advance_string(vcpu, insn, size, RSI, RDI)
+
+    def loaded(data: int) -> MmioAccess:
+        return MmioAccess(True, size, data, gva=target, priv=moved)
+
+    return MmioAccess(False, size, 0, gva=source, priv=loaded)
 
 
 def _movs(vcpu: UnicornVcpu, insn: Any, gpa: int, size: int) -> MmioAccess | None:

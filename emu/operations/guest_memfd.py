@@ -1,4 +1,6 @@
-"""Memory of guest_memfd, and what is private of it. Source: virt/kvm/guest_memfd.c, kvm_main.c; Linux 6.18.
+"""Memory of guest_memfd, what is private of it, and mapping memory ahead of the guest's faults.
+
+Source: virt/kvm/guest_memfd.c, virt/kvm/kvm_main.c; Linux 6.18.
 
 On a VM of the default type a guest_memfd is memory like a memfd's, which both sides reach. With
 `--param vmm.vm_type=sw-protected` each slot has two memories, the VMM's and a guest_memfd, and the attribute
@@ -77,6 +79,19 @@ def map_gpa_range(board: Board, gpa: int, pages: int = 1, attributes: int = 0) -
     else:
         board.memory.punch_guest_memfd(gpa, length)
     return 0
+
+
+@operation(example="prefault(gpa=0x200000, pages=16)")
+def prefault(board: Board, gpa: int, pages: int = 1) -> int:
+    """KVM_PRE_FAULT_MEMORY: map the range before the guest touches it; answers how many pages are mapped."""
+    check_range(gpa, pages)
+    if not board.kvm.profile.pre_fault_memory or not board.kvm.tdp_enabled:
+        raise KernelError(errno.ENOSYS, "this KVM maps nothing ahead of faults")
+    # As the VMM's other threads have to: the vCPU leaves KVM_RUN for it.
+    vcpu = board.vcpus[max(board.host.sched.current.ctx.vcpu, 0)]
+    if vcpu.mutex.owner is not None:
+        board.kvm.request_exit(vcpu)
+    return board.kvm.pre_fault_memory(vcpu, gpa, pages << PAGE_SHIFT) >> PAGE_SHIFT
 
 
 _ENCRYPTED = 1 << 4

@@ -11,18 +11,19 @@ KVM holds its reference to the page only until the SPTE is in place. What keeps 
 freed under the mapping is that every change of the host's translation is bracketed, that
 range_start zaps, and that `is_page_fault_stale` is asked under mmu_lock.
 
-Not modelled: async page faults, the APIC access page.
+Not modelled: the APIC access page.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from errno import EAGAIN, EFAULT, EINTR, ENOENT
+from errno import EAGAIN, EFAULT, EINTR, EIO, ENOENT, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_PSE, lookup_address_in_mm
 from host_mm.gup import FOLL_INTERRUPTIBLE, FOLL_NOWAIT, FOLL_WRITE
 from host_mm.process import BUS_MCEERR_AR
+from kvm_model.async_pf import KvmAsyncPf, kvm_setup_async_pf
 from kvm_model.follow_pfn import kvm_faultin_pfn, kvm_release_faultin_page
 from kvm_model.guest_access import kvm_vcpu_gfn_to_memslot
 from kvm_model.guest_memfd import kvm_gmem_get_pfn
@@ -68,7 +69,7 @@ from kvm_model.mmu.mmu_internal import (
     is_obsolete_sp,
     role_direct,
 )
-from kvm_model.mmu.mmu_roots import mmu_topup_memory_caches
+from kvm_model.mmu.mmu_roots import kvm_mmu_reload, mmu_topup_memory_caches
 from kvm_model.mmu.paging_tmpl import GuestWalker, gva_to_gpa, walk_addr
 from kvm_model.mmu.shadow_fetch import emulate_cr0_wp, fetch
 from kvm_model.mmu.shadow_walk import shadow_page_table_clear_flood, shadow_root_to_sp
@@ -77,8 +78,16 @@ from kvm_model.mmu.spte import ACC_ALL, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, k
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from kvm_model.mmu.tdp_mmu import kvm_tdp_mmu_map
 from kvm_model.mmu.unprotect import kvm_mmu_unprotect_gfn_and_retry
-from kvm_model.requests import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, kvm_test_request
+from kvm_model.requests import (
+    KVM_REQ_APF_HALT,
+    KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
+    KVM_REQ_VM_DEAD,
+    kvm_check_request,
+    kvm_make_request,
+    kvm_test_request,
+)
 from kvm_model.vcpu import UserExit
+from kvm_model.x86_async_pf import alloc_apf_token, kvm_can_do_async_pf
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
@@ -86,8 +95,8 @@ if TYPE_CHECKING:
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "TRACEPOINTS", "host_pfn_mapping_level", "kvm_mmu_do_page_fault", "kvm_mmu_gva_to_gpa_write",
-    "kvm_mmu_max_mapping_level", "kvm_mmu_page_fault", "kvm_tdp_map_page",
+    "TRACEPOINTS", "host_pfn_mapping_level", "kvm_arch_async_page_ready", "kvm_mmu_do_page_fault",
+    "kvm_mmu_gva_to_gpa_write", "kvm_mmu_max_mapping_level", "kvm_mmu_page_fault", "kvm_tdp_map_page",
 ]
 
 _CPL_USER = 3
@@ -100,7 +109,21 @@ FAULT_RETRY = Tracepoint(
         f"gfn {gfn:x} {reason} mmu_seq {mmu_seq} seq {seq} in_progress {in_progress}",
     doc="A fault gives up and the guest will fault again: RET_PF_RETRY, with its reason.",
 )
-TRACEPOINTS = (FAULT_RETRY,)
+_GET_PAGE_FIELDS = ("gva", "gfn")
+
+
+def _fmt_get_page(gva: int, gfn: int) -> str:
+    return f"gva = {gva:#x}, gfn = {gfn:#x}"
+
+
+KVM_TRY_ASYNC_GET_PAGE = Tracepoint("kvm", "kvm_try_async_get_page", _GET_PAGE_FIELDS, _fmt_get_page)
+KVM_ASYNC_PF_REPEATED_FAULT = Tracepoint(
+    "kvm", "kvm_async_pf_repeated_fault", _GET_PAGE_FIELDS, _fmt_get_page
+)
+KVM_ASYNC_PF_DOUBLEFAULT = Tracepoint("kvm", "kvm_async_pf_doublefault", _GET_PAGE_FIELDS, _fmt_get_page)
+TRACEPOINTS = (
+    FAULT_RETRY, KVM_TRY_ASYNC_GET_PAGE, KVM_ASYNC_PF_REPEATED_FAULT, KVM_ASYNC_PF_DOUBLEFAULT,
+)
 
 
 def _retry(kvm: Kvm, fault: KvmPageFault, reason: str) -> int:
@@ -203,16 +226,36 @@ def _faultin_pfn(vcpu: Vcpu, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
     """__kvm_mmu_faultin_pfn."""
     if fault.is_private or slot.gmem_only:
         return _kvm_mmu_faultin_pfn_gmem(vcpu, fault, slot)
-    _gup(vcpu.kvm, fault, slot)
+    kvm = vcpu.kvm
+    foll = (FOLL_WRITE if fault.write else 0) | FOLL_NOWAIT
+    fault.pfn, fault.map_writable, fault.refcounted_page = kvm_faultin_pfn(kvm, slot, fault.gfn, foll)
+    if fault.pfn != KVM_PFN_ERR_NEEDS_IO:
+        return RET_PF_CONTINUE
+    if not fault.prefetch and kvm_can_do_async_pf(vcpu) and _try_async_pf(vcpu, fault, slot):
+        return _retry(kvm, fault, "async-pf")
+    foll = foll & ~FOLL_NOWAIT | FOLL_INTERRUPTIBLE
+    fault.pfn, fault.map_writable, fault.refcounted_page = kvm_faultin_pfn(kvm, slot, fault.gfn, foll)
     return RET_PF_CONTINUE
 
 
-def _gup(kvm: Kvm, fault: KvmPageFault, slot: KvmMemorySlot) -> None:
-    foll = (FOLL_WRITE if fault.write else 0) | FOLL_NOWAIT
-    fault.pfn, fault.map_writable, fault.refcounted_page = kvm_faultin_pfn(kvm, slot, fault.gfn, foll)
-    if fault.pfn == KVM_PFN_ERR_NEEDS_IO:
-        foll = foll & ~FOLL_NOWAIT | FOLL_INTERRUPTIBLE
-        fault.pfn, fault.map_writable, fault.refcounted_page = kvm_faultin_pfn(kvm, slot, fault.gfn, foll)
+def _try_async_pf(vcpu: Vcpu, fault: KvmPageFault, slot: KvmMemorySlot) -> bool:
+    """Let the page come in while the vCPU does something else; False: there is too much of that already."""
+    trace = vcpu.kvm.trace
+    if (t := trace.kvm_try_async_get_page) is not None:
+        t(fault.addr, fault.gfn)
+    if fault.gfn in vcpu.apf.gfns:
+        for t in (trace.kvm_async_pf_repeated_fault, trace.kvm_async_pf_doublefault):
+            if t is not None:
+                t(fault.addr, fault.gfn)
+        kvm_make_request(KVM_REQ_APF_HALT, vcpu)
+        return True
+    work = KvmAsyncPf(vcpu, fault.addr, slot.gfn_to_hva(fault.gfn))
+    work.token = alloc_apf_token(vcpu)
+    work.gfn = fault.gfn
+    work.error_code = fault.error_code
+    work.direct_map = role_direct(vcpu.mmu.root_role)
+    work.cr3 = vcpu.kvm.cpu.get_reg(vcpu, "cr3")
+    return kvm_setup_async_pf(vcpu, work)
 
 
 def _kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: KvmPageFault, access: int = ACC_ALL) -> int:
@@ -387,25 +430,8 @@ def _kvm_tdp_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
     return _direct_page_fault(vcpu, fault)
 
 
-def kvm_tdp_map_page(vcpu: Vcpu, gpa: int, error_code: int, max_level: int) -> int:
-    """Map `gpa` as a fault with that PFERR word would, retrying until it is there. 0 or a negative errno."""
-    kvm = vcpu.kvm
-    while True:
-        fault = KvmPageFault(gpa, error_code, nx_workaround=kvm.spte.nx_huge_pages, max_level=max_level)
-        fault.slot = kvm.slots().gfn_to_memslot(fault.gfn)
-        r = _kvm_tdp_page_fault(vcpu, fault)
-        if r != RET_PF_RETRY:
-            break
-        kvm.sched.yield_()
-    if r == RET_PF_EMULATE:
-        return -ENOENT
-    return min(r, 0)
-
-
-def kvm_mmu_do_page_fault(vcpu: Vcpu, addr: int, error_code: int, *, prefetch: bool = False) -> int:
-    """One try at a fault, by the vCPU's kind of MMU. RET_PF_* or a negative errno."""
+def _do_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
     kvm, mmu = vcpu.kvm, vcpu.mmu
-    fault = KvmPageFault(addr, error_code, prefetch=prefetch, nx_workaround=kvm.spte.nx_huge_pages)
     if role_direct(mmu.root_role):
         fault.slot = kvm_vcpu_gfn_to_memslot(vcpu, fault.gfn)
     if kvm.tdp_enabled:
@@ -418,6 +444,51 @@ def kvm_mmu_do_page_fault(vcpu: Vcpu, addr: int, error_code: int, *, prefetch: b
         r = _direct_page_fault(vcpu, fault)
     vcpu.write_fault_to_shadow_pgtable = fault.write_fault_to_shadow_pgtable
     return r
+
+
+def kvm_mmu_do_page_fault(vcpu: Vcpu, addr: int, error_code: int, *, prefetch: bool = False) -> int:
+    """One try at a fault, by the vCPU's kind of MMU. RET_PF_* or a negative errno."""
+    nx = vcpu.kvm.spte.nx_huge_pages
+    return _do_page_fault(vcpu, KvmPageFault(addr, error_code, prefetch=prefetch, nx_workaround=nx))
+
+
+def kvm_tdp_map_page(
+    vcpu: Vcpu, gpa: int, error_code: int, max_level: int = KVM_MAX_HUGEPAGE_LEVEL, *, prefetch: bool = True
+) -> int:
+    """Map `gpa` as a fault with that PFERR word would, retrying until it is there: its level, or -errno.
+
+    -EOPNOTSUPP with shadow paging, whose faults have guest addresses; -ENOENT where there is no memory.
+    """
+    kvm = vcpu.kvm
+    if not kvm.tdp_enabled:
+        return -EOPNOTSUPP
+    while True:
+        if vcpu.immediate_exit and kvm.sched.current.ctx.vcpu == vcpu.vcpu_id:
+            return -EINTR
+        if kvm_check_request(KVM_REQ_VM_DEAD, vcpu):
+            return -EIO
+        fault = KvmPageFault(
+            gpa, error_code, prefetch=prefetch, nx_workaround=kvm.spte.nx_huge_pages, max_level=max_level
+        )
+        r = _do_page_fault(vcpu, fault)
+        if r != RET_PF_RETRY:
+            break
+        kvm.sched.yield_()
+    if r == RET_PF_EMULATE:
+        return -ENOENT
+    return r if r < 0 else fault.goal_level
+
+
+def kvm_arch_async_page_ready(vcpu: Vcpu, work: KvmAsyncPf) -> None:
+    """A page came in: map it, unless the vCPU is elsewhere by now. The guest has not accessed it yet."""
+    if work.wakeup_all or work.direct_map != role_direct(vcpu.mmu.root_role) or kvm_mmu_reload(vcpu):
+        return
+    if not work.direct_map and work.cr3 != vcpu.kvm.cpu.get_reg(vcpu, "cr3"):
+        return
+    error_code = work.error_code if vcpu.kvm.profile.apf_ready_keeps_error_code else 0
+    r = kvm_mmu_do_page_fault(vcpu, work.cr2_or_gpa, error_code, prefetch=True)
+    if r == RET_PF_FIXED:
+        vcpu.stat["pf_fixed"] += 1
 
 
 def kvm_mmu_gva_to_gpa_write(vcpu: Vcpu, gva: int) -> int:
@@ -444,8 +515,7 @@ def _kvm_mmu_write_protect_fault(vcpu: Vcpu, addr: int, error_code: int) -> int:
         gpa = addr if direct else kvm_mmu_gva_to_gpa_write(vcpu, addr)
         if kvm_mmu_unprotect_gfn_and_retry(vcpu, addr, gpa):
             return RET_PF_RETRY
-    # A table that translates the instruction itself would only be shadowed again.
-    return RET_PF_EMULATE if vcpu.write_fault_to_shadow_pgtable else RET_PF_WRITE_PROTECTED
+    return RET_PF_WRITE_PROTECTED
 
 
 def kvm_mmu_page_fault(vcpu: Vcpu, addr: int, error_code: int) -> int:

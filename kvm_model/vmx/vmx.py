@@ -1,14 +1,17 @@
 """VM-exit handlers: what each exit reason makes KVM do.
 
 Source of truth: arch/x86/kvm/vmx/vmx.c (Linux 6.18): kvm_vmx_exit_handlers, handle_ept_violation,
-handle_ept_misconfig, handle_io, handle_interrupt_window; vmx/common.h: __vmx_handle_ept_violation;
-x86.c: kvm_emulate_halt, kvm_emulate_cpuid, kvm_fast_pio.
+handle_ept_misconfig, handle_exception_nmi, handle_io, handle_interrupt_window; vmx/common.h:
+__vmx_handle_ept_violation; mmu/mmu.c: kvm_handle_page_fault; x86.c: kvm_emulate_halt, kvm_emulate_cpuid,
+kvm_fast_pio.
 
 A handler returns above 0 to enter the guest again, 0 for user space, or a negative errno.
 
-Not modelled: string port I/O, KVM's own hypercalls (every VMCALL goes to user space), CR and INVLPG
-intercepts (EPT needs none), #PF and NMI intercepts, handle_ept_misconfig's endless re-entry when an event is
-delivered through a known MMIO page (it stops, as through any other).
+Without EPT the guest's page faults exit, and so do its changes of control registers and INVLPG.
+
+Not modelled: string port I/O, KVM's own hypercalls (every VMCALL goes to user space), CR intercepts under
+EPT, intercepts of exceptions other than #PF, of NMIs, and of CR8; handle_ept_misconfig's endless re-entry
+when an event is delivered through a known MMIO page (it stops, as through any other).
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ from kvm_model.mmu.mmu_internal import (
     RET_PF_RETRY,
     RET_PF_WRITE_PROTECTED,
 )
+from kvm_model.pv_async_pf import kvm_pv_cpuid
 from kvm_model.requests import KVM_REQ_EVENT, kvm_make_request
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit, Vcpu
-from kvm_model.vmx import pml
+from kvm_model.vmx import cr, pml
 from kvm_model.vmx.apic_access import handle_apic_access, handle_apic_write
 from kvm_model.vmx.exits import (
     EPT_ACC_EXEC,
@@ -44,12 +48,14 @@ from kvm_model.vmx.exits import (
     REASON_APIC_ACCESS,
     REASON_APIC_WRITE,
     REASON_CPUID,
+    REASON_CR_ACCESS,
     REASON_EPT_MISCONFIG,
     REASON_EPT_VIOLATION,
     REASON_EXCEPTION_NMI,
     REASON_EXTERNAL_INTERRUPT,
     REASON_HLT,
     REASON_INTERRUPT_WINDOW,
+    REASON_INVLPG,
     REASON_IO_INSTRUCTION,
     REASON_MSR_READ,
     REASON_MSR_WRITE,
@@ -68,12 +74,14 @@ _EPT_PROT_MASK = EPT_ENTRY_READ | EPT_ENTRY_WRITE | EPT_ENTRY_EXEC
 _VECTORING_OK = frozenset((REASON_EXCEPTION_NMI, REASON_EPT_VIOLATION, REASON_EPT_MISCONFIG, REASON_PML_FULL))
 _CPUID_1_EDX_APIC = 1 << 9
 _MASK64 = (1 << 64) - 1
+_PF = 14
 
 KVM_PAGE_FAULT = Tracepoint(
     "kvm", "kvm_page_fault", ("vcpu_id", "guest_rip", "fault_address", "error_code"),
     lambda vcpu_id, rip, address, error_code:
         f"vcpu {vcpu_id} rip 0x{rip:x} address 0x{address:016x} error_code 0x{error_code:x}",
-    scope=True, doc="An EPT violation; error_code is the exit qualification.",
+    scope=True,
+    doc="An EPT violation, error_code the exit qualification; without EPT a #PF at a linear address.",
 )
 KVM_PIO = Tracepoint(
     "kvm", "kvm_pio", ("rw", "port", "size", "count", "val"),
@@ -92,7 +100,7 @@ KVM_CPUID = Tracepoint(
         f"cpuid entry {'found' if found else 'not found'}{', used max basic' if used else ''}",
 )
 TRACEPOINTS = (
-    KVM_PAGE_FAULT, *pml.TRACEPOINTS, KVM_PIO, KVM_HYPERCALL, KVM_CPUID,
+    *cr.TRACEPOINTS, KVM_PAGE_FAULT, *pml.TRACEPOINTS, KVM_PIO, KVM_HYPERCALL, KVM_CPUID,
 )
 
 
@@ -135,6 +143,22 @@ def _handle_ept_violation(vcpu: Vcpu, exit_: VmExit) -> int:
 
 def _handle_ept_misconfig(vcpu: Vcpu, exit_: VmExit) -> int:
     return _page_fault(vcpu, exit_.guest_physical, PFERR_RSVD_MASK)
+
+
+def _handle_exception_nmi(vcpu: Vcpu, exit_: VmExit) -> int:
+    kvm = vcpu.kvm
+    cr2, error_code = exit_.qualification, exit_.error_code
+    vectoring = exit_.idt_vectoring_info & INTR_INFO_VALID
+    if exit_.intr_info & 0xFF != _PF or (vectoring and error_code & PFERR_RSVD_MASK):
+        return internal_error(vcpu, "an exception while an event was being delivered")
+    ctx = kvm.stream.ctx
+    saved = ctx.cause
+    if (t := kvm.trace.kvm_page_fault) is not None:
+        ctx.cause = t(vcpu.vcpu_id, exit_.rip, cr2, error_code)
+    try:
+        return _page_fault(vcpu, cr2, error_code)
+    finally:
+        ctx.cause = saved
 
 
 def _page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
@@ -213,7 +237,7 @@ def _handle_cpuid(vcpu: Vcpu, exit_: VmExit) -> int:
     cpu = vcpu.kvm.cpu
     leaf = cpu.get_reg(vcpu, "rax") & 0xFFFF_FFFF
     subleaf = cpu.get_reg(vcpu, "rcx") & 0xFFFF_FFFF
-    out = cpu.cpuid(vcpu, leaf, subleaf)
+    out = kvm_pv_cpuid(vcpu.kvm, leaf) or cpu.cpuid(vcpu, leaf, subleaf)
     if leaf == 1 and vcpu.apic is not None:
         out = (*out[:3], out[3] | _CPUID_1_EDX_APIC)
     if (t := vcpu.kvm.trace.kvm_cpuid) is not None:
@@ -250,6 +274,9 @@ def _handle_external_interrupt(vcpu: Vcpu, exit_: VmExit) -> int:
 
 
 _HANDLERS = {
+    REASON_EXCEPTION_NMI: _handle_exception_nmi,
+    REASON_CR_ACCESS: cr.handle_cr,
+    REASON_INVLPG: cr.handle_invlpg,
     REASON_EXTERNAL_INTERRUPT: _handle_external_interrupt,
     REASON_TRIPLE_FAULT: _handle_triple_fault,
     REASON_INTERRUPT_WINDOW: _handle_interrupt_window,

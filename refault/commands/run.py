@@ -44,7 +44,10 @@ def configure_machine(machine: argparse._ArgumentGroup) -> None:
         help="swap file (default: as large as the guest's memory)",
     )
     machine.add_argument("--vcpus", type=_count, default=1, metavar="N", help="default: 1")
-    machine.add_argument("--mmu", choices=("ept",), default="ept", help="second stage (default: ept)")
+    machine.add_argument(
+        "--mmu", choices=("ept", "shadow"), default="ept",
+        help="ept: a second stage; shadow: KVM shadows the guest's page tables (default: ept)",
+    )
     machine.add_argument(
         "--profile",
         type=_profile,

@@ -28,6 +28,7 @@ FEW = ("refault:host_op*", "refault:mmu_notifier_start", "refault:spte_zap", "kv
 
 MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "aging": (("pages=8", "rounds=2"), EVENTS),
+    "apf": (("pages=2", "rounds=1"), (*EVENTS, "kvm:kvm_*async*", "kvm:kvm_vcpu_wakeup")),
     "dirty-log": (("pages=8",), EVENTS),
     # Without its 3,000 calls of the instrument.
     "ept-access": ((), tuple(glob for glob in EVENTS if "host_op" not in glob)),
@@ -39,6 +40,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "idt-swapped": (("rounds=1",), FEW),
     "migrate": (("pages=4", "rounds=1"), EVENTS),
     "mmio": ((), (*EVENTS, "kvm:kvm_mmio", "kvmmmu:mark_mmio_spte", "kvmmmu:handle_mmio_page_fault")),
+    "prefault": (("pages=4",), EVENTS),
     "protect": (("pages=4",), EVENTS),
     "rdma": (("pages=1", "rounds=1", "weather=0"), (*EVENTS, "refault:odp_*", "refault:rdma_*")),
     "selfmod": (("rounds=2",), EVENTS),
@@ -51,6 +53,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Payload -> its words and the events kept. A payload without an entry is recorded as it stands."""
 
 OPTIONS = {
+    "apf": ("--param", "kvm.async_pf=Y"),
     "guest-memfd": ("--param", "vmm.vm_type=sw-protected"),
     "smp": ("--vcpus", "2"),
     "swap-storm": ("--host-ram", "2M", "--memory", "4M"),

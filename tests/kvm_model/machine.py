@@ -175,6 +175,9 @@ class ScriptedCpu:
         self.tlb.setdefault(vcpu.vcpu_id, {}).clear()
         self.flushes[vcpu.vcpu_id] = self.flushes.get(vcpu.vcpu_id, 0) + 1
 
+    def flush_tlb_guest(self, vcpu: Vcpu) -> None:
+        self.flush_tlb(vcpu)
+
     def set_apic_pages(self, vcpu: Vcpu, access: int, virtual: int) -> None:
         self.apic[vcpu.vcpu_id] = access, virtual
 
@@ -188,7 +191,7 @@ class ScriptedCpu:
     def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int, root_level: int) -> None:
         self.root[vcpu.vcpu_id] = root_hpa
 
-    def emulate(self, vcpu: Vcpu, gpa: int) -> MmioAccess | None:
+    def emulate(self, vcpu: Vcpu, gpa: int, code: bytes | None = None) -> MmioAccess | None:
         op = self.ops[vcpu.vcpu_id][0]
         if op[0] == "x":
             return None

@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
         "tsc_to_system_mul 0x80000000, tsc_shift -1, flags 0x2 }",
     ),
     "kvm:kvm_msr": ("write ecx data exception", (1, 0x10, 5, True), "msr_write 10 = 0x5 (#GP)"),
+    "kvm:kvm_cr": ("rw cr val", (1, 3, 0x1000), "cr_write 3 = 0x1000"),
     "kvm:kvm_cpuid": (
         "function index rax rbx rcx rdx found used_max_basic", (1, 0, 2, 3, 4, 5, True, False),
         "func 1 idx 0 rax 2 rbx 3 rcx 4 rdx 5, cpuid entry found",
@@ -69,6 +70,14 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
     ),
     "kvm:kvm_dirty_ring_reset": (
         "index dirty_index reset_index", (1, 12, 10), "ring 1: dirty 0xc reset 0xa (used 2)",
+    ),
+    "kvm:kvm_try_async_get_page": ("gva gfn", (0x3000, 3), "gva = 0x3000, gfn = 0x3"),
+    "kvm:kvm_async_pf_repeated_fault": ("gva gfn", (0x3000, 3), "gva = 0x3000, gfn = 0x3"),
+    "kvm:kvm_async_pf_doublefault": ("gva gfn", (0x3000, 3), "gva = 0x3000, gfn = 0x3"),
+    "kvm:kvm_async_pf_not_present": ("token gva", (0x1002, 0x3000), "token 0x1002 gva 0x3000"),
+    "kvm:kvm_async_pf_ready": ("token gva", (0x1002, 0x3000), "token 0x1002 gva 0x3000"),
+    "kvm:kvm_async_pf_completed": (
+        "address gva", (0x7F0000003000, 0x3000), "gva 0x3000 address 0x7f0000003000",
     ),
     "kvm:kvm_vm_set_mem_attributes": (
         "start end attr", (3, 0x1004, 8), "0x00000000000003 -- 0x00000000001004 [0x8]",

@@ -100,9 +100,9 @@ def test_a_triple_fault_is_a_shutdown() -> None:
 
 def test_an_unknown_exit_is_an_internal_error() -> None:
     m = Machine()
-    exit_ = m.run_raw(exit_op(exits.REASON_INVLPG))
+    exit_ = m.run_raw(exit_op(exits.REASON_INVALID_STATE))
     assert exit_.kind == "internal-error"
-    assert "INVLPG" in exit_.why
+    assert "INVALID_STATE" in exit_.why
 
 
 def test_an_instruction_that_cannot_be_emulated_is_an_internal_error() -> None:

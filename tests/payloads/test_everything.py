@@ -42,8 +42,8 @@ NOT_ASKED = {
     "gvt_close", "gvt_open", "gvt_read", "gvt_shadow", "gvt_stale", "gvt_told", "gvt_unshadow",
     "apic_page",  # The payload apic asks for it.
     "kvmclock_ctrl", "set_clock",  # The payload kvmclock asks for these.
-    # The payload guest-memfd asks for these.
-    "gmem_create", "gmem_punch", "map_gpa_range", "memory_attributes",
+    # The payloads guest-memfd and prefault ask for these.
+    "gmem_create", "gmem_punch", "map_gpa_range", "memory_attributes", "prefault",
 }
 ANSWERED = {"contig_free"}
 """Asked for only where another one was served."""

@@ -35,6 +35,20 @@ def test_payload_passes_without_the_tdp_mmu(name: str, profile: str) -> None:
     assert " 0 unexpected failures" in text, text
 
 
+@pytest.mark.parametrize("profile", ["linux-6.18", "linux-5.10"])
+@pytest.mark.parametrize("strategy", ["block", "random"])
+def test_a_guest_works_while_its_pages_come_in(strategy: str, profile: str) -> None:
+    text = run("apf", params={"kvm.async_pf": "Y", "sched.strategy": strategy}, profile=profile)
+    assert "PASS: meanwhile it worked" in text, text
+    assert " 0 unexpected failures" in text, text
+
+
+@pytest.mark.parametrize("payload", ["swap-storm", "timer", "race", "smp"])
+def test_payloads_that_know_nothing_of_it_pass_with_asynchronous_page_faults(payload: str) -> None:
+    text = run(payload, vcpus=3 if payload in ("race", "smp") else 1, params={"kvm.async_pf": "Y"})
+    assert " 0 unexpected failures" in text, text
+
+
 @pytest.mark.parametrize("vcpus", [1, 2])
 @pytest.mark.parametrize(("profile", "tdp_mmu"), [
     ("linux-6.18", "Y"), ("linux-6.18", "N"), ("linux-5.10", "Y"), ("linux-5.10", "N"),

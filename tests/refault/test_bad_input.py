@@ -177,7 +177,7 @@ def test_the_python_api_refuses_in_the_same_words() -> None:
         ({"memory": 5000}, "multiple of 4 KiB"),
         ({"memory": "many"}, "not a size"),
         ({"vcpus": 0}, "vcpus 0"),
-        ({"mmu": "shadow"}, "mmu 'shadow'"),
+        ({"mmu": "npt"}, "mmu 'npt'"),
         ({"profile": "linux-1"}, "no kernel 'linux-1'"),
         ({"breaks": {"no-flsh"}}, "no protocol switch 'no-flsh'"),
         ({"params": {"kvm.x": "1"}}, "no parameter 'kvm.x'"),
