@@ -5,10 +5,11 @@ name.
 
 Not modelled of 5.10: that a fault on a slot that is being deleted makes an MMIO SPTE; that a slot's deletion
 zaps the TDP MMU under one hold of mmu_lock and reloads roots, so that none stands there invalid; the role's
-bit for the guest's entry size, which says the opposite there; SPTE bits at other places; what it does wrong in
-shadow paging and was mended (one pt_access for all levels, CVE-2021-38198, and tables that are linked before
-their children are synced: the switches one-pt-access and link-unsynced); that an emulated write to a table
-makes the new SPTE at once, and that a new upper table syncs unsync pages of its gfn instead of zapping them.
+bit for the guest's entry size, which says the opposite there; SPTE bits at other places; what it does wrong
+in shadow paging and was mended (one pt_access for all levels, CVE-2021-38198, and tables that are linked
+before their children are synced: the switches one-pt-access and link-unsynced); that an emulated write to a
+table makes the new SPTE at once, and that a new upper table syncs unsync pages of its gfn instead of zapping
+them.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     `user_mem_slots`: memory slots that user space may have, KVM's own come behind. `max_vcpu_ids`: vCPUs are
     numbered below it; `max_vcpus`: how many there may be.
 
-    Of the walk of guest tables: `cmpxchg_gpte_by_gup`: it sets A and D in a frame that GUP gave, not through the
-    VMM's mapping. `smap_implicit_by_cpl`: any supervisor access at CPL 3 counts as implicit, not only what
-    KVM says is. `shadow_role_forces_nx`: shadow pages have NX whatever the guest's EFER says, and no bits of
-    the control registers while the guest's paging is off.
+    Of the walk of guest tables: `cmpxchg_gpte_by_gup`: it sets A and D in a frame that GUP gave, not through
+    the VMM's mapping. `smap_implicit_by_cpl`: any supervisor access at CPL 3 counts as implicit, not only
+    what KVM says is. `shadow_role_forces_nx`: shadow pages have NX whatever the guest's EFER says, and no bits
+    of the control registers while the guest's paging is off.
 
     `mmu_is_page_track_node`: the MMU itself is a node of the page-track head, hears so of emulated writes,
     and zaps a slot when the head is told to flush it.

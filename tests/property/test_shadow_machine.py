@@ -14,12 +14,12 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import Phase, settings
 from hypothesis import seed as with_seed
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from host_mm.kernel.errors import KernelError
+from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.ksm import scan_until_quiet
 from host_mm.madvise import (
     MADV_DONTNEED,
@@ -63,7 +63,8 @@ ROOTS = (PML4_GPA | 1, 0x6000 | 2)
 PDPT2_GPA, DIRECTORY_GPA, TABLES = 0x7000, 0x8000, (0x9000, 0xA000)
 REGION = 0x4000_0000
 SPAN = 2 << 20
-PAGES = [REGION + slot * SPAN + page * PAGE for slot in range(3) for page in (0, 1, 2, 3, 7, 8)]
+ENTRIES = (0, 1, 8)
+PAGES = [REGION + slot * SPAN + page * PAGE for slot in range(3) for page in ENTRIES]
 DATA_PAGES = 12
 OFFSET = 0x800
 """Data lies behind the entries that are used, so that tables can be data, too."""
@@ -81,18 +82,21 @@ class ShadowGuest(RuleBasedStateMachine):
     """One VM, two vCPUs; `root[vcpu]` is the CR3 value each runs on."""
 
     BREAKS: tuple[str, ...] = ()
+    TRUTHS = True
     PROFILE = "linux-6.18"
     PREEMPT: int | None = None
 
     @initialize()
     def boot(self) -> None:
         m = self.m = ShadowMachine(
-            vcpus=2, breaks=self.BREAKS, profile=self.PROFILE, data=4 << 20, ram=24 << 20, seed=self.PREEMPT
+            vcpus=2, breaks=self.BREAKS, profile=self.PROFILE, data=4 << 20, ram=24 << 20, seed=self.PREEMPT,
+            checks=self.TRUTHS,
         )
         self.oracle = Oracle(PAGES, [root & ~0xFFF for root in ROOTS], 2)
         self.root = [ROOTS[0], ROOTS[0]]
         self.user = [True, True]
-        self.data = dict.fromkeys(TARGETS, 0)
+        # Even, for in a table this is an entry, too.
+        self.data = {gpa: 0x1000 + 2 * n for n, gpa in enumerate(TARGETS)}
         self.value = 0
         self.slot = True
         m.do(self._lay_out)
@@ -111,8 +115,11 @@ class ShadowGuest(RuleBasedStateMachine):
         for slot, table in ((0, TABLES[0]), (1, TABLES[1]), (2, TABLES[0])):
             self._put(DIRECTORY_GPA + 8 * slot, table | both)
         for table in TABLES:
-            for page in range(9):
+            for page in ENTRIES:
                 self._put(table + 8 * page, DATA_GPA + (page % DATA_PAGES) * PAGE | both | A | D)
+
+        for gpa, value in self.data.items():
+            self.m.put(gpa + OFFSET, value)
 
     def _put(self, gpa: int, value: int) -> None:
         self.m.put(gpa, value)
@@ -126,7 +133,7 @@ class ShadowGuest(RuleBasedStateMachine):
 
     @rule(vcpu=st.integers(0, 1), page=pages, kind=kinds)
     def access(self, vcpu: int, page: int, kind: str) -> None:
-        self.value += 1
+        self.value += 2
         gva = page + OFFSET
         out = self.m.run(("w", gva, self.value) if kind == "w" else (kind, gva), vcpu=vcpu)
         self._judge(vcpu, page, kind, out)
@@ -169,10 +176,29 @@ class ShadowGuest(RuleBasedStateMachine):
         regs["cs"] = cs
         self.oracle.edit(gpa, value)
 
-    @rule(vcpu=st.integers(0, 1), table=st.sampled_from(TABLES), page=st.integers(0, 8),
+    @rule(vcpu=st.integers(0, 1), table=st.sampled_from(TABLES), page=st.sampled_from(ENTRIES),
           frame=st.sampled_from(TARGETS), flag=flags)
     def edit_entry(self, vcpu: int, table: int, page: int, frame: int, flag: int) -> None:
         self._edit(vcpu, table + 8 * page, frame | flag)
+
+    @rule(vcpu=st.integers(0, 1), page=pages, frame=st.sampled_from(TARGETS), flag=flags, kind=kinds,
+          flush=st.sampled_from(["invlpg", "cr3", "both roots"]))
+    def use_edit_flush_use(
+        self, vcpu: int, page: int, frame: int, flag: int, kind: str, flush: str
+    ) -> None:
+        self.access(vcpu, page, kind)
+        table = self.oracle.tables.get(DIRECTORY_GPA + 8 * (page - REGION >> 21), 0)
+        if table & ~0xFFF not in TABLES:
+            return
+        self._edit(vcpu, (table & ~0xFFF) + 8 * (page >> 12 & 511), frame | flag)
+        root = self.root[vcpu]
+        if flush == "invlpg":
+            self.invlpg(vcpu, page)
+        else:
+            for each in ROOTS if flush == "both roots" else ():
+                self.load_cr3(vcpu, each, False)
+            self.load_cr3(vcpu, root, False)
+        self.access(vcpu, page, kind)
 
     @rule(vcpu=st.integers(0, 1), slot=st.integers(0, 2), what=st.sampled_from([*TABLES, 0, DATA_GPA | PS]),
           flag=flags)
@@ -226,7 +252,7 @@ class ShadowGuest(RuleBasedStateMachine):
           gpa=st.sampled_from([*TABLES, DIRECTORY_GPA, PML4_GPA]),
           advice=st.sampled_from([MADV_PAGEOUT, MADV_SOFT_OFFLINE]))
     def move_a_table_under_the_walk(self, vcpu: int, page: int, kind: str, gpa: int, advice: int) -> None:
-        self.value += 1
+        self.value += 2
         gva = page + OFFSET
         task = self.m.spawn(("w", gva, self.value) if kind == "w" else (kind, gva), vcpu=vcpu)
         beside = self.m.sched.spawn("beside", lambda: self._advise(gpa, advice))
@@ -265,11 +291,11 @@ class ShadowGuest(RuleBasedStateMachine):
             self.m.truths.quiescent()
 
 
-def run(machine: type[ShadowGuest], steps: int, seed: int) -> None:
-    seeded = with_seed(seed)(machine)
-    run_state_machine_as_test(seeded, settings=settings(
+def run(machine: type[ShadowGuest], steps: int, seed: int, *, shrink: bool = True) -> None:
+    phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
+    run_state_machine_as_test(with_seed(seed)(machine), settings=settings(
         settings.get_profile("machine"), max_examples=max(1, steps // STEPS_AN_EXAMPLE),
-        stateful_step_count=STEPS_AN_EXAMPLE,
+        stateful_step_count=STEPS_AN_EXAMPLE, phases=phases,
     ))
 
 
@@ -285,3 +311,32 @@ def test_the_guest_uses_only_what_its_tables_allowed_since_its_last_flush(
         PREEMPT = preempt
 
     run(Machine, STEPS // 5, 1)
+
+
+SWITCHES = (
+    "ignore-role-access", "ignore-role-wp", "link-unsynced", "no-invlpg-sync", "no-mark-parents",
+    "no-root-sync", "no-table-protect", "no-track-write", "one-pt-access", "unsync-after-store",
+)
+SEEN_BY_THE_GUEST = ("no-invlpg-sync", "no-mark-parents", "no-root-sync", "no-table-protect")
+"""What also shows in what the guest reads, in so many steps, without any truth asked."""
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_step_of_the_protocol_that_is_left_out_is_found(switch: str) -> None:
+    class Machine(ShadowGuest):
+        BREAKS = (switch,)
+
+    with pytest.raises(BrokenTruth):
+        run(Machine, 20_000, 1, shrink=False)
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("switch", SEEN_BY_THE_GUEST)
+def test_and_the_guest_sees_it_itself(switch: str) -> None:
+    class Machine(ShadowGuest):
+        BREAKS = (switch,)
+        TRUTHS = False
+
+    with pytest.raises(AssertionError):
+        run(Machine, 20_000, 1, shrink=False)
