@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 JOBS ?= 2
 RUN_ARGS ?= --memory 64M --host-ram 24M --check --trace out/swap-storm.ndjson
 
-.PHONY: venv run test lint bench bench-check soak live matrix golden clean help
+.PHONY: venv run test lint bench bench-check soak live matrix golden seed-doc clean help
 
 help:
 	@echo 'make run          a guest on a host with too little RAM, checked and traced to out/'
@@ -17,6 +17,7 @@ help:
 	@echo 'make live         the scenarios on this machine'\''s own KVM, where it can (refault/scenarios/live/README.md)'
 	@echo 'make matrix       every payload with each MMU, on each kernel, with 1, 2 and 4 vCPUs, as a table'
 	@echo 'make golden       record the golden traces of the payloads anew (PAYLOADS="migrate smp": only those)'
+	@echo 'make seed-doc     run the commands of docs/seed.md and write their output there'
 	@echo 'make venv         only the environment, with the versions of constraints.txt'
 
 venv: $(STAMP)
@@ -60,6 +61,10 @@ matrix: $(STAMP)
 # Only ever on purpose: look at the difference before you commit it.
 golden: $(STAMP)
 	PYTHONPATH=. $(BIN)/python tests/golden/record.py $(PAYLOADS)
+
+# The outputs in docs/seed.md, from its commands.
+seed-doc: $(STAMP)
+	PYTHONPATH=. $(BIN)/python tests/refault/seed_doc.py
 
 clean:
 	rm -rf out build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

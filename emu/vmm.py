@@ -337,13 +337,13 @@ class Vmm:
     def test_and_clear_young(self, address: int) -> bool:
         """folio_referenced of the page at `address`: whether host or guest touched it since the last time.
 
-        Nobody asks that of huge pages of hugetlbfs.
+        Nobody asks that of huge pages of hugetlbfs, nor of mlocked pages: the walk would lock them once more.
         """
-        from host_mm.page import PG_hugetlb
+        from host_mm.page import PG_hugetlb, PG_mlocked
         from host_mm.rmap import folio_referenced
 
         folio = self.present_folio(address)
-        if folio <= self.mm.zero_pfn or self.mm.pages.flags[folio] & PG_hugetlb:
+        if folio <= self.mm.zero_pfn or self.mm.pages.flags[folio] & (PG_hugetlb | PG_mlocked):
             return False
         return folio_referenced(self.mm, folio)[0] > 0
 

@@ -41,6 +41,7 @@ __all__ = [
     "MM_SHMEMPAGES",
     "MM_SWAPENTS",
     "VM_ACCESS_FLAGS",
+    "VM_ACCOUNT",
     "VM_DONTCOPY",
     "VM_DONTEXPAND",
     "VM_EXEC",

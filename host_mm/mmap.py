@@ -19,6 +19,7 @@ from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory_zap import free_pgtables, unmap_vmas
 from host_mm.mm_types import (
+    VM_ACCOUNT,
     VM_EXEC,
     VM_LOCKED,
     VM_MAYEXEC,
@@ -98,6 +99,9 @@ def do_mmap(
     try:
         place = get_unmapped_area(mm, addr, size, flags, huge=huge)
         vm_flags |= _vm_flags(mm, prot, flags)
+        if not huge and vm_flags & (VM_NORESERVE | VM_SHARED | VM_WRITE) == VM_WRITE:
+            # accountable_mapping: nobody counts here, but VMAs that differ in it do not merge.
+            vm_flags |= VM_ACCOUNT
         if flags & MAP_SHARED and ops is None and file is None:
             file = shmem = mm.host.shmem_file_setup("dev/zero", size, mm.process.home_node)
         if file is not None and ops is None:

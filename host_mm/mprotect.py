@@ -65,13 +65,24 @@ from host_mm.arch.x86.swapops import (
 )
 from host_mm.huge_memory_map import change_huge_pmd
 from host_mm.huge_memory_pmd import split_huge_pmd
+from host_mm.huge_mm import vma_is_anonymous
 from host_mm.hugetlb_unmap import hugetlb_change_protection
 from host_mm.kernel.costs import COST_SYSCALL
 from host_mm.kernel.errors import KernelError
 from host_mm.memory_copy import is_cow_mapping
 from host_mm.memory_device import make_device_private_pte
 from host_mm.memory_folio import vm_normal_page
-from host_mm.mm_types import VM_ACCESS_FLAGS, VM_EXEC, VM_HUGETLB, VM_READ, VM_SHARED, VM_SOFTDIRTY, VM_WRITE
+from host_mm.mm_types import (
+    VM_ACCESS_FLAGS,
+    VM_ACCOUNT,
+    VM_EXEC,
+    VM_HUGETLB,
+    VM_NORESERVE,
+    VM_READ,
+    VM_SHARED,
+    VM_SOFTDIRTY,
+    VM_WRITE,
+)
 from host_mm.mmu_gather import MmuGather
 from host_mm.page import (
     PG_anon,
@@ -112,6 +123,7 @@ MM_CP_UFFD_WP = 1 << 2
 MM_CP_UFFD_WP_RESOLVE = 1 << 3
 _PAGE_NONE = vm_get_page_prot(0)
 _PROT_MASK = 0xF
+_COUNTED_OR_NEVER = VM_ACCOUNT | VM_WRITE | VM_HUGETLB | VM_SHARED | VM_NORESERVE
 """Read, write, execute and PROT_SEM, which means nothing."""
 _FLUSH_ON_CLEAR = _PAGE_DIRTY | _PAGE_PRESENT | _PAGE_ACCESSED
 _FLUSH_ON_CHANGE = _PAGE_RW | _PAGE_USER | _PAGE_NX
@@ -158,9 +170,24 @@ def do_mprotect(mm: MmStruct, start: int, length: int, prot: int) -> None:
         mm.mmap_lock.unlock()
 
 
+def _accounted(vma: VmArea, flags: int) -> int:
+    """The new flags with VM_ACCOUNT as it will be.
+
+    What may be written counts, what was once touched for good. VMAs that differ in it do not merge.
+    """
+    old = vma.flags
+    if flags & VM_WRITE:
+        return flags if old & _COUNTED_OR_NEVER else flags | VM_ACCOUNT
+    unaccounts = vma.mm.host.profile.mprotect_unaccounts
+    if unaccounts and old & VM_ACCOUNT and vma_is_anonymous(vma) and vma.anon_vma is None:
+        return flags & ~VM_ACCOUNT
+    return flags
+
+
 def _mprotect_fixup(tlb: MmuGather, vma: VmArea, start: int, end: int, flags: int) -> None:
     if flags == vma.flags:
         return
+    flags = _accounted(vma, flags)
     vma = vma_modify_flags(vma, start, end, flags)
     vma.flags = flags | (vma.flags & VM_SOFTDIRTY)
     vma_set_page_prot(vma)

@@ -28,6 +28,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     Orders. `mprotect_bracket_level`: the table level whose walker opens change_protection's bracket, 3 (PUD)
     or 2 (PMD). `mprotect_gathers`: its flush is a gather's, else one over the whole range of the VMA.
+    `mprotect_unaccounts`: anonymous memory never touched loses VM_ACCOUNT with the right to write.
     `madvise_gathers_once`: DONTNEED and FREE flush once for all VMAs, else VMA by VMA. `migrate_batches`:
     migration unmaps many folios, their flush deferred, before it moves the first; else one at a time.
     `hugetlb_unmap_brackets`: unmapping huge pages opens a bracket of its own, an UNMAP, inside the caller's.
@@ -55,6 +56,7 @@ class MmProfile(msgspec.Struct, frozen=True, kw_only=True):
     absent_events: frozenset[str] = frozenset()
     mprotect_bracket_level: int = 3
     mprotect_gathers: bool = True
+    mprotect_unaccounts: bool = True
     madvise_gathers_once: bool = True
     migrate_batches: bool = True
     hugetlb_unmap_brackets: bool = False
@@ -90,6 +92,7 @@ LINUX_5_10 = MmProfile(
     }),
     mprotect_bracket_level=2,
     mprotect_gathers=False,
+    mprotect_unaccounts=False,
     madvise_gathers_once=False,
     migrate_batches=False,
     hugetlb_unmap_brackets=True,

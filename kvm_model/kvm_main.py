@@ -70,9 +70,12 @@ from kvm_model.mmu.mmu_internal import (
 from kvm_model.mmu.nx_huge_pages import NxRecovery
 from kvm_model.mmu.pre_fault import kvm_vcpu_pre_fault_memory
 from kvm_model.mmu.rcu import Rcu
+from kvm_model.mmu.rmap import gfn_to_rmap, rmap_sptes
 from kvm_model.mmu.set_mem_attributes import kvm_vm_ioctl_set_mem_attributes
 from kvm_model.mmu.shadow_walk import get_walk
 from kvm_model.mmu.spte import (
+    PG_LEVEL_1G,
+    PG_LEVEL_2M,
     PG_LEVEL_4K,
     ept_masks,
     is_last_spte,
@@ -457,6 +460,17 @@ class Kvm:
             if is_shadow_present_pte(spte) and is_last_spte(spte, level):
                 return address, level
         return 0, 0
+
+    def mapping_level(self, gfn: int) -> int:
+        """The level of the leaf that maps `gfn`: for vCPU 0 under TDP, else the highest of all. 0: none."""
+        if self.tdp_enabled:
+            return self.leaf_spte(gfn)[1]
+        slot = self.slots().gfn_to_memslot(gfn)
+        mapped = [
+            level for level in (PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K)
+            if slot is not None and any(True for _ in rmap_sptes(gfn_to_rmap(gfn, level, slot)))
+        ]
+        return max(mapped, default=0)
 
     def map_for_instrument(self, gfn: int) -> None:
         """Map `gfn` writable with a 4K leaf, splitting what is larger; KernelError if it cannot be.

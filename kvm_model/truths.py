@@ -8,6 +8,7 @@
     flush-before-unlock   range_start asks for the flush of what it zapped before it drops mmu_lock
     bracket-balance       counts go up and down with brackets, the sequence moves before the count
     spte-writable-state   a leaf is in one of the four (host, mmu, W) states (five where there is change_pte)
+    spte-access-track     a leaf that lost its rights to see the next access remembers them, and no other does
     spte-pfn-in-place     a present leaf never changes its frame
     spte-of-freed-frame   no leaf of any root, invalid ones included, maps a frame that is freed
     write-logged          a leaf of a logged slot that can be written unseen (W, and D where the CPU logs) is
@@ -305,6 +306,8 @@ class KvmTruths:
         followed = kvm.host.profile.change_pte and not spte & (PT_WRITABLE_MASK | kvm.spte.host_writable)
         if not followed and not kvm.spte.writable_state_is_legal(spte):
             self._broken("spte-writable-state", f"gfn {gfn:#x}: {spte:#x} is in none of the four states")
+        if not kvm.spte.access_track_is_legal(spte):
+            self._broken("spte-access-track", f"gfn {gfn:#x}: {spte:#x} has lost what it was, or keeps it")
 
     def _host_pte_changed(self, mm: MmStruct, address: int, old: int, new: int) -> None:
         kvm = self.kvm

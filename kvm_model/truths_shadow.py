@@ -260,6 +260,9 @@ class ShadowTruths:
         four = role_has_4_byte_gpte(sp.role)
         paging = PAGING32 if four else PAGING64
         huge = sp.level > PG_LEVEL_4K and gpte & PT_PAGE_SIZE_MASK != 0
+        if huge and four and not is_last_spte(spte, sp.level):
+            # Whether bit 7 counts is CR4.PSE's to say, of which no role of a page knows.
+            huge = role_direct(self.kvm.sps[spte_to_pfn(spte)].role)
         gfn = gpte_to_gfn_lvl(paging, gpte, sp.level) if huge else gpte_to_gfn(paging, gpte)
         if huge and four:
             gfn += ((gpte & _PSE36_MASK) << _PSE36_SHIFT) + ((index & 1) << 9)

@@ -155,6 +155,7 @@ class VM:
         memory_bytes = as_bytes(memory)
         assert memory_bytes is not None
         _check(memory_bytes, vcpus, mmu, memory_backend)
+        private = on is None
         if on is None:
             swap = memory_bytes if swap == "auto" else swap
             if memory_backend == "hugetlb":
@@ -167,6 +168,7 @@ class VM:
         if profile not in (None, machine.profile):
             raise UsageError(f"the host is a {machine.profile}, its VMs cannot be of {profile!r}")
         self._host = on
+        self._private = private
         self.config = MachineConfig(
             memory=memory_bytes, memory_backend=memory_backend, host_ram=on.ram, swap=on.swap, vcpus=vcpus,
             mmu=mmu, profile=machine.profile, params=dict(machine.params), seed=machine.seed,
@@ -315,7 +317,10 @@ class VM:
 
     def close(self) -> None:
         """Destroy the VM and, if it is private, its host."""
-        self._host.close()
+        if self._private:
+            self._host.close()
+        elif self.board in self._host.machine.boards:
+            self.board.close()
 
     def abandon(self) -> None:
         """Drop everything as it stands: for a machine that is frozen or broken in the middle."""

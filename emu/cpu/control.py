@@ -5,7 +5,8 @@ SYSENTER, for which Unicorn has no code.
 
 Source: Intel SDM vol. 2: MOV to/from control registers, LMSW, CLTS, SYSCALL, SYSENTER; vol. 3A 2.5.
 
-Not modelled: SYSRET's #GP on a non-canonical RCX (the fetch faults instead), CR8, PCIDE, CET.
+Not modelled: SYSRET's #GP on a non-canonical RCX (the fetch faults instead), CR8, PCIDE, CET;
+under EPT, the #GP of reserved bits of CR3 in IA-32e mode, where MOV to CR3 is left to Unicorn.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from emu.cpu.insn import effective_address
 from emu.cpu.memory import VECTOR_GP, GuestFault
 from emu.cpu.mmio import read_register
 from emu.cpu.paging import CR0_PE, CR0_PG, CR4_LA57, CR4_PAE, EFER_LMA, EFER_LME, EFER_SCE
-from emu.cpu.pdpte import follow_paging_mode, load_pdptes, load_pdptes_for_cr0, load_pdptes_for_cr4
+from emu.cpu.pdpte import load_pdptes, load_pdptes_for_cr0, load_pdptes_for_cr4
 from emu.cpu.segments import DESC_CODE, DESC_DB, DESC_G, DESC_L, DESC_P, DESC_S, load_seg_cache
 from emu.cpu.vcpu import UnicornVcpu
 
@@ -72,7 +73,7 @@ def write_control_register(vcpu: UnicornVcpu, insn: Any, number: int) -> None:
         _check_cr4(vcpu, value)
         load_pdptes_for_cr4(vcpu, value)
         vcpu.intercepts.load_cr4(value)
-    follow_paging_mode(vcpu)
+    vcpu.watch_cr3()
     vcpu.skip(insn.size)
 
 

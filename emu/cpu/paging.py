@@ -32,7 +32,7 @@ __all__ = [
     "EFER_LMA", "EFER_LME", "EFER_NXE", "EFER_SCE", "EFLAGS_AC", "MAXPHYADDR", "PDE32_RESERVED",
     "PFERR_FETCH", "PFERR_PRESENT", "PFERR_RSVD", "PFERR_USER", "PFERR_WRITE", "PTE_ACCESSED",
     "PTE_ADDR_MASK", "PTE_DIRTY", "PTE_GLOBAL", "PTE_PCD", "PTE_PRESENT", "PTE_PS", "PTE_PWT", "PTE_RW",
-    "PTE_USER", "PTE_XD", "is_canonical", "pde32_frame", "pdpte_reserved", "pte_reserved",
+    "PTE_USER", "PTE_XD", "is_canonical", "pae_paging", "pde32_frame", "pdpte_reserved", "pte_reserved",
     "table_index",
 ]
 
@@ -85,6 +85,11 @@ def is_canonical(gva: int, cr4: int) -> bool:
         return top == 0 or top == -1 or top == 0xFF
     top = gva >> 47
     return top == 0 or top == -1 or top == 0x1FFFF
+
+
+def pae_paging(cr0: int, cr4: int, efer: int) -> bool:
+    """Whether these make PAE paging. By LME, since LMA only follows when PG is set."""
+    return cr0 & CR0_PG != 0 and cr4 & CR4_PAE != 0 and not efer & EFER_LME
 
 
 def table_index(gva: int, level: int) -> int:

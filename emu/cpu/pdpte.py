@@ -19,25 +19,20 @@ from emu.cpu.paging import (
     CR4_PGE,
     CR4_PSE,
     CR4_SMEP,
-    EFER_LME,
     PTE_PRESENT,
+    pae_paging,
     pdpte_reserved,
 )
 from emu.cpu.vcpu import UnicornVcpu
 from emu.cpu.walk import EPT_VIOLATION, OK, ept_translate
 from kvm_model.vmx.exits import EPT_ACC_READ
 
-__all__ = ["follow_paging_mode", "load_pdptes", "load_pdptes_for_cr0", "load_pdptes_for_cr4"]
+__all__ = ["load_pdptes", "load_pdptes_for_cr0", "load_pdptes_for_cr4"]
 
 _CR0_NW, _CR0_CD = 1 << 29, 1 << 30
 _CR0_BITS = CR0_PG | _CR0_NW | _CR0_CD
 _CR4_BITS = CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP
 _TABLE = 0xFFFFFFE0
-
-
-def _pae(cr0: int, cr4: int, efer: int) -> bool:
-    # LME and not LMA, which only follows when PG is set.
-    return cr0 & CR0_PG != 0 and cr4 & CR4_PAE != 0 and not efer & EFER_LME
 
 
 def load_pdptes(vcpu: UnicornVcpu, cr3: int) -> None:
@@ -59,19 +54,12 @@ def load_pdptes(vcpu: UnicornVcpu, cr3: int) -> None:
 def load_pdptes_for_cr0(vcpu: UnicornVcpu, cr0: int) -> None:
     """What a MOV of `cr0` to CR0 does to them first."""
     env = vcpu.env
-    if _pae(cr0, env.cr(4), env.efer) and (cr0 ^ env.cr(0)) & _CR0_BITS:
+    if pae_paging(cr0, env.cr(4), env.efer) and (cr0 ^ env.cr(0)) & _CR0_BITS:
         load_pdptes(vcpu, env.cr(3))
 
 
 def load_pdptes_for_cr4(vcpu: UnicornVcpu, cr4: int) -> None:
     """What a MOV of `cr4` to CR4 does to them first."""
     env = vcpu.env
-    if _pae(env.cr(0), cr4, env.efer) and (cr4 ^ env.cr(4)) & _CR4_BITS:
+    if pae_paging(env.cr(0), cr4, env.efer) and (cr4 ^ env.cr(4)) & _CR4_BITS:
         load_pdptes(vcpu, env.cr(3))
-
-
-def follow_paging_mode(vcpu: UnicornVcpu) -> None:
-    """After a write of CR0 or CR4: MOV to CR3 must be seen in PAE paging, and is Unicorn's own elsewhere."""
-    env = vcpu.env
-    if not vcpu.shadow:
-        vcpu.intercepts.intercept_cr3_writes(_pae(env.cr(0), env.cr(4), env.efer))

@@ -41,7 +41,7 @@ from emu.cpu.env import (
 from emu.cpu.fill import Fill
 from emu.cpu.intercept import Intercepts
 from emu.cpu.memory import GuestFault, GuestMemory, MemoryExit
-from emu.cpu.paging import CR0_PE, CR0_PG, CR4_PAE, EFER_LME
+from emu.cpu.paging import CR0_PE, CR0_PG, CR4_PAE, EFER_LME, pae_paging
 from emu.cpu.segments import FLAT_CODE32, FLAT_CODE64, FLAT_DATA, load_seg_cache
 from emu.cpu.walk import ACCESS_READ, EPT_MISCONFIG, EPT_VIOLATION, OK, PML_FULL
 from host_mm.ram import Ram
@@ -161,6 +161,15 @@ class UnicornVcpu:
                 raise
             self.deferred = None
 
+    def watch_cr3(self) -> None:
+        """CR0 or CR4 changed: MOV to CR3 must be seen in PAE paging, where it loads PDPTEs.
+
+        In other modes it is Unicorn's own; without EPT it exits in every mode.
+        """
+        if not self.shadow:
+            env = self.env
+            self.intercepts.intercept_cr3_writes(pae_paging(env.cr(0), env.cr(4), env.efer))
+
     # -- translated code ------------------------------------------------------------------------
 
     def drop_stale_code(self) -> None:
@@ -240,14 +249,16 @@ class UnicornVcpu:
         self.fill.flush()
 
     def start_like(self, other: UnicornVcpu, entry: int) -> None:
-        """64-bit mode in the address space and with the tables of `other`; LDTR and TR null."""
+        """The mode, the address space and the tables of `other`; LDTR and TR null."""
         self.reset()
         env, source = self.env, other.env
-        env.efer = EFER_LME
+        env.efer = source.efer & EFER_LME
         self.intercepts.load_cr4(source.cr(4))
         env.set_cr(3, source.cr(3))
         self.intercepts.load_cr0(source.cr(0))
         env.efer = source.efer
+        self.fill.pdptes = other.fill.pdptes
+        self.watch_cr3()
         for table in (GDT, IDT):
             env.set_table(table, *source.table(table))
         for index in (R_ES, R_SS, R_DS, R_FS, R_GS, R_CS):

@@ -150,10 +150,9 @@ def last_exit(board: Board, field: int) -> int:
 
 @operation(example="map_level(gpa=0x200000)")
 def map_level(board: Board, gpa: int) -> int:
-    """The level of the leaf SPTE that maps `gpa`: 1 4 KiB, 2 2 MiB, 3 1 GiB, 0 none."""
-    _ept_only(board)
+    """The level of the leaf SPTE that maps `gpa`: 1 4K, 2 2M, 3 1G, 0 none; the highest of several."""
     check_range(gpa & ~0xFFF, 1)
-    return _leaf(board, gpa)[1]
+    return board.kvm.mapping_level(gpa >> 12)
 
 
 @operation(example="cpu_count()")

@@ -33,6 +33,9 @@ def weather_task(board: Board, period: int) -> Callable[[], None]:
     names, weights = list(WEIGHTS), list(WEIGHTS.values())
     if board.host.mm.swap is None:
         weights[names.index("swap_out")] = 0
+    if board.config.memory_backend == "hugetlb":
+        # Reclaim has nothing to do with those pages, and madvise says so.
+        weights[names.index("swap_out")] = weights[names.index("cold")] = 0
 
     def once() -> None:
         name = rng.choices(names, weights)[0]

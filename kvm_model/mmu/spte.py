@@ -222,6 +222,13 @@ class SpteMasks:
             return spte & self.host_writable != 0
         return not spte & PT_WRITABLE_MASK
 
+    def access_track_is_legal(self, spte: int) -> bool:
+        """What a leaf without A/D remembers of its rights: at least R while it has none, else nothing."""
+        if spte_ad_enabled(spte) or not self.acc_track:
+            return True
+        saved = spte & _ACC_TRACK_SAVED_MASK
+        return saved & EPT_READABLE << _ACC_TRACK_SAVED_SHIFT != 0 if not spte & self.acc_track else not saved
+
     # -- makers ---------------------------------------------------------------------------------
 
     def make_spte(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from difflib import SequenceMatcher
 
 import msgspec
 
@@ -61,7 +62,7 @@ def compare(
         return Comparison(name, mine, other, [], [], [], _broken(name, mine, other))
     if whole and stats and repeats != "but for slot 0":
         mine, other = _with_stats(mine, ours, theirs), _with_stats(other, theirs, ours)
-    excused, unexplained, unneeded = explain(name, differences(mine, other))
+    excused, unexplained, unneeded = explain(name, differences(_same_names(mine, other, ours.freed), other))
     return Comparison(name, mine, other, excused, unexplained, unneeded if whole else [], [])
 
 
@@ -78,6 +79,54 @@ def _renumbered(lines: list[str]) -> list[str]:
     """Frames numbered anew, where lines that named some are gone."""
     frames: dict[str, str] = {}
     return [_FRAME.sub(lambda m: frames.setdefault(m[0], f"P{len(frames)}"), line) for line in lines]
+
+
+class _Names:
+    """Which frame of theirs each of ours is, by where both were named."""
+
+    def __init__(self, freed: dict[str, int]) -> None:
+        self._freed = freed
+        self._theirs: dict[str, str] = {}
+        self._ours: dict[str, str] = {}
+
+    def of(self, mine: str, other: str, at: int) -> str:
+        """What our frame is called in line `at`, in whose place they name `other`, or nothing."""
+        if not other:
+            return self._theirs.get(mine, f"{mine}'")
+        known = self._ours.get(other)
+        if mine not in self._theirs and (known is None or self._freed.get(known, at + 1) <= at):
+            self._bind(mine, other)
+        name = self._theirs.get(mine, f"{mine}'")
+        # A difference is told once; from here on it is the frame in that place.
+        self._bind(mine, other)
+        return name
+
+    def _bind(self, mine: str, other: str) -> None:
+        self._theirs[mine] = other
+        self._ours[other] = mine
+
+
+def _same_names(ours: list[str], theirs: list[str], freed: dict[str, int]) -> list[str]:
+    """Our lines with the other side's names of frames.
+
+    What a line says is whether its frame is one that was seen before, and which. So each of our frames bears
+    the name of the one that stood in its place, from where that place names a new one.
+    Without this a frame more or less would make every line behind it differ.
+
+    A frame that was freed may be handed out again, and is another one then. A real machine's names cannot
+    tell, so a fresh frame of ours may stand where theirs is one of which we know that it was freed before.
+    """
+    masked, other_masked = ([_FRAME.sub("P", line) for line in lines] for lines in (ours, theirs))
+    found, names = list(ours), _Names(freed)
+    opcodes = SequenceMatcher(None, masked, other_masked, autojunk=False).get_opcodes()
+    for tag, a1, a2, b1, _ in opcodes:
+        for n in range(a1, a2):
+            mine = _FRAME.search(ours[n])
+            if mine is not None:
+                other = _FRAME.search(theirs[b1 + n - a1]) if tag == "equal" else None
+                name = names.of(mine[0], other[0] if other else "", n)
+                found[n] = _FRAME.sub(name, ours[n], count=1)
+    return found
 
 
 def _with_stats(lines: list[str], recording: Recording, other: Recording) -> list[str]:

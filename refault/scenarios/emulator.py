@@ -1,7 +1,7 @@
 """Scenarios on the emulator.
 
-A guest access sets the registers, enters, and reads what came out. With EPT its accessed/dirty flags are
-off, so that the walk reads guest tables as shadow paging does, which the recordings were made with.
+A guest access sets the registers, enters, and reads what came out. The recordings were made with shadow
+paging; with EPT its accessed/dirty flags are off, so that the walk reads guest tables as shadow paging does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from emu.hostops import OPERATIONS, perform
 from host_mm.kernel.errors import KernelError
+from host_mm.page import PG_anon, PG_swapcache, folio_mapcount, page_folio
 from refault.registry import find_tracepoint
 from refault.scenarios.api import Scenario
 from refault.scenarios.emulator_dirty import DirtySteps
@@ -51,17 +52,19 @@ class EmulatorBackend(
 
     def __init__(
         self, *, hugetlb: str = "", file: str = "", dirty_ring: int = 0, guest_pages: str = "4K",
-        slot_flags: int = 0, file_bytes: int = 0, thp: bool = False, **options: Any,
+        slot_flags: int = 0, file_bytes: int = 0, thp: bool = False, mmu: str = "shadow", **options: Any,
     ) -> None:
         params = {"kvm_intel.eptad": "0", "kvm.mmio_caching": "N", **options.pop("params", {})}
         if dirty_ring:
             params["vmm.dirty_ring_size"] = str(dirty_ring)
-        self.vm = VM("2M", params=params, **{"host_ram": "64M", "swap": "64M", **options})
+        self.vm = VM("2M", params=params, mmu=mmu, **{"host_ram": "64M", "swap": "64M", **options})
         board = self.board = self.vm.board
         self.slot0_offset = SLOT0_OFFSET_HUGETLB if hugetlb else SLOT0_OFFSET
         self.data_hva = board.memory.regions[0].hva - self.slot0_offset
         slot0 = (self.slot0_offset, self.slot0_offset + SLOT0_SIZE)
         self.normal = Normalizer(self.data_hva, ((0, DATA_SIZE), slot0))
+        self.normal.generation = board.host.mm.pages.generation.__getitem__
+        self.normal.given_up = self._given_up
         self.events: list[Event] = []
         self._recording: Recording | None = None
         self.child: Vmm | None = None
@@ -72,7 +75,7 @@ class EmulatorBackend(
         if dirty_ring:
             self.log_dirty(True)
         self.start_guest(guest_pages)
-        self._stats_before = self._stats()
+        self.stats_before = self._stats()
         board.host.stream.listen(Listener(("*",), self._note))
 
     def _create_data(self, hugetlb: str, file: str, file_bytes: int, flags: int) -> None:
@@ -98,6 +101,16 @@ class EmulatorBackend(
         self.events.append(event)
         if event.system in ("kvm", "kvmmmu"):
             self.normal.event(event.name, format_args(event, find_tracepoint(event.event)))
+        elif event.event == "refault:frame_free":
+            for pfn in range(event.args["pfn"], event.args["pfn"] + (1 << event.args["order"])):
+                self.normal.frame_freed(pfn)
+
+    def _given_up(self, pfn: int) -> bool:
+        pages = self.board.host.mm.pages
+        head = page_folio(pages, pfn)
+        flags = pages.flags[head]
+        kept = flags & PG_swapcache or (pages.mapping.get(head) is not None and not flags & PG_anon)
+        return not kept and pages.refcount[head] <= 1 and not folio_mapcount(pages, head)
 
     @property
     def lines(self) -> list[str]:
@@ -109,8 +122,9 @@ class EmulatorBackend(
         if self._recording is not None:
             return self._recording
         now = self._stats()
-        moved = {name: now[name] - before for name, before in self._stats_before.items()}
-        return Recording(list(self.normal.lines), {name: n for name, n in moved.items() if n})
+        moved = {name: now[name] - before for name, before in self.stats_before.items()}
+        moved = {name: n for name, n in moved.items() if n}
+        return Recording(list(self.normal.lines), moved, dict(self.normal.freed))
 
     def _stats(self) -> dict[str, int]:
         kvm = self.board.kvm

@@ -10,11 +10,11 @@ from emu.cpu.env import R_CS, R_DS, R_ES, R_FS, R_GS, R_SS
 from emu.cpu.segments import load_seg_cache
 from emu.loaders.image import Image
 from refault.scenarios.guest import (
+    CR4,
     CUSTOM,
     ENTRY,
     INSTRUCTIONS,
     OUT,
-    PML4,
     RFLAGS_IOPL3,
     USER_STACK,
     guest_memory,
@@ -56,21 +56,24 @@ class GuestSteps:
             kind="scenario", mode="long", entry=ENTRY["nop"], end=SLOT0_SIZE, segments=guest_memory(pages),
             registers={},
         ))
+        # Nobody enters before a step says so.
+        board.threads[0].halted = True
         board.stops_at_mmio = self._stop_at_mmio
         self.vcpu = board.vcpus[0]
         for vcpu in board.vcpus:
             self._to_user(vcpu)
-            board.threads[vcpu.vcpu_id].halted = True
         self._run("nop")
         self._run("nop")
 
     def _to_user(self, vcpu: Vcpu) -> None:
         v = self.board.cpu.vcpu(vcpu)
+        self.board.cpu.set_reg(vcpu, "cr4", CR4)
         if vcpu.vcpu_id:
             v.start_like(self.board.cpu.vcpu(self.board.vcpus[0]), ENTRY["nop"])
         for index in (R_ES, R_SS, R_DS, R_FS, R_GS):
             load_seg_cache(v.env, index, _USER_DS, 0, 0xFFFF_FFFF, _DATA)
         load_seg_cache(v.env, R_CS, _USER_CS, 0, 0xFFFF_FFFF, _CODE)
+        self._host(lambda: self.board.kvm.set_sregs(vcpu))
 
     def use_vcpu(self, number: int) -> None:
         """Whose turn it is."""
@@ -119,9 +122,7 @@ class GuestSteps:
     def complete(self, value: int) -> Any:
         """KVM_RUN after an MMIO exit."""
         out, self.mmio = self.mmio, None
-        if out is None:
-            return "EINVAL"
-        if not out.write:
+        if out is not None and not out.write:
             self.vcpu.complete_mmio(value & (1 << 8 * out.size) - 1)
         return self._enter()
 
@@ -192,4 +193,11 @@ class GuestSteps:
 
     def load_cr3(self, root: int) -> Any:
         """KVM_SET_SREGS."""
-        self._host(lambda: self.board.cpu.set_reg(self.vcpu, "cr3", root or PML4))
+
+        def ioctl() -> None:
+            # __set_sregs asks for a new context, and for a flush, only where a register changes.
+            if self.board.cpu.get_reg(self.vcpu, "cr3") != root:
+                self.board.cpu.set_reg(self.vcpu, "cr3", root)
+                self.board.kvm.set_sregs(self.vcpu)
+
+        self._host(ioctl)

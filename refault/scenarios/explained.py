@@ -54,10 +54,37 @@ class Difference(msgspec.Struct, frozen=True):
         mine, other = _fields(self.ours), _fields(self.theirs)
         if mine.keys() != other.keys() or mine["event"] != other["event"]:
             return [("line", self.ours, self.theirs)]
-        return [(name, mine[name], other[name]) for name in mine if mine[name] != other[name]]
+        found = [(name, mine[name], other[name]) for name in mine if mine[name] != other[name]]
+        # The letters say again what some of the low bits mean, but for the right to execute.
+        if "low" in (one[0] for one in found) and mine["rights"][2] == other["rights"][2]:
+            found = [one for one in found if one[0] != "rights"]
+        return found
 
 
-EXPLANATIONS: tuple[Explanation, ...] = ()
+_SOFT_DIRTY = (
+    "clear_soft_dirty: empty on the recording's kernel, without CONFIG_MEM_SOFT_DIRTY; here it takes "
+    "write access from every entry, and the code page is read"
+)
+_CLFLUSH = (
+    "CLFLUSH faults as a load (SDM vol. 2A); Unicorn's translator (gen_lea_modrm) computes its address and "
+    "accesses nothing"
+)
+
+EXPLANATIONS: tuple[Explanation, ...] = (
+    Explanation(
+        "clear_refs", "guest st D+0x3000=0x2", "kvm_mmu_set_spte", "low", "825", "e67", _SOFT_DIRTY
+    ),
+    *(
+        Explanation(
+            "guest_rmw_faults", "guest clflush D+0xd0000 unpopulated", line.split(" ")[0].rstrip(":"), "line",
+            "", line, _CLFLUSH,
+        )
+        for line in (
+            "walk addr 100d0000 pferr 4 U", "kvm_mmu_spte_requested: gfn 100d0 pfn P1 level 1",
+            "kvm_mmu_set_spte: gfn 100d0 spte P1|825 (r-xu) level 1",
+        )
+    ),
+)
 
 QUIRKS: tuple[Explanation, ...] = (
     *(
@@ -73,11 +100,11 @@ QUIRKS: tuple[Explanation, ...] = (
 """Of every scenario that meets them."""
 
 _SPTE = re.compile(
-    r"(?P<event>kvm_mmu_set_spte): gfn (?P<gfn>\w+) spte (?P<pfn>\w+)\|(?P<low>\w+) \((?P<rights>.*)\) "
+    r"(?P<event>kvm_mmu_set_spte): gfn (?P<gfn>\w+) spte (?P<pfn>[\w']+)\|(?P<low>\w+) \((?P<rights>.*)\) "
     r"level (?P<level>\d+)"
 )
 _REQUESTED = re.compile(
-    r"(?P<event>kvm_mmu_spte_requested): gfn (?P<gfn>\w+) pfn (?P<pfn>\w+) level (?P<level>\d+)"
+    r"(?P<event>kvm_mmu_spte_requested): gfn (?P<gfn>\w+) pfn (?P<pfn>[\w']+) level (?P<level>\d+)"
 )
 _WALK = re.compile(r"(?P<event>walk) addr (?P<addr>\w+) pferr (?P<pferr>.*)")
 _RANGE = re.compile(r"(?P<event>kvm_\w+) \[(?P<range>.*)\]")

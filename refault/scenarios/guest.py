@@ -13,7 +13,7 @@ import struct
 from refault.scenarios.layout import DATA_GPA, DATA_SIZE, GUEST_SLOT_SIZE, PAGE
 
 __all__ = [
-    "CUSTOM", "ENTRY", "GUEST_SLOT_SIZE", "INSTRUCTIONS", "OUT", "PML4", "RFLAGS_IOPL3", "SNIPPETS",
+    "CR4", "CUSTOM", "ENTRY", "GUEST_SLOT_SIZE", "INSTRUCTIONS", "OUT", "PML4", "RFLAGS_IOPL3", "SNIPPETS",
     "USER_STACK", "guest_memory", "pte_gpa",
 ]
 
@@ -21,6 +21,8 @@ CODE = 0x1000
 PML4, PDPT, PD, PTS = 0x2000, 0x3000, 0x4000, 0x10000
 USER_STACK = 0x8000
 RFLAGS_IOPL3 = 0x3002
+CR4 = 0x620
+"""PAE, OSFXSR, OSXMMEXCPT."""
 OUT = bytes.fromhex("e6f4")
 """out 0xf4, al"""
 

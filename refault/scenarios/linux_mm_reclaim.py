@@ -61,19 +61,16 @@ def pageout_zram(s: Scenario) -> None:
 def memcg_reclaim(s: Scenario) -> None:
     """A group that nobody is in any more is reclaimed without asking who used its pages.
 
-    The recording's VMM had pages of its own in the group, which no slot shows, and its KVM mapped the
-    aligned eight around the first fault. How many those pages were, and when they came, is not in the
-    recording: here they are so that both limits take as many pages of D as they took there.
+    The recording's VMM had pages of its own in the group, which no slot shows. How many those were, and when
+    they came, is not in the recording: here they are so that both limits take as many pages of D as there.
     """
     s.backend.memcg_enter()
     for i in range(0x400):
         if i == 0xE1:
-            s.backend.own_pages(14)
+            s.backend.own_pages(15)
         s.backend.host_write(i * PAGE, i + 1)
-    s.backend.own_pages(6)
+    s.backend.own_pages(7)
     s.backend.memcg_leave()
-    for i in range(8):
-        s.backend.load(i * PAGE)
     s.begin()
     s.st(0x3000, 1)
     s.st(0x3000, 1)

@@ -49,10 +49,14 @@ _USER_ADDRESS = range(0x7000_0000_0000, 0x8000_0000_0000)
 
 
 class Recording(msgspec.Struct, frozen=True):
-    """One run of a scenario: normalised lines, and what KVM's statistics counted."""
+    """One run of a scenario: normalised lines, and what KVM's statistics counted.
+
+    `freed`, where the machine tells it and not in files: how many lines there were when a frame was freed.
+    """
 
     lines: list[str]
     stats: dict[str, int]
+    freed: dict[str, int] = {}
 
     def text(self) -> str:
         """As it is kept in a file."""
@@ -63,19 +67,24 @@ class Normalizer:
     """Collects `lines` from marks and from events in the kernel's words.
 
     `data` is the address of D in the process that the ranges are about; `slots` (first, last) are offsets
-    from D: ranges that touch none of them are left out.
+    from D: ranges that touch none of them are left out. `generation(pfn)` tells a frame from the one that it
+    was before it was freed, where the machine knows; `given_up(pfn)`: nobody but a batch of the LRU's has it.
     """
 
     def __init__(self, data: int, slots: Sequence[tuple[int, int]] | None = None) -> None:
         self.data = data
         self.slots = list(slots or ((0, DATA_SIZE), (SLOT0_OFFSET, SLOT0_OFFSET + SLOT0_SIZE)))
         self.lines: list[str] = []
-        self._frames: dict[int, int] = {}
+        self.freed: dict[str, int] = {}
+        self.generation: Callable[[int], int] = lambda pfn: 0
+        self.given_up: Callable[[int], bool] = lambda pfn: False
+        self._frames: dict[tuple[int, int], int] = {}
 
     def clear(self) -> None:
         """What was so far is no part of the sequence."""
         self.lines.clear()
         self._frames.clear()
+        self.freed.clear()
 
     def mark(self, text: str) -> None:
         """A step's beginning or end."""
@@ -84,6 +93,8 @@ class Normalizer:
 
     def event(self, name: str, text: str) -> None:
         """An event of `kvm` or `kvmmmu`; `text` is what the kernel's print format gives."""
+        # KVM_MMU_PAGE_PRINTK ends with a NUL, at which the kernel's own text ends, too.
+        text = text.replace("\0", "")
         if name in IGNORED or (name == "kvm_userspace_exit" and "KVM_EXIT_" in text):
             return
         if name in HOST_EVENTS:
@@ -93,6 +104,12 @@ class Normalizer:
                 self.lines.append(f"walk {text}".rstrip())
         else:
             self.lines.append(f"{name}: {self._without_frames(text)}".rstrip())
+
+    def frame_freed(self, pfn: int) -> None:
+        """A frame that may have been named went back to the allocator, which has another generation now."""
+        name = self._frames.get((pfn, self.generation(pfn) - 1))
+        if name is not None:
+            self.freed[f"P{name}"] = len(self.lines)
 
     def _range(self, name: str, text: str) -> None:
         words = [int(word, 16) for word in _HEX.findall(text)]
@@ -116,7 +133,16 @@ class Normalizer:
         return f"spte {self._frame(spte >> 12 & 0xFF_FFFF_FFFF)}|{spte & 0xFFF:x}"
 
     def _frame(self, pfn: int) -> str:
-        return f"P{self._frames.setdefault(pfn, len(self._frames))}"
+        key = (pfn, self.generation(pfn))
+        if key not in self._frames:
+            self._note_given_up()
+            self._frames[key] = len(self._frames)
+        return f"P{self._frames[key]}"
+
+    def _note_given_up(self) -> None:
+        for (pfn, generation), number in self._frames.items():
+            if f"P{number}" not in self.freed and generation == self.generation(pfn) and self.given_up(pfn):
+                self.freed[f"P{number}"] = len(self.lines)
 
 
 # -- results ------------------------------------------------------------------------------------

@@ -51,7 +51,9 @@ def test_locked_guest_memory_stays_in_its_frames_until_it_is_unlocked() -> None:
         vmm, hva = vm.board.vmm, vm.board.memory.hva(GPA)
         assert all(vmm.present_pfn(hva + page * 4096) > 0 for page in range(8))
         assert vm.vmstat["nr_mlock"] == 8
+        assert vm.host.age(GPA, 8) == 0, "nobody asks whether locked pages are young"
         vm.host.munlock(GPA, 8)
+        assert vm.vmstat["nr_mlock"] == 0
         assert vm.host.swap_out(GPA, 8) == 8
         assert [vm.host.host_read(GPA + page * 4096) for page in range(8)] == list(range(1, 9))
 

@@ -16,9 +16,9 @@ PAE, PSE, PGE, LA57 = 1 << 5, 1 << 4, 1 << 7, 1 << 12
 CODE32 = 0x38
 
 
-def protected(*, ept: bool = True) -> Machine:
+def protected(*, ept: bool = True, vcpus: int = 1) -> Machine:
     """32-bit protected mode at CODE, paging off; PDPTEs at POINTERS for the bare machine's own directory."""
-    m = Machine(ept=ept)
+    m = Machine(ept=ept, vcpus=vcpus)
     m.q(GDT + CODE32, 0x00CF9B000000FFFF)
     v = m.cpu.vcpu(m.vcpus[0])
     v.start_protected(CODE, GDT, 0x3F, CODE32, KDATA)
@@ -110,6 +110,20 @@ def test_32_bit_paging_with_4m_pages_runs_and_flags_them() -> None:
     to_hlt(m)
     assert m.q(0x1008) & 0xFFFFFFFF == 0x5EED
     assert m.q(OTHER) >> 32 & 0x60 == 0x60
+
+
+def test_a_vcpu_started_like_one_in_pae_paging_has_its_registers_and_loads_its_own() -> None:
+    m = protected(vcpus=2)
+    m.put(CODE, f"{ON} hlt", 32)
+    to_hlt(m)
+    m.q(POINTERS, 0)
+    first, second = (m.cpu.vcpu(vcpu) for vcpu in m.vcpus)
+    second.start_like(first, CODE + 0x100)
+    m.q(OTHER, DIRECTORY | P)
+    m.put(CODE + 0x100, f"mov edx, [0x1000]; mov eax, {OTHER:#x}; mov cr3, eax; mov edx, [0x1000]; hlt", 32)
+    m.q(0x1000, 0x5EED)
+    assert m.run(1).reason == exits.REASON_HLT
+    assert (m.reg("rdx", 1), m.reg("cr3", 1), m.reg("cr3")) == (0x5EED, OTHER, POINTERS)
 
 
 def test_mov_to_cr3_is_unicorns_own_outside_pae_paging() -> None:

@@ -60,6 +60,15 @@ def test_four_levels_of_the_root_translate(ram: Ram) -> None:
     assert shadow(ram, ACCESS_READ) == (OK, 0x5123, RIGHT_R | RIGHT_W | RIGHT_X, 0, 1, 0)
 
 
+def test_below_a_guest_with_la57_the_root_has_five(ram: Ram) -> None:
+    ram.i64[10 * 512 + 1] = 1 << 12 | FULL
+    la57 = paging_bits.CR4_LA57
+    assert shadow(ram, ACCESS_READ, cr4=la57, root=0xA000, gva=1 << 48 | 0x123)[:2] == (OK, 0x5123)
+    assert shadow(ram, ACCESS_READ, cr4=la57, root=0xA000, gva=0x123)[0::5] == (PAGE_FAULT, 5)
+    assert shadow(ram, ACCESS_READ, cr4=la57, root=0xA000, gva=1 << 56)[0] == NON_CANONICAL
+    assert shadow(ram, ACCESS_READ, cr4=la57, efer=0, pdpte=0x3001)[:2] == (OK, 0x5123), "only in IA-32e mode"
+
+
 def test_a_guest_without_write_protection_cannot_write_what_the_root_protects(ram: Ram) -> None:
     ram.i64[4 * 512] &= ~2
     for cr0 in (PG, PG | WP):

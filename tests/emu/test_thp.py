@@ -22,10 +22,10 @@ def levels(backend: object) -> list[tuple[int, int]]:
 
 
 def test_spte_levels_are_those_that_kvm_had_in_the_recordings() -> None:
-    assert levels(run_on_emulator(thp)) == [
+    assert levels(run_on_emulator(thp, mmu="ept")) == [
         (0, 2), (0x200, 2), (0x200, 2), (4, 1), (3, 1), (3, 1), (5, 1), (0, 2), (0x200, 1),
     ]
-    assert levels(run_on_emulator(collapse)) == [(3, 1), (4, 1), (0, 2)]
+    assert levels(run_on_emulator(collapse, mmu="ept")) == [(3, 1), (4, 1), (0, 2)]
 
 
 def guest(**options: object) -> refault.VM:

@@ -29,6 +29,7 @@ FEW = ("refault:host_op*", "refault:mmu_notifier_start", "refault:spte_zap", "kv
 MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "aging": (("pages=8", "rounds=2"), EVENTS),
     "apf": (("pages=2", "rounds=1"), (*EVENTS, "kvm:kvm_*async*", "kvm:kvm_vcpu_wakeup")),
+    "crowd": (("pages=2", "passes=4"), (*FEW, "refault:kvm_flush_remote_tlbs")),
     "dirty-log": (("pages=8",), EVENTS),
     # Without its 3,000 calls of the instrument.
     "ept-access": ((), tuple(glob for glob in EVENTS if "host_op" not in glob)),
@@ -54,6 +55,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 OPTIONS = {
     "apf": ("--param", "kvm.async_pf=Y"),
+    "crowd": ("--vcpus", "16"),
     "guest-memfd": ("--param", "vmm.vm_type=sw-protected"),
     "smp": ("--vcpus", "2"),
     "swap-storm": ("--host-ram", "2M", "--memory", "4M"),

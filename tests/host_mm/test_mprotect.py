@@ -21,6 +21,7 @@ from host_mm.mmap import PROT_EXEC, PROT_READ, PROT_WRITE, do_mmap, do_munmap
 from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.mprotect import do_mprotect
 from host_mm.process import Process
+from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
 from host_mm.task_mmu import clear_refs_write
 from host_mm.truths import audit
 from host_mm.uaccess import copy_to_user
@@ -173,3 +174,20 @@ def test_no_rights_leave_a_mapped_page_that_only_the_kernel_reaches() -> None:
     assert errno_of(lambda: vm.host_read(0)) == "EFAULT"
     do_mprotect(vm.mm, vm.base, PAGE, PROT_WRITE | R)
     assert vm.host_read(0) == 7
+
+
+@pytest.mark.parametrize(("profile", "vmas"), [
+    (LINUX_6_18, [(0, 2), (2, 3), (3, 4), (4, 16)]), (LINUX_5_10, [(0, 2), (2, 4), (4, 16)]),
+])
+def test_what_was_never_touched_no_longer_counts_and_does_not_merge_with_what_was(
+    profile: MmProfile, vmas: list[tuple[int, int]]
+) -> None:
+    host = make_host(profile=profile)
+    process = host.create_process("p")
+    do_mmap(process.mm, TIB, 16 * PAGE, RW, ANON | 0x10)
+    do_mprotect(process.mm, TIB + 2 * PAGE, PAGE, NONE)
+    copy_to_user(process, TIB + 3 * PAGE, b"x")
+    do_mprotect(process.mm, TIB + 3 * PAGE, PAGE, NONE)
+    assert [((v.start - TIB) // PAGE, (v.end - TIB) // PAGE) for v in process.mm.vmas] == vmas
+    do_mprotect(process.mm, TIB + 2 * PAGE, 2 * PAGE, RW)
+    assert [(v.start, v.end) for v in process.mm.vmas][-1][1] == TIB + 16 * PAGE

@@ -35,6 +35,56 @@ def test_payload_passes_without_the_tdp_mmu(name: str, profile: str) -> None:
     assert " 0 unexpected failures" in text, text
 
 
+CROWDS = {
+    "EPT": {}, "random": {"params": {"sched.strategy": "random", "sched.period": "6"}},
+    "5.10": {"profile": "linux-5.10"}, "no A/D bits": {"params": {"kvm_intel.eptad": "0"}},
+    "no TDP MMU, no A/D bits": {"params": {"kvm.tdp_mmu": "N", "kvm_intel.eptad": "0"}},
+    "memfd": {"memory_backend": "memfd", "host_ram": "32M"},
+    "hugetlb": {"memory_backend": "hugetlb", "host_ram": "32M"},
+    "asynchronous faults": {"params": {"kvm.async_pf": "Y"}},
+}
+
+
+@pytest.mark.parametrize("machine", CROWDS)
+def test_sixteen_vcpus_stand_a_storm_of_notifiers(machine: str) -> None:
+    options: dict[str, Any] = {"memory": "8M", "host_ram": "12M", **CROWDS[machine]}
+    with refault.VM(vcpus=16, seed=1, check=True, **options) as vm:
+        vm.load("crowd", "weather=50000")
+        vm.run(timeout=120)
+    assert "crowd: 16 CPUs" in vm.serial, vm.serial
+    assert " 0 unexpected failures" in vm.serial, vm.serial
+
+
+def test_two_vms_of_eight_vcpus_on_one_host_share_frames_and_nothing_else() -> None:
+    host = refault.Host("24M", "32M", seed=3, check=True)
+    vms = [host.vm(memory="8M", vcpus=8) for _ in range(2)]
+    for vm in vms:
+        vm.load("crowd", "passes=30", "weather=100000")
+    first, second = (vm.board.kvm for vm in vms)
+    stops = [vm.run() for vm in vms]
+    assert [(stop.kind, stop.status) for stop in stops] == [("exit", 0)] * 2, [vm.serial for vm in vms]
+    assert first.sps
+    assert not set(first.sps) & set(second.sps)
+    page = 0x300000
+    for vm in vms:
+        vm.host.host_write(page, 7)
+        assert vm.host.prefault(page, 1) == 1
+    assert vms[0].host.ksm_merge(page, 1) + vms[1].host.ksm_merge(page, 1)
+    assert len({vm.board.vmm.present_pfn(vm.board.memory.hva(page)) for vm in vms}) == 1
+    for vm in vms:
+        assert vm.host.prefault(page, 1) == 1
+    mapped = second.leaf_spte(page >> 12)
+    assert mapped != (0, 0)
+    # The copy that one of them gets, and its end, leave the other's SPTE alone.
+    vms[0].host.host_write(page, 8)
+    assert first.leaf_spte(page >> 12) == (0, 0)
+    assert second.leaf_spte(page >> 12) == mapped
+    vms[0].close()
+    assert second.leaf_spte(page >> 12) == mapped
+    assert vms[1].host.host_read(page) == 7
+    host.close()
+
+
 @pytest.mark.parametrize("profile", ["linux-6.18", "linux-5.10"])
 @pytest.mark.parametrize("strategy", ["block", "random"])
 def test_a_guest_works_while_its_pages_come_in(strategy: str, profile: str) -> None:

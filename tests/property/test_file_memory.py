@@ -27,7 +27,8 @@ class Machine:
         self.kind = kind
         self.rng = random.Random(seed)
         self.backend = EmulatorBackend(
-            file=kind, check=True, seed=seed, params={"sched.strategy": "random", "sched.period": "16"}
+            file=kind, file_bytes=16 * PAGE if kind == "private" else 0, check=True, seed=seed,
+            params={"sched.strategy": "random", "sched.period": "16"},
         )
         self.vmm = self.backend.board.vmm
         self.file = bytearray(b"\x11" * 16 * PAGE + bytes((PAGES - 16) * PAGE)) if kind == "private" else (

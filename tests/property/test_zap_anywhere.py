@@ -61,8 +61,8 @@ def run(name: str, *words: str, zap: int, seed: int, **config: Any) -> tuple[str
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", [
-    "first-touch", "fork-cow", "guest-paging", "idt-swapped", "migrate", "mmio", "protect", "selfmod",
-    "slots", "syscalls",
+    "first-touch", "fork-cow", "guest-paging", "idt-swapped", "migrate", "mmio", "paging-32bit",
+    "paging-5level", "paging-pae", "protect", "selfmod", "slots", "syscalls",
 ])
 def test_only_refaults_change(name: str, seed: int) -> None:
     serial, memory, events, _ = run(name, zap=0, seed=seed, host_ram="32M")
@@ -84,6 +84,15 @@ def test_nor_do_zaps_through_rmaps_change_more(name: str) -> None:
     assert zaps > 10
     assert (zapped_serial, zapped_events) == (serial, events)
     assert zapped_memory == memory
+
+
+@pytest.mark.parametrize("name", ["guest-paging", "paging-32bit", "paging-5level", "paging-pae"])
+def test_what_a_guest_sees_of_its_own_tables_is_the_same_under_shadow_paging(name: str) -> None:
+    serial, *_ = run(name, zap=0, seed=1, host_ram="32M", mmu="shadow")
+    zapped_serial, _, _, zaps = run(name, zap=6, seed=1, host_ram="32M", mmu="shadow")
+    assert zaps > 10
+    assert zapped_serial == serial
+    assert "FAIL" not in serial
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -14,6 +14,7 @@ from refault.scenarios.recordings import recorded_names, recording
 
 HARDWARE_WALKS = {"guest_pt_write"}
 """Under EPT the guest's own TLB decides what it sees."""
+EXPLAINED = {"clear_refs", "fetch_exec", "guest_rmw_faults"}
 CHANCE = {"race", "memcg_age", "memcg_reclaim"}
 """What shadow paging maps beside a fault is in these."""
 
@@ -22,6 +23,15 @@ def compared(name: str, **machine: Any) -> Comparison:
     backend = run_on_emulator(SCENARIOS[name], check=True, **{**MACHINES[name], **machine})
     whole = backend.vm.config.mmu == "shadow"
     return compare(name, backend.recording(), recording(name), repeats=REPEATS[name], whole=whole)
+
+
+@pytest.mark.parametrize("name", recorded_names())
+def test_on_shadow_tables_every_event_equals_the_real_kernels(name: str) -> None:
+    comparison = compared(name, mmu="shadow")
+    assert comparison.broken == []
+    assert comparison.unexplained == []
+    assert comparison.unneeded == []
+    assert (comparison.verdict == "explained") == (name in EXPLAINED)
 
 
 @pytest.mark.parametrize("name", sorted(set(recorded_names()) - HARDWARE_WALKS - CHANCE))

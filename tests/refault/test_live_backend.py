@@ -57,7 +57,8 @@ def test_a_scenario_of_ones_own_is_compared_with_a_recording_of_ones_own(
         "   [D+0x3000..D+0x4000]\n"
         "  12us << host madvise(D+0x3000,0x1000,DONTNEED): ok 2us\n"
     )
-    assert main(["compare", f"{mine}:own_dontneed", "--against", str(recording)]) == 0
+    words = ["compare", f"{mine}:own_dontneed", "--against", str(recording), "--mmu", "ept"]
+    assert main(words) == 0
     assert capsys.readouterr().out.endswith("own_dontneed: equal\n")
 
 

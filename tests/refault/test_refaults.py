@@ -15,6 +15,7 @@ from refault.scenarios.emulator import run_on_emulator
 from trace_events.event import Event
 
 ZAP = Event(0, 0, "refault:spte_zap", "vmm", args={"gfn": 1, "level": 1, "old_spte": 7, "why": "unmap"})
+VIOLATION = {"fault_address": 0x1000, "error_code": 0x181}
 INSTALLED = {"gfn": 1, "level": 1, "pfn": 9, "spte": 0x9007}
 
 
@@ -56,10 +57,10 @@ def test_a_fault_whose_own_cow_overtook_it_says_so(refaults: list[ToldRefault]) 
 def test_retries_are_told_with_their_reason() -> None:
     events = [
         ZAP,
-        Event(1, 0, "kvm:kvm_page_fault", "vcpu0", 0, killed_by=0, args={"fault_address": 0x1000}),
+        Event(1, 0, "kvm:kvm_page_fault", "vcpu0", 0, killed_by=0, args=VIOLATION),
         Event(2, 0, "refault:fault_retry", "vcpu0", 0, cause=1, args={"gfn": 1, "reason": "stale-after-gup"}),
         Event(3, 0, "refault:fault_retry", "vcpu1", 1, args={"gfn": 1, "reason": "of another vCPU"}),
-        Event(4, 0, "kvm:kvm_page_fault", "vcpu0", 0, killed_by=0, args={"fault_address": 0x1000}),
+        Event(4, 0, "kvm:kvm_page_fault", "vcpu0", 0, killed_by=0, args=VIOLATION),
         Event(5, 0, "refault:spte_install", "vcpu0", 0, 4, 0, INSTALLED),
     ]
     (told,) = tell_all(Analysis(events))

@@ -40,7 +40,7 @@ _BELOW = -SLOT0_OFFSET_HUGETLB
 _VCPUS = range(1, 17)
 
 
-class KvmBackend(GuestSteps, MemorySteps, FileSteps, SlotSteps, DirtySteps, ReclaimSteps, UffdSteps):
+class KvmBackend(MemorySteps, GuestSteps, FileSteps, SlotSteps, DirtySteps, ReclaimSteps, UffdSteps):
     """One VM for one scenario; `finish()` gives its recording."""
 
     def __init__(

@@ -6,7 +6,7 @@ import errno
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from refault.scenarios.guest import CUSTOM, ENTRY, INSTRUCTIONS, OUT, RFLAGS_IOPL3, USER_STACK, pte_gpa
@@ -32,6 +32,9 @@ class GuestSteps:
     def use_vcpu(self, number: int) -> None:
         """Whose turn it is."""
         self.vcpu = self.vm.vcpus[number]
+
+    def _call(self, call: Callable[[], Any]) -> Any:
+        raise NotImplementedError
 
     # -- one KVM_RUN --------------------------------------------------------------------------
 
@@ -116,7 +119,7 @@ class GuestSteps:
 
     def poke(self, offset: int, data: bytes) -> Any:
         """The VMM stores bytes."""
-        libc.poke(self.data + offset, data)
+        return self._call(lambda: libc.poke(self.data + offset, data))
 
     def poke_pte(self, offset: int, entry: int) -> Any:
         """The VMM stores a guest PTE."""

@@ -10,6 +10,7 @@ import os
 import struct
 from ctypes import addressof, c_char
 
+from refault.scenarios.guest import CR4
 from refault.scenarios.live.libc import ioctl
 
 __all__ = [
@@ -56,7 +57,7 @@ _TABLES = 8 * 24
 """struct kvm_sregs: eight segments of 24 bytes, then gdt and idt of 16 each, then CR0 and what follows."""
 _CONTROL = struct.Struct("<7Q")
 """cr0, cr2, cr3, cr4, cr8, efer, apic_base."""
-_LONG_MODE = {"cr0": 0x80050033, "cr4": 0x20, "efer": 0x500}
+_LONG_MODE = {"cr0": 0x80050033, "cr4": CR4, "efer": 0x500}
 
 
 def _statistics(fd: int) -> dict[str, int]:

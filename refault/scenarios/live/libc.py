@@ -23,6 +23,7 @@ _SYS_IO_URING_SETUP, _SYS_IO_URING_REGISTER = 425, 427
 _IO_URING_PARAMS_SIZE = 120
 _REGISTER_BUFFERS, _UNREGISTER_BUFFERS = 0, 1
 _MPOL_BIND, _MPOL_MF_MOVE, _MPOL_MF_MOVE_ALL = 2, 2, 4
+_PIPE = 4096
 _FAILED = (1 << 64) - 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -37,6 +38,8 @@ _SIZES = {
     "munlock": [ctypes.c_void_p, ctypes.c_size_t],
     "mremap": [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p],
     "fallocate": [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long],
+    "read": [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t],
+    "write": [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t],
     "ioctl": [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p],
 }
 for _name, _types in _SIZES.items():
@@ -145,10 +148,27 @@ def ioctl(fd: int, request: int, argument: int | bytes | bytearray = 0) -> int:
 
 
 def peek(address: int, length: int) -> bytes:
-    """Bytes of this process."""
-    return ctypes.string_at(address, length)
+    """Bytes of this process, at most a page; OSError(EFAULT) where it has none.
+
+    By way of a pipe: the kernel's copy faults as the process would, and fails where that would end it.
+    """
+    read, write = os.pipe()
+    try:
+        _call("write", write, address, length)
+        return os.read(read, length)
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 def poke(address: int, data: bytes) -> None:
-    """Store bytes of this process."""
-    ctypes.memmove(address, data, len(data))
+    """Store bytes of this process; OSError(EFAULT) where it may not."""
+    read, write = os.pipe()
+    try:
+        for at in range(0, len(data), _PIPE):
+            piece = data[at : at + _PIPE]
+            os.write(write, piece)
+            _call("read", read, address + at, len(piece))
+    finally:
+        os.close(read)
+        os.close(write)

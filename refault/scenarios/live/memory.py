@@ -43,15 +43,15 @@ class MemorySteps:
 
     def host_write(self, offset: int, value: int) -> Any:
         """The VMM stores."""
-        libc.poke(self.data + offset, _U64.pack(value))
+        return self._call(lambda: libc.poke(self.data + offset, _U64.pack(value)))
 
     def host_read(self, offset: int) -> Any:
         """The VMM loads."""
-        return _U64.unpack(libc.peek(self.data + offset, 8))[0]
+        return self._call(lambda: _U64.unpack(libc.peek(self.data + offset, 8))[0])
 
     def fill(self, offset: int, byte: int) -> Any:
         """The VMM fills a page."""
-        libc.poke(self.data + offset, bytes([byte]) * PAGE)
+        return self._call(lambda: libc.poke(self.data + offset, bytes([byte]) * PAGE))
 
     def madvise(self, offset: int, length: int, advice: str) -> Any:
         """madvise(2); the fork advices answer 0, as the recordings do."""
