@@ -58,8 +58,8 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     Of the walk of guest tables: `cmpxchg_gpte_by_gup`: it sets A and D in a frame that GUP gave, not through
     the VMM's mapping. `smap_implicit_by_cpl`: any supervisor access at CPL 3 counts as implicit, not only
-    what KVM says is. `shadow_role_forces_nx`: shadow pages have NX whatever the guest's EFER says, and no bits
-    of the control registers while the guest's paging is off.
+    what KVM says is. `shadow_role_forces_nx`: shadow pages have NX whatever the guest's EFER says, and no
+    bits of the control registers while the guest's paging is off.
 
     `mmu_is_page_track_node`: the MMU itself is a node of the page-track head, hears so of emulated writes,
     and zaps a slot when the head is told to flush it.

@@ -205,6 +205,11 @@ class ShadowGuest(RuleBasedStateMachine):
     def edit_directory(self, vcpu: int, slot: int, what: int, flag: int) -> None:
         self._edit(vcpu, DIRECTORY_GPA + 8 * slot, what | flag if what else 0)
 
+    @rule(vcpu=st.integers(0, 1), pdpt=st.sampled_from([PDPT_GPA, PDPT2_GPA]),
+          flag=st.sampled_from([P | RW | U, P | U, P | U, P | RW]))
+    def edit_the_way_to_the_directory(self, vcpu: int, pdpt: int, flag: int) -> None:
+        self._edit(vcpu, pdpt + 8, DIRECTORY_GPA | flag)
+
     @rule(vcpu=st.integers(0, 1), page=pages)
     def invlpg(self, vcpu: int, page: int) -> None:
         self.m.run(("invlpg", page), vcpu=vcpu)
