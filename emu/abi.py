@@ -60,6 +60,7 @@ __all__ = [
     "ENOENT",
     "ENOMEM",
     "ENOSYS",
+    "ENOTTY",
     "EXIT_FAIL",
     "EXIT_OK",
     "EXIT_PORT",
@@ -227,7 +228,8 @@ RDMA_WRITE, RDMA_READ, RDMA_FETCH_ADD = 1, 2, 3
 WC_SUCCESS, WC_LOC_QP_OP_ERR, WC_LOC_PROT_ERR, WC_WR_FLUSH_ERR, WC_REM_ACCESS_ERR = 0, 2, 4, 5, 10
 """Statuses (enum ib_wc_status): bad request; local key or address; behind a failed one; the remote's."""
 
-ENOENT, ECHILD, ENOMEM, EFAULT, EBUSY, EEXIST, EINVAL, ENOSYS, ENODATA = 2, 10, 12, 14, 16, 17, 22, 38, 61
+ENOENT, ECHILD, ENOMEM, EFAULT, EBUSY, EEXIST, EINVAL, ENOTTY = 2, 10, 12, 14, 16, 17, 22, 25
+ENOSYS, ENODATA = 38, 61
 EIO, EHWPOISON = 5, 133
 EAGAIN, EOPNOTSUPP = 11, 95
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
@@ -351,6 +353,9 @@ VMCALL_GVT_UNSHADOW = 0x5246_0236
 VMCALL_GVT_STALE = 0x5246_0237
 VMCALL_GVT_TOLD = 0x5246_0238
 VMCALL_GVT_READ = 0x5246_0239
+VMCALL_SMRAM = 0x5246_023A
+VMCALL_SMI = 0x5246_023B
+VMCALL_SMRAM_OUT = 0x5246_023C
 VMCALL_MANUAL_DIRTY = 0x5246_0210
 VMCALL_CLEAR_DIRTY = 0x5246_0211
 VMCALL_HARVEST_RINGS = 0x5246_0212
@@ -361,6 +366,9 @@ KVM_CLOCK_STOPPED = 2
 
 APIC_GPA = 0xFEE0_0000
 """The local APIC's registers, where CPUID leaf 1 says that there is one: Intel SDM vol. 3A 11.4."""
+
+SMRAM_GPA = 0x3_0000
+"""SMBASE after reset, and where SMRAM is."""
 
 LAST_EXIT_REASON = 0
 LAST_EXIT_QUALIFICATION = 1
@@ -508,6 +516,15 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_GVT_READ, "gvt_read", ("device", "gpa", "index", "offset"), "the value", ("ENOENT",),
            "The GPU reads 8 bytes at `offset`, aligned to 8, of the page that entry `index` of table `gpa` "
            "maps. -EFAULT where it maps nothing."),
+    Vmcall(VMCALL_SMRAM, "smram", ("gpa", "size"), "0", ("EEXIST",),
+           "The VMM makes an address space for SMM: SMRAM of 64 KiB at SMRAM_GPA, seen in SMM only, and "
+           "beside it the memory there is. `size` bytes at `gpa`, within a page, are copied to SMRAM_GPA + "
+           "0x8000, where 16-bit code begins at an SMI."),
+    Vmcall(VMCALL_SMI, "smi", ("cpu",), "0", ("ENOTTY",),
+           "An SMI to vCPU `cpu`, taken before its next instruction. -ENOTTY before smram, -EINVAL for a CPU "
+           "that does not exist."),
+    Vmcall(VMCALL_SMRAM_OUT, "smram_out", (), "pages of SMRAM without a frame", (),
+           "madvise(MADV_PAGEOUT) of SMRAM."),
     Vmcall(VMCALL_EPT_SET, "ept_set", ("gpa", "rwx"), "0", (),
            "An instrument on the CPU, not an act of Linux. Makes sure that a 4 KiB EPT leaf maps `gpa` "
            "(faulting it in, splitting a huge one), notes its entry and replaces bits 2:0 with `rwx` "

@@ -140,6 +140,7 @@ class Board:
         self.dune: Dune | None = None
         self.sva: SvaDevice | None = None
         self.hmm_devices: dict[int, HmmDevice] = {}
+        self.smram = 0
         self.gpus: dict[int, VirtualGpu] = {}
         self.bars: dict[int, PciBar] = {}
         self.guest_memfds: list[AddressSpace] = []

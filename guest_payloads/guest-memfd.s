@@ -5,17 +5,21 @@
 ; change drops the other kind's bytes, until nothing is left of them. Only a protected machine can do that:
 ; --param vmm.vm_type=sw-protected.
 ;
+; Where there is a second CPU it reads the pages all the while.
+;
 ; param pages=16    pages of the slot, at least 4
 ; param rounds=4    conversions of every second page, there and back
-; vmcalls: gmem_create gmem_punch map_gpa_range memory_attributes host_read host_write
+; vmcalls: gmem_create gmem_punch map_gpa_range memory_attributes host_read host_write cpu_count start_cpu
 .include "runtime.inc"
 
 .equ ENCRYPTED, 16
 .equ PRIVATE, 8
+.equ READER_STACK, 1024
 
 main:
     PARAM r12, "pages", 16
     AT_LEAST r12, 4
+    mov [reader_pages], r12
     PARAM r15, "rounds", 4
     PASS "the guest runs without guest_memfd"
     NEED_HOST "guest_memfd", .end
@@ -37,7 +41,16 @@ main:
     jz .end
     call kinds
     call both_kept
+    mov qword ptr [r13], 0
+    HOST0 VMCALL_CPU_COUNT
+    cmp rax, 1
+    je .alone
+    HOST4 VMCALL_START_CPU, 1, reader, reader_stack + READER_STACK, 0
+    CHECK_EQ "a second CPU reads", rax, 0
+.alone:
     call storm
+    mov qword ptr [stop], 1
+    CHECK_EQ "whoever reads sees no other bytes", qword ptr [bad], 0
 .end:
     ret
 
@@ -143,6 +156,42 @@ storm:
     jnz .round
     CHECK_EQ "conversions lose nothing and keep nothing", rbx, 0
     ret
+
+; The second CPU: a page of the storm has zeros, its own address, that of the page before, or 1.
+reader:
+    mov r13, [slot_gpa]
+.again:
+    mov rsi, r13
+    mov rcx, [reader_pages]
+.page:
+    mov rax, [rsi]
+    cmp rax, 1
+    jbe .good
+    cmp rax, rsi
+    je .good
+    add rax, 4096
+    cmp rax, rsi
+    je .good
+    lock inc qword ptr [bad]
+.good:
+    add rsi, 4096
+    dec rcx
+    jnz .page
+    xor eax, eax
+    cpuid                                ; an exit: the other CPU gets its turn
+    cmp qword ptr [stop], 0
+    je .again
+.stop:
+    cli
+    hlt
+    jmp .stop
+
+.section bss
+.align 16
+reader_stack:   .skip READER_STACK
+reader_pages:   .skip 8
+stop:           .skip 8
+bad:            .skip 8
 
 .section rodata
 .align 8

@@ -11,6 +11,7 @@ Reading order, which is the way of one fault and of one host event:
     mmu/mmu.py follow_pfn.py      the fault path; from a guest frame to a host frame
     mmu/invalidate.py             count, sequence, range: when a fault must be retried
     mmu_notifier.py pfncache.py   what the host's brackets do
+    smm.py                        system-management mode, the second address space
     lapic.py vmx/apic_access.py   the APIC's page, and its address in the VMCS
     x86_msr.py pvclock.py         MSRs of KVM's own; the clock that it keeps in guest memory
     mmu/spte.py mmu/tdp_mmu.py    what an SPTE says, and every store to one

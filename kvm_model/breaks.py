@@ -15,6 +15,8 @@ __all__ = ["BREAKS"]
 BREAKS: dict[str, str] = {
     "apic-reload-early": "the address of the APIC's page is reloaded too early (vmcs-of-freed-frame)",
     "apf-no-wakeup": "a page that was read in for a vCPU that sleeps wakes nobody (no-deadlock)",
+    "attributes-no-bracket": "a page becomes private while a fault that took it for shared maps it "
+        "(no-spte-in-bracket, spte-matches-host)",
     "drop-ad": "a page mapped writable is not marked dirty, so reclaim may drop it as clean (no-lost-write)",
     "flush-after-unlock": "range_start flushes only after it dropped mmu_lock (flush-before-unlock)",
     "gpc-late-count": "a pfn cache's refresh looks at the count that is raised too late (gpc-in-bracket)",
@@ -24,6 +26,7 @@ BREAKS: dict[str, str] = {
     "ignore-invalid-roots": "range_start skips roots that a memslot update invalidated (no-spte-in-bracket)",
     "ignore-invalid-slot": "a fault on a slot being deleted installs an MMIO SPTE (no-mmio-over-slot)",
     "log-no-flush": "reading or clearing a dirty log does not flush what it protected (log-flushed)",
+    "ignore-smm-slots": "range_start does not look for slots of the SMM space (spte-of-freed-frame)",
     "no-flush": "range_start never asks vCPUs to flush their TLBs (flush-before-unlock)",
     "no-memslot-wait": "a memslot update does not wait for open brackets (bracket-balance)",
     "no-range-union": "a second bracket replaces the range of the first (no-spte-in-bracket)",

@@ -111,7 +111,7 @@ def kvm_mmu_slot_apply_flags(
         return
     kvm.mmu_lock.read_lock()
     if kvm.eager_page_split:
-        kvm_tdp_mmu_try_split_huge_pages(kvm, new.base_gfn, new.end_gfn, PG_LEVEL_4K, shared=True)
+        kvm_tdp_mmu_try_split_huge_pages(kvm, new, new.base_gfn, new.end_gfn, PG_LEVEL_4K, shared=True)
     kvm.mmu_lock.read_unlock()
     if kvm.cpu_dirty_log_size:
         kvm.mmu_lock.read_lock()
@@ -148,12 +148,12 @@ def _enable_log_dirty_pt_masked(kvm: Kvm, slot: KvmMemorySlot, offset: int, mask
         start = slot.base_gfn + offset + (mask & -mask).bit_length() - 1
         end = slot.base_gfn + offset + mask.bit_length() - 1
         if kvm.eager_page_split:
-            kvm_tdp_mmu_try_split_huge_pages(kvm, start, end + 1, PG_LEVEL_4K, shared=False)
-        kvm_tdp_mmu_write_protect_gfn(kvm, start, PG_LEVEL_2M)
+            kvm_tdp_mmu_try_split_huge_pages(kvm, slot, start, end + 1, PG_LEVEL_4K, shared=False)
+        kvm_tdp_mmu_write_protect_gfn(kvm, slot, start, PG_LEVEL_2M)
         if (start + 511) >> 9 != (end + 511) >> 9:
-            kvm_tdp_mmu_write_protect_gfn(kvm, end, PG_LEVEL_2M)
+            kvm_tdp_mmu_write_protect_gfn(kvm, slot, end, PG_LEVEL_2M)
     wrprot = not kvm.cpu_dirty_log_size
-    kvm_tdp_mmu_clear_dirty_pt_masked(kvm, slot.base_gfn + offset, mask, wrprot=wrprot)
+    kvm_tdp_mmu_clear_dirty_pt_masked(kvm, slot, slot.base_gfn + offset, mask, wrprot=wrprot)
 
 
 def _logged_slot(kvm: Kvm, slot: int, first_page: int = 0) -> tuple[KvmMemorySlot, bytearray]:

@@ -37,7 +37,7 @@ __all__ = [
 
 def kvm_vcpu_memslots(vcpu: Vcpu) -> KvmMemslots:
     """The memslots of the address space that the vCPU is in."""
-    return vcpu.kvm.memslots[0]
+    return vcpu.kvm.memslots[int(vcpu.smm)]
 
 
 def kvm_vcpu_gfn_to_memslot(vcpu: Vcpu, gfn: int) -> KvmMemorySlot | None:

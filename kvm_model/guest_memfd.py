@@ -193,6 +193,8 @@ def _invalidate_end(gmem: KvmGmem, start: int, end: int, bracket: object) -> Non
     """Faults may map pages [start, end) again."""
     kvm = gmem.kvm
     if kvm.truths is not None:
+        for slot in gmem.bound(start, end):
+            kvm.truths.note_gfns(slot.base_gfn, slot.npages)
         kvm.truths.note_end_called(bracket)
     found = bool(gmem.bound(start, end))
     if found:

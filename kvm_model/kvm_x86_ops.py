@@ -89,6 +89,18 @@ class KvmX86Ops(Protocol):
         """Accesses that translate to the page at `access` are to the APIC registers at `virtual`."""
         ...
 
+    def smm_save_state(self, vcpu: Vcpu, smbase: int) -> bytes:
+        """The SMM save area of the state that an SMI interrupts (struct kvm_smram_state_64)."""
+        ...
+
+    def smm_enter(self, vcpu: Vcpu, smbase: int) -> None:
+        """Put the vCPU where SMM code begins."""
+        ...
+
+    def rsm_load_state(self, vcpu: Vcpu, image: bytes) -> int:
+        """Restore a save area; the SMBASE that it has, or -1: it is no state to go back to."""
+        ...
+
     def emulate(self, vcpu: Vcpu, gpa: int, code: bytes | None = None) -> MmioAccess | None:
         """Decode and start the instruction at RIP, whose memory operand is at `gpa`, MMIO or not.
 

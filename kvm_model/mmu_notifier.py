@@ -9,8 +9,7 @@ the count. Both find the same slots because a memslot update waits for open brac
 event and its owner, never refuses, and takes no mmu_lock if no slot is hit. In 5.10 it does in any case, any
 open bracket makes any fault retry, and a memslot update waits for none.
 
-Not modelled: SEV's cache flush on reclaim, roots by address space (a slot of the SMM space zaps and ages in
-the only space's roots).
+Not modelled: SEV's cache flush on reclaim.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def kvm_handle_hva_range(
         kvm.mmu_lock.lock()
         if on_lock is not None:
             on_lock(kvm)
-    for slots in kvm.memslots:
+    for slots in kvm.memslots if "ignore-smm-slots" not in kvm.breaks else kvm.memslots[:1]:
         for slot in slots.in_hva_range(start, end - 1):
             hva_start = max(start, slot.userspace_addr)
             hva_end = min(end, slot.userspace_addr + (slot.npages << 12))
@@ -109,7 +108,7 @@ def kvm_handle_hva_range(
 
 
 def _kvm_mmu_unmap_gfn_range(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, may_block: bool) -> bool:
-    kvm_mmu_invalidate_range_add(kvm, start, end)
+    kvm_mmu_invalidate_range_add(kvm, start, end, as_id=slot.as_id)
     return kvm_unmap_gfn_range(kvm, slot, start, end, may_block=may_block)
 
 

@@ -3,13 +3,11 @@
 Source of truth: virt/kvm/kvm_main.c and arch/x86/kvm/mmu/* of the kernel that gives the profile its
 name.
 
-Not modelled of 5.10: that a fault on a slot that is being deleted makes an MMIO SPTE; that a slot's deletion
-zaps the TDP MMU under one hold of mmu_lock and reloads roots, so that none stands there invalid; the role's
-bit for the guest's entry size, which says the opposite there; SPTE bits at other places; what it does wrong
-in shadow paging and was mended (one pt_access for all levels, CVE-2021-38198, and tables that are linked
-before their children are synced: the switches one-pt-access and link-unsynced); that an emulated write to a
-table makes the new SPTE at once, and that a new upper table syncs unsync pages of its gfn instead of zapping
-them.
+Not modelled of 5.10: the role's bit for the guest's entry size, which says the opposite there; SPTE bits at
+other places; that a TDP MMU's root goes with the last vCPU that has it; what it does wrong in shadow paging
+and was mended (one pt_access for all levels, CVE-2021-38198, and tables that are linked before their children
+are synced: the switches one-pt-access and link-unsynced); that an emulated write to a table makes the new
+SPTE at once, and that a new upper table syncs unsync pages of its gfn instead of zapping them.
 """
 
 from __future__ import annotations
@@ -61,6 +59,11 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     what KVM says is. `shadow_role_forces_nx`: shadow pages have NX whatever the guest's EFER says, and no
     bits of the control registers while the guest's paging is off.
 
+    `slot_zap_invalidates_roots`: a slot's deletion makes a TDP MMU's roots invalid and zaps them later,
+    else it zaps below them at once, and who is asked to drop obsolete roots drops all.
+    `invalid_slot_is_noslot`: a fault on a slot that is being deleted makes an MMIO SPTE, over a leaf as well,
+    instead of being retried.
+
     `mmu_is_page_track_node`: the MMU itself is a node of the page-track head, hears so of emulated writes,
     and zaps a slot when the head is told to flush it.
 
@@ -111,6 +114,8 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     cmpxchg_gpte_by_gup: bool = False
     smap_implicit_by_cpl: bool = False
     shadow_role_forces_nx: bool = True
+    slot_zap_invalidates_roots: bool = True
+    invalid_slot_is_noslot: bool = False
     mmu_is_page_track_node: bool = False
     pfn_caches: bool = True
     apic_reload_retries: bool = True
@@ -172,6 +177,8 @@ LINUX_5_10 = KvmProfile(
     cmpxchg_gpte_by_gup=True,
     smap_implicit_by_cpl=True,
     shadow_role_forces_nx=False,
+    slot_zap_invalidates_roots=False,
+    invalid_slot_is_noslot=True,
     mmu_is_page_track_node=True,
     pfn_caches=False,
     apic_reload_retries=False,

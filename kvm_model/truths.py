@@ -25,9 +25,11 @@
                           has one, and outside brackets that the host has
     vmcs-of-freed-frame   no VMCS of a vCPU that is in the guest, or enters without reloading it, has a frame
                           for the APIC's page that is freed
-    no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present
+    no-mmio-over-slot     an MMIO SPTE never replaces a leaf that is present (5.10 does that)
     rmap-matches-sptes    without the TDP MMU every leaf is in its gfn's rmap, once, and nothing else is; the
                           same of tables and `parent_ptes` (swept only, while nobody has mmu_lock)
+
+Gfns of the SMM address space have bit 40 set here: it shares gfns, not pages, with normal memory.
 
 Incremental: each SPTE store and each change of a host PTE notes its place, `check` looks at the noted
 places. `sweep` looks at everything; both must agree. The comparison with the host waits while a
@@ -54,6 +56,7 @@ from kvm_model.guest_memfd import kvm_gmem_folio
 from kvm_model.mem_attributes import gfn_is_in_guest_memfd
 from kvm_model.memslots import hva_to_gfn_memslot, kvm_slot_dirty_track_enabled
 from kvm_model.mmu.marks import is_dirty_spte
+from kvm_model.mmu.mmu_internal import role_smm
 from kvm_model.mmu.spte import (
     PG_LEVEL_1G,
     PT_PAGE_SIZE_MASK,
@@ -87,6 +90,12 @@ if TYPE_CHECKING:
 __all__ = ["KvmTruths"]
 
 Ranges = list[tuple[int, int]]
+_SPACE_SHIFT = 40
+
+
+def _key(hva: int, slot: KvmMemorySlot) -> int:
+    """The gfn behind `hva`, with its address space."""
+    return hva_to_gfn_memslot(hva, slot) | slot.as_id << _SPACE_SHIFT
 
 
 class KvmTruths:
@@ -127,9 +136,10 @@ class KvmTruths:
         self._begins += 1
         self._ranges[self.kvm.sched.current] = []
 
-    def note_range(self, start: int, end: int) -> None:
-        """kvm_mmu_invalidate_range_add."""
-        self._ranges.setdefault(self.kvm.sched.current, []).append((start, end))
+    def note_range(self, as_id: int, start: int, end: int) -> None:
+        """kvm_mmu_invalidate_range_add, for a slot of that address space."""
+        space = as_id << _SPACE_SHIFT
+        self._ranges.setdefault(self.kvm.sched.current, []).append((start | space, end | space))
 
     def note_flush_due(self) -> None:
         """A leaf of a valid root was zapped by a task that must flush, perhaps after others had the lock."""
@@ -170,10 +180,10 @@ class KvmTruths:
     def note_skipped_start(self, range_: MmuNotifierRange) -> None:
         """range_start was left out: find the range as it would have."""
         ranges: Ranges = []
-        for slot in self.kvm.slots().in_hva_range(range_.start, range_.end - 1):
+        for slot in self._slots_in_hva_range(range_.start, range_.end - 1):
             last = slot.userspace_addr + (slot.npages << 12)
-            start = hva_to_gfn_memslot(max(range_.start, slot.userspace_addr), slot)
-            ranges.append((start, hva_to_gfn_memslot(min(range_.end, last) + 0xFFF, slot)))
+            start = _key(max(range_.start, slot.userspace_addr), slot)
+            ranges.append((start, _key(min(range_.end, last) + 0xFFF, slot)))
         self._open[id(range_)] = (False, ranges)
         for start, end in ranges:
             self._assert_unmapped(start, end)
@@ -228,6 +238,7 @@ class KvmTruths:
     def note_spte(self, sptep: int, gfn: int, level: int, old: int, new: int) -> None:
         """An SPTE changed."""
         kvm = self.kvm
+        key = gfn | role_smm(kvm.sps[sptep >> 9].role) << _SPACE_SHIFT
         if self.shadow is not None:
             self.shadow.note_spte(sptep, gfn, level, new)
         was_leaf = is_shadow_present_pte(old) and is_last_spte(old, level)
@@ -235,9 +246,9 @@ class KvmTruths:
             self._check_dirty_kept(gfn, old, new)
         self._count_leaf(old, new, level, was_leaf)
         if not kvm.tdp_mmu_enabled:
-            self._index_leaf(sptep, gfn, level, was_leaf, new)
+            self._index_leaf(sptep, key, level, was_leaf, new)
         if not is_shadow_present_pte(new) or not is_last_spte(new, level):
-            if was_leaf and kvm.spte.is_mmio_spte(new):
+            if was_leaf and kvm.spte.is_mmio_spte(new) and not kvm.profile.invalid_slot_is_noslot:
                 self._broken("no-mmio-over-slot", f"gfn {gfn:#x}: {new:#x} over {old:#x}")
             return
         self._check_state(gfn, new)
@@ -250,9 +261,9 @@ class KvmTruths:
         inside = (start <= gfn and gfn + pages <= end) or kvm.profile.retry_scope == "any"
         # The end of the dirty log puts a huge leaf where a table is without a look at the brackets' union.
         making = not is_shadow_present_pte(old) and kvm.mmu_invalidate_in_progress and inside
-        if making or self._in_open_bracket(gfn, pages):
+        if making or self._in_open_bracket(key, pages):
             self._broken("no-spte-in-bracket", f"gfn {gfn:#x} level {level}: {new:#x} stored in a bracket")
-        self._noted[sptep] = gfn, kvm.stream.ctx.cause
+        self._noted[sptep] = key, kvm.stream.ctx.cause
 
     def _check_dirty_kept(self, gfn: int, old: int, new: int) -> None:
         """5.10: where a leaf was all that knew of a write, the page knows it before the leaf does not."""
@@ -309,22 +320,30 @@ class KvmTruths:
         if not kvm.spte.access_track_is_legal(spte):
             self._broken("spte-access-track", f"gfn {gfn:#x}: {spte:#x} has lost what it was, or keeps it")
 
+    def _slots_in_hva_range(self, start: int, last: int) -> Iterator[KvmMemorySlot]:
+        for slots in self.kvm.memslots:
+            yield from slots.in_hva_range(start, last)
+
     def _host_pte_changed(self, mm: MmStruct, address: int, old: int, new: int) -> None:
         kvm = self.kvm
         if mm is not kvm.mm or not kvm.alive:
             return
-        for slot in kvm.slots().in_hva_range(address, address):
-            self._noted_gfns[hva_to_gfn_memslot(address, slot), 1] = kvm.stream.ctx.cause
+        for slot in self._slots_in_hva_range(address, address):
+            self._noted_gfns[_key(address, slot), 1] = kvm.stream.ctx.cause
 
     def _host_pmd_changed(self, mm: MmStruct, address: int, old: int, new: int) -> None:
         kvm = self.kvm
         if mm is not kvm.mm or not kvm.alive:
             return
-        for slot in kvm.slots().in_hva_range(address, address + PMD_SIZE - 1):
+        for slot in self._slots_in_hva_range(address, address + PMD_SIZE - 1):
             first = max(address, slot.userspace_addr)
             last = min(address + PMD_SIZE, slot.userspace_addr + (slot.npages << 12))
-            noted = hva_to_gfn_memslot(first, slot), (last - first) >> 12
+            noted = _key(first, slot), (last - first) >> 12
             self._noted_gfns[noted] = kvm.stream.ctx.cause
+
+    def note_gfns(self, gfn: int, pages: int) -> None:
+        """What lies behind these frames changed, and no host page table says so: guest_memfd, attributes."""
+        self._noted_gfns[gfn, pages] = self.kvm.stream.ctx.cause
 
     # -- checks ---------------------------------------------------------------------------------
 
@@ -394,15 +413,17 @@ class KvmTruths:
             sp = parent
         return True
 
-    def leaves_of(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """(sptep, gfn, level, SPTE) of every present leaf that maps anything in gfns [start, end)."""
-        return self._all_leaves(start, end)
+    def leaves_of(self, gfn: int, as_id: int) -> Iterator[int]:
+        """The SPTEs of the present leaves that map `gfn` of an address space."""
+        key = gfn | as_id << _SPACE_SHIFT
+        return (spte for _, _, _, spte in self._all_leaves(key, key + 1))
 
     def _all_leaves(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """(sptep, gfn, level, SPTE) of every present leaf that maps anything in [start, end)."""
+        """(sptep, gfn, level, SPTE) of every present leaf that maps anything in [start, end) of one space."""
         kvm = self.kvm
         for root in kvm.tdp_mmu_roots:
-            yield from self._leaves(root, start, end)
+            if role_smm(root.role) == start >> _SPACE_SHIFT:
+                yield from self._leaves(root, start, end)
         if kvm.tdp_mmu_enabled:
             return
         u64 = kvm.ram.u64
@@ -419,17 +440,19 @@ class KvmTruths:
         """The same of all that exist, by what the tables themselves hold."""
         kvm = self.kvm
         if kvm.tdp_mmu_enabled:
-            yield from self._all_leaves(0, TDP_MMU_MAX_GFN_EXCLUSIVE)
+            for as_id in range(len(kvm.memslots)):
+                space = as_id << _SPACE_SHIFT
+                yield from self._all_leaves(space, space | TDP_MMU_MAX_GFN_EXCLUSIVE)
             return
         for sp in tuple(kvm.sps.values()):
             for sptep, gfn, spte in shadow_entries(kvm, sp):
                 if is_last_spte(spte, sp.level):
-                    yield sptep, gfn, sp.level, spte
+                    yield sptep, gfn | role_smm(sp.role) << _SPACE_SHIFT, sp.level, spte
 
     def _leaves(self, root: KvmMmuPage, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """(sptep, gfn, level, SPTE) of the present leaves that map anything in [start, end)."""
         u64 = self.kvm.ram.u64
-        todo = [(root.spt << 9, root.level, 0)]
+        todo = [(root.spt << 9, root.level, role_smm(root.role) << _SPACE_SHIFT)]
         while todo:
             table, level, first = todo.pop()
             shift = 9 * (level - 1)
@@ -450,7 +473,8 @@ class KvmTruths:
             return
         if self._open and self._in_open_bracket(gfn, kvm_pages_per_hpage(level)):
             return
-        slot = kvm.slots().gfn_to_memslot(gfn)
+        as_id, gfn = gfn >> _SPACE_SHIFT, gfn & (1 << _SPACE_SHIFT) - 1
+        slot = kvm.memslots[as_id].gfn_to_memslot(gfn)
         if slot is None:
             self._broken("spte-matches-host", f"gfn {gfn:#x} is mapped by {spte:#x} but has no memslot", seq)
         pfn = spte_to_pfn(spte)

@@ -128,9 +128,9 @@ class ShadowTruths:
         self._noted_pages[sp.spt] = self.kvm.stream.ctx.cause
         truths = self.kvm.truths
         assert truths is not None
-        for _, gfn, _, spte in truths.leaves_of(sp.gfn, sp.gfn + 1):
+        for spte in truths.leaves_of(sp.gfn, role_smm(sp.role)):
             if spte & PT_WRITABLE_MASK:
-                self._check_protected(sp.gfn, spte, f" (leaf of gfn {gfn:#x})")
+                self._check_protected(sp.gfn, spte)
 
     def note_write(self, gpa: int, length: int) -> None:
         """An emulated write of the guest's, which KVM is about to look at."""
@@ -298,11 +298,11 @@ class ShadowTruths:
 
     # -- checks ---------------------------------------------------------------------------------
 
-    def _check_protected(self, gfn: int, spte: int, more: str = "") -> None:
+    def _check_protected(self, gfn: int, spte: int) -> None:
         for sp in self.kvm.mmu_page_hash.get(gfn, ()):
             if not role_direct(sp.role) and not sp.unsync and not is_obsolete_sp(self.kvm, sp):
                 why = f"{spte:#x} lets the guest write gfn {gfn:#x}, a table that {sp!r} shadows in step"
-                self._broken("shadow-protected", why + more)
+                self._broken("shadow-protected", why)
 
     def _check_entry(self, sp: KvmMmuPage, index: int, seq: int | None) -> None:
         spte = self.kvm.ram.u64[sp.spt << 9 | index]
@@ -381,7 +381,10 @@ class ShadowTruths:
     def _check_slot(self, slot: KvmMemorySlot, shadowing: list[KvmMmuPage]) -> None:
         tracked = Counter(sp.gfn - slot.base_gfn for sp in shadowing if sp.level > PG_LEVEL_4K)
         have = Counter(slot.gfn_write_track)
-        if tracked - have or (have != tracked and not self.kvm.external_write_tracking_enabled):
+        kvm = self.kvm
+        own_nodes = int(kvm.profile.mmu_is_page_track_node)
+        others = kvm.external_write_tracking_enabled or len(kvm.track_notifier_list) > own_nodes
+        if tracked - have or (have != tracked and not others):
             self._broken("shadow-counts", f"write tracking of {slot!r}: {dict(have)}, tables {dict(tracked)}")
         fresh = slot.copy()
         alloc_lpage_info(fresh)

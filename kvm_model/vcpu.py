@@ -6,7 +6,7 @@ Linux 6.18.
 
 Not modelled: in-kernel local APIC (interrupts come from `irq_source`, as with a user-space irqchip), but for
 the vectors that KVM itself raises;
-SMM, guest debugging, XSAVE, steal time.
+guest debugging, XSAVE, steal time.
 """
 
 from __future__ import annotations
@@ -170,6 +170,9 @@ class Vcpu:
         self.mmio_gen = 0
         self.fault_gpa = 0
         self.pv_time = PvClock(kvm)
+        self.smm = False
+        self.smbase = 0x30000
+        self.smi_pending = False
         self.apic: Lapic | None = None
         self.last_retry_eip = 0
         self.last_retry_addr = 0

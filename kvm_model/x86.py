@@ -36,6 +36,7 @@ from kvm_model.requests import (
     KVM_REQ_MMU_FREE_OBSOLETE_ROOTS,
     KVM_REQ_MMU_SYNC,
     KVM_REQ_NMI,
+    KVM_REQ_SMI,
     KVM_REQ_TLB_FLUSH,
     KVM_REQ_TLB_FLUSH_CURRENT,
     KVM_REQ_TLB_FLUSH_GUEST,
@@ -47,7 +48,9 @@ from kvm_model.requests import (
     kvm_check_request,
     kvm_clear_request,
     kvm_make_request,
+    kvm_test_request,
 )
+from kvm_model.smm import process_smi
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, UserExit, Vcpu
 from kvm_model.vmx.apic_access import kvm_vcpu_reload_apic_access_page
 from kvm_model.vmx.exits import EXIT_REASON_NAMES, INTR_INFO_DELIVER_CODE, INTR_INFO_VALID, VmExit
@@ -246,6 +249,8 @@ def _service_requests(vcpu: Vcpu) -> int:
     if kvm_check_request(KVM_REQ_APF_HALT, vcpu):
         vcpu.apf.halted = True
         return 1
+    if kvm_check_request(KVM_REQ_SMI, vcpu):
+        process_smi(vcpu)
     kvm_check_request(KVM_REQ_NMI, vcpu)
     if kvm_check_request(KVM_REQ_APIC_PAGE_RELOAD, vcpu):
         kvm_vcpu_reload_apic_access_page(vcpu)
@@ -333,6 +338,8 @@ def _trace_exit(kvm: Kvm, vcpu: Vcpu, exit_: VmExit) -> None:
 def _vcpu_runnable(vcpu: Vcpu) -> bool:
     """kvm_arch_vcpu_runnable, of a vCPU that halts."""
     if vcpu.async_pf.done or vcpu.exception.pending or vcpu.nmi_pending:
+        return True
+    if kvm_test_request(KVM_REQ_SMI, vcpu) or (vcpu.smi_pending and not vcpu.smm):
         return True
     return vcpu.has_interrupt() and vcpu.kvm.cpu.interrupt_allowed(vcpu)
 

@@ -7,7 +7,7 @@ vmx_cancel_injection.
 An event whose delivery a VM exit cut off comes back in the IDT-vectoring information and is injected
 again before anything new.
 
-Not modelled: SMIs, #DB payloads, NMI blocking until IRET (virtual NMIs), nested events.
+Not modelled: #DB payloads, NMI blocking until IRET (virtual NMIs), nested events.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvm_model.requests import KVM_REQ_EVENT, kvm_make_request
+from kvm_model.smm import enter_smm
 from kvm_model.vmx.exits import (
     INTR_INFO_DELIVER_CODE,
     INTR_INFO_VALID,
@@ -115,7 +116,15 @@ def kvm_check_and_inject_events(vcpu: Vcpu) -> bool:
         ex.pending = False
         ex.injected = True
         can_inject = False
-    if vcpu.nmi_pending:
+    if vcpu.smi_pending:
+        if not can_inject:
+            return True
+        if not vcpu.smm:
+            vcpu.smi_pending = False
+            enter_smm(vcpu)
+            can_inject = False
+    # NMIs are blocked in SMM.
+    if vcpu.nmi_pending and not vcpu.smm:
         if not can_inject:
             return True
         vcpu.nmi_pending -= 1

@@ -30,6 +30,7 @@ from emu.cpu.insn import Decoder
 from emu.cpu.memory import GuestFault, GuestNotSupported, MemoryExit
 from emu.cpu.portio import finish_element
 from emu.cpu.registers import GENERAL_REGISTERS, read_register, write_register
+from emu.cpu.smm import rsm_load_state, smm_enter, smm_save_state
 from emu.cpu.stops import COST_RDTSC, Stops
 from emu.cpu.vcpu import EMU_EXCEPTION, EMU_INSN_INVALID, EMU_OK, UnicornVcpu
 from emu.cpu.walk import OK
@@ -296,6 +297,18 @@ class UnicornCpu:
             # Unicorn's TLB has no EPTP tag; what another root left behind must not be used
             v.intercepts.flush_tlb()
 
+    def smm_save_state(self, vcpu: Vcpu, smbase: int) -> bytes:
+        """The SMM save area."""
+        return smm_save_state(self.vcpu(vcpu), smbase)
+
+    def smm_enter(self, vcpu: Vcpu, smbase: int) -> None:
+        """SMM's environment."""
+        smm_enter(self.vcpu(vcpu), smbase)
+
+    def rsm_load_state(self, vcpu: Vcpu, image: bytes) -> int:
+        """RSM; the SMBASE, or -1."""
+        return rsm_load_state(self.vcpu(vcpu), image)
+
     def set_apic_pages(self, vcpu: Vcpu, access: int, virtual: int) -> None:
         """The VMCS's APIC-access and virtual-APIC addresses, from the next fill on."""
         v = self.vcpu(vcpu)
@@ -316,7 +329,7 @@ class UnicornCpu:
         v = self.vcpu(vcpu)
         try:
             if code is not None:
-                insn = self.decoder.decode(code, v.long_code)
+                insn = self.decoder.decode(code, v.code_bits)
             else:
                 insn = self.fills.decode(v)
                 if insn is None and self.fills.code_gone(v, gpa) and self._again(v):

@@ -74,13 +74,13 @@ class FillFailures:
     @staticmethod
     def ahead(vcpu: UnicornVcpu, last: FillResult) -> bool:
         """Whether it was a fetch of another page than RIP's."""
-        return bool(last.access & ACCESS_FETCH) and last.page & _M64 != vcpu.env.eip & ~0xFFF
+        return bool(last.access & ACCESS_FETCH) and last.page & _M64 != vcpu.linear_rip & ~0xFFF
 
     # -- faults and exits -----------------------------------------------------------------------
 
     def _fail(self, vcpu: UnicornVcpu, page: int, last: FillResult) -> None:
         if last.access & ACCESS_FETCH:
-            gva = vcpu.env.eip if page == vcpu.env.eip & ~0xFFF else page
+            gva = vcpu.linear_rip if page == vcpu.linear_rip & ~0xFFF else page
             stack = False
         else:
             gva = vcpu.env.invalid_addr
@@ -105,10 +105,10 @@ class FillFailures:
     def decode(self, vcpu: UnicornVcpu) -> Any:
         """The instruction at RIP, or None where its bytes cannot be had."""
         try:
-            code = vcpu.memory.fetch(vcpu.env.eip, _LONGEST_INSN)
+            code = vcpu.memory.fetch(vcpu.linear_rip, _LONGEST_INSN)
         except (GuestFault, MemoryExit):
             return None
-        return self.decoder.decode(code, vcpu.long_code)
+        return self.decoder.decode(code, vcpu.code_bits)
 
     def code_gone(self, vcpu: UnicornVcpu, device: int) -> bool:
         """Whether bytes of the instruction at RIP, which just ran, have lost their mapping since.
@@ -116,7 +116,7 @@ class FillFailures:
         `device` is the gpa of its device access: an instruction that lies there was never fetched.
         """
         try:
-            return len(vcpu.memory.fetch(vcpu.env.eip, _LONGEST_INSN)) < _LONGEST_INSN
+            return len(vcpu.memory.fetch(vcpu.linear_rip, _LONGEST_INSN)) < _LONGEST_INSN
         except MemoryExit as exit_:
             return exit_.reason != REASON_EPT_MISCONFIG and exit_.gpa >> 12 != device >> 12
         except GuestFault:
@@ -149,7 +149,7 @@ class FillFailures:
     def _frames_at_rip(self, vcpu: UnicornVcpu) -> set[int]:
         access = vcpu.fill.access(ACCESS_FETCH)
         frames = set()
-        for gva in {vcpu.env.eip, (vcpu.env.eip + _LONGEST_INSN - 1) & _M64}:
+        for gva in {vcpu.linear_rip, (vcpu.linear_rip + _LONGEST_INSN - 1) & _M64}:
             result = vcpu.fill.walk(gva, access)
             if result[0] == OK:
                 frames.add(result[1] >> 12)

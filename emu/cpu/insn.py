@@ -72,20 +72,21 @@ REGISTERS = _register_table()
 
 
 class Decoder:
-    """Capstone for 64-bit and 32-bit code, with a memory."""
+    """Capstone for 64-, 32- and 16-bit code, with a memory."""
 
     def __init__(self) -> None:
         self._engines = {
             bits: capstone.Cs(capstone.CS_ARCH_X86, mode)
-            for bits, mode in ((64, capstone.CS_MODE_64), (32, capstone.CS_MODE_32))
+            for bits, mode in (
+                (64, capstone.CS_MODE_64), (32, capstone.CS_MODE_32), (16, capstone.CS_MODE_16),
+            )
         }
         for engine in self._engines.values():
             engine.detail = True
         self._known: dict[tuple[int, bytes], Any] = {}
 
-    def decode(self, code: bytes, long_code: bool) -> Any:
-        """The CsInsn at the start of `code`, decoded as at address 0, or None."""
-        bits = 64 if long_code else 32
+    def decode(self, code: bytes, bits: int) -> Any:
+        """The CsInsn at the start of `code` of so many bits, decoded as at address 0, or None."""
         key = (bits, code)
         try:
             return self._known[key]

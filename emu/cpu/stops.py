@@ -40,6 +40,7 @@ from emu.cpu.memory import VECTOR_GP, GuestFault
 from emu.cpu.portio import StringElement, io_exit
 from kvm_model.vmx.exits import (
     REASON_CPUID,
+    REASON_EXCEPTION_NMI,
     REASON_HLT,
     REASON_INTERRUPT_WINDOW,
     REASON_MSR_READ,
@@ -62,6 +63,7 @@ _RAX, _RCX, _RDX = 0, 1, 2
 _VECTOR_UD = 6
 _ONE_BYTE_INT = {3: b"\xcc", 4: b"\xce"}
 _VMCALL = b"\x0f\x01\xc1"
+_RSM = b"\x0f\xaa"
 _M32, _M64 = (1 << 32) - 1, (1 << 64) - 1
 
 
@@ -120,8 +122,13 @@ class Stops:
 
     def undefined(self, v: UnicornVcpu) -> VmExit | None:
         """An instruction Unicorn does not know: VMCALL, or #UD."""
-        if v.memory.fetch(v.env.eip, 3) == _VMCALL:
+        code = v.memory.fetch(v.linear_rip, 3)
+        if code == _VMCALL:
             return VmExit(REASON_VMCALL, v.env.eip, insn_len=3)
+        if code.startswith(_RSM):
+            # Invalid outside SMM, and in a guest always: KVM intercepts it.
+            info = exception_info(_VECTOR_UD, False)
+            return VmExit(REASON_EXCEPTION_NMI, v.env.eip, intr_info=info)
         raise GuestFault(_VECTOR_UD)
 
     def _decode(self, v: UnicornVcpu) -> Any:

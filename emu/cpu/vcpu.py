@@ -7,7 +7,7 @@ leaves), so registers are read and written in place.
 Source: docs of Unicorn 2.1.4; qemu/target/i386/cpu.c: x86_cpu_exec_enter, x86_cpu_exec_exit;
 Intel SDM vol. 3A 9.1 (state after reset), table 9-1.
 
-Not modelled: real mode and virtual-8086 mode as a starting state, SMM, INIT and SIPI.
+Not modelled: real mode and virtual-8086 mode as a starting state, INIT and SIPI.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from emu.cpu.block import BlockCounter
 from emu.cpu.env import (
     EXCEPTION_INDEX_IS_INT,
     GDT,
+    HF_CS32,
     HF_CS64,
     HF_INHIBIT_IRQ,
     IDT,
@@ -118,6 +119,20 @@ class UnicornVcpu:
     def long_code(self) -> bool:
         """Whether CS is a 64-bit code segment."""
         return bool(self.env.hflags & HF_CS64)
+
+    @property
+    def linear_rip(self) -> int:
+        """The linear address of RIP: outside 64-bit code CS has a base."""
+        env = self.env
+        if env.hflags & HF_CS64:
+            return env.eip
+        return int(env.eip + env.seg(R_CS)[1] & 0xFFFFFFFF)
+
+    @property
+    def code_bits(self) -> int:
+        """How instructions are decoded: 64, 32 or 16."""
+        hflags = self.env.hflags
+        return 64 if hflags & HF_CS64 else 32 if hflags & HF_CS32 else 16
 
     def skip(self, length: int) -> None:
         """Step RIP over an instruction; whatever it was, it ends a STI or MOV SS shadow."""

@@ -20,6 +20,7 @@
 | `numa.py` | where vCPUs run, and pages that follow them |
 | `process.py` | fork and exit |
 | `secondary.py` | the VMM on an EPT of its own, and a device on the VMM's page tables |
+| `smm.py` | system-management mode |
 | `slots.py` | memory slots and the dirty log |
 | `clock.py` | the guest's paravirtual clock |
 | `device.py` | a mirroring device, a pinning device, KVM's own mappings |
@@ -51,6 +52,7 @@ from emu.operations import (
     reclaim,
     secondary,
     slots,
+    smm,
     thp,
     tracking,
     userfaultfd,
@@ -78,6 +80,7 @@ __all__ = [
     "reclaim",
     "secondary",
     "slots",
+    "smm",
     "thp",
     "tracking",
     "userfaultfd",

@@ -66,7 +66,7 @@ def kvm_unmap_gfn_range(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, *, 
         # APIC_ACCESS_PAGE_PRIVATE_MEMSLOT: the VMCS has the frame's address.
         kvm_make_all_cpus_request(kvm, KVM_REQ_APIC_PAGE_RELOAD)
     if kvm.tdp_mmu_enabled:
-        return kvm_tdp_mmu_unmap_gfn_range(kvm, start, end, may_block=may_block, why="unmap")
+        return kvm_tdp_mmu_unmap_gfn_range(kvm, slot, start, end, may_block=may_block, why="unmap")
     return walk_slot_rmaps(
         kvm, slot, lambda kvm, head, slot: _kvm_zap_rmap(kvm, head, "unmap"), _LEVELS, start, end,
         can_yield=may_block and kvm.profile.unmap_breaks_lock, flush_on_yield=True,
@@ -78,7 +78,7 @@ def kvm_zap_gfn_range_locked(kvm: Kvm, start: int, end: int) -> bool:
     if kvm.tdp_mmu_enabled:
         return kvm_tdp_mmu_zap_leafs(kvm, start, end, False)
     flush = False
-    for slot in kvm.slots().in_gfn_range(start, end):
+    for slot in (slot for slots in kvm.memslots for slot in slots.in_gfn_range(start, end)):
         flush |= walk_slot_rmaps(
             kvm, slot, lambda kvm, head, slot: _kvm_zap_rmap(kvm, head, "zap-range"), _LEVELS,
             max(start, slot.base_gfn), min(end, slot.end_gfn), can_yield=True, flush_on_yield=True,
@@ -142,14 +142,14 @@ def kvm_age_gfn(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
     elif not kvm.tdp_mmu_enabled:
         young = _kvm_rmap_age_gfn_range(kvm, slot, start, end, False)
     if kvm.tdp_mmu_enabled:
-        young |= kvm_tdp_mmu_age_gfn_range(kvm, start, end)
+        young |= kvm_tdp_mmu_age_gfn_range(kvm, slot, start, end)
     return young
 
 
 def kvm_test_age_gfn(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
     """Whether any SPTE of [start, end) is accessed."""
     if kvm.tdp_mmu_enabled:
-        return kvm_tdp_mmu_test_age_gfn(kvm, start, end)
+        return kvm_tdp_mmu_test_age_gfn(kvm, slot, start, end)
     return _kvm_rmap_age_gfn_range(kvm, slot, start, end, True)
 
 
@@ -159,7 +159,7 @@ def kvm_test_age_gfn(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> boo
 def kvm_set_spte_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: int, pte: int) -> bool:
     """The host is about to set `pte` for `gfn`, mmu_lock held for write; whether a flush is due (5.10)."""
     if kvm.tdp_mmu_enabled:
-        return kvm_tdp_mmu_set_spte_gfn(kvm, gfn, pte)
+        return kvm_tdp_mmu_set_spte_gfn(kvm, slot, gfn, pte)
     head = gfn_to_rmap(gfn, PG_LEVEL_4K, slot)
     if head is None:
         return False

@@ -54,8 +54,10 @@ def kvm_mmu_invalidate_begin(kvm: Kvm) -> None:
         kvm.mmu_invalidate_range_end = INVALID_GPA
 
 
-def kvm_mmu_invalidate_range_add(kvm: Kvm, start: int, end: int, *, unmapped: bool = True) -> None:
-    """Widen the range of the invalidations in progress to hold [start, end).
+def kvm_mmu_invalidate_range_add(
+    kvm: Kvm, start: int, end: int, *, unmapped: bool = True, as_id: int = 0
+) -> None:
+    """Widen the range of the invalidations in progress to hold [start, end), of whatever address space.
 
     Without `unmapped` what is mapped there stays; only nothing new may be mapped.
     """
@@ -66,7 +68,7 @@ def kvm_mmu_invalidate_range_add(kvm: Kvm, start: int, end: int, *, unmapped: bo
         kvm.mmu_invalidate_range_start = min(kvm.mmu_invalidate_range_start, start)
         kvm.mmu_invalidate_range_end = max(kvm.mmu_invalidate_range_end, end)
     if unmapped and kvm.truths is not None:
-        kvm.truths.note_range(start, end)
+        kvm.truths.note_range(as_id, start, end)
     if (t := kvm.trace.mmu_invalidate_begin) is not None:
         t(
             kvm.mmu_invalidate_in_progress, kvm.mmu_invalidate_seq, kvm.mmu_invalidate_range_start,

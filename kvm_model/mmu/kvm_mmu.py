@@ -38,6 +38,7 @@ from kvm_model.mmu.mmu_internal import (
     ROLE_LEVEL_MASK,
     ROLE_SMAP_ANDNOT_WP,
     ROLE_SMEP_ANDNOT_WP,
+    ROLE_SMM_SHIFT,
 )
 from kvm_model.mmu.spte import ACC_ALL, ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK
 from kvm_model.vmx.ept import EPT_MAXPHYADDR
@@ -320,9 +321,9 @@ def kvm_init_mmu(vcpu: Vcpu) -> None:
     """Work out the roles from the vCPU's control registers, and what follows from them for its walks."""
     kvm, mmu = vcpu.kvm, vcpu.mmu
     cr0, cr4, efer = (kvm.cpu.get_reg(vcpu, name) for name in ("cr0", "cr4", "efer"))
-    cpu_role = _kvm_calc_cpu_role(cr0, cr4, efer)
+    cpu_role = _kvm_calc_cpu_role(cr0, cr4, efer) | vcpu.smm << ROLE_SMM_SHIFT
     if kvm.tdp_enabled:
-        root_role = kvm.root_role
+        root_role = kvm.root_role | vcpu.smm << ROLE_SMM_SHIFT
     else:
         root_role = _shadow_root_role(vcpu, cpu_role, cr0, cr4, efer)
     if cpu_role == mmu.cpu_role and root_role == mmu.root_role:

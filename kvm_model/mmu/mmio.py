@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvm_model.guest_access import kvm_vcpu_memslots
 from kvm_model.memslots import KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
 from kvm_model.mmu.mmu_internal import RET_PF_EMULATE, RET_PF_INVALID, RET_PF_RETRY
 from kvm_model.mmu.shadow_spte import mmu_spte_set
@@ -88,7 +89,7 @@ def vcpu_clear_mmio_info(vcpu: Vcpu, gva: int) -> None:
 def mark_mmio_spte(vcpu: Vcpu, sptep: int, gfn: int, access: int) -> None:
     """Make an SPTE that lets accesses to `gfn` exit as MMIO; what stood there maps nothing."""
     kvm = vcpu.kvm
-    generation = kvm.slots().generation
+    generation = kvm_vcpu_memslots(vcpu).generation
     spte = kvm.spte.make_mmio_spte(gfn, access, generation)
     if (t := kvm.trace.mark_mmio_spte) is not None:
         t(sptep << 3, gfn, spte & ACC_ALL, get_mmio_spte_generation(spte))
@@ -109,7 +110,7 @@ def kvm_tdp_mmu_get_walk(vcpu: Vcpu, gpa: int) -> list[tuple[int, int, int]]:
 
 
 def _check_mmio_spte(vcpu: Vcpu, spte: int) -> bool:
-    generation = vcpu.kvm.slots().generation
+    generation = kvm_vcpu_memslots(vcpu).generation
     if generation & KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS:
         return False
     kvm_gen = generation & MMIO_SPTE_GEN_MASK

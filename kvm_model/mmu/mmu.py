@@ -273,7 +273,7 @@ def _kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: KvmPageFault, access: int = ACC_ALL)
     if slot is None:
         return _kvm_handle_noslot_fault(vcpu, fault, access)
     if slot.flags & KVM_MEMSLOT_INVALID:
-        if "ignore-invalid-slot" in breaks:
+        if kvm.profile.invalid_slot_is_noslot or "ignore-invalid-slot" in breaks:
             return _kvm_handle_noslot_fault(vcpu, fault, access)
         if fault.prefetch:
             return -EAGAIN

@@ -45,6 +45,7 @@ from kvm_model.mmu.tdp_zap import (
     kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_zap_all,
     kvm_tdp_mmu_zap_invalidated_roots,
+    kvm_tdp_mmu_zap_valid_roots,
     need_resched,
 )
 from kvm_model.mmu.unsync import for_each_gfn_valid_sp_with_gptes
@@ -152,11 +153,11 @@ def kvm_mmu_flush_ahead(vcpu: Vcpu) -> bool:
     if vcpu.root_hpa == INVALID_PAGE:
         return True
     root = shadow_root_to_sp(vcpu.kvm, vcpu.root_hpa)
-    if root is None:
-        # A special root is dropped whenever that is asked for.
-        if kvm_test_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu):
-            return True
-    elif is_obsolete_sp(vcpu.kvm, root):
+    if root is not None and is_obsolete_sp(vcpu.kvm, root):
+        return True
+    # A special root is dropped whenever that is asked for, and in 5.10 every root.
+    special = root is None or not vcpu.kvm.profile.slot_zap_invalidates_roots
+    if special and kvm_test_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu):
         return True
     return (
         kvm_test_request(KVM_REQ_TLB_FLUSH, vcpu)
@@ -185,9 +186,11 @@ def kvm_mmu_reset_context(vcpu: Vcpu) -> None:
 
 
 def kvm_mmu_free_obsolete_roots(vcpu: Vcpu) -> None:
-    """Drop those of the vCPU's roots that were invalidated."""
+    """Drop those of the vCPU's roots that were invalidated; kvm_mmu_unload of all in 5.10."""
     kvm = vcpu.kvm
-    if not kvm.tdp_mmu_enabled:
+    if not kvm.profile.slot_zap_invalidates_roots:
+        kvm_mmu_unload(vcpu)
+    elif not kvm.tdp_mmu_enabled:
         current, prev = obsolete_shadow_roots(vcpu)
         kvm_mmu_free_shadow_roots(vcpu, current=current, prev=prev)
     elif vcpu.root_hpa != INVALID_PAGE and is_obsolete_sp(kvm, root_to_sp(kvm, vcpu.root_hpa)):
@@ -200,12 +203,16 @@ def kvm_mmu_zap_all_fast(kvm: Kvm) -> None:
     if (t := kvm.trace.kvm_mmu_zap_all_fast) is not None:
         t(kvm.mmu_valid_gen, kvm.n_used_mmu_pages)
     kvm.mmu_valid_gen ^= 1
-    kvm_tdp_mmu_invalidate_roots(kvm)
+    later = kvm.tdp_mmu_enabled and kvm.profile.slot_zap_invalidates_roots
+    if later:
+        kvm_tdp_mmu_invalidate_roots(kvm)
     # In the same critical section: a vCPU must not see the roots valid after the request.
     kvm_make_all_cpus_request(kvm, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS)
     kvm_zap_obsolete_pages(kvm)
+    if kvm.tdp_mmu_enabled and not later:
+        kvm_tdp_mmu_zap_valid_roots(kvm)
     kvm.mmu_lock.unlock()
-    if not kvm.tdp_mmu_enabled:
+    if not later:
         return
     # Before the caller goes on: notifiers could not find the SPTEs of a slot that is gone.
     kvm_tdp_mmu_zap_invalidated_roots(kvm, shared=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvm_model.memslots import kvm_slot_dirty_track_enabled
+from kvm_model.mmu.mmu_internal import role_smm
 from kvm_model.mmu.spte import SHADOW_NONPRESENT_VALUE, is_last_spte, is_shadow_present_pte, spte_to_pfn
 from kvm_model.mmu.tdp_iter import TdpIter
 from kvm_model.mmu.tdp_mmu import tdp_mmu_set_spte_atomic
@@ -113,7 +114,7 @@ class NxRecovery:
         """kvm_mmu_sp_dirty_logging_enabled."""
         if not self.kvm.nr_memslots_dirty_logging:
             return False
-        slot = self.kvm.slots().gfn_to_memslot(sp.gfn)
+        slot = self.kvm.memslots[role_smm(sp.role)].gfn_to_memslot(sp.gfn)
         return slot is not None and kvm_slot_dirty_track_enabled(slot)
 
     def _zap(self, sp: KvmMmuPage) -> bool:

@@ -76,8 +76,9 @@ class KvmPageTrackNotifierNode:
 
 
 def kvm_page_track_has_external_user(kvm: Kvm) -> bool:
-    """Whether anybody but KVM itself is on the head."""
-    return kvm.external_write_tracking_enabled and bool(kvm.track_notifier_list)
+    """Whether anybody but KVM itself is on the head, as 6.18 asks before a slot moves."""
+    others = kvm.external_write_tracking_enabled and not kvm.profile.mmu_is_page_track_node
+    return others and bool(kvm.track_notifier_list)
 
 
 def kvm_page_track_write_tracking_enabled(kvm: Kvm) -> bool:
@@ -95,7 +96,7 @@ def kvm_mmu_slot_gfn_write_protect(kvm: Kvm, slot: KvmMemorySlot, gfn: int, min_
     """
     protected = kvm_rmap_write_protect_gfn(kvm, slot, gfn, min_level)
     if kvm.tdp_mmu_enabled:
-        protected |= kvm_tdp_mmu_write_protect_gfn(kvm, gfn, min_level)
+        protected |= kvm_tdp_mmu_write_protect_gfn(kvm, slot, gfn, min_level)
     return protected
 
 
@@ -176,12 +177,11 @@ class _SrcuRead:
 
 def kvm_page_track_register_notifier(kvm: Kvm, node: KvmPageTrackNotifierNode, mm: MmStruct) -> int:
     """Put `node` first on the head. `mm` is the caller's; 0, or -ESRCH if it is not the VM's (6.18)."""
-    if not kvm.profile.mmu_is_page_track_node:
-        if mm is not kvm.mm:
-            return -ESRCH
-        if not kvm.external_write_tracking_enabled:
-            with kvm.slots_arch_lock:
-                kvm.external_write_tracking_enabled = True
+    if not kvm.profile.mmu_is_page_track_node and mm is not kvm.mm:
+        return -ESRCH
+    if not kvm.external_write_tracking_enabled:
+        with kvm.slots_arch_lock:
+            kvm.external_write_tracking_enabled = True
     with kvm.mmu_lock:
         kvm.track_notifier_list.insert(0, node)
     return 0

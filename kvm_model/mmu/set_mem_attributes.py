@@ -159,6 +159,10 @@ def _kvm_handle_gfn_range(
     return found
 
 
+def _nothing(kvm: Kvm) -> None:
+    pass
+
+
 def _kvm_vm_set_mem_attributes(kvm: Kvm, start: int, end: int, attrs: int) -> None:
     truths = kvm.truths
     sched = kvm.sched
@@ -167,11 +171,13 @@ def _kvm_vm_set_mem_attributes(kvm: Kvm, start: int, end: int, attrs: int) -> No
     with kvm.slots_lock:
         if kvm_range_has_memory_attributes(kvm, start, end, attrs):
             return
+        bracketed = "attributes-no-bracket" not in kvm.breaks
         found = _kvm_handle_gfn_range(
-            kvm, start, end, attrs, _pre_set, kvm_mmu_invalidate_begin, flush_on_ret=True
+            kvm, start, end, attrs, _pre_set, kvm_mmu_invalidate_begin if bracketed else _nothing,
+            flush_on_ret=True,
         )
         if truths is not None:
-            truths.note_start_returned(bracket, found)
+            truths.note_start_returned(bracket, found and bracketed)
         for gfn in range(start, end):
             if attrs:
                 array[gfn] = attrs
@@ -180,12 +186,14 @@ def _kvm_vm_set_mem_attributes(kvm: Kvm, start: int, end: int, attrs: int) -> No
             if sched.preempt:
                 sched.point("cond_resched")
         if truths is not None:
+            truths.note_gfns(start, end - start)
             truths.note_end_called(bracket)
         found = _kvm_handle_gfn_range(
-            kvm, start, end, attrs, _post_set, kvm_mmu_invalidate_end, flush_on_ret=False
+            kvm, start, end, attrs, _post_set, kvm_mmu_invalidate_end if bracketed else _nothing,
+            flush_on_ret=False,
         )
         if truths is not None:
-            truths.note_end_returned(bracket, found)
+            truths.note_end_returned(bracket, found and bracketed)
 
 
 def kvm_vm_ioctl_set_mem_attributes(kvm: Kvm, address: int, size: int, attributes: int, flags: int) -> None:

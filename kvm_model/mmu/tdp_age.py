@@ -5,8 +5,6 @@ __kvm_tdp_mmu_age_gfn_range; 5.10: age_gfn_range.
 
 Linux flushes nothing here: a translation that a TLB keeps hides the next access. Real TLBs are small
 and lose translations soon; ours is large and would hide it for ever, so it is told to evict.
-
-Not modelled: roots of the SMM address space.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from kvm_model.mmu.tdp_mmu import fetch_and64, for_each_tdp_mmu_root, spte_chang
 
 if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
+    from kvm_model.memslots import KvmMemorySlot
 
 __all__ = ["kvm_tdp_mmu_age_gfn_range", "kvm_tdp_mmu_test_age_gfn"]
 
@@ -44,11 +43,11 @@ def _age_spte(kvm: Kvm, it: TdpIter) -> None:
         kvm.cpu.evict_tlb(vcpu)
 
 
-def _age_gfn_range(kvm: Kvm, start: int, end: int, test_only: bool) -> bool:
+def _age_gfn_range(kvm: Kvm, as_id: int, start: int, end: int, test_only: bool) -> bool:
     young = False
     masks = kvm.spte
     kvm.rcu.read_lock()
-    for root in for_each_tdp_mmu_root(kvm):
+    for root in for_each_tdp_mmu_root(kvm, as_id):
         it = TdpIter(kvm.ram, root, PG_LEVEL_4K, start, end, skip_nonpresent=True)
         while it.valid:
             spte = it.old_spte
@@ -64,11 +63,11 @@ def _age_gfn_range(kvm: Kvm, start: int, end: int, test_only: bool) -> bool:
     return young
 
 
-def kvm_tdp_mmu_age_gfn_range(kvm: Kvm, start: int, end: int) -> bool:
+def kvm_tdp_mmu_age_gfn_range(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
     """Clear accessed in [start, end) of the valid roots; whether any was set."""
-    return _age_gfn_range(kvm, start, end, False)
+    return _age_gfn_range(kvm, slot.as_id, start, end, False)
 
 
-def kvm_tdp_mmu_test_age_gfn(kvm: Kvm, start: int, end: int) -> bool:
+def kvm_tdp_mmu_test_age_gfn(kvm: Kvm, slot: KvmMemorySlot, start: int, end: int) -> bool:
     """Whether any SPTE of [start, end) is accessed."""
-    return _age_gfn_range(kvm, start, end, True)
+    return _age_gfn_range(kvm, slot.as_id, start, end, True)

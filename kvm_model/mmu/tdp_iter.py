@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvm_model.mmu.mmu_internal import role_smm
 from kvm_model.mmu.spte import (
     PT_PAGE_SIZE_MASK,
     SHADOW_NONPRESENT_VALUE,
@@ -60,7 +61,7 @@ class TdpIter:
         self.min_level = min_level
         self.pt_path = [0] * (root.level + 1)
         self.pt_path[root.level] = root.spt << 9
-        self.as_id = 0
+        self.as_id = role_smm(root.role)
         self.yielded = False
         self.yielded_gfn = -1
         self.level = root.level

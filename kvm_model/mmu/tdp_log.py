@@ -67,7 +67,7 @@ def _dirty_bit(kvm: Kvm) -> int:
 
 def _clear_in_slot(kvm: Kvm, slot: KvmMemorySlot, min_level: int, bit: int) -> bool:
     changed = False
-    for root in for_each_tdp_mmu_root_yield_safe(kvm):
+    for root in for_each_tdp_mmu_root_yield_safe(kvm, slot.as_id):
         kvm.rcu.read_lock()
         it = TdpIter(kvm.ram, root, min_level, slot.base_gfn, slot.end_gfn, skip_nonpresent=True)
         while it.valid:
@@ -84,14 +84,16 @@ def _clear_in_slot(kvm: Kvm, slot: KvmMemorySlot, min_level: int, bit: int) -> b
     return changed
 
 
-def kvm_tdp_mmu_clear_dirty_pt_masked(kvm: Kvm, gfn: int, mask: int, *, wrprot: bool) -> None:
+def kvm_tdp_mmu_clear_dirty_pt_masked(
+    kvm: Kvm, slot: KvmMemorySlot, gfn: int, mask: int, *, wrprot: bool
+) -> None:
     """Take W, without `wrprot` D, from the 4K leaves of `gfn + bit` for each bit of `mask`.
 
     mmu_lock is held for write.
     """
     dbit = PT_WRITABLE_MASK if wrprot else _dirty_bit(kvm)
     first = gfn + ((mask & -mask).bit_length() - 1)
-    for root in for_each_tdp_mmu_root(kvm):
+    for root in for_each_tdp_mmu_root(kvm, slot.as_id):
         left = mask
         kvm.rcu.read_lock()
         it = TdpIter(kvm.ram, root, PG_LEVEL_4K, first, gfn + 64, skip_nonpresent=True)
@@ -113,11 +115,11 @@ def _clear_bits(kvm: Kvm, it: TdpIter, mask: int) -> int:
     return it.old_spte
 
 
-def kvm_tdp_mmu_write_protect_gfn(kvm: Kvm, gfn: int, min_level: int) -> bool:
+def kvm_tdp_mmu_write_protect_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: int, min_level: int) -> bool:
     """Take W and the right to get it back without mmu_lock from the leaf of `gfn`; whether it had them."""
     changed = False
     clear = PT_WRITABLE_MASK | kvm.spte.mmu_writable
-    for root in for_each_tdp_mmu_root(kvm):
+    for root in for_each_tdp_mmu_root(kvm, slot.as_id):
         kvm.rcu.read_lock()
         it = TdpIter(kvm.ram, root, min_level, gfn, gfn + 1)
         while it.valid:
@@ -132,10 +134,10 @@ def kvm_tdp_mmu_write_protect_gfn(kvm: Kvm, gfn: int, min_level: int) -> bool:
 
 
 def kvm_tdp_mmu_try_split_huge_pages(
-    kvm: Kvm, start: int, end: int, target_level: int, *, shared: bool
+    kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, target_level: int, *, shared: bool
 ) -> None:
     """Split the huge leaves of [start, end) down to `target_level`; mmu_lock held as `shared` says."""
-    for root in for_each_tdp_mmu_root_yield_safe(kvm):
+    for root in for_each_tdp_mmu_root_yield_safe(kvm, slot.as_id):
         _split_root(kvm, root, start, end, target_level, shared)
 
 
@@ -182,7 +184,7 @@ def kvm_tdp_mmu_recover_huge_pages(
 
     The caller holds mmu_lock for read.
     """
-    for root in for_each_tdp_mmu_root_yield_safe(kvm):
+    for root in for_each_tdp_mmu_root_yield_safe(kvm, slot.as_id):
         _recover_range(kvm, root, slot, max_mapping_level)
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.page import put_page
+from kvm_model.guest_access import kvm_vcpu_memslots
 from kvm_model.memslots import (
     kvm_gfn_is_write_tracked,
     kvm_slot_dirty_track_enabled,
@@ -37,6 +38,7 @@ from kvm_model.mmu.mmu_internal import (
     KvmMmuPage,
     KvmPageFault,
     fmt_mmu_page,
+    role_smm,
 )
 from kvm_model.mmu.spte import (
     ACC_ALL,
@@ -232,7 +234,8 @@ def _handle_removed_pt(kvm: Kvm, pt: int, shared: bool, why: str) -> None:
             if not old & SPTE_MMU_PRESENT_MASK:
                 continue
             old = kvm_tdp_mmu_write_spte(kvm, sptep, old, FROZEN_SPTE, level)
-        handle_changed_spte(kvm, sptep, 0, sp.gfn + index * pages, old, FROZEN_SPTE, level, shared, why)
+        gfn = sp.gfn + index * pages
+        handle_changed_spte(kvm, sptep, role_smm(sp.role), gfn, old, FROZEN_SPTE, level, shared, why)
     kvm.rcu.call_rcu(lambda: tdp_mmu_free_sp(kvm, sp))
 
 
@@ -300,20 +303,23 @@ def kvm_tdp_mmu_put_root(kvm: Kvm, root: KvmMmuPage) -> None:
     kvm.rcu.call_rcu(lambda: tdp_mmu_free_sp(kvm, root))
 
 
-def for_each_tdp_mmu_root(kvm: Kvm, *, invalid: bool = False) -> Iterator[KvmMmuPage]:
-    """The roots, under mmu_lock for write or RCU: valid ones, with `invalid` all."""
+def for_each_tdp_mmu_root(kvm: Kvm, as_id: int, *, invalid: bool = False) -> Iterator[KvmMmuPage]:
+    """The roots of an address space, -1: of all, under mmu_lock for write or RCU: valid ones, or all."""
     for root in tuple(kvm.tdp_mmu_roots):
-        if invalid or not root.invalid:
+        if (invalid or not root.invalid) and as_id in (-1, role_smm(root.role)):
             yield root
 
 
-def for_each_tdp_mmu_root_yield_safe(kvm: Kvm, *, invalid: bool = False) -> Iterator[KvmMmuPage]:
-    """The roots, each referenced while the body runs, so that it may drop mmu_lock."""
+def for_each_tdp_mmu_root_yield_safe(
+    kvm: Kvm, as_id: int = -1, *, invalid: bool = False
+) -> Iterator[KvmMmuPage]:
+    """The same, each referenced while the body runs, so that it may drop mmu_lock."""
     roots = kvm.tdp_mmu_roots
     position = 0
     while position < len(roots):
         root = roots[position]
-        if (root.invalid and not invalid) or not root.root_count:
+        other = as_id not in (-1, role_smm(root.role))
+        if (root.invalid and not invalid) or not root.root_count or other:
             position += 1
             continue
         root.root_count += 1
@@ -327,7 +333,7 @@ def for_each_tdp_mmu_root_yield_safe(kvm: Kvm, *, invalid: bool = False) -> Iter
 def kvm_tdp_mmu_alloc_root(vcpu: Vcpu) -> int:
     """Take a reference to the valid root of the vCPU's role, made if there is none; its address."""
     kvm = vcpu.kvm
-    role = kvm.root_role
+    role = vcpu.mmu.root_role
     kvm.mmu_lock.read_lock()
     try:
         with kvm.tdp_mmu_pages_lock:
@@ -399,7 +405,7 @@ def _map_handle_target_level(vcpu: Vcpu, fault: KvmPageFault, it: TdpIter) -> in
         return RET_PF_SPURIOUS
     wrprot = False
     if fault.slot is None:
-        new = masks.make_mmio_spte(it.gfn, ACC_ALL, kvm.slots().generation)
+        new = masks.make_mmio_spte(it.gfn, ACC_ALL, kvm_vcpu_memslots(vcpu).generation)
     else:
         wrprot = kvm_gfn_is_write_tracked(fault.slot, it.gfn)
         new = masks.make_spte(

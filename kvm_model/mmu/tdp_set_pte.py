@@ -28,6 +28,7 @@ from kvm_model.requests import kvm_flush_remote_tlbs_gfn
 
 if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
+    from kvm_model.memslots import KvmMemorySlot
 
 __all__ = ["changed_pte_notifier_make_spte", "kvm_tdp_mmu_set_spte_gfn"]
 
@@ -38,14 +39,14 @@ def changed_pte_notifier_make_spte(kvm: Kvm, old: int, pfn: int) -> int:
     return kvm.spte.mark_spte_for_access_track(new | pfn << 12)
 
 
-def kvm_tdp_mmu_set_spte_gfn(kvm: Kvm, gfn: int, pte: int) -> bool:
+def kvm_tdp_mmu_set_spte_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: int, pte: int) -> bool:
     """The host is about to set `pte` for `gfn`, mmu_lock held for write; whether an SPTE was there.
 
     It is zapped and flushed; if the host's entry is read-only one for the new frame takes its place.
     """
     found = False
     kvm.rcu.read_lock()
-    for root in for_each_tdp_mmu_root(kvm, invalid=True):
+    for root in for_each_tdp_mmu_root(kvm, slot.as_id, invalid=True):
         it = TdpIter(kvm.ram, root, PG_LEVEL_4K, gfn, gfn + 1, skip_nonpresent=True)
         while it.valid:
             old = it.old_spte

@@ -32,10 +32,12 @@ from kvm_model.requests import kvm_flush_remote_tlbs
 
 if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm
+    from kvm_model.memslots import KvmMemorySlot
 
 __all__ = [
     "kvm_tdp_mmu_invalidate_roots", "kvm_tdp_mmu_unmap_gfn_range", "kvm_tdp_mmu_zap_all",
-    "kvm_tdp_mmu_zap_invalidated_roots", "kvm_tdp_mmu_zap_leafs", "need_resched", "tdp_mmu_iter_cond_resched",
+    "kvm_tdp_mmu_zap_invalidated_roots", "kvm_tdp_mmu_zap_leafs", "kvm_tdp_mmu_zap_valid_roots",
+    "need_resched", "tdp_mmu_iter_cond_resched",
 ]
 
 
@@ -96,11 +98,16 @@ def kvm_tdp_mmu_zap_leafs(kvm: Kvm, start: int, end: int, flush: bool) -> bool:
     return flush
 
 
-def kvm_tdp_mmu_unmap_gfn_range(kvm: Kvm, start: int, end: int, *, may_block: bool, why: str) -> bool:
-    """Zap [start, end) in all roots, invalid ones too: the notifier's unmap. Whether a flush is due."""
+def kvm_tdp_mmu_unmap_gfn_range(
+    kvm: Kvm, slot: KvmMemorySlot, start: int, end: int, *, may_block: bool, why: str
+) -> bool:
+    """Zap [start, end) in all roots of the slot's address space, invalid ones too: the notifier's unmap.
+
+    Whether a flush is due.
+    """
     flush = False
     invalid = "ignore-invalid-roots" not in kvm.breaks
-    for root in for_each_tdp_mmu_root_yield_safe(kvm, invalid=invalid):
+    for root in for_each_tdp_mmu_root_yield_safe(kvm, slot.as_id, invalid=invalid):
         flush = _zap_leafs(kvm, root, start, end, can_yield=may_block, flush=flush, why=why)
     return flush
 
@@ -130,6 +137,26 @@ def kvm_tdp_mmu_zap_all(kvm: Kvm) -> None:
     """Zap every root, invalid ones too, mmu_lock held for write. No flush: no vCPU will run again."""
     for root in for_each_tdp_mmu_root_yield_safe(kvm, invalid=True):
         _zap_root(kvm, root, False, "zap-all")
+
+
+def kvm_tdp_mmu_zap_valid_roots(kvm: Kvm) -> None:
+    """kvm_tdp_mmu_zap_all of 5.10, mmu_lock held for write: roots stay valid and empty, all is flushed."""
+    flush = False
+    for root in for_each_tdp_mmu_root_yield_safe(kvm):
+        kvm.rcu.read_lock()
+        it = TdpIter(kvm.ram, root, root.level, 0, TDP_MMU_MAX_GFN_EXCLUSIVE, skip_nonpresent=True)
+        while it.valid:
+            if tdp_mmu_iter_cond_resched(kvm, it, flush=flush, shared=False):
+                flush = False
+            elif is_shadow_present_pte(it.old_spte):
+                tdp_mmu_iter_set_spte(kvm, it, SHADOW_NONPRESENT_VALUE, "zap-root")
+                flush = True
+                if kvm.truths is not None:
+                    kvm.truths.note_flush_due()
+            it.next()
+        kvm.rcu.read_unlock()
+    if flush:
+        kvm_flush_remote_tlbs(kvm)
 
 
 def kvm_tdp_mmu_invalidate_roots(kvm: Kvm) -> None:

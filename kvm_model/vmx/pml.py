@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from host_mm.page import put_page
-from kvm_model.memslots import mark_page_dirty_in_slot
+from kvm_model.guest_access import kvm_vcpu_mark_page_dirty
 from kvm_model.requests import KVM_REQ_UPDATE_CPU_DIRTY_LOGGING, kvm_make_request
 from kvm_model.vmx.ept import PML_ENTRIES, VMCS_PML_ADDRESS, VMCS_PML_INDEX
 from trace_events.tracepoint import Tracepoint
@@ -79,9 +79,8 @@ def vmx_flush_pml_buffer(vcpu: Vcpu) -> None:
     word = (vcpu.vmcs << 9) + VMCS_PML_INDEX
     if kvm.ram.u64[word] == _PML_HEAD_INDEX:
         return
-    slots = kvm.slots()
     for gfn in pml_entries(vcpu):
-        mark_page_dirty_in_slot(vcpu, slots.gfn_to_memslot(gfn), gfn)
+        kvm_vcpu_mark_page_dirty(vcpu, gfn)
     kvm.ram.u64[word] = _PML_HEAD_INDEX
 
 

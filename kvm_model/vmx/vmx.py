@@ -32,6 +32,7 @@ from kvm_model.mmu.mmu_internal import (
 )
 from kvm_model.pv_async_pf import kvm_pv_cpuid
 from kvm_model.requests import KVM_REQ_EVENT, kvm_make_request
+from kvm_model.smm import emulator_leave_smm
 from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit, Vcpu
 from kvm_model.vmx import cr, pml
 from kvm_model.vmx.apic_access import handle_apic_access, handle_apic_write
@@ -73,6 +74,7 @@ __all__ = ["TRACEPOINTS", "vmx_handle_exit"]
 _EPT_PROT_MASK = EPT_ENTRY_READ | EPT_ENTRY_WRITE | EPT_ENTRY_EXEC
 _VECTORING_OK = frozenset((REASON_EXCEPTION_NMI, REASON_EPT_VIOLATION, REASON_EPT_MISCONFIG, REASON_PML_FULL))
 _CPUID_1_EDX_APIC = 1 << 9
+_UD = 6
 _MASK64 = (1 << 64) - 1
 _PF = 14
 
@@ -149,6 +151,8 @@ def _handle_exception_nmi(vcpu: Vcpu, exit_: VmExit) -> int:
     kvm = vcpu.kvm
     cr2, error_code = exit_.qualification, exit_.error_code
     vectoring = exit_.idt_vectoring_info & INTR_INFO_VALID
+    if exit_.intr_info & 0xFF == _UD and not vectoring:
+        return _handle_ud(vcpu)
     if exit_.intr_info & 0xFF != _PF or (vectoring and error_code & PFERR_RSVD_MASK):
         return internal_error(vcpu, "an exception while an event was being delivered")
     ctx = kvm.stream.ctx
@@ -246,6 +250,14 @@ def _handle_cpuid(vcpu: Vcpu, exit_: VmExit) -> int:
         cpu.set_reg(vcpu, name, value)
     cpu.skip_emulated_instruction(vcpu, exit_.insn_len)
     return 1
+
+
+def _handle_ud(vcpu: Vcpu) -> int:
+    """handle_ud: the one invalid opcode that the CPU reports is RSM."""
+    if not vcpu.smm:
+        vcpu.queue_exception(_UD)
+        return 1
+    return 1 if emulator_leave_smm(vcpu) else internal_error(vcpu, "RSM cannot be emulated")
 
 
 def _handle_hlt(vcpu: Vcpu, exit_: VmExit) -> int:

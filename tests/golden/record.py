@@ -14,7 +14,7 @@ from pathlib import Path
 from guest_payloads.builder import payload_names
 from refault.cli import main
 
-__all__ = ["HERE", "MACHINES", "record"]
+__all__ = ["HERE", "MACHINES", "names", "record"]
 
 HERE = Path(__file__).resolve().parent
 
@@ -45,6 +45,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "protect": (("pages=4",), EVENTS),
     "rdma": (("pages=1", "rounds=1", "weather=0"), (*EVENTS, "refault:odp_*", "refault:rdma_*")),
     "selfmod": (("rounds=2",), EVENTS),
+    "shadow-pt": (("pages=4", "rounds=1", "spaces=2"), FEW),
     "slots": (("pages=4",), ("refault:host_op*", "refault:memslot_update", "refault:spte_zap")),
     "smp": (("count=100", "rounds=1"), EVENTS),
     "swap-storm": (("mib=1", "passes=1", "weather=300000"), FEW),
@@ -62,14 +63,34 @@ OPTIONS = {
 }
 
 
+SHADOW = ("first-touch", "migrate", "mmio", "shadow-pt")
+"""Recorded without EPT as well, as NAME.shadow."""
+SHADOW_EVENTS = (
+    "kvm:kvm_page_fault", "kvm:kvm_inj_exception", "kvm:kvm_emulate_insn", "kvmmmu:kvm_mmu_get_page",
+    "kvmmmu:kvm_mmu_prepare_zap_page", "kvmmmu:kvm_mmu_sync_page", "kvmmmu:kvm_mmu_unsync_page",
+)
+SHADOW_MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "shadow-pt": (("pages=4", "rounds=1", "spaces=4"), SHADOW_EVENTS[-3:]),
+}
+
+
+def names() -> list[str]:
+    """All golden traces."""
+    return sorted([*payload_names(), *(f"{name}.shadow" for name in SHADOW)])
+
+
 def record(name: str, path: Path) -> int:
     """Run one payload, checked, and keep its trace."""
-    words, events = MACHINES.get(name, ((), FEW))
-    options = OPTIONS.get(name, ())
-    args = ["run", name, *words, "--memory", "8M", "--check", "-q", "--trace", str(path), *options]
+    payload, _, mmu = name.partition(".")
+    words, events = MACHINES.get(payload, ((), FEW))
+    options = OPTIONS.get(payload, ())
+    if mmu:
+        words, events = SHADOW_MACHINES.get(payload, (words, SHADOW_EVENTS))
+        options = (*options, "--mmu", mmu)
+    args = ["run", payload, *words, "--memory", "8M", "--check", "-q", "--trace", str(path), *options]
     return main([*args, *(f"--events={glob}" for glob in events)])
 
 
 if __name__ == "__main__":
-    failed = [name for name in sys.argv[1:] or payload_names() if record(name, HERE / f"{name}.ndjson")]
+    failed = [name for name in sys.argv[1:] or names() if record(name, HERE / f"{name}.ndjson")]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -181,6 +181,15 @@ class ScriptedCpu:
     def set_apic_pages(self, vcpu: Vcpu, access: int, virtual: int) -> None:
         self.apic[vcpu.vcpu_id] = access, virtual
 
+    def smm_save_state(self, vcpu: Vcpu, smbase: int) -> bytes:
+        return b"state" + bytes([vcpu.vcpu_id]) + smbase.to_bytes(8, "little") + bytes(498)
+
+    def smm_enter(self, vcpu: Vcpu, smbase: int) -> None:
+        self.regs.setdefault(vcpu.vcpu_id, {})["rip"] = 0x8000
+
+    def rsm_load_state(self, vcpu: Vcpu, image: bytes) -> int:
+        return int.from_bytes(image[6:14], "little") if image.startswith(b"state") else -1
+
     def evict_tlb(self, vcpu: Vcpu) -> None:
         # Hardware may keep every translation: the tests that want an eviction clear `tlb` themselves.
         pass

@@ -9,7 +9,8 @@ import pytest
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.uaccess import copy_from_user, copy_to_user
 from kvm_model.async_pf import ASYNC_PF_PER_VCPU, KvmAsyncPf, kvm_setup_async_pf
-from kvm_model.mmu.mmu import kvm_mmu_do_page_fault
+from kvm_model.mmu.mmu import kvm_arch_async_page_ready, kvm_mmu_do_page_fault
+from kvm_model.mmu.mmu_internal import ROLE_DIRECT
 from kvm_model.pv_async_pf import (
     KVM_CPUID_SIGNATURE_LEAF,
     MSR_KVM_ASYNC_PF_ACK,
@@ -283,6 +284,22 @@ def test_a_page_that_is_dropped_again_before_it_is_mapped_faults_again() -> None
     assert m.run(("r", 3 * PAGE)) == [0]
     assert struck
     m.truths.sweep()
+
+
+@pytest.mark.parametrize("moved", ["cr3", "paging"])
+def test_a_page_for_other_guest_tables_is_not_mapped_in_these(moved: str) -> None:
+    m = filled(machine())
+    m.run()
+    vcpu = m.vcpus[0]
+    work = KvmAsyncPf(vcpu, 3 * PAGE, BASE + 3 * PAGE)
+    work.direct_map = False
+    if moved == "cr3":
+        # Shadow paging: the faulting address means something else under another CR3.
+        vcpu.mmu.root_role &= ~ROLE_DIRECT
+        work.cr3 = 0x5000
+    since = len(m.events)
+    m.do(lambda: kvm_arch_async_page_ready(vcpu, work))
+    assert not {"gup_answer", "spte_install"} & set(m.names(since=since))
 
 
 def test_too_many_are_not_started() -> None:

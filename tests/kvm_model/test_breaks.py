@@ -22,6 +22,7 @@ from host_mm.mmu_notifier import (
 from host_mm.uaccess import copy_to_user
 from kvm_model.breaks import BREAKS
 from kvm_model.guest_memfd import GUEST_MEMFD_FLAG_MMAP
+from kvm_model.mem_attributes import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from kvm_model.memslots import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES
 from kvm_model.mmu.page_track import (
     KvmPageTrackNotifierNode,
@@ -35,6 +36,7 @@ from tests.kvm_model.test_pfncache import (
     open_and_close_over_a_cache,
     refresh_inside_a_start,
 )
+from tests.kvm_model.test_smm import page_out_what_both_spaces_have
 
 
 class SwitchOnce:
@@ -190,6 +192,26 @@ def page_from_disk(m: Machine) -> None:
     assert m.run(("r", 0)) == [7]
 
 
+def conversion_during_a_fault(m: Machine) -> None:
+    """The page becomes private when a fault has the shared one but not yet mmu_lock."""
+    mark = len(m.events)
+    raced: list[int] = []
+    m.kvm.has_private_mem = True
+
+    def race(kind: str) -> None:
+        m.truths.on_point(kind)
+        if kind == "lock" and not raced and "gup_answer" in m.names(since=mark):
+            raced.append(1)
+            m.kvm.set_memory_attributes(3 * PAGE, PAGE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+
+    m.run(("w", 5 * PAGE, 1))
+    mark = len(m.events)
+    m.sched.set_on_point(race)
+    m.run_raw(("w", 3 * PAGE, 7))
+    assert raced
+    m.truths.sweep()
+
+
 def hole_in_guest_memfd(m: Machine) -> None:
     file = m.do(lambda: m.kvm.create_guest_memfd(PAGE, GUEST_MEMFD_FLAG_MMAP))
     m.do(lambda: m.kvm.set_user_memory_region2(4, 1 << 28, PAGE, BASE, KVM_MEM_GUEST_MEMFD, file))
@@ -214,6 +236,7 @@ def track_a_page_that_was_written(m: Machine) -> None:
 SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
     "apf-no-wakeup": (page_from_disk, {"no-deadlock"}),
     "apic-reload-early": (reload_inside_a_bracket, {"vmcs-of-freed-frame"}),
+    "attributes-no-bracket": (conversion_during_a_fault, {"spte-matches-host"}),
     "drop-ad": (reclaim_what_only_the_guest_wrote, {"dirty-dropped"}),
     "flush-after-unlock": (drop_a_mapped_page, {"flush-before-unlock"}),
     "gmem-no-unmap": (hole_in_guest_memfd, {"no-spte-in-bracket"}),
@@ -223,6 +246,7 @@ SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
     "ignore-invalid-roots": (bracket_while_invalid_roots_are_zapped, {"no-spte-in-bracket"}),
     "ignore-invalid-slot": (fault_on_a_slot_being_deleted, {"no-mmio-over-slot"}),
     "log-no-flush": (fetch_the_log, {"log-flushed"}),
+    "ignore-smm-slots": (page_out_what_both_spaces_have, {"spte-matches-host", "spte-of-freed-frame"}),
     "no-flush": (drop_a_mapped_page, {"flush-before-unlock"}),
     "no-memslot-wait": (bracket_over_a_memslot_update, {"bracket-balance"}),
     "no-range-union": (two_brackets, {"no-spte-in-bracket"}),

@@ -47,6 +47,9 @@ CASES: dict[str, tuple[str, tuple[object, ...], str]] = {
     ),
     "kvm:kvm_hypercall": ("nr a0 a1 a2 a3", (1, 2, 3, 4, 5), "nr 0x1 a0 0x2 a1 0x3 a2 0x4 a3 0x5"),
     "kvm:kvm_apic": ("rw reg val", (1, 0x80, 0x20), "apic_write APIC_TASKPRI = 0x20"),
+    "kvm:kvm_smm_transition": (
+        "vcpu_id smbase entering", (1, 0x30000, True), "vcpu 1: entering SMM, smbase 0x30000"
+    ),
     "kvm:kvm_pvclock_update": (
         "vcpu_id version tsc_timestamp system_time tsc_to_system_mul tsc_shift flags",
         (1, 4, 0x10, 0x20, 1 << 31, -1, 2),

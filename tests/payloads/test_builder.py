@@ -39,7 +39,7 @@ def test_every_payload_of_the_list_is_there() -> None:
         "aging", "dirty-log", "ept-access", "first-touch", "fork-cow", "guest-paging", "gvt",
         "idt-swapped",
         "kvmclock", "migrate", "mmio", "paging-32bit", "paging-5level", "paging-pae", "protect",
-        "race", "selfmod", "slots", "smp", "swap-storm", "syscalls", "timer",
+        "race", "selfmod", "slots", "smm", "smp", "swap-storm", "syscalls", "timer",
     }
 
 

@@ -38,6 +38,7 @@ NOT_ASKED = {
     "child_read",  # changes nothing
     # How the log is kept is chosen once for a machine: tests/emu/test_dirty_rings.py and tests of KVM's.
     "clear_dirty", "harvest_rings", "manual_dirty",
+    "smi", "smram", "smram_out",  # The payload smm asks for these.
     # The payload gvt asks for these.
     "gvt_close", "gvt_open", "gvt_read", "gvt_shadow", "gvt_stale", "gvt_told", "gvt_unshadow",
     "apic_page",  # The payload apic asks for it.

@@ -42,6 +42,7 @@ CROWDS = {
     "memfd": {"memory_backend": "memfd", "host_ram": "32M"},
     "hugetlb": {"memory_backend": "hugetlb", "host_ram": "32M"},
     "asynchronous faults": {"params": {"kvm.async_pf": "Y"}},
+    "shadow": {"mmu": "shadow"}, "shadow, 5.10": {"mmu": "shadow", "profile": "linux-5.10"},
 }
 
 
@@ -86,9 +87,10 @@ def test_two_vms_of_eight_vcpus_on_one_host_share_frames_and_nothing_else() -> N
 
 
 @pytest.mark.parametrize("profile", ["linux-6.18", "linux-5.10"])
-@pytest.mark.parametrize("strategy", ["block", "random"])
-def test_a_guest_works_while_its_pages_come_in(strategy: str, profile: str) -> None:
-    text = run("apf", params={"kvm.async_pf": "Y", "sched.strategy": strategy}, profile=profile)
+@pytest.mark.parametrize(("mmu", "strategy"), [("ept", "block"), ("ept", "random"), ("shadow", "block")])
+def test_a_guest_works_while_its_pages_come_in(mmu: str, strategy: str, profile: str) -> None:
+    params = {"kvm.async_pf": "Y", "sched.strategy": strategy}
+    text = run("apf", params=params, profile=profile, mmu=mmu)
     assert "PASS: meanwhile it worked" in text, text
     assert " 0 unexpected failures" in text, text
 
@@ -113,6 +115,14 @@ def test_the_apics_registers_stay_wherever_their_page_goes(profile: str, tdp_mmu
 @pytest.mark.parametrize(("profile", "tdp_mmu"), [
     ("linux-6.18", "Y"), ("linux-6.18", "N"), ("linux-5.10", "Y"), ("linux-5.10", "N"),
 ])
+def test_smm_has_memory_of_its_own(profile: str, tdp_mmu: str) -> None:
+    text = run("smm", profile=profile, params={"kvm.tdp_mmu": tdp_mmu}, vcpus=3)
+    assert " 0 unexpected failures" in text, text
+
+
+@pytest.mark.parametrize(("profile", "tdp_mmu"), [
+    ("linux-6.18", "Y"), ("linux-6.18", "N"), ("linux-5.10", "Y"), ("linux-5.10", "N"),
+])
 def test_a_gpu_follows_every_write_to_its_tables(profile: str, tdp_mmu: str) -> None:
     text = run("gvt", profile=profile, params={"kvm.tdp_mmu": tdp_mmu}, vcpus=3)
     assert " 0 unexpected failures" in text, text
@@ -131,8 +141,10 @@ def test_guest_memfd_is_shared_memory_with_either_mmu(tdp_mmu: str) -> None:
     assert " 0 unexpected failures" in text, text
 
 
-def test_private_memory_is_the_guests_alone_on_a_protected_machine() -> None:
-    text = run("guest-memfd", params={"vmm.vm_type": "sw-protected"})
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_private_memory_is_the_guests_alone_on_a_protected_machine(vcpus: int) -> None:
+    params = {"vmm.vm_type": "sw-protected", "sched.strategy": "random", "sched.period": "8"}
+    text = run("guest-memfd", vcpus=vcpus, params=params)
     assert "PASS: conversions lose nothing and keep nothing" in text, text
     assert " 0 unexpected failures" in text, text
 
