@@ -134,6 +134,7 @@ class HostMm:
         ]
         self.memcg = MemoryController(self)
         self.mf_mutex = Mutex(sched, "mf_mutex")
+        self.soft_dirty = self.params.get("mm.soft_dirty", "Y").lower() in ("y", "1", "on", "yes", "true")
         self.lru_gen_enabled = self.params.get("mm.lru_gen", "N").lower() in ("y", "1", "on", "yes", "true")
         self.gens = lru_gen.LruGen(self)
         if self.lru_gen_enabled:

@@ -127,4 +127,4 @@ def _pagemap_entry(vma: VmArea, entry: int) -> int:
         word |= PM_GUARD_REGION if pte_marker_get(entry) & PTE_MARKER_GUARD else 0
     if pfn >= 0 and not host.pages.flags[page_folio(host.pages, pfn)] & PG_anon:
         word |= PM_FILE
-    return word
+    return word if host.soft_dirty else word & ~PM_SOFT_DIRTY

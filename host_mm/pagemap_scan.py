@@ -214,7 +214,8 @@ class _Scan:
         if (not wp_allowed and arg.flags & PM_SCAN_WP_MATCHING) or vma.flags & VM_PFNMAP:
             return 1
         category = PAGE_IS_WPALLOWED if wp_allowed else 0
-        category |= PAGE_IS_SOFT_DIRTY if vma.flags & VM_SOFTDIRTY else 0
+        soft_dirty = vma.flags & VM_SOFTDIRTY and vma.mm.host.soft_dirty
+        category |= PAGE_IS_SOFT_DIRTY if soft_dirty else 0
         required = arg.category_mask & PAGE_IS_WPALLOWED
         if (category ^ arg.category_inverted) & required != required:
             return 1
@@ -360,7 +361,7 @@ def _categories(vma: VmArea, entry: int) -> int:
             pfn = swp_offset(swp) & SWP_PFN_MASK
     if pfn >= 0 and not host.pages.flags[page_folio(host.pages, pfn)] & PG_anon:
         categories |= PAGE_IS_FILE
-    return categories
+    return categories if host.soft_dirty else categories & ~PAGE_IS_SOFT_DIRTY
 
 
 def _make_uffd_wp_pte(mm: MmStruct, address: int, pte: int, entry: int) -> None:

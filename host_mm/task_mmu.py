@@ -5,6 +5,8 @@ Source of truth: fs/proc/task_mmu.c (clear_refs_write, clear_refs_pte_range, cle
 Kinds 1 to 3 clear accessed bits and tell nobody. Kind 4 write-protects everything that is mapped inside
 one bracket over the whole address space, and flushes after its end. Kind 5 makes the peak of the resident
 set what it is now. The pagemap is in pagemap.py.
+
+    --param mm.soft_dirty=N     a kernel without CONFIG_MEM_SOFT_DIRTY: of kind 4 bracket and flush remain
 """
 
 from __future__ import annotations
@@ -63,8 +65,9 @@ def clear_refs_write(mm: MmStruct, kind: int) -> None:
     range_ = mmu_notifier.mmu_notifier_range_init(
         mmu_notifier.MMU_NOTIFY_SOFT_DIRTY, mm, 0, _ULONG_MAX, order=mmu_notifier.ORDER_AFTER_END
     )
+    supported = mm.host.soft_dirty
     if soft_dirty:
-        for vma in mm.vmas:
+        for vma in mm.vmas if supported else ():
             if vma.flags & VM_SOFTDIRTY:
                 vma.flags &= ~VM_SOFTDIRTY
                 vma_set_page_prot(vma)
@@ -73,7 +76,8 @@ def clear_refs_write(mm: MmStruct, kind: int) -> None:
     for vma in mm.vmas:
         every = kind in (CLEAR_REFS_ALL, CLEAR_REFS_SOFT_DIRTY)
         wanted = every or (kind == CLEAR_REFS_ANON) == (vma.file is None)
-        if wanted and not vma.flags & VM_PFNMAP:
+        # Where the kernel has no such bit it walks in vain, and sees nothing that was changed.
+        if wanted and not vma.flags & VM_PFNMAP and (supported or not soft_dirty):
             _clear_vma(vma, soft_dirty)
     if soft_dirty:
         mmu_notifier.mmu_notifier_invalidate_range_end(range_)

@@ -62,6 +62,9 @@ PARAMS: dict[str, Param] = {
     "mm.page_group_by_mobility": Param(
         "bool", "N", "keep what cannot move out of the blocks of what can, as large machines do"
     ),
+    "mm.soft_dirty": Param(
+        "bool", "Y", "entries know if they were written since clear_refs; N: no CONFIG_MEM_SOFT_DIRTY"
+    ),
     "swap.device": Param("file|zram", "file", "swap to a file, or to compressed RAM"),
     "swap.vma_ra_enabled": Param("bool", "Y", "swap readahead goes by address, not by slot"),
     "vmm.dirty_ring_size": Param("number", "0", "entries of each vCPU's dirty ring; 0: bitmaps, no rings"),

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EmulatorBackend", "run_on_emulator"]
 
+_LIKE_THE_RECORDINGS = {"kvm_intel.eptad": "0", "kvm.mmio_caching": "N", "mm.soft_dirty": "N"}
+"""What the kernel of the recordings was built with, and what takes the place of its shadow paging."""
+
 
 class EmulatorBackend(
     GuestSteps, SlotSteps, GmemSteps, DirtySteps, FileSteps, MigrateSteps, ReclaimSteps, UffdSteps
@@ -54,7 +57,7 @@ class EmulatorBackend(
         self, *, hugetlb: str = "", file: str = "", dirty_ring: int = 0, guest_pages: str = "4K",
         slot_flags: int = 0, file_bytes: int = 0, thp: bool = False, mmu: str = "shadow", **options: Any,
     ) -> None:
-        params = {"kvm_intel.eptad": "0", "kvm.mmio_caching": "N", **options.pop("params", {})}
+        params = {**_LIKE_THE_RECORDINGS, **options.pop("params", {})}
         if dirty_ring:
             params["vmm.dirty_ring_size"] = str(dirty_ring)
         self.vm = VM("2M", params=params, mmu=mmu, **{"host_ram": "64M", "swap": "64M", **options})
@@ -67,7 +70,7 @@ class EmulatorBackend(
         self.normal.given_up = self._given_up
         self.events: list[Event] = []
         self._recording: Recording | None = None
-        self.child: Vmm | None = None
+        self.children: list[Vmm] = []
         self.pinned: list[int] = []
         board.host.sched.run_task("vmm", lambda: self._create_data(hugetlb, file, file_bytes, slot_flags))
         if not thp:
@@ -93,8 +96,8 @@ class EmulatorBackend(
         self.close_hugetlb()
         self.unpin()
         self.uffd_close()
-        if self.child is not None:
-            self._host(self.child.exit)
+        while self.children:
+            self.child_exit()
         self.vm.close()
 
     def _note(self, event: Event) -> None:
@@ -197,14 +200,12 @@ class EmulatorBackend(
 
     def fork(self) -> Any:
         """fork(2)."""
-        self.child = self._host(self.board.vmm.fork)
+        self.children.append(self._host(self.board.vmm.fork))
         return "child"
 
     def child_exit(self) -> Any:
-        """The child's exit."""
-        assert self.child is not None
-        self._host(self.child.exit)
-        self.child = None
+        """The last child's exit."""
+        self._host(self.children.pop().exit)
         return 0
 
     def clear_refs(self, kind: int) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from emu.cpu.env import R_CS, R_DS, R_ES, R_FS, R_GS, R_SS
+from emu.cpu.registers import GENERAL_REGISTERS
 from emu.cpu.segments import load_seg_cache
 from emu.loaders.image import Image
 from refault.scenarios.guest import (
@@ -32,7 +33,8 @@ __all__ = ["GuestSteps"]
 _USER_CS, _USER_DS = 0x0B, 0x13
 _CODE, _DATA = 0x00AFFB00, 0x00CFF300
 """Descriptor words: 64-bit code and flat data of DPL 3."""
-_ANSWERED = 0x1000
+_PIO_OFFSET = 0x1000
+"""kvm_run's io.data_offset, which lies where mmio.data does."""
 
 
 class GuestSteps:
@@ -42,7 +44,10 @@ class GuestSteps:
     data_hva: int
     slot0_offset: int
     vcpu: Vcpu
-    mmio: UserExit | None = None
+    pending: dict[int, UserExit]
+    """MMIO exits that are not completed, by vCPU."""
+    run_data: dict[int, int]
+    """What is where kvm_run has the data of an MMIO exit, by vCPU."""
 
     def _host(self, call: Callable[[], Any]) -> Any:
         raise NotImplementedError
@@ -60,6 +65,7 @@ class GuestSteps:
         board.threads[0].halted = True
         board.stops_at_mmio = self._stop_at_mmio
         self.vcpu = board.vcpus[0]
+        self.pending, self.run_data = {}, dict.fromkeys(range(len(board.vcpus)), 0)
         for vcpu in board.vcpus:
             self._to_user(vcpu)
         self._run("nop")
@@ -85,16 +91,37 @@ class GuestSteps:
         return self._run_at(ENTRY[snippet], **registers)
 
     def _run_at(self, rip: int, **registers: int) -> str:
-        if self.mmio is not None:
-            # KVM ends the instruction that it began first, whatever the registers say by now.
-            return self.complete(_ANSWERED)
+        values = {"rip": rip, "rsp": USER_STACK, "rflags": RFLAGS_IOPL3, **registers}
+        out = self.pending.pop(self.vcpu.vcpu_id, None)
+        if out is not None and not out.write:
+            return self._end_unanswered(out, values)
         # A KVM_RUN with immediate_exit: the last snippet's `out` is over before the registers change.
         ended, self.vcpu.complete_userspace_io = self.vcpu.complete_userspace_io, None
         if ended is not None:
             ended()
-        cpu = self.board.cpu
-        for name, value in {"rip": rip, "rsp": USER_STACK, "rflags": RFLAGS_IOPL3, **registers}.items():
-            cpu.set_reg(self.vcpu, name, value)
+        self._set_regs(values)
+        return self._enter()
+
+    def _set_regs(self, values: Mapping[str, int]) -> None:
+        for name in (*GENERAL_REGISTERS, "rip", "rflags"):
+            self.board.cpu.set_reg(self.vcpu, name, values.get(name, 0))
+
+    def _end_unanswered(self, out: UserExit, values: dict[str, int]) -> str:
+        """KVM ends the load that it began with what is in kvm_run, and the guest goes on behind it.
+
+        KVM_SET_REGS made it forget (emulator_invalidate_register_cache) which registers the load writes.
+        """
+        vcpu, cpu = self.vcpu, self.board.cpu
+        load = vcpu.complete_userspace_io
+        assert load is not None
+
+        def complete() -> int:
+            result = load()
+            self._set_regs({**values, "rip": cpu.get_reg(vcpu, "rip")})
+            return result
+
+        vcpu.complete_mmio(self.run_data[vcpu.vcpu_id] & (1 << 8 * out.size) - 1)
+        vcpu.complete_userspace_io = complete
         return self._enter()
 
     def _enter(self) -> str:
@@ -108,20 +135,25 @@ class GuestSteps:
 
     def _shown(self, stop: Stop) -> str:
         if stop.kind == "exit":
+            self.run_data[self.vcpu.vcpu_id] = _PIO_OFFSET
             return "ok"
         if stop.kind == "mmio":
             return stop.why
         return "EFAULT" if "EFAULT" in stop.why else stop.kind.upper()
 
     def _stop_at_mmio(self, vcpu: Vcpu, out: UserExit) -> str:
-        self.mmio = out
+        self.pending[vcpu.vcpu_id] = out
         if out.write:
+            mask = (1 << 8 * out.size) - 1
+            self.run_data[vcpu.vcpu_id] = self.run_data[vcpu.vcpu_id] & ~mask | out.data & mask
             return f"MMIO write of {out.size} bytes at {out.gpa:#x} of {out.data:#x}"
         return f"MMIO read of {out.size} bytes at {out.gpa:#x}"
 
     def complete(self, value: int) -> Any:
         """KVM_RUN after an MMIO exit."""
-        out, self.mmio = self.mmio, None
+        number = self.vcpu.vcpu_id
+        out = self.pending.pop(number, None)
+        self.run_data[number] = value
         if out is not None and not out.write:
             self.vcpu.complete_mmio(value & (1 << 8 * out.size) - 1)
         return self._enter()

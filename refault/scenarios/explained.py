@@ -61,19 +61,12 @@ class Difference(msgspec.Struct, frozen=True):
         return found
 
 
-_SOFT_DIRTY = (
-    "clear_soft_dirty: empty on the recording's kernel, without CONFIG_MEM_SOFT_DIRTY; here it takes "
-    "write access from every entry, and the code page is read"
-)
 _CLFLUSH = (
     "CLFLUSH faults as a load (SDM vol. 2A); Unicorn's translator (gen_lea_modrm) computes its address and "
     "accesses nothing"
 )
 
 EXPLANATIONS: tuple[Explanation, ...] = (
-    Explanation(
-        "clear_refs", "guest st D+0x3000=0x2", "kvm_mmu_set_spte", "low", "825", "e67", _SOFT_DIRTY
-    ),
     *(
         Explanation(
             "guest_rmw_faults", "guest clflush D+0xd0000 unpopulated", line.split(" ")[0].rstrip(":"), "line",

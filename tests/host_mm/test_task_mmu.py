@@ -9,6 +9,7 @@ from host_mm.gup import FOLL_LONGTERM, FOLL_WRITE
 from host_mm.gup_pin import pin_user_page, unpin_user_page
 from host_mm.madvise import MADV_DONTNEED, do_madvise
 from host_mm.page import PG_referenced
+from host_mm.pagemap import PM_SOFT_DIRTY, pagemap_read
 from host_mm.profile import LINUX_5_10, LINUX_6_18, MmProfile
 from host_mm.task_mmu import clear_refs_write
 from host_mm.truths import audit
@@ -54,6 +55,18 @@ def test_kind_4_protects_and_forgets_writes_but_not_of_pinned_pages(profile: MmP
     vm.guest_store(0, 2)
     assert entry(vm, 0) & _PAGE_SOFT_DIRTY
     unpin_user_page(vm.host, pfn, dirty=True)
+
+
+def test_without_the_bit_kind_4_is_a_bracket_that_protects_nothing() -> None:
+    vm = Vmm(params={"mm.soft_dirty": "N"})
+    vm.guest_store(0, 1)
+    before = entry(vm, 0)
+    vm.notifier.base = 0
+    clear_refs_write(vm.mm, 4)
+    assert vm.brackets() == [("soft-dirty", 0, (1 << 64) - 1)]
+    assert entry(vm, 0) == before
+    assert pte_write(before)
+    assert not pagemap_read(vm.mm, vm.base, 1)[0] & PM_SOFT_DIRTY
 
 
 def test_kind_5_makes_the_peak_what_is_mapped_now() -> None:

@@ -14,7 +14,7 @@ from refault.scenarios.recordings import recorded_names, recording
 
 HARDWARE_WALKS = {"guest_pt_write"}
 """Under EPT the guest's own TLB decides what it sees."""
-EXPLAINED = {"clear_refs", "fetch_exec", "guest_rmw_faults"}
+EXPLAINED = {"fetch_exec", "guest_rmw_faults"}
 CHANCE = {"race", "memcg_age", "memcg_reclaim"}
 """What shadow paging maps beside a fault is in these."""
 

@@ -7,6 +7,7 @@ emulator's does, see layout.py. Whatever is changed of the machine is put back a
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,10 +53,11 @@ class KvmBackend(MemorySteps, GuestSteps, FileSteps, SlotSteps, DirtySteps, Recl
             raise UsageError(f"a machine with {', '.join(options)} is the emulator's, not this one")
         if vcpus not in _VCPUS:
             raise UsageError(f"{vcpus} vCPUs: want 1 to {_VCPUS[-1]}")
-        self.child = 0
+        self.children = []
         self._pins = []
         self._undo = contextlib.ExitStack()
         try:
+            self._stay_on_one_cpu()
             self._set_up_machine(swap, dict(params or {}))
             self.slot0_offset = SLOT0_OFFSET_HUGETLB if hugetlb else SLOT0_OFFSET
             self.data = self._reserve()
@@ -111,10 +113,15 @@ class KvmBackend(MemorySteps, GuestSteps, FileSteps, SlotSteps, DirtySteps, Recl
         self._run("nop")
         self.stats = self.vm.stats()
 
+    def _stay_on_one_cpu(self) -> None:
+        """Else it is chance whether a page is still in an LRU batch of the CPU that it was touched on."""
+        before = os.sched_getaffinity(0)
+        self._undo.callback(os.sched_setaffinity, 0, before)
+        os.sched_setaffinity(0, {max(before)})
+
     def record(self) -> None:
         """The event sequence begins here."""
-        self.trace = TraceInstance()
-        self._undo.callback(self.trace.close)
+        self.trace = self._undo.enter_context(contextlib.closing(TraceInstance()))
         self.trace.on()
 
     def mark(self, text: str) -> None:
@@ -139,10 +146,13 @@ class KvmBackend(MemorySteps, GuestSteps, FileSteps, SlotSteps, DirtySteps, Recl
 
     def close(self) -> None:
         """Give everything back, whatever happened."""
-        if self.child:
+        with self._undo:
+            self._undo.callback(self.unpin)
+            self._undo.callback(self._end_children)
+
+    def _end_children(self) -> None:
+        while self.children:
             self.child_exit()
-        self.unpin()
-        self._undo.close()
 
 
 def runs_natively() -> bool:

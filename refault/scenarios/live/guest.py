@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 import threading
 import time
@@ -103,6 +104,8 @@ class GuestSteps:
         """A guest loop, and another thread beside it."""
 
         def body() -> None:
+            # Beside the guest, not in turns with it: the VMM's thread stays on one CPU.
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))
             self.trace.watch(threading.get_native_id())
             for ns, method, args in beside:
                 time.sleep(ns / 1e9)

@@ -27,8 +27,7 @@ class MemorySteps:
     """The steps, for a back end that has `data`, the address of D."""
 
     data: int
-    child: int
-    _wake_child: int
+    children: list[tuple[int, int]]
     _pins: list[int]
 
     def _map(self, offset: int, size: int, flags: int = 0, fd: int = -1) -> int:
@@ -93,21 +92,23 @@ class MemorySteps:
 
     def fork(self) -> Any:
         """fork(2); the child waits for the other end of a pipe."""
-        read, self._wake_child = os.pipe()
-        self.child = os.fork()
-        if not self.child:
-            os.close(self._wake_child)
+        read, wake = os.pipe()
+        child = os.fork()
+        if not child:
+            # An older child waits for the end of its pipe, which this one must not keep open.
+            for other in (wake, *(end for _, end in self.children)):
+                os.close(other)
             os.read(read, 1)
             os._exit(0)
         os.close(read)
+        self.children.append((child, wake))
         return "child"
 
     def child_exit(self) -> Any:
-        """The child's exit."""
-        os.close(self._wake_child)
-        status = os.waitpid(self.child, 0)[1]
-        self.child = 0
-        return status
+        """The last child's exit."""
+        child, wake = self.children.pop()
+        os.close(wake)
+        return os.waitpid(child, 0)[1]
 
     def clear_refs(self, kind: int) -> Any:
         """clear_refs."""

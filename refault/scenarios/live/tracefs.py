@@ -5,6 +5,8 @@ Source of truth: Documentation/trace/events.rst, Documentation/trace/ftrace.rst 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -24,13 +26,34 @@ TraceLine = tuple[str, str]
 """(event, its text). The event of a mark is "mark"."""
 
 
+_number = itertools.count()
+
+
+def _sweep() -> None:
+    """Remove what processes left behind that were killed."""
+    for path in (TRACEFS / "instances").glob("refault-*"):
+        owner = path.name.split("-")[1]
+        if not Path("/proc", owner).exists():
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
 class TraceInstance:
-    """`/sys/kernel/tracing/instances/refault-PID`, off until `on()`. OSError where it cannot be made."""
+    """`/sys/kernel/tracing/instances/refault-PID-N`, off until `on()`. OSError where it cannot be made."""
 
     def __init__(self) -> None:
+        _sweep()
         self.pid = os.getpid()
-        self.path = TRACEFS / "instances" / f"refault-{self.pid}"
+        self.path = TRACEFS / "instances" / f"refault-{self.pid}-{next(_number)}"
+        self._marker = -1
         self.path.mkdir()
+        try:
+            self._set_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self) -> None:
         self._write("tracing_on", "0")
         self._write("buffer_size_kb", str(BUFFER_KIB))
         self._pids = [self.pid]
@@ -85,8 +108,8 @@ class TraceInstance:
 
     def close(self) -> None:
         """Stop and remove the instance."""
-        os.close(self._marker)
-        self._write("tracing_on", "0")
-        for system in SYSTEMS:
-            self._write(f"events/{system}/enable", "0")
+        if self._marker >= 0:
+            os.close(self._marker)
+            self._marker = -1
+        # The kernel disables its events with it.
         self.path.rmdir()
