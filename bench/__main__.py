@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import faults, hostops, refill, startup, warm
+from bench import faults, hostops, refill, shadow, startup, warm
 from bench.report import TARGETS, Group, misses, print_report, read_targets
 
 __all__ = ["GROUPS", "main"]
 
 GROUPS = {
     g.name: g for g in (
-        warm.GROUP, refill.GROUP, faults.FAULTS, faults.TRACING, hostops.GROUP, startup.GROUP,
+        warm.GROUP, refill.GROUP, faults.FAULTS, faults.TRACING, shadow.GROUP, hostops.GROUP, startup.GROUP,
     )
 }
 TRIES = 3

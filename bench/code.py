@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["ALU", "CALLS", "END", "HALT", "INSNS", "MEMORY", "PAUSE", "READ_PAGES", "WRITE_PAGES"]
+__all__ = [
+    "ALU", "CALLS", "END", "HALT", "INSNS", "INVLPG_PAGES", "MEMORY", "PAUSE", "READ_PAGES", "WRITE_PAGES",
+]
 
 PAUSE = b"\xe6\x80"
 """out 0x80, al: back to whoever measures, on the real machine."""
@@ -18,6 +20,7 @@ def _code(*lines: str) -> bytes:
 _STEP = "48 81 c3 00 10 00 00", "48 ff c9"  # add rbx, 4096; dec rcx
 READ_PAGES = _code("48 8b 03", *_STEP, "75 f1")  # l: mov rax, [rbx]; step; jnz l
 WRITE_PAGES = _code("48 89 03", *_STEP, "75 f1")  # l: mov [rbx], rax; step; jnz l
+INVLPG_PAGES = _code("0f 01 3b", *_STEP, "75 f1")  # l: invlpg [rbx]; step; jnz l
 
 ALU = _code(
     "48 01 c8",  # l: add rax, rcx

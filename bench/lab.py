@@ -12,7 +12,7 @@ from __future__ import annotations
 from types import TracebackType
 
 import refault
-from bench.code import ALU, CALLS, END, MEMORY, PAUSE, READ_PAGES, WRITE_PAGES
+from bench.code import ALU, CALLS, END, INVLPG_PAGES, MEMORY, PAUSE, READ_PAGES, WRITE_PAGES
 from emu.board import Stop
 from emu.loaders.image import FLAT_BASE
 from host_mm.mmu_notifier import (
@@ -28,7 +28,10 @@ GPA = 0x40_0000
 """Where routines work: far from the code and the boot structures."""
 STACK = 0x1F_0000
 PORT = PAUSE[1]
-_ROUTINES = {"read": READ_PAGES, "write": WRITE_PAGES, "alu": ALU, "memory": MEMORY, "calls": CALLS}
+_ROUTINES = {
+    "read": READ_PAGES, "write": WRITE_PAGES, "alu": ALU, "memory": MEMORY, "calls": CALLS,
+    "invlpg": INVLPG_PAGES,
+}
 ENTRY = {name: FLAT_BASE + 64 * index for index, name in enumerate(_ROUTINES, 1)}
 """Where each routine is in guest memory."""
 
@@ -50,9 +53,10 @@ class Lab:
     """A VM, by default of 64 MiB on a host with room for it."""
 
     def __init__(
-        self, *, memory: str = "64M", host_ram: str = "128M", swap: str = "auto", check: bool = False
+        self, *, memory: str = "64M", host_ram: str = "128M", swap: str = "auto", check: bool = False,
+        mmu: str = "ept",
     ) -> None:
-        self.vm = refault.VM(memory=memory, host_ram=host_ram, swap=swap, check=check)
+        self.vm = refault.VM(memory=memory, host_ram=host_ram, swap=swap, check=check, mmu=mmu)
         board = self.vm.board
         board.bus.register(PORT, PORT, _PausePort(self))
         image = bytearray(PAUSE)

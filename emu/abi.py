@@ -356,6 +356,7 @@ VMCALL_GVT_READ = 0x5246_0239
 VMCALL_SMRAM = 0x5246_023A
 VMCALL_SMI = 0x5246_023B
 VMCALL_SMRAM_OUT = 0x5246_023C
+VMCALL_FLASH = 0x5246_023D
 VMCALL_MANUAL_DIRTY = 0x5246_0210
 VMCALL_CLEAR_DIRTY = 0x5246_0211
 VMCALL_HARVEST_RINGS = 0x5246_0212
@@ -525,6 +526,10 @@ VMCALLS: tuple[Vmcall, ...] = (
            "that does not exist."),
     Vmcall(VMCALL_SMRAM_OUT, "smram_out", (), "pages of SMRAM without a frame", (),
            "madvise(MADV_PAGEOUT) of SMRAM."),
+    Vmcall(VMCALL_FLASH, "flash", ("gpa", "pages", "source"), "the slot's number", ("EEXIST",),
+           "NOR flash at `gpa` with a copy of `pages` pages at `source`: a read-only memory slot for reads "
+           "and fetches; stores are commands as QEMU's pflash has them: 0x40 and a store of data clear bits, "
+           "0x20 and 0xd0 erase a page to ones, 0x70 shows the status; 0xff shows the array again."),
     Vmcall(VMCALL_EPT_SET, "ept_set", ("gpa", "rwx"), "0", (),
            "An instrument on the CPU, not an act of Linux. Makes sure that a 4 KiB EPT leaf maps `gpa` "
            "(faulting it in, splitting a huge one), notes its entry and replaces bits 2:0 with `rwx` "

@@ -49,6 +49,7 @@ from kvm_model.vcpu import KVM_MP_STATE_HALTED, UserExit
 from kvm_model.x86 import kvm_arch_vcpu_ioctl_run
 
 if TYPE_CHECKING:
+    from emu.devices.flash import Flash
     from emu.devices.gvt import VirtualGpu
     from emu.devices.hmm_device import HmmDevice
     from emu.devices.pci_bar import PciBar
@@ -142,6 +143,7 @@ class Board:
         self.hmm_devices: dict[int, HmmDevice] = {}
         self.smram = 0
         self.gpus: dict[int, VirtualGpu] = {}
+        self.flash: Flash | None = None
         self.bars: dict[int, PciBar] = {}
         self.guest_memfds: list[AddressSpace] = []
         self._make_devices()
@@ -305,7 +307,11 @@ class Board:
         if self.stops_at_mmio is not None:
             self._stop_all("mmio", self.stops_at_mmio(vcpu, out))
             return
-        device: MmioTestDevice | RdmaDevice = self.rdma if self.rdma.covers(out.gpa) else self.mmio_test
+        device: MmioTestDevice | RdmaDevice | Flash = self.mmio_test
+        if self.rdma.covers(out.gpa):
+            device = self.rdma
+        elif self.flash is not None and self.flash.covers(out.gpa):
+            device = self.flash
         if out.write:
             if device.covers(out.gpa):
                 device.write(out.gpa, out.size, out.data)

@@ -2,7 +2,8 @@
 
     shadow-agrees     an SPTE of a page that is not unsync, of a pointer or a leaf, is for the gfn that the
                       guest's entry says, and gives no right that the guest's tables do not give (but for
-                      the supervisor while CR0.WP is clear, and to it alone)
+                      the supervisor while CR0.WP is clear, and to it alone; and 5.10 knows the rights on the
+                      way to the last table only, and gives them to all tables: CVE-2021-38198)
     shadow-flush      after a guest flush that holds for what the flushed addresses' SPTEs say in the present
                       root, unsync or not; and for a page when it is linked, which needs no flush
     shadow-protected  no leaf lets the guest write a table whose pages are not unsync
@@ -282,7 +283,13 @@ class ShadowTruths:
             return f"it points to {child!r}, not to gfn {gfn:#x}"
         if huge:
             return self._too_much(sp, role_access(child.role), access, gpte)
+        if not self.kvm.profile.pt_access_per_level:
+            # That kernel makes upper tables with the rights of the leaf that they were made for; what hangs
+            # below them for another leaf may have more.
+            return ""
         below = role_access(child.role)
+        if not self.kvm.profile.pt_access_per_level:
+            return ""
         return f"the page below has rights {below}, the guest gives {access}" if below & ~access else ""
 
     @staticmethod

@@ -16,6 +16,7 @@ Reading order, from one access outwards:
     events.py segments.py         delivery of exceptions and interrupts; segment registers
     memory.py                     the CPU's own accesses: descriptors, stacks, operands
     insn.py mmio.py alu.py        decoding one instruction, emulating it on device memory
+    mmio_shadow.py                and on page tables that KVM shadows
     apic_access.py smm.py         the registers of the local APIC; SMM's save area
     portio.py cpuid.py msr.py     IN and OUT; CPUID; MSRs
     env.py registers.py           Unicorn's CPU state in place; registers by name

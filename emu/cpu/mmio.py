@@ -10,7 +10,8 @@ the guest's tables it translates and splits by itself, so that only the linear a
 Source: arch/x86/kvm/emulate.c (x86_emulate_insn, writeback), x86.c: emulator_read_write,
 complete_emulated_mmio; Intel SDM vol. 2.
 
-Not modelled: SSE and AVX moves, shifts and bit tests, PUSH, POP and CALL, CMPS and SCAS.
+Not modelled: AVX moves, CMPS and SCAS; SSE moves, shifts and bit tests, PUSH, POP and CALL on devices
+(mmio_shadow.py has them where KVM shadows).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from capstone import x86_const as cx
 from emu.cpu.alu import alu
 from emu.cpu.env import R_DS, R_ES, R_FS, R_GS
 from emu.cpu.insn import REGISTERS, effective_address
+from emu.cpu.mmio_shadow import emulate_more
 from emu.cpu.vcpu import UnicornVcpu
 from kvm_model.kvm_x86_ops import MmioAccess
 
@@ -117,6 +119,9 @@ def emulate(vcpu: UnicornVcpu, insn: Any, gpa: int) -> MmioAccess | None:
     """The first access of the instruction at RIP, whose memory operand is at `gpa`; None if it is unknown."""
     if insn is None:
         return None
+    more = emulate_more(vcpu, insn) if vcpu.shadow else None
+    if more is not None:
+        return more
     if insn.id in _STOS or insn.id in _LODS or insn.id in _MOVS:
         return _string(vcpu, insn, gpa)
     memory = next((n for n, o in enumerate(insn.operands) if o.type == cx.X86_OP_MEM), None)

@@ -13,7 +13,7 @@ from emu.hostops import operation
 from emu.operations.arguments import check_range, flag
 from host_mm.kernel.errors import KernelError
 from host_mm.ram import PAGE_SHIFT
-from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES
+from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 
 if TYPE_CHECKING:
     from emu.board import Board
@@ -110,6 +110,24 @@ def slot_restore(board: Board, slot: int) -> int:
     """Show a deleted slot's memory again where it last was."""
     board.memory.restore(slot)
     return 0
+
+
+@operation(example="flash(gpa=0xE0000000, pages=2, source=0x200000)")
+def flash(board: Board, gpa: int, pages: int, source: int) -> int:
+    """NOR flash with a copy of the pages at `source`: reads are memory's, stores are commands. The slot."""
+    from emu.devices.flash import Flash
+
+    check_range(gpa, pages)
+    check_range(source, pages)
+    if board.flash is not None:
+        raise KernelError(errno.EEXIST, "there is a flash already")
+    if board.kvm.has_private_mem:
+        raise KernelError(errno.EINVAL, "a slot of guest_memfd cannot be read-only")
+    image = board.memory.read(source, pages << PAGE_SHIFT)
+    region = board.memory.create(gpa, pages << PAGE_SHIFT, flags=KVM_MEM_READONLY)
+    board.memory.write(gpa, image)
+    board.flash = Flash(board, region)
+    return region.slot
 
 
 @operation(example="slot_move(vm.host.slot_create(gpa=0xE0000000, pages=16), gpa=0xE0100000)")

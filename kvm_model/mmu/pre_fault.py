@@ -13,7 +13,7 @@ Not modelled: VM types whose vendor forbids it.
 
 from __future__ import annotations
 
-from errno import EINTR, EINVAL, ENOTTY
+from errno import EINTR, EINVAL
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import KernelError
@@ -50,11 +50,12 @@ def kvm_vcpu_pre_fault_memory(vcpu: Vcpu, gpa: int, size: int, flags: int = 0) -
     """Map [gpa, gpa + size) as far as it goes: how many bytes. Waits until the vCPU is out of KVM_RUN.
 
     KernelError if not one page could be mapped: EINVAL, ENOENT (no memory there), EFAULT, EAGAIN (the slot
-    is on its way out), EINTR, EOPNOTSUPP (shadow paging), ENOTTY (before Linux 6.11).
+    is on its way out), EINTR, EOPNOTSUPP (shadow paging). Before Linux 6.11 EINVAL: a vCPU's ioctl that does
+    not exist.
     """
     kvm = vcpu.kvm
     if not kvm.profile.pre_fault_memory:
-        raise KernelError(ENOTTY, "this kernel has no KVM_PRE_FAULT_MEMORY")
+        raise KernelError(EINVAL, "this kernel has no KVM_PRE_FAULT_MEMORY")
     if flags or (gpa | size) & 0xFFF or size <= 0 or gpa < 0 or gpa + size >= _U64:
         raise KernelError(EINVAL, f"{size:#x} bytes at {gpa:#x}, flags {flags:#x}")
     sched = kvm.sched

@@ -7,7 +7,8 @@ have one.
 Source of truth: virt/kvm/kvm_main.c (Linux 6.18), in its order of checks: kvm_set_memory_region,
 kvm_get_dirty_log_protect, kvm_clear_dirty_log_protect, kvm_vm_ioctl_enable_cap_generic,
 kvm_vm_ioctl_enable_dirty_log_ring, kvm_vm_ioctl_reset_dirty_pages, kvm_vm_ioctl_create_vcpu,
-kvm_vm_ioctl_set_mem_attributes; virt/kvm/guest_memfd.c: kvm_gmem_create, kvm_gmem_bind.
+kvm_vm_ioctl_set_mem_attributes, kvm_vcpu_pre_fault_memory;
+virt/kvm/guest_memfd.c: kvm_gmem_create, kvm_gmem_bind.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from errno import E2BIG, EBADF, EEXIST, EFAULT, EINVAL, ENOENT, ENOTTY, ENXIO
 from typing import NamedTuple, Protocol
 
-__all__ = ["ARENA", "ATTRIBUTES", "CASES", "Case", "Machine"]
+__all__ = ["ARENA", "ATTRIBUTES", "CASES", "TDP_ONLY", "Case", "Machine"]
 
 PAGE = 4096
 ARENA = 256 * PAGE
@@ -65,6 +66,9 @@ class Machine(Protocol):
         bad_file: bool = False,
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION2 of that file, or of no open file."""
+
+    def pre_fault(self, gpa: int, size: int, flags: int = 0) -> None:
+        """KVM_PRE_FAULT_MEMORY of the last vCPU."""
 
     def attributes(self, gpa: int, size: int, attributes: int = 0, flags: int = 0) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES."""
@@ -283,4 +287,25 @@ ATTRIBUTES = (
     Case("attributes from within a page", (lambda m: m.attributes(8, PAGE),), EINVAL, NEW),
 )
 
-CASES = (*REGIONS, *LOGS, *CLEARS, *CAPS, *VCPUS, *GMEMS, *ATTRIBUTES)
+
+
+def pre_fault(gpa: int, size: int, flags: int = 0) -> tuple[Call, ...]:
+    return (SLOT, vcpu(), lambda m: m.pre_fault(gpa, size, flags))
+
+
+PRE_FAULTS = (
+    Case("mapping nothing ahead", pre_fault(0, 0), EINVAL),
+    Case("mapping half a page ahead", pre_fault(0, PAGE // 2), EINVAL),
+    Case("mapping ahead from within a page", pre_fault(8, PAGE), EINVAL),
+    Case("mapping ahead what wraps", pre_fault(U64 - PAGE + 1, 2 * PAGE), EINVAL),
+    Case("mapping ahead with a flag", pre_fault(0, PAGE, 1), EINVAL),
+    Case("mapping ahead before 6.11", pre_fault(0, PAGE), EINVAL, ("linux-5.10",)),
+)
+TDP_ONLY = (
+    Case("mapping ahead", pre_fault(0, PAGE), 0, NEW),
+    Case("mapping ahead beyond the memory", pre_fault(15 * PAGE, 2 * PAGE), 0, NEW),
+    Case("mapping ahead where no memory is", pre_fault(16 * PAGE, PAGE), ENOENT, NEW),
+)
+"""Where the guest's addresses are translated by hardware; elsewhere EOPNOTSUPP."""
+
+CASES = (*REGIONS, *LOGS, *CLEARS, *CAPS, *VCPUS, *GMEMS, *ATTRIBUTES, *PRE_FAULTS, *TDP_ONLY)

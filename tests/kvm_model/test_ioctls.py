@@ -53,6 +53,9 @@ class Model:
         file = None if bad_file else self.gmem
         self.m.do(lambda: self.kvm.set_user_memory_region2(slot, gpa, size, hva, flags, file, offset))
 
+    def pre_fault(self, gpa: int, size: int, flags: int = 0) -> None:
+        self.m.do(lambda: self.kvm.pre_fault_memory(self.kvm.vcpus[-1], gpa, size, flags))
+
     def attributes(self, gpa: int, size: int, attributes: int = 0, flags: int = 0) -> None:
         self.m.do(lambda: self.kvm.set_memory_attributes(gpa, size, attributes, flags))
 

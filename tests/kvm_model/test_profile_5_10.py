@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from host_mm.arch.x86.pgtable import pte_wrprotect
+from host_mm.kernel.sched import Task
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
 from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_mmap
 from host_mm.mmu_notifier import (
@@ -22,6 +23,7 @@ from host_mm.page import PG_dirty, PG_referenced
 from host_mm.pgtable_generic import pmd_offset, pte_offset_map, set_pte
 from kvm_model.mmu.spte import PT_WRITABLE_MASK, spte_to_pfn
 from tests.kvm_model.machine import BASE, PAGE, Machine
+from tests.kvm_model.test_breaks import SwitchOnce
 
 RW = PROT_READ | PROT_WRITE
 
@@ -245,3 +247,37 @@ def test_aging_is_not_blamed_for_what_another_task_zapped_and_will_flush() -> No
     m.do(lambda: m.sched.sleep(10))
     m.do(lambda: mmu_notifier_clear_flush_young(m.mm, BASE + PAGE, BASE + 2 * PAGE))
     m.finish(zapping)
+
+
+@pytest.mark.parametrize("tdp_mmu", ["Y", "N"])
+@pytest.mark.parametrize("profile", ["linux-6.18", "linux-5.10"])
+def test_a_fault_on_a_slot_being_deleted_makes_an_mmio_spte_in_5_10_and_is_retried_in_6_18(
+    profile: str, tdp_mmu: str
+) -> None:
+    m = Machine(profile=profile, params={"kvm.tdp_mmu": tdp_mmu})
+    m.run(("r", 0))
+
+    def here(task: Task, kind: str) -> bool:
+        slot = m.kvm.slots().gfn_to_memslot(0)
+        return task.name == "update" and slot is not None and slot.flags & 1 << 16 != 0
+
+    m.sched.set_strategy(SwitchOnce(m, here))
+    update = m.sched.spawn("update", lambda: m.kvm.set_user_memory_region(0, 0, 0, BASE))
+    m.finish(update, m.spawn(("w", 0, 5)))
+    retries = [event.args for event in m.events if event.args.get("reason") == "invalid-slot"]
+    assert bool(retries) == (profile == "linux-6.18")
+    m.truths.sweep()
+
+
+@pytest.mark.parametrize(("profile", "valid"), [("linux-6.18", False), ("linux-5.10", True)])
+def test_a_deleted_slot_leaves_a_tdp_mmus_root_valid_and_empty_in_5_10(profile: str, valid: bool) -> None:
+    m = Machine(profile=profile, params={"kvm.tdp_mmu": "Y"})
+    m.run(("w", 0, 7))
+    (root,) = m.kvm.tdp_mmu_roots
+    m.do(lambda: m.kvm.set_user_memory_region(0, 0, 0, BASE))
+    assert root.invalid != valid
+    assert m.kvm.leaf_spte(0) == (0, 0)
+    m.do(lambda: m.kvm.set_user_memory_region(0, 0, 16 * PAGE, BASE))
+    assert m.run(("r", 0)) == [7]
+    assert (root in m.kvm.tdp_mmu_roots) == valid
+    m.truths.sweep()

@@ -36,7 +36,7 @@ SAME_MNEMONIC = {
 
 def test_every_payload_of_the_list_is_there() -> None:
     assert set(payload_names()) >= {
-        "aging", "dirty-log", "ept-access", "first-touch", "fork-cow", "guest-paging", "gvt",
+        "aging", "dirty-log", "ept-access", "first-touch", "flash", "fork-cow", "guest-paging", "gvt",
         "idt-swapped",
         "kvmclock", "migrate", "mmio", "paging-32bit", "paging-5level", "paging-pae", "protect",
         "race", "selfmod", "slots", "smm", "smp", "swap-storm", "syscalls", "timer",

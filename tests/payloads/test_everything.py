@@ -39,6 +39,7 @@ NOT_ASKED = {
     # How the log is kept is chosen once for a machine: tests/emu/test_dirty_rings.py and tests of KVM's.
     "clear_dirty", "harvest_rings", "manual_dirty",
     "smi", "smram", "smram_out",  # The payload smm asks for these.
+    "flash",  # The payload flash asks for it.
     # The payload gvt asks for these.
     "gvt_close", "gvt_open", "gvt_read", "gvt_shadow", "gvt_stale", "gvt_told", "gvt_unshadow",
     "apic_page",  # The payload apic asks for it.

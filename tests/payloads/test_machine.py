@@ -128,6 +128,15 @@ def test_a_gpu_follows_every_write_to_its_tables(profile: str, tdp_mmu: str) -> 
     assert " 0 unexpected failures" in text, text
 
 
+@pytest.mark.parametrize(("profile", "params"), [
+    ("linux-6.18", {"vmm.quirk_slot_zap_all": "N"}), ("linux-5.10", {"kvm.tdp_mmu": "Y"}),
+])
+def test_flash_is_memory_to_read_and_a_device_to_write(profile: str, params: dict[str, str]) -> None:
+    text = run("flash", profile=profile, params=params)
+    assert "PASS: nothing is lost, wherever the pages are" in text, text
+    assert " 0 unexpected failures" in text, text
+
+
 @pytest.mark.parametrize("profile", ["linux-6.18", "linux-5.10"])
 @pytest.mark.parametrize("vcpus", [1, 3])
 def test_kvmclock_is_written_wherever_its_page_goes(profile: str, vcpus: int) -> None:
