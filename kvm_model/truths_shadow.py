@@ -283,13 +283,7 @@ class ShadowTruths:
             return f"it points to {child!r}, not to gfn {gfn:#x}"
         if huge:
             return self._too_much(sp, role_access(child.role), access, gpte)
-        if not self.kvm.profile.pt_access_per_level:
-            # That kernel makes upper tables with the rights of the leaf that they were made for; what hangs
-            # below them for another leaf may have more.
-            return ""
         below = role_access(child.role)
-        if not self.kvm.profile.pt_access_per_level:
-            return ""
         return f"the page below has rights {below}, the guest gives {access}" if below & ~access else ""
 
     @staticmethod
