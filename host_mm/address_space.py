@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.kernel.locks import RwSem
 from host_mm.mm_types import VM_MAYWRITE, VM_SHARED
-from host_mm.page import PG_dirty
+from host_mm.page import PG_dirty, set_page_dirty
 
 if TYPE_CHECKING:
     from host_mm.host import HostMm
@@ -137,6 +137,17 @@ class AddressSpaceOperations:
         """A folio is on its way out of the file: what was written to it need not be kept."""
         mapping.host.pages.flags[pfn] &= ~PG_dirty
 
+    def write_end(self, mapping: AddressSpace, pfn: int, offset: int, length: int) -> None:
+        """write(2) has put `length` bytes at `offset` of a locked folio."""
+        set_page_dirty(mapping.host, pfn)
+
+    def invalidate_folio(self, mapping: AddressSpace, pfn: int, offset: int, length: int) -> None:
+        """Bytes of a locked folio went: what the file system keeps of them goes, too."""
+
+    def release_folio(self, mapping: AddressSpace, pfn: int) -> bool:
+        """filemap_release_folio: whether the file system gives up what it keeps of a locked folio."""
+        return True
+
     def dropped_clean(self, mapping: AddressSpace, pfn: int) -> None:
         """A truth: the folio goes as clean, so its bytes must be what would come back. Only with checks."""
         raise NotImplementedError
@@ -171,12 +182,12 @@ class AddressSpaceOperations:
 class AddressSpace:
     """One file. `i_size` is in bytes, `nrpages` counts the pages that have a frame, new ones
     come from node `nid`; no page beyond `top` was ever there. `dirty` and `writeback` are the xarray's marks,
-    by the index of the folio."""
+    by the index of the folio. `dirty_blocks` are pages whose buffers a file system on blocks must write."""
 
     __slots__ = (
-        "a_ops", "dirty", "f_count", "host", "i_mmap", "i_mmap_rwsem", "i_mmap_writable", "i_pages",
-        "i_rwsem", "i_size", "invalidate_lock", "name", "nid", "nrpages", "private_data", "top", "vm_ops",
-        "writeback",
+        "a_ops", "dirty", "dirty_blocks", "f_count", "host", "i_mmap", "i_mmap_rwsem", "i_mmap_writable",
+        "i_pages", "i_rwsem", "i_size", "invalidate_lock", "name", "nid", "nrpages", "private_data", "top",
+        "vm_ops", "writeback",
     )
 
     def __init__(
@@ -192,6 +203,7 @@ class AddressSpace:
         self.i_pages: dict[int, int] = {}
         self.nrpages = self.top = 0
         self.dirty: dict[int, None] = {}
+        self.dirty_blocks: set[int] = set()
         self.writeback: dict[int, None] = {}
         self.i_mmap: list[VmArea] = []
         self.i_mmap_rwsem = RwSem(host.sched, "i_mmap_rwsem")

@@ -1,8 +1,8 @@
 """Files on a file system, with their bytes in a real file.
 
 Source of truth: what of fs/ext4/inode.c (ext4_page_mkwrite, ext4_setattr, ext4_punch_hole,
-ext4_zero_partial_blocks), fs/buffer.c: block_write_full_folio, fs/iomap/buffered-io.c and fs/sync.c mm can
-see; Linux 6.18.
+ext4_zero_partial_blocks), fs/buffer.c: block_write_full_folio, try_to_free_buffers, fs/iomap/buffered-io.c
+and fs/sync.c mm can see; Linux 6.18.
 
 The file system here has files of 4 KiB blocks without names. Reads and writes take logical time on
 `host.file_device`; a page that is being read is locked, one that is being written is under writeback, and the
@@ -127,12 +127,31 @@ class BlockOperations(AddressSpaceOperations):
     can_writeback = True
 
     def dirty_folio(self, mapping: AddressSpace, pfn: int) -> bool:
-        """filemap_dirty_folio."""
+        """block_dirty_folio: every block of the folio."""
+        mapping.dirty_blocks.update(_blocks(mapping, pfn))
         return filemap_dirty_folio(mapping, pfn)
+
+    def write_end(self, mapping: AddressSpace, pfn: int, offset: int, length: int) -> None:
+        """block_write_end: the blocks that were written."""
+        base, blocks = mapping.host.pages.index[pfn], mapping.dirty_blocks
+        clean = set(_blocks(mapping, pfn)) - blocks
+        set_page_dirty(mapping.host, pfn)
+        blocks -= clean - set(range(base + (offset >> 12), base + (offset + length + 4095 >> 12)))
 
     def cancel_dirty(self, mapping: AddressSpace, pfn: int) -> None:
         """The folio goes: it needs no writing any more."""
+        mapping.dirty_blocks.difference_update(_blocks(mapping, pfn))
         filemap_cancel_dirty(mapping, pfn)
+
+    def invalidate_folio(self, mapping: AddressSpace, pfn: int, offset: int, length: int) -> None:
+        """block_invalidate_folio: blocks that went as a whole need no writing."""
+        base = mapping.host.pages.index[pfn]
+        first, last = base + (offset + 4095 >> 12), base + (offset + length >> 12)
+        mapping.dirty_blocks.difference_update(range(first, last))
+
+    def release_folio(self, mapping: AddressSpace, pfn: int) -> bool:
+        """try_to_free_buffers: not while the buffer of a block is dirty."""
+        return mapping.dirty_blocks.isdisjoint(_blocks(mapping, pfn))
 
     # -- I/O ----------------------------------------------------------------------------------
 
@@ -168,6 +187,7 @@ class BlockOperations(AddressSpaceOperations):
     def writepage(self, mapping: AddressSpace, pfn: int) -> None:
         """Write a locked folio that was made clean; unlocks it. What lies beyond the end becomes zeros."""
         host = mapping.host
+        mapping.dirty_blocks.difference_update(_blocks(mapping, pfn))
         index, fd = host.pages.index[pfn], mapping.private_data
         size = folio_nr_pages(host.pages, pfn) * PAGE_SIZE
         length = min(size, mapping.i_size - (index << 12))
@@ -224,9 +244,10 @@ class BlockOperations(AddressSpaceOperations):
         with mapping.i_rwsem, mapping.invalidate_lock:
             old, mapping.i_size = mapping.i_size, size
             if size < old:
+                truncate_pagecache(mapping, size)
+                # ext4_truncate comes after: a folio that this had made dirty could not be split.
                 if size & 4095:
                     self._zero(mapping, size, 4096 - (size & 4095))
-                truncate_pagecache(mapping, size)
             elif old & 4095:
                 # What a mapping stored beyond the old end must not show up now.
                 self._zero(mapping, old, 4096 - (old & 4095))
@@ -283,6 +304,12 @@ class BlockOperations(AddressSpaceOperations):
         file_write_and_wait_range(mapping)
         truncate_inode_pages_range(mapping, 0, -1)
         os.close(mapping.private_data)
+
+
+def _blocks(mapping: AddressSpace, pfn: int) -> range:
+    """The blocks of a folio, by their place in the file."""
+    pages = mapping.host.pages
+    return range(pages.index[pfn], pages.index[pfn] + folio_nr_pages(pages, pfn))
 
 
 def get_block_folio(mapping: AddressSpace, index: int, *, read: bool, order: int = 0) -> int:

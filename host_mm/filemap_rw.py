@@ -19,7 +19,7 @@ from host_mm.filemap import folio_unlock
 from host_mm.filemap_cache import NOT_CACHED
 from host_mm.kernel.costs import COST_COPY_PAGE, COST_SYSCALL
 from host_mm.kernel.errors import KernelError
-from host_mm.page import PG_uptodate, folio_nr_pages, put_page, set_page_dirty
+from host_mm.page import PG_uptodate, folio_nr_pages, put_page
 from host_mm.page_writeback import write_cache_pages
 from host_mm.readahead import page_cache_ra
 from host_mm.truncate import folio_zero_range, invalidate_mapping_pages
@@ -65,7 +65,7 @@ def _write_folio(mapping: AddressSpace, pos: int, data: bytes) -> int:
     host.ram.write((head << 12) + offset, data[:length])
     host.sched.advance(COST_COPY_PAGE)
     mapping.i_size = max(mapping.i_size, pos + length)
-    set_page_dirty(host, head)
+    mapping.a_ops.write_end(mapping, head, offset, length)
     folio_unlock(host, head)
     put_page(host, head)
     return length

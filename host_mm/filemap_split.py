@@ -48,6 +48,8 @@ def folio_split(mapping: AddressSpace, folio: int, split_at: int) -> int:
     nr = folio_nr_pages(pages, folio)
     if pages.mapping.get(folio) is not mapping or pages.flags[folio] & PG_writeback:
         return -EBUSY
+    if not mapping.a_ops.release_folio(mapping, folio):
+        return -EBUSY
     mapping.i_mmap_rwsem.read_lock()
     ret = -EAGAIN
     pieces = [folio]

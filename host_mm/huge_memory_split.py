@@ -131,7 +131,7 @@ def _split(host: HostMm, folio: int, lock_at: int, folios: list[int] | None) -> 
         return -EBUSY
     if not pages.flags[folio] & PG_anon:
         mapping: AddressSpace | None = pages.mapping.get(folio)
-        if mapping is None:
+        if mapping is None or not mapping.a_ops.release_folio(mapping, folio):
             return -EBUSY
         mapping.i_mmap_rwsem.read_lock()
         ret = _split_locked(host, folio, lock_at, folios, None, mapping)

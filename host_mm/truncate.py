@@ -88,6 +88,7 @@ def truncate_inode_partial_folio(mapping: AddressSpace, head: int, start: int, e
         truncate_inode_folio(mapping, head)
         return True
     folio_zero_range(host, head, offset, length)
+    mapping.a_ops.invalidate_folio(mapping, head, offset, length)
     if size == 4096:
         return True
     if try_folio_split_or_unmap(mapping, head, head + (offset >> 12)):

@@ -95,7 +95,7 @@ class Normalizer:
         """An event of `kvm` or `kvmmmu`; `text` is what the kernel's print format gives."""
         # KVM_MMU_PAGE_PRINTK ends with a NUL, at which the kernel's own text ends, too.
         text = text.replace("\0", "")
-        if name in IGNORED or (name == "kvm_userspace_exit" and "KVM_EXIT_" in text):
+        if name in IGNORED or (name == "kvm_userspace_exit" and not text.startswith("reason error")):
             return
         if name in HOST_EVENTS:
             self._range(name, text)

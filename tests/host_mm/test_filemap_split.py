@@ -70,7 +70,7 @@ def test_cleaning_takes_every_writable_entry_in_one_bracket_over_the_folio() -> 
 def test_the_pieces_are_as_large_as_they_can_be(split_at: int, expected: list[tuple[int, int]]) -> None:
     s, folio = large()
     copy_from_user(s.a, s.at, 1)
-    copy_to_user(s.b, s.bt + PAGE, b"y")
+    copy_from_user(s.b, s.bt + PAGE, 1)
     notifier = Recorder(s.at)
     mmu_notifier_register(notifier, s.a.mm)
     get_page(s.host, folio)
@@ -80,10 +80,34 @@ def test_the_pieces_are_as_large_as_they_can_be(split_at: int, expected: list[tu
     put_page(s.host, folio)
     assert notifier.take() == [("clear", 0, 16 * PAGE)]
     assert pieces(s) == expected
-    assert sorted(s.file.dirty) == [index for index, _ in expected], "each piece is dirty, as the whole was"
     assert s.a.mm.rss == [0, 0, 0, 0]
     audit(s.host)
-    assert copy_from_user(s.a, s.at + PAGE, 2) == b"y\2"
+    assert copy_from_user(s.a, s.at + PAGE, 2) == b"\2\2"
+    s.end()
+
+
+def test_a_dirty_folio_of_a_file_system_with_buffers_stays_whole_and_a_hole_in_it_is_zeros() -> None:
+    s, _ = large()
+    copy_to_user(s.a, s.at + PAGE, b"y")
+    notifier = Recorder(s.at)
+    mmu_notifier_register(notifier, s.a.mm)
+    s.do(lambda: s.file.a_ops.fallocate(s.file, HOLE, 3 * PAGE, PAGE))
+    assert notifier.take() == [("clear", 3 * PAGE, 4 * PAGE), ("clear", 0, 16 * PAGE)]
+    assert pieces(s) == [(0, 16)]
+    assert copy_from_user(s.a, s.at + PAGE, 1) == b"y"
+    assert copy_from_user(s.a, s.at + 3 * PAGE, PAGE) == bytes(PAGE)
+    assert copy_from_user(s.a, s.at + 4 * PAGE, 1) == b"\5"
+    s.end()
+
+
+@pytest.mark.parametrize(("written", "whole"), [(3, False), (4, False), (2, True), (5, True)])
+def test_what_write_made_dirty_within_a_hole_does_not_keep_the_folio(written: int, whole: bool) -> None:
+    s, _ = large()
+    s.do(lambda: file_write(s.file, written * PAGE + 8, b"w"))
+    s.do(lambda: s.file.a_ops.fallocate(s.file, HOLE, 3 * PAGE, 2 * PAGE))
+    assert (pieces(s) == [(0, 16)]) == whole
+    s.do(lambda: s.file.a_ops.fsync(s.file))
+    assert not s.file.dirty_blocks
     s.end()
 
 

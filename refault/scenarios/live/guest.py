@@ -49,6 +49,9 @@ class GuestSteps:
     def _enter(self) -> str:
         try:
             reason = self.vcpu.run()
+        except InterruptedError:
+            # Work that the kernel has for this thread, such as an io_uring's, ends KVM_RUN as a signal does.
+            return self._enter()
         except OSError as exc:
             return errno.errorcode.get(exc.errno or 0, str(exc.errno))
         if reason == EXIT_IO and self.vcpu.io_exit()[1] == EXIT_PORT:

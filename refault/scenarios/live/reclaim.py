@@ -13,6 +13,7 @@ from typing import Any
 from refault.errors import UsageError
 from refault.scenarios.layout import PAGE
 from refault.scenarios.live import libc
+from refault.scenarios.live.tracefs import TraceInstance
 
 __all__ = ["ReclaimSteps"]
 
@@ -25,6 +26,7 @@ class ReclaimSteps:
     """The steps, for a back end that has `data`, the address of D, and what it undoes at the end."""
 
     data: int
+    trace: TraceInstance
     _undo: contextlib.ExitStack
     _group: Path | None = None
     _old_group: Path
@@ -92,6 +94,7 @@ class ReclaimSteps:
         if not _KDAMONDS.is_dir() or (_KDAMONDS / "nr_kdamonds").read_text().strip() != "0":
             raise UsageError("this machine has no DAMON, or has a kdamond of its own at work")
         frame = self.frames([offset])[0] * PAGE
+        self.trace.watch_kernel_thread("kdamond")
         self._damon("nr_kdamonds", 1)
         self._undo.callback(self._damon, "nr_kdamonds", 0)
         context = "0/contexts/0"

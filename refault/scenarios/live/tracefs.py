@@ -15,8 +15,9 @@ __all__ = ["TRACEFS", "TraceInstance", "TraceLine"]
 
 TRACEFS = Path("/sys/kernel/tracing")
 SYSTEMS = ("kvm", "kvmmmu")
-THREADS = ("ksmd", "kdamond", "khugepaged", "kcompactd", "kswapd")
-"""The kernel's memory threads, whose notifier calls are about this process, too."""
+THREADS = ("ksmd", "khugepaged", "kcompactd", "kswapd")
+"""The kernel's memory threads, whose notifier calls are about this process, too. A kdamond is watched only
+where a scenario started it: the machine may have one of its own at work."""
 BUFFER_KIB = 8192
 
 _LINE = re.compile(r"\s*(.+)-(\d+)\s+\[\d+\] \S+\s+[\d.]+: (\w+): ?(.*)")
@@ -57,6 +58,7 @@ class TraceInstance:
         self._write("tracing_on", "0")
         self._write("buffer_size_kb", str(BUFFER_KIB))
         self._pids = [self.pid]
+        self._threads = list(THREADS)
         self._filter()
         for system in SYSTEMS:
             self._write(f"events/{system}/enable", "1")
@@ -67,13 +69,18 @@ class TraceInstance:
 
     def _filter(self) -> None:
         mine = [f"common_pid == {pid}" for pid in self._pids]
-        mine += [f'comm ~ "{name}*"' for name in THREADS]
+        mine += [f'comm ~ "{name}*"' for name in self._threads]
         for system in SYSTEMS:
             self._write(f"events/{system}/filter", " || ".join(mine))
 
     def watch(self, tid: int) -> None:
         """Another thread of this process."""
         self._pids.append(tid)
+        self._filter()
+
+    def watch_kernel_thread(self, name: str) -> None:
+        """Threads of the kernel whose names begin so."""
+        self._threads.append(name)
         self._filter()
 
     def on(self) -> None:
