@@ -23,7 +23,7 @@ BREAKS: dict[str, str] = {
     "gpc-map-before-invalidate": "a pfn cache stays valid while it is given another page (gpc-matches-host)",
     "gpc-skip-invalidate": "range_start does not tell the pfn caches (gpc-in-bracket)",
     "ignore-invalid-roots": "range_start skips roots that a memslot update invalidated (no-spte-in-bracket)",
-    "ignore-invalid-slot": "a fault on a slot being deleted installs an MMIO SPTE (no-mmio-over-slot)",
+    "ignore-invalid-slot": "a fault in the TDP MMU on a slot being deleted makes it MMIO (no-mmio-over-slot)",
     "ignore-role-wp": "shadow pages are found whatever CR0.WP was when they were made (shadow-agrees)",
     "ignore-smm-slots": "range_start does not look for slots of the SMM space (spte-of-freed-frame)",
     "link-unsynced": "a stale shadow table is linked without being synced first (shadow-flush)",
