@@ -465,10 +465,9 @@ VMCALLS: tuple[Vmcall, ...] = (
     Vmcall(VMCALL_MEMORY_ATTRIBUTES, "memory_attributes", ("gpa", "pages", "attributes"), "0", (),
            "KVM_SET_MEMORY_ATTRIBUTES: 8 private, 0 shared. Both kinds of a page keep their bytes. -EINVAL "
            "for attributes that the VM does not support: only a protected one has 8. -ENOSYS before 6.8."),
-    Vmcall(VMCALL_PREFAULT, "prefault", ("gpa", "pages"), "pages mapped, from `gpa` on", ("ENOENT",),
+    Vmcall(VMCALL_PREFAULT, "prefault", ("gpa", "pages"), "pages mapped, from `gpa` on", (),
            "KVM_PRE_FAULT_MEMORY on the calling vCPU: the range is mapped, as far as it goes, as by faults "
-           "for reading, but counts as not accessed. -ENOENT where there is no memory. -ENOSYS with shadow "
-           "paging and before Linux 6.11."),
+           "for reading, but counts as not accessed. -ENOSYS with shadow paging and before Linux 6.11."),
     Vmcall(VMCALL_MANUAL_DIRTY, "manual_dirty", ("value",), "0", (),
            "KVM_ENABLE_CAP with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: with `value` 1 get_dirty neither clears "
            "nor protects, clear_dirty does; with 3 also every page of a log is set from its start, and "

@@ -47,7 +47,7 @@ main:
     mov rax, [r13 + 4096]
     CHECK_EQ "with its bytes", rax, r13
     HOST2 VMCALL_PREFAULT, qword ptr [nowhere], 1
-    CHECK_EQ "where no memory is nothing is mapped", rax, -ENOENT
+    CHECK_EQ "where no memory is nothing is mapped", rax, -EFAULT
     HOST2 VMCALL_PREFAULT, r13, 0
     CHECK_EQ "no pages", rax, -EINVAL
 .end:

@@ -7,6 +7,8 @@ A frame without an attribute is shared: it is what its memslot's host address ma
 the slot's guest_memfd. For a VM of type KVM_X86_SW_PROTECTED_VM the attribute is all there is to it: nothing
 is encrypted, and a fault is one on private memory if the frame is private when KVM looks.
 `mmu/set_mem_attributes.py` changes them.
+
+Not modelled: the xarray (a dict is one), attributes of VMs whose memory is encrypted.
 """
 
 from __future__ import annotations

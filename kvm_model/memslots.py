@@ -7,6 +7,8 @@ kvm_alloc_memslot_metadata (lpage_info), mmu/page_track.c: kvm_gfn_is_write_trac
 Each address space has two sets of slots; an update changes the inactive one and swaps. The hva
 "interval tree" is a list sorted by start with the running maximum of ends: slots are few, and two
 may share host addresses.
+
+Not modelled: last_used_slot of each vCPU (a set has one for all), the generation's bits by address space.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def gmem_punch(board: Board, gpa: int, pages: int = 1) -> int:
 @operation(example="memory_attributes(gpa=0x200000, pages=16, attributes=0)", leaves=LEAVES_EITHER)
 def memory_attributes(board: Board, gpa: int, pages: int = 1, attributes: int = 0) -> int:
     """KVM_SET_MEMORY_ATTRIBUTES: 8 private, 0 shared. Both memories keep what is in them."""
-    check_range(gpa, pages)
+    spans(board, gpa, pages)
     _check_kernel(board)
     board.kvm.set_memory_attributes(gpa, pages << PAGE_SHIFT, attributes)
     return 0
@@ -84,7 +84,7 @@ def map_gpa_range(board: Board, gpa: int, pages: int = 1, attributes: int = 0) -
 @operation(example="prefault(gpa=0x200000, pages=16)")
 def prefault(board: Board, gpa: int, pages: int = 1) -> int:
     """KVM_PRE_FAULT_MEMORY: map the range before the guest touches it; answers how many pages are mapped."""
-    check_range(gpa, pages)
+    spans(board, gpa, pages)
     if not board.kvm.profile.pre_fault_memory or not board.kvm.tdp_enabled:
         raise KernelError(errno.ENOSYS, "this KVM maps nothing ahead of faults")
     # As the VMM's other threads have to: the vCPU leaves KVM_RUN for it.

@@ -5,6 +5,8 @@ fast_pf_fix_direct_spte; tdp_mmu.c: kvm_tdp_mmu_fast_pf_get_last_sptep.
 
 Direct pages outside the TDP MMU are freed only after a flush that waits for walkers without mmu_lock; a read
 section of RCU stands for that.
+
+Not modelled: the walk's READING_SHADOW_PAGE_TABLES mode.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def test_memory_is_mapped_ahead_of_a_guest_that_runs_and_of_one_that_does_not() 
     with refault.VM("4M", host_ram="16M", check=True) as vm:
         assert vm.host.prefault(0x200000, 16) == 16
         assert vm.board.kvm.leaf_spte(0x20F) != (0, 0)
-        with pytest.raises(KernelError, match="ENOENT"):
+        with pytest.raises(KernelError, match="EFAULT"):
             vm.host.prefault(GPA, 1)
         vm.load("first-touch", "mib=1")
         done = vm.board.host.sched.spawn("vmm", lambda: vm.host.prefault(0x300000, 16))

@@ -31,7 +31,7 @@ SKIPS = {
 """What a payload leaves out with an MMU or on a kernel."""
 VCPUS = (1, 2, 4)
 WHOLE = "REFAULT_MATRIX" in os.environ
-ALL_CPUS = ("gvt", "kvmclock", "race", "shadow-pt", "smp")
+ALL_CPUS = ("crowd", "gvt", "kvmclock", "race", "shadow-pt", "smp")
 """Payloads that use as many CPUs as there are; the others run on the first of them."""
 WORDS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "swap-storm": (("mib=6", "weather=0"), {"host_ram": "6M"}),
