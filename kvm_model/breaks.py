@@ -24,7 +24,7 @@ BREAKS: dict[str, str] = {
     "gpc-skip-invalidate": "range_start does not tell the pfn caches (gpc-in-bracket)",
     "gmem-no-unmap": "a hole in guest_memfd frees pages that SPTEs still map (no-spte-in-bracket)",
     "ignore-invalid-roots": "range_start skips roots that a memslot update invalidated (no-spte-in-bracket)",
-    "ignore-invalid-slot": "a fault on a slot being deleted installs an MMIO SPTE (no-mmio-over-slot)",
+    "ignore-invalid-slot": "a fault in the TDP MMU on a slot being deleted makes it MMIO (no-mmio-over-slot)",
     "log-no-flush": "reading or clearing a dirty log does not flush what it protected (log-flushed)",
     "ignore-smm-slots": "range_start does not look for slots of the SMM space (spte-of-freed-frame)",
     "no-flush": "range_start never asks vCPUs to flush their TLBs (flush-before-unlock)",

@@ -151,7 +151,11 @@ def _kvm_handle_error_pfn(vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 def prepare_memory_fault_exit(vcpu: Vcpu, fault: KvmPageFault) -> None:
     """kvm_mmu_prepare_memory_fault_exit: user space learns where, and of which kind, the access was."""
-    vcpu.run = UserExit("memory-fault-exit", gpa=fault.gfn << 12, size=4096, private=fault.is_private)
+    gpa, kind = fault.gfn << 12, "private" if fault.is_private else "shared"
+    vcpu.run = UserExit(
+        "memory-fault-exit", gpa=gpa, size=4096, private=fault.is_private,
+        why=f"no {kind} memory for gpa {gpa:#x}",
+    )
 
 
 def _kvm_handle_noslot_fault(vcpu: Vcpu, fault: KvmPageFault, access: int) -> int:

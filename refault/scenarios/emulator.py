@@ -249,6 +249,10 @@ class EmulatorBackend(
             args = (DATA_GPA + args[0], *args[1:])
         return self._host(lambda: perform(self.board, name, *args))
 
+    def settle(self) -> None:
+        """Empty every CPU's LRU batches."""
+        self._host(self.board.host.mm.lru.lru_add_drain_all)
+
     def begin(self) -> None:
         """Forget the lines so far."""
         self.normal.clear()
