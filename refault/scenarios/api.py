@@ -175,6 +175,10 @@ class Scenario(KvmSteps):
         """ksmd runs."""
         return self._step(title or "ksmd", "ksmd", use_zero_pages)
 
+    def settle(self) -> None:
+        """What waits in the LRU's batches goes to its lists, and nobody holds it for that; no step."""
+        self.backend.settle()
+
     def idle(self, ns: int, title: str = "") -> None:
         """The VMM sleeps; a step only with a title."""
         if title:
