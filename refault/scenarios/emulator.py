@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EmulatorBackend", "run_on_emulator"]
 
-_LIKE_THE_RECORDINGS = {"kvm_intel.eptad": "0", "kvm.mmio_caching": "N", "mm.soft_dirty": "N"}
+_LIKE_THE_RECORDINGS = {
+    "kvm_intel.eptad": "0", "kvm.mmio_caching": "N", "mm.nr_cpus": "1", "mm.soft_dirty": "N",
+}
 """What the kernel of the recordings was built with, and what takes the place of its shadow paging."""
 
 

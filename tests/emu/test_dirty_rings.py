@@ -31,7 +31,7 @@ def guest(**params: str) -> Iterator[EmulatorBackend]:
 
 @contextmanager
 def machine(params: dict[str, str]) -> Iterator[EmulatorBackend]:
-    backend = EmulatorBackend(params=params, check=True)
+    backend = EmulatorBackend(params=params, check=True, mmu="ept")
     try:
         yield backend
     except BaseException:

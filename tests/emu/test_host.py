@@ -123,7 +123,7 @@ def test_a_vm_that_is_being_destroyed_takes_no_operations(vm: refault.VM) -> Non
 
 def test_a_vcpu_that_must_drop_its_root_holds_no_translations() -> None:
     """Zapping an invalidated root flushes nothing: the vCPU flushes when it loads the next one."""
-    backend = EmulatorBackend(check=True)
+    backend = EmulatorBackend(check=True, mmu="ept")
     backend.load(0)
     slot = backend.vm.host.slot_create(0x2000_0000)
     backend.vm.host.slot_delete(slot)
@@ -133,7 +133,7 @@ def test_a_vcpu_that_must_drop_its_root_holds_no_translations() -> None:
 
 
 def test_code_that_is_unmapped_before_its_mmio_is_emulated_is_fetched_again() -> None:
-    backend = EmulatorBackend(check=True)
+    backend = EmulatorBackend(check=True, mmu="ept")
     board = backend.board
     emulate, calls = board.cpu.emulate, 0
 
@@ -153,7 +153,7 @@ def test_code_that_is_unmapped_before_its_mmio_is_emulated_is_fetched_again() ->
 
 def test_a_vcpu_that_is_about_to_drop_its_root_holds_no_translations() -> None:
     """The request is served already, the root not dropped yet: memory may be freed at that moment."""
-    backend = EmulatorBackend(check=True)
+    backend = EmulatorBackend(check=True, mmu="ept")
     backend.load(0)
     board = backend.board
     slot = backend.vm.host.slot_create(0x2000_0000)
@@ -167,7 +167,7 @@ def test_a_vcpu_that_is_about_to_drop_its_root_holds_no_translations() -> None:
 
 
 def test_a_guest_that_runs_code_from_a_device_is_not_tried_again() -> None:
-    backend = EmulatorBackend(check=True)
+    backend = EmulatorBackend(check=True, mmu="ept")
     assert backend._run("load", rip=0x2000_0000) == "error"
     assert backend.board.stop is not None
     assert "cannot be emulated" in backend.board.stop.why

@@ -12,7 +12,7 @@ from refault.scenarios.emulator import EmulatorBackend
 
 @pytest.fixture
 def guest() -> Iterator[EmulatorBackend]:
-    backend = EmulatorBackend(check=True, params={"kvm_intel.eptad": "1"})
+    backend = EmulatorBackend(check=True, params={"kvm_intel.eptad": "1"}, mmu="ept")
     backend.store(0, 1)
     yield backend
     backend.close()
@@ -40,7 +40,7 @@ def test_an_armed_entry_does_not_escape_the_dirty_log(guest: EmulatorBackend, rw
 
 
 def test_an_armed_entry_that_aging_tracks_is_whole_again() -> None:
-    backend = EmulatorBackend(check=True)
+    backend = EmulatorBackend(check=True, mmu="ept")
     backend.store(0, 1)
     for rwx in range(8):
         backend.vm.host.ept_set(DATA_GPA, rwx)
