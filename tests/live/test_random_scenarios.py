@@ -36,3 +36,15 @@ def test_a_run_that_breaks_leaves_no_trace_instance(error: type[BaseException]) 
     with pytest.raises(error):
         run_on_kvm(breaks, swap=None)
     assert set((TRACEFS / "instances").iterdir()) <= before
+
+
+def test_a_result_that_is_longer_than_a_line_of_the_trace_is_whole() -> None:
+    from refault.scenarios.api import Scenario
+    from refault.scenarios.live.backend import run_on_kvm
+
+    def everything(s: Scenario) -> None:
+        s.manual_protect(3)
+        s.log_dirty(True)
+        s.get_dirty_log()
+
+    assert run_on_kvm(everything, swap=None).lines[-1] == f"<< GET_DIRTY_LOG: {list(range(2048))}"
