@@ -58,6 +58,7 @@ from kvm_model.mmu import (
     set_mem_attributes,
     shrinker,
     tdp_mmu,
+    tdp_pages,
     unsync,
 )
 from kvm_model.mmu.killed_by import KilledBy
@@ -113,7 +114,8 @@ TRACEPOINTS = (
     *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
     *pfncache.TRACEPOINTS, *pvclock.TRACEPOINTS, *x86_msr.TRACEPOINTS,
     *lapic.TRACEPOINTS, *smm.TRACEPOINTS, *apic_access.TRACEPOINTS,
-    *tdp_mmu.TRACEPOINTS, *unsync.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS,
+    *tdp_mmu.TRACEPOINTS, *tdp_pages.TRACEPOINTS, *unsync.TRACEPOINTS,
+    *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS,
     *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS, *set_mem_attributes.TRACEPOINTS,
     *async_pf.TRACEPOINTS, *x86_async_pf.TRACEPOINTS,
 )
