@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 JOBS ?= 2
 RUN_ARGS ?= --memory 64M --host-ram 24M --check --trace out/swap-storm.ndjson
 
-.PHONY: venv run test lint bench bench-check soak live matrix golden seed-doc clean help
+.PHONY: venv run test lint bench bench-check soak live fuzz-live matrix golden seed-doc clean help
 
 help:
 	@echo 'make run          a guest on a host with too little RAM, checked and traced to out/'
@@ -15,6 +15,7 @@ help:
 	@echo 'make bench        measure; bench-check holds the numbers to bench/targets.toml'
 	@echo 'make soak         random runs: SOAK_SEEDS (20) seeds from SOAK_FROM (100), SOAK_STEPS (20000) steps each, SOAK_OPS (120000) host operations'
 	@echo 'make live         the scenarios on this machine'\''s own KVM, where it can (refault/scenarios/live/README.md)'
+	@echo 'make fuzz-live    random scenarios there and here: FUZZ_COUNT (10) seeds of each group from FUZZ_FROM (0)'
 	@echo 'make matrix       every payload with each MMU, on each kernel, with 1, 2 and 4 vCPUs, as a table'
 	@echo 'make golden       record the golden traces of the payloads anew (PAYLOADS="migrate smp": only those)'
 	@echo 'make seed-doc     run the commands of docs/seed.md and write their output there'
@@ -54,6 +55,11 @@ soak: $(STAMP)
 # One at a time: events are the whole machine's.
 live: $(STAMP)
 	REFAULT_LIVE=1 $(BIN)/python -m pytest -q -p no:xdist tests/live
+
+FUZZ_FROM ?= 0
+FUZZ_COUNT ?= 10
+fuzz-live: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m tests.live.random_scenarios --from $(FUZZ_FROM) --count $(FUZZ_COUNT) $(FUZZ_ARGS)
 
 matrix: $(STAMP)
 	REFAULT_MATRIX=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/payloads/test_matrix.py

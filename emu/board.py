@@ -275,7 +275,7 @@ class Board:
         elif out.kind == "intr":
             self._handle_sigbus()
         else:
-            name = out.kind.upper().replace("-", "_")
+            name = out.kind.removesuffix("-exit").upper().replace("-", "_")
             why = self.cpu.unsupported or out.why
             self._stop_all("error", f"KVM_EXIT_{name} on vCPU {vcpu.vcpu_id}: {why}")
 

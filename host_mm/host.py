@@ -109,6 +109,7 @@ class HostMm:
         self.profile = profile
         self.params: dict[str, str] = dict(params or {})
         self.breaks = breaks
+        self.nr_cpus = int(self.params.get("mm.nr_cpus", "64"))
         self.seed = seed
         self.vmstat: defaultdict[str, int] = defaultdict(int)
         self.trace: Any = stream.bind(all_tracepoints(), profile.absent_events)
@@ -204,6 +205,13 @@ class HostMm:
     def zones(self) -> list[page_alloc.Zone]:
         """The zones of all nodes."""
         return self.allocator.zones
+
+    def smp_processor_id(self) -> int:
+        """The CPU that the current task is on: vCPU N's thread is on CPU N, everybody else on CPU 0.
+
+        `--param mm.nr_cpus=1` puts all on one, as a VMM has them whose only thread enters every vCPU.
+        """
+        return max(self.sched.current.ctx.vcpu, 0) % self.nr_cpus
 
     def numa_node_id(self, process: Process) -> int:
         """The node of the CPU that the current task, a thread of `process` or KVM's for it, runs on."""

@@ -156,8 +156,7 @@ class Lru:
 
     def batches(self) -> _Batches:
         """The current CPU's."""
-        # vCPU n's thread runs on CPU n; everybody else takes turns with vCPU 0 on CPU 0.
-        cpu = max(self.host.sched.current.ctx.vcpu, 0)
+        cpu = self.host.smp_processor_id()
         batches = self._cpus.get(cpu)
         if batches is None:
             batches = self._cpus[cpu] = _Batches()

@@ -132,7 +132,7 @@ class MemoryController:
     # -- the stock ----------------------------------------------------------------------------
 
     def _cpu_stock(self) -> dict[MemCgroup, int]:
-        cpu = max(self.host.sched.current.ctx.vcpu, 0)
+        cpu = self.host.smp_processor_id()
         stock = self.stock.get(cpu)
         if stock is None:
             stock = self.stock[cpu] = {}

@@ -27,7 +27,7 @@ from host_mm.kernel.errors import KernelError
 from kvm_model.dirty_log_rmap import apply_log_flag_by_rmap, enable_log_by_rmap
 from kvm_model.dirty_ring import kvm_dirty_ring_reset, kvm_dirty_ring_size_error
 from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KvmMemorySlot
-from kvm_model.mmu.mmu import kvm_mmu_max_mapping_level
+from kvm_model.mmu.faultin_pfn import kvm_mmu_max_mapping_level
 from kvm_model.mmu.spte import PG_LEVEL_2M, PG_LEVEL_4K
 from kvm_model.mmu.tdp_log import (
     kvm_tdp_mmu_clear_dirty_pt_masked,

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES, KvmMemorySlot
-from kvm_model.mmu.mmu import kvm_mmu_max_mapping_level
+from kvm_model.mmu.faultin_pfn import kvm_mmu_max_mapping_level
 from kvm_model.mmu.rmap_log import (
     kvm_rmap_clear_dirty_pt_masked,
     kvm_rmap_clear_dirty_slot,

@@ -47,6 +47,7 @@ from kvm_model.mem_attributes import KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM
 from kvm_model.memslots import KVM_MEM_GUEST_MEMFD, KvmMemslots
 from kvm_model.mmu import (
     fast_page_fault,
+    faultin_pfn,
     gfn_range,
     invalidate,
     mmio,
@@ -57,6 +58,7 @@ from kvm_model.mmu import (
     set_mem_attributes,
     shrinker,
     tdp_mmu,
+    tdp_pages,
     unsync,
 )
 from kvm_model.mmu.killed_by import KilledBy
@@ -108,11 +110,12 @@ KVM_CAP_DISABLE_QUIRKS2 = 213
 TRACEPOINTS = (
     *requests.TRACEPOINTS, *mmu_notifier.TRACEPOINTS, *memory_region.TRACEPOINTS,
     *follow_pfn.TRACEPOINTS, *gfn_range.TRACEPOINTS, *invalidate.TRACEPOINTS, *dirty_ring.TRACEPOINTS,
-    *mmu.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *page_track.TRACEPOINTS, *x86_emulate.TRACEPOINTS,
+    *faultin_pfn.TRACEPOINTS, *mmu_roots.TRACEPOINTS, *page_track.TRACEPOINTS, *x86_emulate.TRACEPOINTS,
     *fast_page_fault.TRACEPOINTS, *mmio.TRACEPOINTS,
     *pfncache.TRACEPOINTS, *pvclock.TRACEPOINTS, *x86_msr.TRACEPOINTS,
     *lapic.TRACEPOINTS, *smm.TRACEPOINTS, *apic_access.TRACEPOINTS,
-    *tdp_mmu.TRACEPOINTS, *unsync.TRACEPOINTS, *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS,
+    *tdp_mmu.TRACEPOINTS, *tdp_pages.TRACEPOINTS, *unsync.TRACEPOINTS,
+    *paging_tmpl.TRACEPOINTS, *x86.TRACEPOINTS,
     *x86_events.TRACEPOINTS, *vmx.TRACEPOINTS, *set_mem_attributes.TRACEPOINTS,
     *async_pf.TRACEPOINTS, *x86_async_pf.TRACEPOINTS,
 )

@@ -4,7 +4,10 @@ Source of truth: virt/kvm/kvm_main.c and arch/x86/kvm/mmu/* of the kernel that g
 name.
 
 Not modelled of 5.10: the role's bit for the guest's entry size, which says the opposite there; SPTE bits at
-other places; that a TDP MMU's root goes with the last vCPU that has it.
+other places; that a TDP MMU's root goes with the last vCPU that has it; what it does wrong in shadow paging
+and was mended (one pt_access for all levels, CVE-2021-38198, and tables that are linked before their children
+are synced: the switches one-pt-access and link-unsynced); that an emulated write to a table makes the new
+SPTE at once, and that a new upper table syncs unsync pages of its gfn instead of zapping them.
 """
 
 from __future__ import annotations
@@ -51,11 +54,10 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     `user_mem_slots`: memory slots that user space may have, KVM's own come behind. `max_vcpu_ids`: vCPUs are
     numbered below it; `max_vcpus`: how many there may be.
 
-    Of the walk of guest tables: `pt_access_per_level`: it keeps the rights on the way to each level, not only
-    those of the last table. `cmpxchg_gpte_by_gup`: it sets A and D in a frame that GUP gave, not through the
-    VMM's mapping. `smap_implicit_by_cpl`: any supervisor access at CPL 3 counts as implicit, not only what
-    KVM says is. `shadow_role_forces_nx`: shadow pages have NX whatever the guest's EFER says, and no bits of
-    the control registers while the guest's paging is off.
+    Of the walk of guest tables: `cmpxchg_gpte_by_gup`: it sets A and D in a frame that GUP gave, not through
+    the VMM's mapping. `smap_implicit_by_cpl`: any supervisor access at CPL 3 counts as implicit, not only
+    what KVM says is. `shadow_role_forces_nx`: shadow pages have NX whatever the guest's EFER says, and no
+    bits of the control registers while the guest's paging is off.
 
     `slot_zap_invalidates_roots`: a slot's deletion makes a TDP MMU's roots invalid and zaps them later,
     else it zaps below them at once, and who is asked to drop obsolete roots drops all.
@@ -109,7 +111,6 @@ class KvmProfile(msgspec.Struct, frozen=True, kw_only=True):
     log_flush_if_changed: bool = False
     init_set_protects_huge: bool = False
     collapses_any_compound_page: bool = False
-    pt_access_per_level: bool = True
     cmpxchg_gpte_by_gup: bool = False
     smap_implicit_by_cpl: bool = False
     shadow_role_forces_nx: bool = True
@@ -173,7 +174,6 @@ LINUX_5_10 = KvmProfile(
     user_mem_slots=509,
     max_vcpu_ids=1023,
     max_vcpus=288,
-    pt_access_per_level=False,
     cmpxchg_gpte_by_gup=True,
     smap_implicit_by_cpl=True,
     shadow_role_forces_nx=False,

@@ -414,9 +414,10 @@ class KvmTruths:
             sp = parent
         return True
 
-    def leaves_of(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """(sptep, gfn, level, SPTE) of every present leaf that maps anything in gfns [start, end)."""
-        return self._all_leaves(start, end)
+    def leaves_of(self, gfn: int, as_id: int) -> Iterator[int]:
+        """The SPTEs of the present leaves that map `gfn` of an address space."""
+        key = gfn | as_id << _SPACE_SHIFT
+        return (spte for _, _, _, spte in self._all_leaves(key, key + 1))
 
     def _all_leaves(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """(sptep, gfn, level, SPTE) of every present leaf that maps anything in [start, end) of one space."""

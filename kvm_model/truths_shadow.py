@@ -129,9 +129,9 @@ class ShadowTruths:
         self._noted_pages[sp.spt] = self.kvm.stream.ctx.cause
         truths = self.kvm.truths
         assert truths is not None
-        for _, gfn, _, spte in truths.leaves_of(sp.gfn, sp.gfn + 1):
+        for spte in truths.leaves_of(sp.gfn, role_smm(sp.role)):
             if spte & PT_WRITABLE_MASK:
-                self._check_protected(sp.gfn, spte, f" (leaf of gfn {gfn:#x})")
+                self._check_protected(sp.gfn, spte)
 
     def note_write(self, gpa: int, length: int) -> None:
         """An emulated write of the guest's, which KVM is about to look at."""
@@ -283,13 +283,7 @@ class ShadowTruths:
             return f"it points to {child!r}, not to gfn {gfn:#x}"
         if huge:
             return self._too_much(sp, role_access(child.role), access, gpte)
-        if not self.kvm.profile.pt_access_per_level:
-            # That kernel makes upper tables with the rights of the leaf that they were made for; what hangs
-            # below them for another leaf may have more.
-            return ""
         below = role_access(child.role)
-        if not self.kvm.profile.pt_access_per_level:
-            return ""
         return f"the page below has rights {below}, the guest gives {access}" if below & ~access else ""
 
     @staticmethod
@@ -305,11 +299,11 @@ class ShadowTruths:
 
     # -- checks ---------------------------------------------------------------------------------
 
-    def _check_protected(self, gfn: int, spte: int, more: str = "") -> None:
+    def _check_protected(self, gfn: int, spte: int) -> None:
         for sp in self.kvm.mmu_page_hash.get(gfn, ()):
             if not role_direct(sp.role) and not sp.unsync and not is_obsolete_sp(self.kvm, sp):
                 why = f"{spte:#x} lets the guest write gfn {gfn:#x}, a table that {sp!r} shadows in step"
-                self._broken("shadow-protected", why + more)
+                self._broken("shadow-protected", why)
 
     def _check_entry(self, sp: KvmMmuPage, index: int, seq: int | None) -> None:
         spte = self.kvm.ram.u64[sp.spt << 9 | index]

@@ -8,8 +8,7 @@ set_cr4_guest_host_mask, vmx_l1_guest_owned_cr0_bits.
 Under EPT the CPU loads these without an exit, so that only `kvm_set_sregs` and EFER come by here. The setters
 return false for what deserves a #GP and then change nothing.
 
-Not modelled: CR8; PCIDs and LAM, for which the guest's CPUID has no bits (setting them is #GP); the reset of
-asynchronous page faults when paging is switched.
+Not modelled: CR8; PCIDs and LAM, for which the guest's CPUID has no bits (setting them is #GP).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import KernelError
+from kvm_model.async_pf import kvm_clear_async_pf_completion_queue
 from kvm_model.guest_access import kvm_vcpu_read_guest
 from kvm_model.mmu.kvm_mmu import kvm_init_mmu
 from kvm_model.mmu.mmu_roots import kvm_mmu_reset_context
@@ -115,8 +115,11 @@ def _post_set_cr0(vcpu: Vcpu, old: int, cr0: int) -> None:
         if vcpu.kvm.tdp_enabled:
             kvm_init_mmu(vcpu)
             return
-    if changed & _CR0_PG and not cr0 & _CR0_PG:
-        kvm_make_request(KVM_REQ_TLB_FLUSH_GUEST, vcpu)
+    if changed & _CR0_PG:
+        kvm_clear_async_pf_completion_queue(vcpu)
+        vcpu.apf.gfns.clear()
+        if not cr0 & _CR0_PG:
+            kvm_make_request(KVM_REQ_TLB_FLUSH_GUEST, vcpu)
     if changed & _CR0_ROLE_BITS:
         kvm_mmu_reset_context(vcpu)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from refault.errors import UsageError
+from trace_events.ndjson import FORMAT
 
 if TYPE_CHECKING:
     from refault.vm import VM
@@ -42,6 +43,8 @@ def read_payload(name: str) -> bytes:
         raise UsageError(f"{name}: cannot be read: {exc.strerror}") from None
     if not data:
         raise UsageError(f"{name}: the file is empty")
+    if data.startswith(b'{"format":"%s"' % FORMAT.encode()):
+        raise UsageError(f"{name}: a trace file, not a guest image")
     return data
 
 

@@ -59,6 +59,7 @@ PARAMS: dict[str, Param] = {
     "mm.read_ahead_kb": Param("number", "128", "what a miss in the page cache reads around it"),
     "mm.max_gather_pages": Param("count", "9698", "pages that an unmap frees in one go"),
     "mm.movablecore": Param("size", "0", "memory of ZONE_MOVABLE, over all nodes; plain bytes or K, M, G"),
+    "mm.nr_cpus": Param("count", "64", "CPUs of the host: vCPU N's thread is on CPU N modulo this"),
     "mm.page_group_by_mobility": Param(
         "bool", "N", "keep what cannot move out of the blocks of what can, as large machines do"
     ),

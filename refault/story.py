@@ -35,6 +35,7 @@ from refault.analysis import (
     SPTE_INSTALL,
     SPTE_ZAP,
     Analysis,
+    gfn_of,
     is_ept_violation,
 )
 from trace_events.event import Event
@@ -203,8 +204,13 @@ def _story_line(analysis: Analysis, event: Event) -> str:
     if event.event == SPTE_ZAP:
         return f"{line}, because of {analysis.reason(event)}."
     zap = analysis.killer(event)
-    if zap is None or (event.event == SPTE_INSTALL and event not in analysis.answers(zap.seq)):
+    if zap is None:
         return f"{line}."
+    if event.event == SPTE_INSTALL:
+        # Of a fault on a linear address nobody knows the page: its mapping stands for it.
+        linear = [fault.seq for fault in analysis.answers(zap.seq) if gfn_of(fault) is None]
+        lost = event in analysis.answers(zap.seq) or event.cause in linear
+        return f"{line}: lost {duration(event.ts - zap.ts)} before, at #{zap.seq}." if lost else f"{line}."
     if event not in analysis.answers(zap.seq):
         return f"{line} yet: the first try was overtaken and comes again."
     return f"{line}: lost {duration(event.ts - zap.ts)} before, at #{zap.seq}."

@@ -272,6 +272,11 @@ class VM:
         """
         if (gva is None) == (gpa is None):
             raise TypeError("walk() wants gva=... or gpa=...")
+        if not 0 <= vcpu < len(self.board.vcpus):
+            raise IndexError(f"no vCPU {vcpu}; the machine has {len(self.board.vcpus)}")
+        for address in (gva, gpa):
+            if address is not None and not 0 <= address < 1 << 64:
+                raise ValueError(f"{address:#x} is no address: walk() wants 64 bits")
         shadow = self.config.mmu == "shadow"
         if gpa is not None:
             return shadow_walk_gpa(self.board, gpa) if shadow else walk_gpa(self.board, gpa, vcpu)

@@ -9,7 +9,6 @@
 | `migration.py` | compaction, exact frames, memory offline, mbind, long-term pins, bad memory |
 | `files.py` | memory that is a file's: fsync, holes, truncation, other processes' writes |
 | `guest_memfd.py` | memory of guest_memfd, private and shared; faults ahead of the guest |
-| `guest_memfd.py` | memory of guest_memfd, private and shared |
 | `gvt.py` | a GPU that the guest shares |
 | `hugetlb.py` | huge pages: the pool, memory made of them, a process that shares it |
 | `ksm.py` | samepage merging |

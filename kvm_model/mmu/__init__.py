@@ -6,8 +6,8 @@
     invalidate.py       the retry protocol                        mmu_roots.py     a vCPU's root
     spte.py             the encoding                              killed_by.py     which zap took a gfn
     tdp_iter.py         the walk                                  rcu.py           when tables may be freed
-    tdp_mmu.py          stores, roots, mapping                    tdp_zap.py tdp_age.py tdp_log.py
-    nx_huge_pages.py    code in huge pages, and its recovery      shrinker.py      tables given back
+    tdp_mmu.py          stores, mapping   tdp_pages.py tables, roots   tdp_zap.py tdp_age.py tdp_log.py
+    faultin_pfn.py      from a gfn to a frame and a level         shrinker.py      tables given back
     nx_huge_pages.py    code in huge pages, and its recovery      set_mem_attributes.py  private and shared
     pre_fault.py        mapping ahead of faults
     page_track.py       who hears of writes to a page             unprotect.py     giving shadow pages up

@@ -30,7 +30,8 @@ from kvm_model.mmu.spte import (
     is_shadow_present_pte,
 )
 from kvm_model.mmu.tdp_iter import TdpIter
-from kvm_model.mmu.tdp_mmu import is_access_allowed, root_to_sp, try_cmpxchg64
+from kvm_model.mmu.tdp_mmu import is_access_allowed, try_cmpxchg64
+from kvm_model.mmu.tdp_pages import root_to_sp
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ kvm_set_spte_hva with kvm_unmap_rmapp, kvm_age_rmapp, kvm_test_age_rmapp, kvm_se
 A VM with the TDP MMU has no rmaps, one without it has nothing else: a walk of a range visits the rmaps of all
 levels, so that the unmap of one 4K page takes the huge leaf over it along.
 
-Not modelled: huge entries in change_pte. Shadow paging adds: rmaps beside the TDP MMU.
+Not modelled: huge entries in change_pte.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ kvm_mmu_page_role in its low half and the extended bits in its high half:
 
 This CPU's guests have 1G pages, NX and PSE36 and as many address bits as the CPU: CPUID is not asked.
 
-Not modelled: protection keys, nested MMUs, SMM, the check of KVM's own entries for reserved bits
+Not modelled: protection keys, nested MMUs, the check of KVM's own entries for reserved bits
 (shadow_zero_check), CPUID that changes.
 """
 

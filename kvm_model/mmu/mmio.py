@@ -21,7 +21,7 @@ from kvm_model.mmu.shadow_spte import mmu_spte_set
 from kvm_model.mmu.shadow_walk import get_walk
 from kvm_model.mmu.spte import ACC_ALL, MMIO_SPTE_GEN_MASK, get_mmio_spte_generation
 from kvm_model.mmu.tdp_iter import TdpIter
-from kvm_model.mmu.tdp_mmu import root_to_sp
+from kvm_model.mmu.tdp_pages import root_to_sp
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:

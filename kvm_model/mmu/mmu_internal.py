@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "INVALID_PAGE", "KVM_MAX_HUGEPAGE_LEVEL", "KVM_PFN_ERR_FAULT", "KVM_PFN_ERR_HWPOISON",
     "KVM_PFN_ERR_NEEDS_IO", "KVM_PFN_ERR_RO_FAULT", "KVM_PFN_ERR_SIGPENDING", "KVM_PFN_NOSLOT",
+    "MMU_PAGE_FIELDS",
     "PFERR_FETCH_MASK", "PFERR_GUEST_FINAL_MASK", "PFERR_GUEST_PAGE_MASK", "PFERR_PRESENT_MASK",
     "PFERR_PRIVATE_ACCESS", "PFERR_RSVD_MASK", "PFERR_USER_MASK", "PFERR_WRITE_MASK",
     "RET_PF_CONTINUE", "RET_PF_EMULATE", "RET_PF_FIXED", "RET_PF_INVALID", "RET_PF_RETRY", "RET_PF_SPURIOUS",
@@ -26,9 +27,8 @@ __all__ = [
     "ROLE_LEVEL_MASK", "ROLE_PASSTHROUGH", "ROLE_QUADRANT_MASK", "ROLE_QUADRANT_SHIFT",
     "ROLE_SMAP_ANDNOT_WP", "ROLE_SMEP_ANDNOT_WP", "ROLE_SMM", "ROLE_SMM_SHIFT", "KvmMmuPage", "KvmPageFault",
     "fmt_mmu_page", "is_error_noslot_pfn", "is_error_pfn", "is_obsolete_sp", "page_args", "pferr_flags",
-    "role_access",
-    "role_direct", "role_has_4_byte_gpte", "role_level", "role_quadrant", "role_smm", "role_with_access",
-    "role_with_level", "role_with_quadrant", "tdp_root_role",
+    "role_access", "role_direct", "role_has_4_byte_gpte", "role_level", "role_quadrant", "role_smm",
+    "role_with_access", "role_with_level", "role_with_quadrant", "tdp_root_role",
 ]
 
 RET_PF_CONTINUE = 0
@@ -222,6 +222,10 @@ def page_args(sp: KvmMmuPage) -> tuple[int, int, int, int, bool]:
 def is_obsolete_sp(kvm: Kvm, sp: KvmMmuPage) -> bool:
     """Whether vCPUs must drop the page: it is invalid or, outside the TDP MMU, of an old generation."""
     return sp.invalid or (not sp.tdp_mmu_page and sp.mmu_valid_gen != kvm.mmu_valid_gen)
+
+
+MMU_PAGE_FIELDS = ("mmu_valid_gen", "gfn", "role", "root_count", "unsync")
+"""KVM_MMU_PAGE_FIELDS: how the events of mmutrace.h describe a page; page_args has the values."""
 
 
 def fmt_mmu_page(gen: int, gfn: int, role: int, root_count: int, unsync: bool) -> str:

@@ -40,7 +40,7 @@ from kvm_model.mmu.shadow_zap import (
     kvm_zap_obsolete_pages,
 )
 from kvm_model.mmu.spte import MMIO_SPTE_GEN_MASK
-from kvm_model.mmu.tdp_mmu import init_spt, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root, root_to_sp
+from kvm_model.mmu.tdp_pages import init_spt, kvm_tdp_mmu_alloc_root, kvm_tdp_mmu_put_root, root_to_sp
 from kvm_model.mmu.tdp_zap import (
     kvm_tdp_mmu_invalidate_roots,
     kvm_tdp_mmu_zap_all,

@@ -2,7 +2,7 @@
 
 Source of truth: arch/x86/kvm/mmu/paging_tmpl.h: walk_addr_generic, update_accessed_dirty_bits, gpte_access,
 gpte_changed, protect_clean_gpte, gva_to_gpa, is_last_gpte; mmu.c: nonpaging_gva_to_gpa; mmutrace.h; Linux
-6.18. 5.10: its cmpxchg_gpte, and one pt_access for all levels (CVE-2021-38198).
+6.18. 5.10: its cmpxchg_gpte.
 
 The guest's entries are read and updated through the VMM's mapping of its memory, as user space would: a
 table that the host swapped out or shares is faulted in, with the notifier brackets that this takes, and
@@ -291,7 +291,7 @@ def _walk_tables(walker: GuestWalker, vcpu: Vcpu, addr: int, access: int) -> tup
 
 
 def _note_pt_access(walker: GuestWalker, vcpu: Vcpu, access: int) -> None:
-    if vcpu.kvm.profile.pt_access_per_level and "one-pt-access" not in vcpu.kvm.breaks:
+    if "one-pt-access" not in vcpu.kvm.breaks:
         walker.pt_access[walker.level - 1] = access
     else:
         walker.pt_access = [access] * len(walker.pt_access)

@@ -7,8 +7,6 @@ kvm_mmu_zap_collapsible_spte.
 
 Nothing splits a huge leaf here: it loses W, and the next write maps 4K in its place. When logging ends the
 small leaves are zapped that could be huge, and faults map huge again.
-
-Not modelled: the page-wise protection of shadow paging's tables (kvm_vcpu_write_protect_gfn).
 """
 
 from __future__ import annotations

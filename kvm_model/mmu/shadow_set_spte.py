@@ -9,7 +9,8 @@ accessed. A direct page maps gfns in order, so its entries need no translation o
 guest's entries say what they map (shadow_fetch.py).
 
 6.18 puts an MMIO SPTE over a present leaf where the guest changed its entry from memory to none without a
-flush, and forgets the rmap; that was mended later, and is here (it is the switch mmio-over-leaf).
+flush, or where another vCPU mapped the gfn by a slot that was just made; it forgets the rmap. That was mended
+later, and is here (it is the switch mmio-over-leaf).
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ from kvm_model.mmu.mmu_internal import (
     KvmMmuPage,
     KvmPageFault,
     role_access,
-    role_direct,
 )
 from kvm_model.mmu.rmap import rmap_add
 from kvm_model.mmu.shadow_spte import kvm_mmu_page_get_gfn, kvm_mmu_page_set_access, mmu_spte_update
@@ -89,7 +89,7 @@ def _set_mmio_spte(vcpu: Vcpu, sp: KvmMmuPage, sptep: int, gfn: int, access: int
     kvm = vcpu.kvm
     old_kernel = kvm.profile.noslot_drops_leaf
     flush = False
-    if old_kernel or (not role_direct(sp.role) and "mmio-over-leaf" not in kvm.breaks):
+    if old_kernel or "mmio-over-leaf" not in kvm.breaks:
         flush, _ = _make_room(kvm, sptep, sp.level, KVM_PFN_NOSLOT)
     vcpu.stat["pf_mmio_spte_created"] += 1
     mark_mmio_spte(vcpu, sptep, gfn, access)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from kvm_model.mmu.spte import PG_LEVEL_4K, is_last_spte, is_shadow_present_pte, spte_ad_enabled
 from kvm_model.mmu.tdp_iter import TdpIter
-from kvm_model.mmu.tdp_mmu import fetch_and64, for_each_tdp_mmu_root, spte_changed, try_cmpxchg64
+from kvm_model.mmu.tdp_mmu import fetch_and64, spte_changed, try_cmpxchg64
+from kvm_model.mmu.tdp_pages import for_each_tdp_mmu_root
 
 if TYPE_CHECKING:
     from kvm_model.kvm_main import Kvm

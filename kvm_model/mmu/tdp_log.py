@@ -27,14 +27,16 @@ from kvm_model.mmu.spte import (
 from kvm_model.mmu.tdp_iter import TdpIter
 from kvm_model.mmu.tdp_mmu import (
     fetch_and64,
-    for_each_tdp_mmu_root,
-    for_each_tdp_mmu_root_yield_safe,
-    init_spt,
     spte_changed,
-    tdp_mmu_init_child_sp,
     tdp_mmu_iter_set_spte,
     tdp_mmu_set_spte_atomic,
     tdp_mmu_split_huge_page,
+)
+from kvm_model.mmu.tdp_pages import (
+    for_each_tdp_mmu_root,
+    for_each_tdp_mmu_root_yield_safe,
+    init_spt,
+    tdp_mmu_init_child_sp,
 )
 from kvm_model.mmu.tdp_zap import tdp_mmu_iter_cond_resched
 from kvm_model.requests import kvm_flush_remote_tlbs

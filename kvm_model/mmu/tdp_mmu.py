@@ -1,15 +1,16 @@
-"""The TDP MMU: SPTE stores, roots, table pages, and the mapping of one fault.
+"""The TDP MMU: SPTE stores, and the mapping of one fault.
 
 Source of truth: arch/x86/kvm/mmu/tdp_mmu.c (Linux 6.18): handle_changed_spte, handle_removed_pt,
-tdp_mmu_set_spte(_atomic), kvm_tdp_mmu_alloc_root/put_root, kvm_tdp_mmu_map,
-tdp_mmu_map_handle_target_level, tdp_mmu_link_sp, tdp_mmu_split_huge_page; mmu/mmutrace.h.
+tdp_mmu_set_spte(_atomic), kvm_tdp_mmu_map, tdp_mmu_map_handle_target_level, tdp_mmu_link_sp,
+tdp_mmu_split_huge_page; mmu/mmutrace.h.
 
 Every store to an SPTE goes through `kvm_tdp_mmu_write_spte`, `try_cmpxchg64`, `xchg64` or
 `fetch_and64` here, and every change is told to handle_changed_spte or `spte_changed`, which trace it
 and note it for the truths. What a zap removed is remembered in `kvm.killed_by`.
 
 A lock's holder is on another CPU than the rest: `sched.race` stands between an SPTE's read and its
-atomic update. Zapping is in tdp_zap.py, dirty logging in tdp_log.py, aging in tdp_age.py.
+atomic update. Table pages and roots are in tdp_pages.py, zapping is in tdp_zap.py,
+dirty logging in tdp_log.py, aging in tdp_age.py.
 
 Not modelled: mirror (TDX) roots, CONFIG_KVM_PROVE_MMU.
 """
@@ -20,7 +21,6 @@ from errno import EBUSY
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth
-from host_mm.page import put_page
 from kvm_model.guest_access import kvm_vcpu_memslots
 from kvm_model.memslots import (
     kvm_gfn_is_write_tracked,
@@ -34,10 +34,9 @@ from kvm_model.mmu.mmu_internal import (
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
     RET_PF_WRITE_PROTECTED,
-    ROLE_INVALID,
     KvmMmuPage,
     KvmPageFault,
-    fmt_mmu_page,
+    page_args,
     role_smm,
 )
 from kvm_model.mmu.spte import (
@@ -45,7 +44,6 @@ from kvm_model.mmu.spte import (
     FROZEN_SPTE,
     PT_PAGE_SIZE_MASK,
     PT_WRITABLE_MASK,
-    SHADOW_NONPRESENT_VALUE,
     SPTE_MMU_PRESENT_MASK,
     get_mmio_spte_generation,
     is_last_spte,
@@ -54,30 +52,24 @@ from kvm_model.mmu.spte import (
     spte_to_pfn,
 )
 from kvm_model.mmu.tdp_iter import TdpIter, spte_to_child_pt
+from kvm_model.mmu.tdp_pages import root_to_sp, tdp_mmu_free_sp, tdp_mmu_init_child_sp
 from kvm_model.requests import kvm_flush_remote_tlbs_gfn
 from trace_events.tracepoint import Tracepoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
 
     from kvm_model.kvm_main import Kvm
     from kvm_model.vcpu import Vcpu
 
 __all__ = [
-    "TRACEPOINTS", "disallowed_hugepage_adjust", "fetch_and64", "for_each_tdp_mmu_root",
-    "for_each_tdp_mmu_root_yield_safe", "handle_changed_spte", "init_spt", "invalidate_root",
-    "is_access_allowed", "kvm_tdp_mmu_alloc_root", "kvm_tdp_mmu_map", "kvm_tdp_mmu_put_root",
-    "kvm_tdp_mmu_write_spte", "root_to_sp", "spte_changed", "tdp_mmu_free_sp", "tdp_mmu_init_child_sp",
-    "tdp_mmu_iter_set_spte", "tdp_mmu_set_spte_atomic", "tdp_mmu_split_huge_page", "trace_kvm_mmu_set_spte",
-    "trace_set_spte",
+    "TRACEPOINTS", "disallowed_hugepage_adjust", "fetch_and64", "handle_changed_spte", "is_access_allowed",
+    "kvm_tdp_mmu_map", "kvm_tdp_mmu_write_spte", "spte_changed", "tdp_mmu_iter_set_spte",
+    "tdp_mmu_set_spte_atomic", "tdp_mmu_split_huge_page", "trace_kvm_mmu_set_spte", "trace_set_spte",
     "try_cmpxchg64", "xchg64",
 ]
 
-_EMPTY_TABLE = SHADOW_NONPRESENT_VALUE.to_bytes(8, "little") * 512
 _MASK64 = (1 << 64) - 1
 _PAGE_STAT = {1: "pages_4k", 2: "pages_2m", 3: "pages_1g"}
-
-_PAGE_FIELDS = ("mmu_valid_gen", "gfn", "role", "root_count", "unsync")
 
 KVM_TDP_MMU_SPTE_CHANGED = Tracepoint(
     "kvmmmu", "kvm_tdp_mmu_spte_changed", ("gfn", "old_spte", "new_spte", "level", "as_id"),
@@ -98,12 +90,6 @@ MARK_MMIO_SPTE = Tracepoint(
     "kvmmmu", "mark_mmio_spte", ("sptep", "gfn", "access", "gen"),
     lambda sptep, gfn, access, gen: f"sptep:{sptep:016x} gfn {gfn:x} access {access:x} gen {gen:x}",
 )
-KVM_MMU_GET_PAGE = Tracepoint(
-    "kvmmmu", "kvm_mmu_get_page", (*_PAGE_FIELDS, "created"),
-    lambda gen, gfn, role, root_count, unsync, created:
-        f"{fmt_mmu_page(gen, gfn, role, root_count, unsync)} {'new' if created else 'existing'}",
-)
-KVM_MMU_PREPARE_ZAP_PAGE = Tracepoint("kvmmmu", "kvm_mmu_prepare_zap_page", _PAGE_FIELDS, fmt_mmu_page)
 KVM_MMU_SPLIT_HUGE_PAGE = Tracepoint(
     "kvmmmu", "kvm_mmu_split_huge_page", ("gfn", "spte", "level", "errno"),
     lambda gfn, spte, level, errno: f"gfn {gfn:x} spte {spte:x} level {level} errno {errno}",
@@ -121,8 +107,8 @@ SPTE_INSTALL = Tracepoint(
 )
 
 TRACEPOINTS = (
-    KVM_TDP_MMU_SPTE_CHANGED, KVM_MMU_SET_SPTE, KVM_MMU_SPTE_REQUESTED, MARK_MMIO_SPTE, KVM_MMU_GET_PAGE,
-    KVM_MMU_PREPARE_ZAP_PAGE, KVM_MMU_SPLIT_HUGE_PAGE, SPTE_ZAP, SPTE_INSTALL,
+    KVM_TDP_MMU_SPTE_CHANGED, KVM_MMU_SET_SPTE, KVM_MMU_SPTE_REQUESTED, MARK_MMIO_SPTE,
+    KVM_MMU_SPLIT_HUGE_PAGE, SPTE_ZAP, SPTE_INSTALL,
 )
 
 
@@ -218,7 +204,7 @@ def _handle_removed_pt(kvm: Kvm, pt: int, shared: bool, why: str) -> None:
     sp = kvm.sps[pt >> 9]
     level = sp.level
     if (t := kvm.trace.kvm_mmu_prepare_zap_page) is not None:
-        t(*_page_args(sp))
+        t(*page_args(sp))
     if sp.nx_huge_page_disallowed:
         with kvm.tdp_mmu_pages_lock:
             kvm.nx_recovery.untrack(sp)
@@ -253,101 +239,6 @@ def tdp_mmu_iter_set_spte(kvm: Kvm, it: TdpIter, new: int, why: str = "replace")
     old = kvm_tdp_mmu_write_spte(kvm, it.sptep, it.old_spte, new, it.level)
     it.old_spte = old
     handle_changed_spte(kvm, it.sptep, it.as_id, it.gfn, old, new, it.level, False, why)
-
-
-# -- table pages and roots ----------------------------------------------------------------------
-
-
-def _page_args(sp: KvmMmuPage) -> tuple[int, int, int, int, bool]:
-    return sp.mmu_valid_gen, sp.gfn, sp.role, 0, False
-
-
-def init_spt(kvm: Kvm, pfn: int) -> None:
-    """Fill a table page with the non-present value."""
-    kvm.ram.b[pfn << 12 : (pfn + 1) << 12] = _EMPTY_TABLE
-
-
-def tdp_mmu_free_sp(kvm: Kvm, sp: KvmMmuPage) -> None:
-    """Give the table page back to the host."""
-    kvm.sps.pop(sp.spt, None)
-    put_page(kvm.host, sp.spt)
-
-
-def _tdp_mmu_init_sp(kvm: Kvm, spt: int, ptep: int, gfn: int, role: int) -> KvmMmuPage:
-    sp = KvmMmuPage(spt, ptep, gfn, role)
-    kvm.sps[spt] = sp
-    if (t := kvm.trace.kvm_mmu_get_page) is not None:
-        t(*_page_args(sp), True)
-    return sp
-
-
-def tdp_mmu_init_child_sp(kvm: Kvm, spt: int, it: TdpIter) -> KvmMmuPage:
-    """A table page that is to hang below the iterator's SPTE."""
-    return _tdp_mmu_init_sp(kvm, spt, it.sptep, it.gfn, kvm.sps[it.sptep >> 9].role - 1)
-
-
-def root_to_sp(kvm: Kvm, root_hpa: int) -> KvmMmuPage:
-    """The page of a root."""
-    return kvm.sps[root_hpa >> 12]
-
-
-def kvm_tdp_mmu_put_root(kvm: Kvm, root: KvmMmuPage) -> None:
-    """Drop a reference; the last one, of an invalid root, frees it."""
-    root.root_count -= 1
-    if root.root_count:
-        return
-    if not root.invalid:
-        raise BrokenTruth("root-refcount", f"the last reference to a valid root was dropped: {root!r}")
-    with kvm.tdp_mmu_pages_lock:
-        kvm.tdp_mmu_roots.remove(root)
-    kvm.rcu.call_rcu(lambda: tdp_mmu_free_sp(kvm, root))
-
-
-def for_each_tdp_mmu_root(kvm: Kvm, as_id: int, *, invalid: bool = False) -> Iterator[KvmMmuPage]:
-    """The roots of an address space, -1: of all, under mmu_lock for write or RCU: valid ones, or all."""
-    for root in tuple(kvm.tdp_mmu_roots):
-        if (invalid or not root.invalid) and as_id in (-1, role_smm(root.role)):
-            yield root
-
-
-def for_each_tdp_mmu_root_yield_safe(
-    kvm: Kvm, as_id: int = -1, *, invalid: bool = False
-) -> Iterator[KvmMmuPage]:
-    """The same, each referenced while the body runs, so that it may drop mmu_lock."""
-    roots = kvm.tdp_mmu_roots
-    position = 0
-    while position < len(roots):
-        root = roots[position]
-        other = as_id not in (-1, role_smm(root.role))
-        if (root.invalid and not invalid) or not root.root_count or other:
-            position += 1
-            continue
-        root.root_count += 1
-        yield root
-        position = roots.index(root) + 1
-        last = root.root_count == 1
-        kvm_tdp_mmu_put_root(kvm, root)
-        position -= last
-
-
-def kvm_tdp_mmu_alloc_root(vcpu: Vcpu) -> int:
-    """Take a reference to the valid root of the vCPU's role, made if there is none; its address."""
-    kvm = vcpu.kvm
-    role = vcpu.mmu.root_role
-    kvm.mmu_lock.read_lock()
-    try:
-        with kvm.tdp_mmu_pages_lock:
-            for root in kvm.tdp_mmu_roots:
-                if root.role == role:
-                    root.root_count += 1
-                    return root.spt << 12
-            root = _tdp_mmu_init_sp(kvm, vcpu.mmu_shadow_page_cache.pop(), -1, 0, role)
-            # One reference is the vCPU's, the other the MMU's own until the root is invalidated.
-            root.root_count = 2
-            kvm.tdp_mmu_roots.insert(0, root)
-            return root.spt << 12
-    finally:
-        kvm.mmu_lock.read_unlock()
 
 
 # -- mapping a fault ----------------------------------------------------------------------------
@@ -508,10 +399,3 @@ def disallowed_hugepage_adjust(kvm: Kvm, fault: KvmPageFault, spte: int, cur_lev
         mask = kvm_pages_per_hpage(cur_level) - kvm_pages_per_hpage(cur_level - 1)
         fault.pfn |= fault.gfn & mask
         fault.goal_level -= 1
-
-
-def invalidate_root(root: KvmMmuPage) -> None:
-    """Mark a root invalid; its zap is due."""
-    if not root.invalid:
-        root.scheduled_to_zap = True
-        root.role |= ROLE_INVALID

@@ -23,7 +23,8 @@ from kvm_model.mmu.spte import (
     is_shadow_present_pte,
 )
 from kvm_model.mmu.tdp_iter import TdpIter
-from kvm_model.mmu.tdp_mmu import for_each_tdp_mmu_root, tdp_mmu_iter_set_spte
+from kvm_model.mmu.tdp_mmu import tdp_mmu_iter_set_spte
+from kvm_model.mmu.tdp_pages import for_each_tdp_mmu_root
 from kvm_model.requests import kvm_flush_remote_tlbs_gfn
 
 if TYPE_CHECKING:

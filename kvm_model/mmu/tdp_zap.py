@@ -21,13 +21,8 @@ from kvm_model.mmu.spte import (
     is_shadow_present_pte,
 )
 from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE, TdpIter
-from kvm_model.mmu.tdp_mmu import (
-    for_each_tdp_mmu_root_yield_safe,
-    invalidate_root,
-    kvm_tdp_mmu_put_root,
-    tdp_mmu_iter_set_spte,
-    tdp_mmu_set_spte_atomic,
-)
+from kvm_model.mmu.tdp_mmu import tdp_mmu_iter_set_spte, tdp_mmu_set_spte_atomic
+from kvm_model.mmu.tdp_pages import for_each_tdp_mmu_root_yield_safe, invalidate_root, kvm_tdp_mmu_put_root
 from kvm_model.requests import kvm_flush_remote_tlbs
 
 if TYPE_CHECKING:

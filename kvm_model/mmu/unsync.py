@@ -18,7 +18,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvm_model.memslots import KvmMemorySlot, kvm_gfn_is_write_tracked
-from kvm_model.mmu.mmu_internal import KvmMmuPage, fmt_mmu_page, is_obsolete_sp, page_args, role_direct
+from kvm_model.mmu.mmu_internal import (
+    MMU_PAGE_FIELDS,
+    KvmMmuPage,
+    fmt_mmu_page,
+    is_obsolete_sp,
+    page_args,
+    role_direct,
+)
 from kvm_model.mmu.rmap import rmap_sptes
 from kvm_model.mmu.spte import (
     ACC_WRITE_MASK,
@@ -45,9 +52,8 @@ __all__ = [
 _KVM_PAGE_ARRAY_NR = 16
 _PT64_ROOT_MAX_LEVEL = 5
 
-_PAGE_FIELDS = ("mmu_valid_gen", "gfn", "role", "root_count", "unsync")
-KVM_MMU_SYNC_PAGE = Tracepoint("kvmmmu", "kvm_mmu_sync_page", _PAGE_FIELDS, fmt_mmu_page)
-KVM_MMU_UNSYNC_PAGE = Tracepoint("kvmmmu", "kvm_mmu_unsync_page", _PAGE_FIELDS, fmt_mmu_page)
+KVM_MMU_SYNC_PAGE = Tracepoint("kvmmmu", "kvm_mmu_sync_page", MMU_PAGE_FIELDS, fmt_mmu_page)
+KVM_MMU_UNSYNC_PAGE = Tracepoint("kvmmmu", "kvm_mmu_unsync_page", MMU_PAGE_FIELDS, fmt_mmu_page)
 TRACEPOINTS = (KVM_MMU_SYNC_PAGE, KVM_MMU_UNSYNC_PAGE)
 
 UnsyncPages = list[tuple[KvmMmuPage, int]]

@@ -15,7 +15,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("payload", help="see refault list payloads, or a file")
     parser.add_argument(
-        "words", nargs="*", type=word, metavar="NAME=VALUE", help="parameters of the payload, e.g. pages=512"
+        "words", nargs="*", default=[], type=word, metavar="NAME=VALUE",
+        help="parameters of the payload, e.g. pages=512",
     )
     configure_machine(parser.add_argument_group("the machine"))
     _configure_watching(parser.add_argument_group("watching"))

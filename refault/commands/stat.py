@@ -20,7 +20,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("trace", help="a trace file; with --kvm a payload (refault list payloads) or a file")
     parser.add_argument(
-        "words", nargs="*", type=word, metavar="NAME=VALUE", help="with --kvm: parameters of the payload"
+        "words", nargs="*", default=[], type=word, metavar="NAME=VALUE",
+        help="with --kvm: parameters of the payload",
     )
     parser.add_argument("--kvm", action="store_true", help="run a payload and print KVM's own statistics")
     parser.add_argument("--event", choices=_KINDS, default="vmexit", help="what to count (default: vmexit)")

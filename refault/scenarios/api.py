@@ -74,13 +74,13 @@ class Scenario(KvmSteps):
         title = title or f"mprotect(D+{offset:#x},{length:#x},{prot})"
         return self._step(title, "mprotect", offset, length, prot)
 
-    def munmap(self, offset: int, length: int, title: str) -> Any:
+    def munmap(self, offset: int, length: int, title: str = "") -> Any:
         """munmap."""
-        return self._step(title, "munmap", offset, length)
+        return self._step(title or f"munmap(D+{offset:#x},{length:#x})", "munmap", offset, length)
 
-    def mmap_fixed(self, offset: int, length: int, title: str) -> Any:
+    def mmap_fixed(self, offset: int, length: int, title: str = "") -> Any:
         """mmap(MAP_FIXED)."""
-        return self._step(title, "mmap_fixed", offset, length)
+        return self._step(title or f"mmap(FIXED, D+{offset:#x},{length:#x})", "mmap_fixed", offset, length)
 
     def mremap(self, offset: int, length: int, to: int, title: str = "") -> Any:
         """mremap(MREMAP_MAYMOVE | MREMAP_FIXED)."""
@@ -107,13 +107,13 @@ class Scenario(KvmSteps):
         """clear_refs."""
         return self._step(f"clear_refs {kind}", "clear_refs", kind)
 
-    def pin(self, offset: int, title: str) -> Any:
+    def pin(self, offset: int, title: str = "") -> Any:
         """A long-term pin."""
-        return self._step(title, "pin", offset)
+        return self._step(title or f"pin D+{offset:#x}", "pin", offset)
 
-    def unpin(self, title: str) -> Any:
+    def unpin(self, title: str = "") -> Any:
         """Pins back."""
-        return self._step(title, "unpin")
+        return self._step(title or "unpin", "unpin")
 
     def op(self, name: str, *args: int) -> Any:
         """A host operation by its name in the registry (`refault list operations`); emulator only."""
@@ -158,21 +158,26 @@ class Scenario(KvmSteps):
         self._step(f"moved {len(moved)} of {len(offsets)}: {numbers}", "nothing")
         return moved
 
-    def move_pages(self, offset: int, node: int, title: str) -> Any:
+    def move_pages(self, offset: int, node: int, title: str = "") -> Any:
         """move_pages."""
-        return self._step(title, "move_pages", offset, node)
+        return self._step(title or f"move_pages(D+{offset:#x}, node{node})", "move_pages", offset, node)
 
-    def mbind(self, offset: int, length: int, node: int, title: str) -> Any:
+    def mbind(self, offset: int, length: int, node: int, title: str = "") -> Any:
         """mbind."""
+        title = title or f"mbind(D+{offset:#x},{length:#x}, node{node})"
         return self._step(title, "mbind", offset, length, node)
 
     def begin(self) -> None:
         """The event sequence begins here."""
         self.backend.begin()
 
-    def ksmd(self, title: str, *, use_zero_pages: bool = False) -> Any:
+    def ksmd(self, title: str = "", *, use_zero_pages: bool = False) -> Any:
         """ksmd runs."""
-        return self._step(title, "ksmd", use_zero_pages)
+        return self._step(title or "ksmd", "ksmd", use_zero_pages)
+
+    def settle(self) -> None:
+        """What waits in the LRU's batches goes to its lists, and nobody holds it for that; no step."""
+        self.backend.settle()
 
     def idle(self, ns: int, title: str = "") -> None:
         """The VMM sleeps; a step only with a title."""
@@ -181,21 +186,21 @@ class Scenario(KvmSteps):
         else:
             self.backend.idle(ns)
 
-    def punch_hole(self, offset: int, length: int, title: str) -> Any:
+    def punch_hole(self, offset: int, length: int, title: str = "") -> Any:
         """A hole in the file."""
-        return self._step(title, "punch_hole", offset, length)
+        return self._step(title or f"PUNCH_HOLE(D+{offset:#x},{length:#x})", "punch_hole", offset, length)
 
-    def ftruncate(self, size: int, title: str) -> Any:
+    def ftruncate(self, size: int, title: str = "") -> Any:
         """Another size of the file."""
-        return self._step(title, "ftruncate", size)
+        return self._step(title or f"ftruncate({size:#x})", "ftruncate", size)
 
-    def memcg_limit(self, pages: int, title: str) -> Any:
+    def memcg_limit(self, pages: int, title: str = "") -> Any:
         """A memory cgroup's limit falls below its usage."""
-        return self._step(title, "memcg_limit", pages)
+        return self._step(title or f"limit = usage - {pages} pages", "memcg_limit", pages)
 
-    def memcg_squeeze(self, pages: int, title: str) -> Any:
+    def memcg_squeeze(self, pages: int, title: str = "") -> Any:
         """The limit falls below the usage and is lifted again."""
-        return self._step(title, "memcg_squeeze", pages)
+        return self._step(title or f"limit = usage - {pages} pages, and none", "memcg_squeeze", pages)
 
     def pages_gone(self, pages: int) -> Any:
         """Were pages reclaimed?"""
@@ -205,9 +210,9 @@ class Scenario(KvmSteps):
         """fsync of the file."""
         return self._step(title, "fsync")
 
-    def pwrite(self, offset: int, data: bytes, title: str) -> Any:
+    def pwrite(self, offset: int, data: bytes, title: str = "") -> Any:
         """A write into the file, not through its mapping."""
-        return self._step(title, "pwrite", offset, data)
+        return self._step(title or f"pwrite({offset:#x}, {len(data)} bytes)", "pwrite", offset, data)
 
     def damon_on(self, offset: int) -> Any:
         """DAMON starts."""
@@ -226,6 +231,6 @@ class Scenario(KvmSteps):
         """How its faults are answered from now on; no step."""
         self.backend.uffd_answer(kind)
 
-    def uffd_copy(self, offset: int, title: str) -> Any:
+    def uffd_copy(self, offset: int, title: str = "") -> Any:
         """UFFDIO_COPY."""
-        return self._step(title, "uffd_copy", offset)
+        return self._step(title or f"UFFDIO_COPY D+{offset:#x}", "uffd_copy", offset)

@@ -50,7 +50,7 @@ class KvmSteps:
         return self._step(title, "complete", value)
 
     def loop(
-        self, offset: int, count: int, title: str,
+        self, offset: int, count: int, title: str = "guest loop",
         beside: Sequence[tuple[int, str, tuple[Any, ...]]] = (),
     ) -> Any:
         """A guest loop of stores to two pages, and what another thread of the VMM does meanwhile."""
@@ -64,9 +64,9 @@ class KvmSteps:
         """The VMM stores the guest's PTE of D + offset, to D + `to`, or to where it was; no step."""
         self.backend.poke_pte(offset, pte(offset if to is None else to, bits) if bits else 0)
 
-    def st_pte(self, offset: int, entry: int, title: str) -> Any:
+    def st_pte(self, offset: int, entry: int, title: str = "") -> Any:
         """The guest stores its PTE of D + offset."""
-        return self._step(title, "store_pte", offset, entry)
+        return self._step(title or f"guest st PTE of D+{offset:#x} := {entry:#x}", "store_pte", offset, entry)
 
     def load_cr3(self, root: int = 0x2000, title: str = "SET_SREGS reload cr3 (flush)") -> Any:
         """KVM_SET_SREGS with that CR3."""
@@ -79,34 +79,38 @@ class KvmSteps:
         return self.backend.memory_for_slot(size)
 
     def set_slot(
-        self, title: str, slot: int = 1, offset: int = 0, size: int = DATA_SIZE, memory: int = 0,
+        self, title: str = "", slot: int = 1, offset: int = 0, size: int = DATA_SIZE, memory: int = 0,
         flags: int = 0,
     ) -> Any:
         """KVM_SET_USER_MEMORY_REGION: the VMM's memory at D + `memory` is the guest's at D + `offset`."""
+        title = title or f"slot {slot} := D+{offset:#x},{size:#x} flags {flags}"
         return self._step(title, "set_slot", slot, offset, size, memory, flags)
 
-    def delete_slot(self, title: str, slot: int = 1, offset: int = 0) -> Any:
+    def delete_slot(self, title: str = "", slot: int = 1, offset: int = 0) -> Any:
         """KVM_SET_USER_MEMORY_REGION with size 0."""
-        return self._step(title, "set_slot", slot, offset, 0, 0, 0)
+        return self._step(title or f"delete slot {slot}", "set_slot", slot, offset, 0, 0, 0)
 
-    def guest_memfd(self, size: int, flags: int, title: str) -> Any:
+    def guest_memfd(self, size: int, flags: int, title: str = "") -> Any:
         """KVM_CREATE_GUEST_MEMFD."""
+        title = title or f"KVM_CREATE_GUEST_MEMFD size={size:#x} flags={flags}"
         return self._step(title, "create_guest_memfd", size, flags)
 
-    def mmap_guest_memfd(self, title: str) -> Any:
+    def mmap_guest_memfd(self, title: str = "") -> Any:
         """The VMM maps the guest_memfd."""
-        return self._step(title, "mmap_guest_memfd")
+        return self._step(title or "mmap guest_memfd", "mmap_guest_memfd")
 
-    def set_guest_memfd_slot(self, slot: int, offset: int, title: str) -> Any:
+    def set_guest_memfd_slot(self, slot: int, offset: int, title: str = "") -> Any:
         """KVM_SET_USER_MEMORY_REGION2 of the guest_memfd."""
+        title = title or f"slot {slot} guest_memfd at D+{offset:#x}"
         return self._step(title, "set_guest_memfd_slot", slot, offset)
 
-    def read_guest_memfd(self, offset: int, title: str) -> Any:
+    def read_guest_memfd(self, offset: int, title: str = "") -> Any:
         """The VMM reads through its mapping."""
-        return self._step(title, "read_guest_memfd", offset)
+        return self._step(title or f"host read guest_memfd+{offset:#x}", "read_guest_memfd", offset)
 
-    def punch_guest_memfd(self, offset: int, length: int, title: str) -> Any:
+    def punch_guest_memfd(self, offset: int, length: int, title: str = "") -> Any:
         """A hole in the guest_memfd."""
+        title = title or f"PUNCH_HOLE guest_memfd+{offset:#x},{length:#x}"
         return self._step(title, "punch_guest_memfd", offset, length)
 
     # -- dirty tracking -----------------------------------------------------------------------
@@ -134,9 +138,9 @@ class KvmSteps:
         title = f"CLEAR_DIRTY_LOG first={first} num={count} pages={shown}"
         return self._step(title, "clear_dirty_log", first, count, pages)
 
-    def dirty_ring(self, title: str) -> Any:
+    def dirty_ring(self, title: str = "") -> Any:
         """What is in the ring."""
-        return self._step(title, "dirty_ring")
+        return self._step(title or "dirty ring", "dirty_ring")
 
     def reset_dirty_rings(self) -> Any:
         """Harvest and reset."""

@@ -174,6 +174,10 @@ class Backend(Protocol):
         """A guest load after which the VMM's thread loses the CPU for `ns`."""
         ...
 
+    def settle(self) -> None:
+        """Empty the LRU's batches (lru_add_drain), whose references let pages be copied or kept."""
+        ...
+
     def idle(self, ns: int) -> Any:
         """The VMM sleeps."""
         ...

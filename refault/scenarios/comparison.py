@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 
 import msgspec
 
-from refault.scenarios.explained import Difference, Explanation, differences, explain
+from refault.scenarios.explained import Difference, Explanation, differences, explain, in_their_order
 from refault.scenarios.invariants import INVARIANTS
 from refault.scenarios.normal import Recording, host_side
 
@@ -62,8 +62,9 @@ def compare(
         return Comparison(name, mine, other, [], [], [], _broken(name, mine, other))
     if whole and stats and repeats != "but for slot 0":
         mine, other = _with_stats(mine, ours, theirs), _with_stats(other, theirs, ours)
-    excused, unexplained, unneeded = explain(name, differences(_same_names(mine, other, ours.freed), other))
-    return Comparison(name, mine, other, excused, unexplained, unneeded if whole else [], [])
+    renamed, moved = in_their_order(_same_names(mine, other, ours.freed), other)
+    excused, unexplained, unneeded = explain(name, differences(renamed, other))
+    return Comparison(name, mine, other, [*moved, *excused], unexplained, unneeded if whole else [], [])
 
 
 def _prepared(recording: Recording, repeats: str, whole: bool) -> list[str]:

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EmulatorBackend", "run_on_emulator"]
 
-_LIKE_THE_RECORDINGS = {"kvm_intel.eptad": "0", "kvm.mmio_caching": "N", "mm.soft_dirty": "N"}
+_LIKE_THE_RECORDINGS = {
+    "kvm_intel.eptad": "0", "kvm.mmio_caching": "N", "mm.nr_cpus": "1", "mm.soft_dirty": "N",
+}
 """What the kernel of the recordings was built with, and what takes the place of its shadow paging."""
 
 
@@ -248,6 +250,10 @@ class EmulatorBackend(
         if op is not None and args and op.args[:1] and op.args[0].startswith("gpa"):
             args = (DATA_GPA + args[0], *args[1:])
         return self._host(lambda: perform(self.board, name, *args))
+
+    def settle(self) -> None:
+        """Empty every CPU's LRU batches."""
+        self._host(self.board.host.mm.lru.lru_add_drain_all)
 
     def begin(self) -> None:
         """Forget the lines so far."""

@@ -12,7 +12,7 @@ from refault.scenarios.emulator import EmulatorBackend
 
 @pytest.fixture
 def guest() -> Iterator[EmulatorBackend]:
-    backend = EmulatorBackend(check=True, mmu="ept", params={"kvm_intel.eptad": "1"})
+    backend = EmulatorBackend(check=True, params={"kvm_intel.eptad": "1"}, mmu="ept")
     backend.store(0, 1)
     yield backend
     backend.close()

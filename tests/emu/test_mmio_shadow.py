@@ -76,7 +76,7 @@ def state(machine: Machine, ignore: int) -> tuple[Any, ...]:
 def emulate(machine: Machine, code: bytes) -> int:
     """Make the accesses that the emulator asks for, as KVM does; how many there were."""
     v = machine.cpu.vcpu(machine.vcpus[0])
-    insn = Decoder().decode(code, True)
+    insn = Decoder().decode(code, 64)
     access = mmio.emulate(v, insn, -1)
     count = 0
     while access is not None:
@@ -127,7 +127,7 @@ def test_page_tables_are_written_by_some_kinds_and_stacks_by_others(
     for source in ("mov [rbx], rdx", "lock or [rbx], rdx", "lock bts qword ptr [rbx], 1", "xchg [rbx], rdx",
                    "lock cmpxchg8b qword ptr [rbx]", "push rax", "stosq", "lock xadd [rbx], rdx",
                    "movups [rbx], xmm0"):
-        insn = Decoder().decode(asm(source, CODE).ljust(15, b"\x90"), True)
+        insn = Decoder().decode(asm(source, CODE).ljust(15, b"\x90"), 64)
         access = mmio.emulate(v, insn, -1)
         assert access is not None
         kinds[source.removeprefix("lock ").split()[0]] = access.page_table

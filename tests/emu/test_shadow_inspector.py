@@ -66,3 +66,12 @@ def test_tables_that_the_host_took_away_are_said_so_and_kvms_remain(vm: refault.
     assert tree.hpa is not None
     assert tree.why.startswith("the host has no page behind the guest's PML4E")
     assert f"no gpa: {tree.why}" in str(tree)
+
+
+def test_what_cannot_be_walked_is_said() -> None:
+    with refault.VM("4M", mmu="shadow") as vm:
+        for address in ({"gva": -1}, {"gpa": 1 << 64}):
+            with pytest.raises(ValueError, match="is no address"):
+                vm.walk(**address)
+        with pytest.raises(IndexError, match="no vCPU 1; the machine has 1"):
+            vm.walk(gva=0, vcpu=1)

@@ -16,6 +16,7 @@ from host_mm.lru import (
 from host_mm.mm_types import VM_LOCKED, MmStruct, VmArea
 from host_mm.page import FOLIO_BATCH_SIZE, PG_active, PG_anon, PG_lru, PG_referenced, PG_swapbacked, put_page
 from host_mm.page_alloc import GFP_KERNEL
+from tests.host_mm.machine import make_host
 from trace_events.stream import TraceStream
 
 PAGE = 4096
@@ -160,3 +161,12 @@ def test_while_batches_are_disabled_nothing_lingers_in_one(host: HostMm) -> None
     host.lru.folio_add_lru(pfn)
     assert host.lru.batched() == []
     host.lru.lru_cache_enable()
+
+
+def test_on_a_host_with_one_cpu_every_vcpus_thread_has_the_same_batches() -> None:
+    one, many = make_host(params={"mm.nr_cpus": "1"}), make_host()
+    for host, same in ((one, True), (many, False)):
+        first = host.lru.batches()
+        host.sched.current.ctx.vcpu = 1
+        assert (host.lru.batches() is first) == same
+        host.sched.current.ctx.vcpu = -1

@@ -84,12 +84,15 @@ TlbEntry = tuple[int, int, int]
 
 
 class ShadowCpu(ScriptedCpu):
-    """Walks shadow tables. `level[vcpu]`: of the root. `tlb[vcpu]`: by (page, kind, user)."""
+    """Walks shadow tables. `level[vcpu]`: of the root. `xtlb[vcpu]`: by (root, page, kind, user).
+
+    Translations of other roots stay, as by their PCID they do on hardware.
+    """
 
     def __init__(self, host: HostMm) -> None:
         super().__init__(host)
         self.level: dict[int, int] = {}
-        self.xtlb: dict[int, dict[tuple[int, str, bool], TlbEntry]] = {}
+        self.xtlb: dict[int, dict[tuple[int, int, str, bool], TlbEntry]] = {}
 
     def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int, root_level: int = 4) -> None:
         self.root[vcpu.vcpu_id] = root_hpa
@@ -111,7 +114,7 @@ class ShadowCpu(ScriptedCpu):
     def translate(self, vcpu: Vcpu, gva: int, kind: str) -> int | Fault:
         """The host-physical address, or (error code, CR2)."""
         user = self.reg(vcpu, "cs") & 3 == 3
-        key = gva >> 12, kind, user
+        key = self.root[vcpu.vcpu_id], gva >> 12, kind, user
         hit = self.xtlb.setdefault(vcpu.vcpu_id, {}).get(key)
         if hit is not None:
             return hit[0] << 12 | gva & 0xFFF
@@ -149,7 +152,7 @@ class ShadowCpu(ScriptedCpu):
         pages = 1 << 9 * (level - 1)
         first = gva >> 12 & ~(pages - 1)
         frame = ((entry & _ADDR) >> 12 & ~(pages - 1)) + (gva >> 12) - first
-        self.xtlb[vcpu.vcpu_id][gva >> 12, kind, user] = frame, first, pages
+        self.xtlb[vcpu.vcpu_id][self.root[vcpu.vcpu_id], gva >> 12, kind, user] = frame, first, pages
         return frame << 12 | gva & 0xFFF
 
     def _allowed(self, vcpu: Vcpu, rights: int, nx: int, kind: str, user: bool) -> bool:

@@ -31,6 +31,7 @@ from kvm_model.mmu.page_track import (
 )
 from tests.kvm_model.machine import BASE, PAGE, Machine
 from tests.kvm_model.test_apic_access import reload_inside_a_bracket
+from tests.kvm_model.test_breaks_shadow import SCENES as SHADOW_SCENES
 from tests.kvm_model.test_pfncache import (
     give_a_cache_another_page,
     open_and_close_over_a_cache,
@@ -262,13 +263,16 @@ SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
 
 
 DIRECT_ONLY = {"prefetch-in-bracket"}
-TDP_ONLY = {"ignore-invalid-roots"}
+# Without the TDP MMU the leaf is dropped first.
+TDP_ONLY = {"ignore-invalid-roots", "ignore-invalid-slot"}
 CASES = [(name, "Y") for name in sorted(set(SCENES) - DIRECT_ONLY)]
 CASES += [(name, "N") for name in sorted(set(SCENES) - TDP_ONLY)]
 
 
 def test_every_switch_has_its_scene() -> None:
-    assert set(SCENES) == set(BREAKS)
+    # Those of shadow paging are in a file of their own, which has more than can be asked for by name.
+    assert set(SCENES) == set(BREAKS) - set(SHADOW_SCENES)
+    assert not set(SCENES) & set(SHADOW_SCENES)
 
 
 @pytest.mark.parametrize(("name", "tdp_mmu"), CASES)

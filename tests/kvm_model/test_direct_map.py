@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from host_mm.kernel.errors import BrokenTruth
 from host_mm.madvise import MADV_PAGEOUT, do_madvise
 from host_mm.mmu_notifier import (
     MMU_NOTIFY_CLEAR,
@@ -19,6 +20,7 @@ from kvm_model.mmu.mmu import kvm_mmu_page_fault
 from kvm_model.mmu.spte import PT_WRITABLE_MASK, spte_to_pfn
 from tests.kvm_model.direct_machine import direct, direct_huge, dontneed, huge_in_2m, lines, populate
 from tests.kvm_model.machine import BASE, PAGE, Machine
+from tests.kvm_model.test_breaks import SwitchOnce
 
 PROFILES = ("linux-6.18", "linux-5.10")
 
@@ -255,3 +257,29 @@ def test_a_huge_leaf_is_not_made_writable_without_mmu_lock() -> None:
         m.run(("w", 0, 8))
         assert m.vcpus[0].stat["pf_fast"] == fast
         assert huge_in_2m(m)
+
+
+@pytest.mark.parametrize(("broken", "truth"), [((), None), (("mmio-over-leaf",), "no-mmio-over-slot")])
+def test_a_fault_that_saw_no_slot_takes_the_leaf_that_one_mapped_meanwhile(
+    broken: tuple[str, ...], truth: str | None
+) -> None:
+    m = Machine(params={"kvm.tdp_mmu": "N"}, vcpus=2, breaks=broken)
+    m.do(lambda: m.kvm.set_user_memory_region(0, 0, 0, BASE))
+    before = len(m.events)
+    m.sched.set_strategy(SwitchOnce(m, lambda task, kind: task.name == "vcpu0" and kind == "seq"))
+    late = m.spawn(("r", 0))
+    create = m.sched.spawn("create", lambda: m.kvm.set_user_memory_region(0, 0, 16 * PAGE, BASE))
+    tasks = late, create, m.spawn(("w", 0, 5), vcpu=1)
+    if truth is not None:
+        with pytest.raises(BrokenTruth) as error:
+            m.finish(*tasks)
+        assert error.value.truth == truth
+        return
+    m.finish(*tasks)
+    # What emulates its load finds the new slot.
+    assert (late.result.kind, m.cpu.out[0]) == ("hlt", [5])
+    names = "mark_mmio_spte", "spte_install", "spte_zap", "kvm_flush_remote_tlbs"
+    order = [e.name for e in m.events[before:] if e.name in names]
+    assert order == ["spte_install", "spte_zap", "mark_mmio_spte", "kvm_flush_remote_tlbs"]
+    assert m.run(("r", 0), vcpu=1) == [5]
+    m.truths.sweep()

@@ -23,7 +23,7 @@ from host_mm.mmu_notifier import (
 )
 from host_mm.mprotect import do_mprotect
 from host_mm.process import BUS_MCEERR_AR
-from kvm_model.mmu.mmu import kvm_mmu_max_mapping_level
+from kvm_model.mmu.faultin_pfn import kvm_mmu_max_mapping_level
 from kvm_model.mmu.mmu_internal import KvmPageFault
 from kvm_model.mmu.spte import PG_LEVEL_4K, spte_to_pfn
 from kvm_model.mmu.tdp_mmu import kvm_tdp_mmu_map
@@ -249,13 +249,13 @@ def test_without_mmio_caching_nothing_is_installed() -> None:
 def huge_machine(monkeypatch: pytest.MonkeyPatch, host_level: int = 2, pages: int = 1024) -> Machine:
     """A VM whose host claims to map everything at `host_level`."""
     m = Machine(pages=pages, ram=32 << 20)
-    monkeypatch.setattr("kvm_model.mmu.mmu.lookup_address_in_mm", lambda mm, hva: (0x81, host_level))
+    monkeypatch.setattr("kvm_model.mmu.faultin_pfn.lookup_address_in_mm", lambda mm, hva: (0x81, host_level))
     return m
 
 
 def map_huge(m: Machine, gfn: int, pfn: int, *, exec_: bool = False) -> int:
     """Map a fault whose frame is decided, as the fault path does under mmu_lock."""
-    from kvm_model.mmu import mmu, mmu_roots
+    from kvm_model.mmu import faultin_pfn, mmu_roots
 
     vcpu = m.vcpus[0]
 
@@ -267,7 +267,7 @@ def map_huge(m: Machine, gfn: int, pfn: int, *, exec_: bool = False) -> int:
         fault.pfn = pfn
         fault.map_writable = True
         m.kvm.mmu_lock.read_lock()
-        mmu._kvm_mmu_hugepage_adjust(m.kvm, fault)
+        faultin_pfn.kvm_mmu_hugepage_adjust(m.kvm, fault)
         r = kvm_tdp_mmu_map(vcpu, fault)
         m.kvm.mmu_lock.read_unlock()
         return r
@@ -282,7 +282,7 @@ def test_the_level_is_the_least_of_slot_and_host(monkeypatch: pytest.MonkeyPatch
     # The slot is 4 MiB: 1G would stick out, 2M fits.
     assert kvm_mmu_max_mapping_level(m.kvm, slot, 5) == 2
     assert kvm_mmu_max_mapping_level(m.kvm, slot, 5, PG_LEVEL_4K) == 1
-    monkeypatch.setattr("kvm_model.mmu.mmu.lookup_address_in_mm", lambda mm, hva: (0x25, 1))
+    monkeypatch.setattr("kvm_model.mmu.faultin_pfn.lookup_address_in_mm", lambda mm, hva: (0x25, 1))
     assert kvm_mmu_max_mapping_level(m.kvm, slot, 5) == 1
 
 
@@ -320,7 +320,7 @@ def test_ending_the_log_recovers_the_huge_mapping(monkeypatch: pytest.MonkeyPatc
 
 def test_a_fetch_under_the_nx_mitigation_maps_4k(monkeypatch: pytest.MonkeyPatch) -> None:
     m = Machine(pages=1024, ram=32 << 20, params={"kvm.nx_huge_pages": "Y"})
-    monkeypatch.setattr("kvm_model.mmu.mmu.lookup_address_in_mm", lambda mm, hva: (0x81, 2))
+    monkeypatch.setattr("kvm_model.mmu.faultin_pfn.lookup_address_in_mm", lambda mm, hva: (0x81, 2))
     m.kvm.truths = None
     m.sched.set_on_point(None)
     map_huge(m, 0x205, 0x405)

@@ -99,6 +99,7 @@ def test_private_memory_without_guest_memfd_leaves_with_a_memory_fault() -> None
     for gpa in (0, 0x5000_0000):
         out = m.run_raw(("r", gpa))
         assert (out.kind, out.gpa, out.size, out.private) == ("memory-fault-exit", gpa, PAGE, True)
+        assert out.why == f"no private memory for gpa {gpa:#x}"
         m.cpu.ops[0].clear()
     assert m.last("kvm_userspace_exit").args == {"reason": 39, "errno": -errno.EFAULT}
 

@@ -11,6 +11,7 @@ from kvm_model.mmu.mmu_roots import kvm_mmu_unload
 from kvm_model.mmu.shadow_zap import kvm_mmu_available_pages, make_mmu_pages_available
 from tests.kvm_model.direct_machine import direct, lines, populate, rmap
 from tests.kvm_model.machine import BASE, PAGE, Machine
+from tests.kvm_model.shadow_machine import DATA_GPA, PT_GPA, USER_4K, ShadowMachine
 from tests.kvm_model.test_rmap import GiveWay
 
 MIB2 = 2 << 20
@@ -134,4 +135,35 @@ def test_lowering_the_limit_zaps_what_is_too_much() -> None:
     m.do(lambda: shadow_zap.kvm_mmu_change_mmu_pages(m.kvm, 9))
     assert m.kvm.n_used_mmu_pages == 9
     assert m.kvm.n_max_mmu_pages == 9
+    m.truths.sweep()
+
+
+# -- shadow paging ------------------------------------------------------------------------------
+
+
+def test_a_guest_with_more_tables_than_pages_for_them_runs_on_and_unsync_ones_go_with_their_parents() -> None:
+    m = ShadowMachine(data=40 << 20, ram=96 << 20)
+    m.kvm.n_max_mmu_pages = 12
+    for table in range(20):
+        gva = DATA_GPA + table * MIB2
+        m.run(("w", gva, table + 1), ("w", PT_GPA + table * PAGE + 8 * 5, DATA_GPA | USER_4K))
+    assert m.kvm.n_used_mmu_pages <= 12
+    assert m.kvm.stat["mmu_recycled"] >= 20
+    zapped = [e.args for e in m.events if e.name == "kvm_mmu_prepare_zap_page"]
+    assert any(args["unsync"] for args in zapped)
+    assert m.run(*(("r", DATA_GPA + table * MIB2) for table in range(20))) == list(range(1, 21))
+    assert m.run(*(("r", DATA_GPA + table * MIB2 + 5 * PAGE) for table in range(20))) == [1] * 20
+    assert m.truths is not None
+    m.truths.sweep()
+
+
+def test_lowering_the_limit_of_a_shadow_paging_guest_zaps_its_tables_but_no_root_in_use() -> None:
+    m = ShadowMachine()
+    m.run(("w", DATA_GPA, 7), ("w", PT_GPA + 8 * 5, DATA_GPA | USER_4K))
+    m.do(lambda: shadow_zap.kvm_mmu_change_mmu_pages(m.kvm, 1))
+    assert [sp.level for sp in m.kvm.sps.values()] == [4]
+    assert m.kvm.stat["mmu_unsync"] == 0
+    m.kvm.n_max_mmu_pages = 64
+    assert m.run(("r", DATA_GPA + 5 * PAGE)) == [7]
+    assert m.truths is not None
     m.truths.sweep()

@@ -76,6 +76,14 @@ def test_64_bit_code_cannot_leave_paging_and_32_bit_code_can(m: ShadowMachine) -
     assert m.vcpus[0].root_hpa == INVALID_PAGE
 
 
+def test_switching_paging_forgets_asynchronous_page_faults(m: ShadowMachine) -> None:
+    m.vcpus[0].apf.gfns.append(5)
+    assert call(m, x86_cr.kvm_set_cr0, CR0 & ~CR0_WP) is True
+    assert m.vcpus[0].apf.gfns == [5]
+    assert call(m, x86_cr.kvm_set_cr0, CR0_PE) is True
+    assert m.vcpus[0].apf.gfns == []
+
+
 def test_write_protection_is_part_of_the_role(m: ShadowMachine) -> None:
     vcpu = m.vcpus[0]
     role = vcpu.mmu.root_role

@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 from functools import cache
 
+from emu import abi
 from guest_payloads.builder import build
 
 __all__ = ["random_image"]
 
-_PAYLOADS = ("first-touch", "guest-paging", "idt-swapped", "mmio", "selfmod", "slots", "syscalls", "timer")
+_PAYLOADS = (
+    "first-touch", "guest-memfd", "guest-paging", "idt-swapped", "mmio", "paging-pae",
+    "selfmod", "shadow-pt", "slots", "smm", "syscalls", "timer",
+)
 
 # Control and debug registers, descriptor tables, MSRs, interrupts, far transfers, strings, ports, SSE, x87.
 _OPCODES = tuple(
@@ -19,6 +23,7 @@ _OPCODES = tuple(
         "660f d9 dd 48a3 a1",
     ) for code in line.split()
 )
+_VMCALLS = tuple(call.nr for call in abi.VMCALLS)
 _PLACES = (0xFEB0_0000, 0xFEB1_0000, 0xC000_0080, 0x3F8, 1 << 47, (1 << 64) - 8)
 
 
@@ -29,7 +34,7 @@ def _payload(name: str) -> bytes:
 
 def _value(rng: random.Random) -> int:
     return rng.choice((
-        rng.randrange(1 << 22), rng.getrandbits(32), rng.getrandbits(64), 0x5246_0001 + rng.randrange(0x80),
+        rng.randrange(1 << 22), rng.getrandbits(32), rng.getrandbits(64), rng.choice(_VMCALLS),
         rng.choice(_PLACES),
     ))
 

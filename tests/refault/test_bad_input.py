@@ -289,6 +289,19 @@ def test_a_glob_that_matches_nothing_is_said(
     assert (result.code, result.out, result.err) == (0, "", "no events match 'x*'\n")
 
 
+def test_a_trace_is_not_run_as_a_guest_image(command: Command, tmp_path: Path, trace_bytes: bytes) -> None:
+    (tmp_path / "t").write_bytes(trace_bytes)
+    refused(command("stat", "--kvm", "t"), "t: a trace file, not a guest image")
+    refused(command("run", "t", *SMALL), "t: a trace file, not a guest image")
+
+
+@pytest.mark.parametrize(("verb", "missing"), [("run", "payload"), ("stat", "trace")])
+def test_what_is_missing_is_said_and_nothing_that_may_be_left_out(
+    command: Command, verb: str, missing: str
+) -> None:
+    refused(command(verb), f"the following arguments are required: {missing} (")
+
+
 # -- places that cannot be written ------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from refault.cli import main
-from refault.scenarios.recordings import recording
+from refault.scenarios.recordings import recorded_names, recording
 
 HEAD = "from refault.scenarios import scenario\n\n@scenario()\ndef mine(s):\n"
 GOOD = HEAD + "    s.st(0x3000, 1)\n"
@@ -56,6 +56,13 @@ def test_what_is_wrong_with_a_file_of_ones_own_is_told_with_its_line(
     mine.write_text(text)
     against.write_text(recording("first_touch").text())
     assert why in refused([str(mine), "--against", str(against)], capsys)
+
+
+def test_the_list_has_every_recorded_scenario_with_its_claim(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "scenarios", "--json"]) == 0
+    listed = {each["name"]: each for each in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert set(recorded_names()) <= {name for name, each in listed.items() if each["recorded"]}
+    assert all(each["what"] for each in listed.values())
 
 
 def test_a_file_that_is_no_recording_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from refault.scenarios.explained import EXPLANATIONS, QUIRKS, Explanation, differences, explain
+from refault.scenarios.explained import (
+    EXPLANATIONS,
+    OUT_OF_ORDER,
+    QUIRKS,
+    Explanation,
+    differences,
+    explain,
+    in_their_order,
+)
 
 OURS = [
     ">> guest ld D+0x3000", "walk addr 10003000 pferr 4 U",
@@ -69,3 +77,31 @@ def test_every_record_names_a_function_or_a_quirk() -> None:
     for record in (*EXPLANATIONS, *QUIRKS):
         assert len(record.because) > 40, record
         assert "_" in record.because, record
+
+
+ZAP = "kvm_mmu_prepare_zap_page: sp gen 0 gfn {} 8-byte q0 wux nxe ad root 0 {}"
+ROOT, UPPER, LOWER = ZAP.format("2 l4", "sync"), ZAP.format("3 l3", "sync"), ZAP.format("4 l2", "sync")
+LEAF = ZAP.format("10 l1", "unsync")
+UNSYNC = [LEAF, LEAF.replace("prepare_zap", "sync")]
+FAST = [">> del", "kvm_mmu_zap_all_fast: kvm-mmu-valid-gen 0 used_pages 4"]
+
+
+def test_unsync_pages_may_be_zapped_in_their_turn() -> None:
+    ours, theirs = [*FAST, ROOT, *UNSYNC, UPPER, LOWER], [*FAST, ROOT, UPPER, LOWER, *UNSYNC]
+    found, moved = in_their_order(ours, theirs)
+    assert found == theirs
+    assert [record for _, record in moved] == [OUT_OF_ORDER]
+    assert in_their_order(theirs, theirs) == (theirs, [])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [*FAST, ROOT, LOWER, UPPER, *UNSYNC], [*FAST, ROOT, UPPER, *UNSYNC],
+        [*FAST, ROOT, UPPER, LOWER, LEAF], [*FAST, ROOT, UPPER, LOWER, LEAF, LEAF],
+        [FAST[0], ROOT, UPPER, LOWER, *UNSYNC],
+    ],
+)
+def test_other_pages_and_another_order_of_those_in_sync_stay_different(other: list[str]) -> None:
+    ours = [*FAST, ROOT, *UNSYNC, UPPER, LOWER]
+    assert in_their_order(ours, other) == (ours, [])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from refault.cli import main
 from refault.scenarios.emulator import EmulatorBackend
-from refault.scenarios.live import probe
+from refault.scenarios.live import machine, probe
 from refault.scenarios.live.backend import KvmBackend
 
 SCENARIO = """
@@ -77,3 +78,21 @@ def test_what_is_wrong_with_a_file_of_scenarios_is_told_in_one_line(
         assert err.count("\n") == 1
     assert main(["compare", f"{mine}:other"]) == 2
     assert "has no function 'other'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_terminated_puts_the_machine_back(number: int, tmp_path: Path) -> None:
+    switch = tmp_path / "switch"
+    switch.write_text("never\n")
+    before = signal.getsignal(number)
+
+    def terminated() -> None:
+        with machine.ending_in_order(), machine.setting(switch, "always"):
+            assert switch.read_text() == "always"
+            os.kill(os.getpid(), number)
+            signal.pause()
+
+    with pytest.raises(KeyboardInterrupt):
+        terminated()
+    assert switch.read_text() == "never"
+    assert signal.getsignal(number) is before

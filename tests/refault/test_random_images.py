@@ -25,7 +25,8 @@ ENDS = {"exit", "halt", "dead", "shutdown", "error", "limit"}  # and never "time
 def run(seed: int) -> str:
     with refault.VM(
         "4M", host_ram="3M" if seed % 4 == 0 else "8M", swap="8M", vcpus=1 + seed % 2, seed=seed,
-        check=seed % 3 == 0,
+        check=seed % 3 == 0, mmu=("ept", "shadow")[seed // 2 % 2],
+        profile=("linux-6.18", "linux-5.10")[seed // 4 % 2],
     ) as vm:
         host = vm.board.host
         bystander = Vmm(host.mm, host.mm.create_process("bystander"))

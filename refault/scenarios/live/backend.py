@@ -57,6 +57,7 @@ class KvmBackend(MemorySteps, GuestSteps, FileSteps, SlotSteps, DirtySteps, Recl
         self._pins = []
         self._undo = contextlib.ExitStack()
         try:
+            self._undo.enter_context(machine.ending_in_order())
             self._stay_on_one_cpu()
             self._set_up_machine(swap, dict(params or {}))
             self.slot0_offset = SLOT0_OFFSET_HUGETLB if hugetlb else SLOT0_OFFSET

@@ -1,9 +1,10 @@
-"""What a scenario needs of the whole machine, for as long as it needs it: swap, ksmd."""
+"""What a scenario needs of the whole machine, for as long as it needs it: swap, ksmd, settings."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from refault import numbers
 from refault.errors import UsageError
 
-__all__ = ["SETTINGS", "ksm", "on_disk", "setting", "swap_file", "zram"]
+__all__ = ["SETTINGS", "ending_in_order", "ksm", "on_disk", "setting", "swap_file", "zram"]
 
 KSM = Path("/sys/kernel/mm/ksm")
 ZRAM = Path("/sys/block/zram0")
@@ -23,6 +24,25 @@ SETTINGS = {
     "thp.enabled": Path("/sys/kernel/mm/transparent_hugepage/enabled"),
 }
 """Parameters of the emulator's machine that are settings of a real one."""
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP interrupt as SIGINT does, so that what was changed is put back; main thread only."""
+    owner = os.getpid()
+
+    def interrupt(number: int, frame: object) -> None:
+        if os.getpid() != owner:
+            # A child must not put back what is its parent's.
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -183,6 +183,12 @@ class MemorySteps:
             time.sleep(1)
         return "done" if use_zero_pages else "pages_sharing"
 
+    def settle(self) -> None:
+        """madvise_cold of any page empties this CPU's batches, and this process is on no other CPU."""
+        place = libc.mmap(0, PAGE, 3, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS)
+        libc.madvise(place, PAGE, "COLD")
+        libc.munmap(place, PAGE)
+
     def idle(self, ns: int) -> Any:
         """The VMM sleeps."""
         time.sleep(ns / 1e9)

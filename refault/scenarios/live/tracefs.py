@@ -22,6 +22,8 @@ BUFFER_KIB = 8192
 
 _LINE = re.compile(r"\s*(.+)-(\d+)\s+\[\d+\] \S+\s+[\d.]+: (\w+): ?(.*)")
 _LOST = "LOST"
+_LONGEST_MARK = 900
+_LONG_MARK = "long mark "
 
 TraceLine = tuple[str, str]
 """(event, its text). The event of a mark is "mark"."""
@@ -47,6 +49,7 @@ class TraceInstance:
         self.pid = os.getpid()
         self.path = TRACEFS / "instances" / f"refault-{self.pid}-{next(_number)}"
         self._marker = -1
+        self._long_marks: list[str] = []
         self.path.mkdir()
         try:
             self._set_up()
@@ -97,7 +100,10 @@ class TraceInstance:
         self._write("tracing_on", "0")
 
     def mark(self, text: str) -> None:
-        """Put a line among the events."""
+        """Put a line among the events; of a long one, which the buffer would cut off, its number."""
+        if len(text) > _LONGEST_MARK:
+            self._long_marks.append(text)
+            text = f"{_LONG_MARK}{len(self._long_marks) - 1}"
         os.write(self._marker, text.encode())
 
     def lines(self) -> list[TraceLine]:
@@ -110,7 +116,10 @@ class TraceInstance:
                     raise OSError(f"events were lost: {raw.strip()}")
                 continue
             event = "mark" if match[3] == "tracing_mark_write" else match[3]
-            found.append((event, match[4]))
+            text = match[4]
+            if event == "mark" and text.startswith(_LONG_MARK):
+                text = self._long_marks[int(text.removeprefix(_LONG_MARK))]
+            found.append((event, text))
         return found
 
     def close(self) -> None:
