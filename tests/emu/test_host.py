@@ -137,13 +137,13 @@ def test_code_that_is_unmapped_before_its_mmio_is_emulated_is_fetched_again() ->
     board = backend.board
     emulate, calls = board.cpu.emulate, 0
 
-    def late(vcpu: Any, gpa: int, code: bytes | None = None) -> Any:
+    def late(vcpu: Any, gpa: int) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
             # Another CPU's notifier, between the exit and the emulator's look at the instruction.
             board.kvm.zap_for_instrument(CODE >> 12)
-        return emulate(vcpu, gpa, code)
+        return emulate(vcpu, gpa)
 
     board.cpu.emulate = late  # type: ignore[method-assign]
     assert backend.load(0x2000_0000 - DATA_GPA) == "MMIO read of 8 bytes at 0x20000000"
@@ -168,11 +168,7 @@ def test_a_vcpu_that_is_about_to_drop_its_root_holds_no_translations() -> None:
 
 def test_a_guest_that_runs_code_from_a_device_is_not_tried_again() -> None:
     backend = EmulatorBackend(check=True, mmu="ept")
-<<<<<<< HEAD
-    assert backend._run_at(0x2000_0000) == "ERROR"
-=======
-    assert backend._run("load", rip=0x2000_0000) == "error"
->>>>>>> main
+    assert backend.fetch(0x2000_0000 - DATA_GPA) == "ERROR"
     assert backend.board.stop is not None
     assert "cannot be emulated" in backend.board.stop.why
     backend.close()

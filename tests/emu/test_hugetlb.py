@@ -133,7 +133,7 @@ class Sharing(EmulatorBackend):
 
     def create_hugetlb(self, kind: str) -> None:
         vmm = self.board.vmm
-        self.data_hva = 0x6000_0000_0000
+        self.data_hva = self.normal.data = 0x6000_0000_0000
         self.memfd = vmm.memfd_hugetlb(GIB)
         vmm.mmap_hugetlb(GIB, self.data_hva, self.memfd, reserve=False)
         self.board.memory.show(DATA_GPA, DATA_SIZE, self.data_hva)

@@ -56,6 +56,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 OPTIONS = {
     "apf": ("--param", "kvm.async_pf=Y"),
+    "apic": ("--param", "kvm_intel.enable_apicv=Y"),
     "crowd": ("--vcpus", "16"),
     "guest-memfd": ("--param", "vmm.vm_type=sw-protected"),
     "smp": ("--vcpus", "2"),
