@@ -29,16 +29,20 @@ FEW = ("refault:host_op*", "refault:mmu_notifier_start", "refault:spte_zap", "kv
 MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "aging": (("pages=8", "rounds=2"), EVENTS),
     "apf": (("pages=2", "rounds=1"), (*EVENTS, "kvm:kvm_*async*", "kvm:kvm_vcpu_wakeup")),
+    "apic": (("rounds=2",), EVENTS),
     "crowd": (("pages=2", "passes=4"), (*FEW, "refault:kvm_flush_remote_tlbs")),
     "dirty-log": (("pages=8",), EVENTS),
     # Without its 3,000 calls of the instrument.
     "ept-access": ((), tuple(glob for glob in EVENTS if "host_op" not in glob)),
     "everything": (("ops=15", "pages=16"), FEW),
     "first-touch": (("mib=1",), FEW),
+    "flash": (("pages=2", "rounds=2"), (*EVENTS, "kvm:kvm_mmio")),
     "fork-cow": (("pages=4", "rounds=1"), EVENTS),
+    "gvt": (("rounds=2",), (*EVENTS, "refault:write_track", "refault:page_track_write")),
     "guest-paging": (("pages=4",), EVENTS),
     "guest-memfd": (("pages=4", "rounds=1"), (*EVENTS, "kvm:kvm_vm_set_mem_attributes")),
     "idt-swapped": (("rounds=1",), FEW),
+    "kvmclock": (("rounds=2",), EVENTS),
     "migrate": (("pages=4", "rounds=1"), EVENTS),
     "mmio": ((), (*EVENTS, "kvm:kvm_mmio", "kvmmmu:mark_mmio_spte", "kvmmmu:handle_mmio_page_fault")),
     "prefault": (("pages=4",), EVENTS),
@@ -47,6 +51,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "selfmod": (("rounds=2",), EVENTS),
     "shadow-pt": (("pages=4", "rounds=1", "spaces=2"), FEW),
     "slots": (("pages=4",), ("refault:host_op*", "refault:memslot_update", "refault:spte_zap")),
+    "smm": (("rounds=2",), EVENTS),
     "smp": (("count=100", "rounds=1"), EVENTS),
     "swap-storm": (("mib=1", "passes=1", "weather=300000"), FEW),
     "syscalls": (("calls=2",), EVENTS),
@@ -56,6 +61,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 OPTIONS = {
     "apf": ("--param", "kvm.async_pf=Y"),
+    "apic": ("--param", "kvm_intel.enable_apicv=Y"),
     "crowd": ("--vcpus", "16"),
     "guest-memfd": ("--param", "vmm.vm_type=sw-protected"),
     "smp": ("--vcpus", "2"),
