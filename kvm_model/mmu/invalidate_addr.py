@@ -1,7 +1,7 @@
 """INVLPG under shadow paging, and the guest's own page faults, which invalidate as well.
 
 Source of truth: arch/x86/kvm/mmu/mmu.c (Linux 6.18): kvm_mmu_invalidate_addr, __kvm_mmu_invalidate_addr,
-kvm_mmu_invlpg, kvm_mmu_invpcid_gva; arch/x86/kvm/x86.c: kvm_inject_emulated_page_fault,
+kvm_mmu_invlpg; arch/x86/kvm/x86.c: kvm_inject_emulated_page_fault,
 kvm_inject_page_fault; x86.h: is_noncanonical_invlpg_address, vcpu_clear_mmio_info.
 
 Only the SPTE of the address is synced, in the present root and in those that are kept for later; one that no
@@ -9,6 +9,8 @@ root leads to is synced when a root does. The CPU's own translation goes first.
 
 A guest's page fault drops the CPU's translation of its address, as a real one does: the guest may have given
 itself the right since, and need not flush.
+
+Not modelled: INVPCID, for which the guest's CPUID has no bit.
 """
 
 from __future__ import annotations
@@ -28,11 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MMIO_GVA_ANY", "kvm_inject_emulated_page_fault", "kvm_mmu_invalidate_addr", "kvm_mmu_invlpg",
-    "kvm_mmu_invpcid_gva",
 ]
-
-_X86_CR4_PCIDE = 1 << 17
-_X86_CR3_PCID_MASK = 0xFFF
 
 
 def _invalidate_in_root(vcpu: Vcpu, root_hpa: int, addr: int) -> None:
@@ -85,22 +83,6 @@ def kvm_mmu_invalidate_addr(
 def kvm_mmu_invlpg(vcpu: Vcpu, addr: int) -> None:
     """The guest executes INVLPG. Global translations go, too, so all roots are looked at."""
     kvm_mmu_invalidate_addr(vcpu, addr, prev=tuple(range(len(vcpu.mmu.prev_roots))))
-    vcpu.stat["invlpg"] += 1
-
-
-def _pcid(vcpu: Vcpu, cr3: int) -> int:
-    return cr3 & _X86_CR3_PCID_MASK if vcpu.kvm.cpu.get_reg(vcpu, "cr4") & _X86_CR4_PCIDE else 0
-
-
-def kvm_mmu_invpcid_gva(vcpu: Vcpu, addr: int, pcid: int) -> None:
-    """INVPCID of one address in one address space."""
-    current = pcid == _pcid(vcpu, vcpu.kvm.cpu.get_reg(vcpu, "cr3"))
-    prev = tuple(
-        index for index, (pgd, hpa) in enumerate(vcpu.mmu.prev_roots)
-        if hpa != INVALID_PAGE and pcid == _pcid(vcpu, pgd)
-    )
-    if current or prev:
-        kvm_mmu_invalidate_addr(vcpu, addr, current=current, prev=prev)
     vcpu.stat["invlpg"] += 1
 
 

@@ -69,7 +69,7 @@ __all__ = [
     "PG_LEVEL_4K", "PG_LEVEL_NUM", "PT_PAGE_SIZE_MASK", "PT_WRITABLE_MASK", "SHADOW_NONPRESENT_VALUE",
     "SPTE_BASE_ADDR_MASK", "SPTE_MMU_PRESENT_MASK", "SPTE_TDP_AD_DISABLED", "SPTE_TDP_AD_MASK",
     "SPTE_TDP_AD_WRPROT_ONLY", "SpteMasks", "decode_spte", "ept_masks", "get_mmio_spte_generation",
-    "is_frozen_spte", "is_large_pte", "is_last_spte", "is_shadow_present_pte", "is_writable_pte",
+    "is_frozen_spte", "is_large_pte", "is_last_spte", "is_shadow_present_pte",
     "kvm_pages_per_hpage", "legacy_masks", "spte_ad_enabled", "spte_to_pfn",
 ]
 
@@ -131,11 +131,6 @@ def is_large_pte(spte: int) -> bool:
 def is_last_spte(spte: int, level: int) -> bool:
     """Whether a present SPTE of this level is a leaf."""
     return level == PG_LEVEL_4K or spte & PT_PAGE_SIZE_MASK != 0
-
-
-def is_writable_pte(spte: int) -> bool:
-    """Bit 1: the CPU may write."""
-    return spte & PT_WRITABLE_MASK != 0
 
 
 def spte_to_pfn(spte: int) -> int:

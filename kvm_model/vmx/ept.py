@@ -27,7 +27,7 @@ from __future__ import annotations
 __all__ = [
     "EPTP_AD_ENABLE", "EPTP_MT_WB", "EPTP_PWL_4", "EPT_ACCESSED", "EPT_ADDR_MASK", "EPT_DIRTY", "EPT_ENTRIES",
     "EPT_EXECUTABLE", "EPT_IPAT", "EPT_LARGE", "EPT_LEVEL_BITS", "EPT_MAXPHYADDR", "EPT_MEMTYPE_MASK",
-    "EPT_MEMTYPE_SHIFT", "EPT_MISCONFIG_WX", "EPT_MT_UC", "EPT_MT_WB", "EPT_MT_WC", "EPT_MT_WP", "EPT_MT_WT",
+    "EPT_MEMTYPE_SHIFT", "EPT_MT_UC", "EPT_MT_WB", "EPT_MT_WC", "EPT_MT_WP", "EPT_MT_WT",
     "EPT_READABLE", "EPT_RWX_MASK", "EPT_SUPPRESS_VE", "EPT_WRITABLE", "PML_ENTRIES", "VMCS_PML_ADDRESS",
     "VMCS_PML_INDEX", "ept_index", "ept_misconfigured",
     "make_eptp",
@@ -56,9 +56,6 @@ EPT_MAXPHYADDR = 46
 EPT_ADDR_MASK = 0x000F_FFFF_FFFF_F000
 EPT_ENTRIES = 512
 EPT_LEVEL_BITS = 9
-
-EPT_MISCONFIG_WX = EPT_WRITABLE | EPT_EXECUTABLE
-"""R clear with W set is always a misconfiguration: what KVM's MMIO SPTEs are made of."""
 
 EPTP_MT_WB = 6
 EPTP_PWL_4 = 3 << 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kvm_model.mmu.invalidate_addr import kvm_mmu_invpcid_gva
 from tests.kvm_model.shadow_machine import (
     CR4_PAE,
     CR4_PCIDE,
@@ -62,18 +61,6 @@ def test_invlpg_reaches_the_roots_that_are_kept_for_later() -> None:
     m.run(("cr4", CR4_PAE | CR4_PCIDE), ("w", PTE, DATA_GPA | USER_4K), ("cr3", other | 1, True))
     m.run(("r", DATA_GPA), ("invlpg", GVA))
     assert m.run(("cr3", PML4_GPA, True), ("r", GVA)) == [1]
-
-
-def test_invpcid_reaches_the_address_spaces_of_its_pcid() -> None:
-    m = used()
-    other = 0x6000
-    m.do(lambda: [m.put(other + 8 * n, m.get(PML4_GPA + 8 * n)) for n in range(512)])
-    m.run(("cr4", CR4_PAE | CR4_PCIDE), ("cr3", other | 1), ("r", GVA), ("cr3", PML4_GPA | 2), ("r", GVA))
-    m.run(("w", PTE, DATA_GPA | USER_4K))
-    m.run(("call", lambda: kvm_mmu_invpcid_gva(m.vcpus[0], GVA, 1)))
-    assert m.vcpus[0].stat["invlpg"] == 1
-    m.run(("call", lambda: kvm_mmu_invpcid_gva(m.vcpus[0], GVA, 3)))
-    assert m.run(("r", GVA)) == [1], "both address spaces share the page table, and its page"
 
 
 def test_a_page_fault_of_the_guests_own_drops_the_stale_translation_of_its_address() -> None:
