@@ -42,7 +42,8 @@ OWN_RULES = {"clear_dirty", "get_dirty", "mlock", "munlock", "protect", "slot_cr
 SHARED_ONLY = {"fadvise_dontneed", "gmem_punch", "punch_hole", "remove", "uffd_minor"}
 """Operations that only memory of a file can have."""
 WANT_ANOTHER = {
-    "contig_alloc", "file_create", "gmem_create", "hugetlb_create", "memfd_create", "pfnmap_create", "soft_offline", "unpin",
+    "contig_alloc", "file_create", "gmem_create", "hugetlb_create", "memfd_create", "pfnmap_create",
+    "soft_offline", "unpin",
 }
 """Operations that make memory of their own, take frames away or undo another one."""
 RANGES = sorted(
