@@ -293,9 +293,9 @@ class Board:
         for _, pfns in self.pinned:
             self.vmm.unpin_range(pfns)
         for pfn, pages in self.contig.items():
-            self.vmm.free_contig(pfn, pages)
+            self.host.admin.free_contig(pfn, pages)
         for pfn in self.offline:
-            self.vmm.online(pfn)
+            self.host.admin.online(pfn)
 
     def _serve_io(self, vcpu: Vcpu, out: UserExit) -> None:
         if out.write:

@@ -72,6 +72,6 @@ def smram_out(board: Board) -> int:
     if not board.smram:
         return 0
     board.vmm.madvise(board.smram, SMRAM_BYTES, MADV_PAGEOUT)
-    board.vmm.wait_for_writeback()
+    board.host.admin.wait_for_writeback()
     pages = range(board.smram, board.smram + SMRAM_BYTES, 4096)
     return sum(board.vmm.present_pfn(hva) < 0 for hva in pages)
