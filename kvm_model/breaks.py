@@ -3,7 +3,9 @@
 A switch is tested where the step stands: `if "no-flush" not in kvm.breaks`. With a switch on, one
 of the checked truths fails: which, and in what run, is in refault/switch_runs.toml.
 
-Not modelled: switches of the host side (host_mm/breaks.py).
+Not modelled: switches of the host side (host_mm/breaks.py). Syncing an unsync page in the wrong role has none:
+pages are found by their whole role and synced under a root of that role, also in SMM, so that the check
+(mmu/shadow_sync.py) refuses nothing without nested guests.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ BREAKS: dict[str, str] = {
     "no-track-flush": "a page whose writes are tracked is protected, but not flushed",
     "no-track-write": "an emulated write to a guest table changes no shadow page",
     "one-pt-access": "a walk has the last table's rights for all of them",
+    "pfnmap-take-ref": "KVM takes a reference to a frame that is mapped raw, whose owner counts none",
     "plain-store": "SPTEs are stored without comparing, so a zapped one can come back",
     "prefetch-in-bracket": "without the TDP MMU a fault maps neighbours in a bracket",
     "retry-before-gup-only": "a fault asks about staleness before GUP, not under lock",

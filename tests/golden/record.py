@@ -45,6 +45,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kvmclock": (("rounds=2",), EVENTS),
     "migrate": (("pages=4", "rounds=1"), EVENTS),
     "mmio": ((), (*EVENTS, "kvm:kvm_mmio", "kvmmmu:mark_mmio_spte", "kvmmmu:handle_mmio_page_fault")),
+    "pfnmap": (("rounds=2",), EVENTS),
     "prefault": (("pages=4",), EVENTS),
     "protect": (("pages=4",), EVENTS),
     "rdma": (("pages=1", "rounds=1", "weather=0"), (*EVENTS, "refault:odp_*", "refault:rdma_*")),
