@@ -3,9 +3,9 @@
 A switch is tested where the step stands: `if "no-flush" not in kvm.breaks`. With a switch on, one
 of the checked truths fails: which, and in what run, is in refault/switch_runs.toml.
 
-Not modelled: switches of the host side (host_mm/breaks.py). Syncing an unsync page in the wrong role has none:
-pages are found by their whole role and synced under a root of that role, also in SMM, so that the check
-(mmu/shadow_sync.py) refuses nothing without nested guests.
+Not modelled: switches of the host side (host_mm/breaks.py). Syncing an unsync page in the wrong role has
+none: pages are found by their whole role and synced under a root of that role, also in SMM, so that the
+check (mmu/shadow_sync.py) refuses nothing without nested guests.
 """
 
 from __future__ import annotations
