@@ -97,7 +97,11 @@ def bind_arguments(op: HostOperation, args: tuple[Any, ...], kwargs: dict[str, A
     except TypeError as exc:
         raise KernelError(errno.EINVAL, f"{op.name}({', '.join(op.args)}): {exc}") from None
     bound.apply_defaults()
-    return bound.args[1:]
+    values = bound.args[1:]
+    for name, value in zip(op.args, values, strict=False):
+        if not isinstance(value, int):
+            raise KernelError(errno.EINVAL, f"{op.name}: {name.partition(':')[0]}={value!r} is not a number")
+    return values
 
 
 def perform(board: Board, name: str, *args: Any, **kwargs: Any) -> int:

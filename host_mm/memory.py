@@ -10,6 +10,8 @@ stays so until fork shares it.
 Faults on files are in memory_file.py, on huge pages in huge_memory.py.
 
 Hinting faults of NUMA balancing are in numa_balancing.py.
+
+Not modelled: anonymous folios between one page and a huge page.
 """
 
 from __future__ import annotations

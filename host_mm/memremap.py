@@ -99,7 +99,8 @@ def release_reserved(host: HostMm, start: int, nr: int) -> None:
     for pfn in range(start, start + nr):
         count = host.pages.refcount[pfn]
         if count != 1:
-            raise BrokenTruth("device-frames", f"reserved pfn {pfn:#x} has refcount {count}")
+            why = f"reserved pfn {pfn:#x} has refcount {count}"
+            raise BrokenTruth("device-frames", why, host.stream.here())
         host.pages.flags[pfn] = 0
         host.pages.refcount[pfn] = 0
         host.device_frame_gone(pfn)

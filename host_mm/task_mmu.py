@@ -7,6 +7,8 @@ one bracket over the whole address space, and flushes after its end. Kind 5 make
 set what it is now. The pagemap is in pagemap.py.
 
     --param mm.soft_dirty=N     a kernel without CONFIG_MEM_SOFT_DIRTY: of kind 4 bracket and flush remain
+
+Not modelled: the files that only report (maps, smaps, numa_maps).
 """
 
 from __future__ import annotations

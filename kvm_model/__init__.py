@@ -23,9 +23,10 @@ Reading order, which is the way of one fault and of one host event:
     mem_attributes.py             which guest frames are private
     dirty_log.py dirty_ring.py    which pages were written, told by bitmap or by ring
     vmx/pml.py requests.py        the CPU's own log; flushes and kicks
-    truths.py truths_rmap.py      what must hold
     truths_shadow.py mmu/shadow_fetch.py  what must hold of shadow paging; and where it begins
-    truths.py truths_rmap.py truths_gpc.py truths_apic.py   what must hold
+    truths.py truths_leaves.py truths_log.py   what must hold; the leaves there are; the dirty log
+    truths_rmap.py truths_gpc.py truths_apic.py   what must hold of the rest
     dirty_log_rmap.py breaks.py   the log without the TDP MMU; how to break what must hold
+    instrument.py                 what tools ask of the tables
     profile.py                    what differs between kernels
 """

@@ -175,7 +175,7 @@ def _flush_and_return(kvm: Kvm, flush: bool) -> None:
     if flush and "log-no-flush" not in kvm.breaks:
         kvm_flush_remote_tlbs(kvm)
     if kvm.truths is not None:
-        kvm.truths.note_log_returned()
+        kvm.truths.log.note_returned()
 
 
 def kvm_get_dirty_log(kvm: Kvm, slot: int) -> bytearray:
@@ -186,7 +186,7 @@ def kvm_get_dirty_log(kvm: Kvm, slot: int) -> bytearray:
         if kvm.manual_dirty_log_protect:
             return bytearray(bitmap)
         if kvm.truths is not None:
-            kvm.truths.note_log_call()
+            kvm.truths.log.note_call()
         snapshot = bytearray(len(bitmap))
         flush = False
         kvm.mmu_lock.lock()
@@ -217,7 +217,7 @@ def kvm_clear_dirty_log(
             raise KernelError(EFAULT, "the bitmap is too short")
         flush = False
         if kvm.truths is not None:
-            kvm.truths.note_log_call()
+            kvm.truths.log.note_call()
         kvm.mmu_lock.lock()
         for word in range(words):
             want = int.from_bytes(mask[word * 8 : word * 8 + 8], "little")
@@ -237,7 +237,7 @@ def kvm_vm_ioctl_reset_dirty_pages(kvm: Kvm) -> int:
     if not kvm.dirty_ring_size:
         raise KernelError(EINVAL, "the VM has no dirty rings")
     if kvm.truths is not None:
-        kvm.truths.note_log_call()
+        kvm.truths.log.note_call()
     with kvm.slots_lock:
         cleared = 0
         for vcpu in kvm.vcpus:

@@ -142,7 +142,7 @@ def kvm_dirty_ring_push(vcpu: Vcpu, slot: int, offset: int) -> None:
     ring.fill(ring.dirty_index, slot, offset)
     ring.dirty_index += 1
     if kvm.truths is not None:
-        kvm.truths.note_ring(slot, offset, 1)
+        kvm.truths.log.note_ring(slot, offset, 1)
     if (t := kvm.trace.kvm_dirty_ring_push) is not None:
         t(ring.index, ring.dirty_index, ring.reset_index, slot, offset)
     if ring.soft_full:
@@ -174,7 +174,7 @@ def kvm_dirty_ring_reset(kvm: Kvm, ring: KvmDirtyRing, reset_gfn: Callable[[int,
         ring.reset_index += 1
         count += 1
         if kvm.truths is not None:
-            kvm.truths.note_ring(next_slot, next_offset, -1)
+            kvm.truths.log.note_ring(next_slot, next_offset, -1)
         if mask:
             if kvm.sched.preempt:
                 kvm.sched.point("dirty-ring-reset")

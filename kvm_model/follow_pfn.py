@@ -23,7 +23,7 @@ from host_mm.gup import (
 from host_mm.kernel.errors import EHWPOISON
 from host_mm.memory_pfnmap import fixup_user_fault, follow_pfnmap_end, follow_pfnmap_start
 from host_mm.mm_types import VM_IO, VM_PFNMAP, VM_READ, VM_WRITE
-from host_mm.page import PG_reserved, put_page, set_page_dirty
+from host_mm.page import PG_reserved, get_page, put_page, set_page_dirty
 from kvm_model.memslots import KVM_MEM_READONLY, KVM_MEMSLOT_INVALID, KvmMemorySlot
 from kvm_model.mmu.mmu_internal import (
     KVM_PFN_ERR_FAULT,
@@ -124,7 +124,7 @@ def hva_to_pfn(kvm: Kvm, kfp: KvmFollowPfn) -> int:
     mm.mmap_lock.read_lock()
     vma = mm.vma_lookup(kfp.hva)
     if vma is not None and vma.flags & (VM_IO | VM_PFNMAP):
-        pfn = _hva_to_pfn_remapped(vma, kfp)
+        pfn = _hva_to_pfn_remapped(kvm, vma, kfp)
     else:
         need = VM_READ | VM_WRITE if kfp.flags & FOLL_WRITE else VM_READ
         ok = vma is not None and vma.flags & need == need
@@ -133,7 +133,7 @@ def hva_to_pfn(kvm: Kvm, kfp: KvmFollowPfn) -> int:
     return pfn
 
 
-def _hva_to_pfn_remapped(vma: VmArea, kfp: KvmFollowPfn) -> int:
+def _hva_to_pfn_remapped(kvm: Kvm, vma: VmArea, kfp: KvmFollowPfn) -> int:
     """A mapping of raw frames: what its entry says, faulted in once if need be. No reference is taken.
 
     Only the notifier tells when the frame is taken back, and the retry check that it was not yet.
@@ -150,6 +150,9 @@ def _hva_to_pfn_remapped(vma: VmArea, kfp: KvmFollowPfn) -> int:
         pfn = KVM_PFN_ERR_RO_FAULT
     else:
         pfn = kfp.resolve_remapped(args.pfn, args.writable)
+        if "pfnmap-take-ref" in kvm.breaks:
+            get_page(kvm.host, pfn)
+            kfp.refcounted_page = pfn
     follow_pfnmap_end(args)
     return pfn
 

@@ -7,6 +7,8 @@ kvm_arch_vcpu_memslots_id.
 
 A write goes by the host's page tables, past every SPTE: what must hear of it (the dirty log, the TLBs'
 code, page_track's nodes) is told here or by the caller.
+
+Not modelled: accesses through a gfn_to_hva_cache; each looks its slot up.
 """
 
 from __future__ import annotations

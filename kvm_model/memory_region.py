@@ -7,6 +7,8 @@ arch/x86/kvm/x86.c: kvm_arch_prepare_memory_region, kvm_mmu_slot_apply_flags.
 A delete or move first publishes an INVALID copy of the slot, so that faults retry, then zaps, then
 publishes the final state. Each publication waits for open notifier brackets (so that range_start and
 range_end see the same slots) and then for SRCU readers of the old set.
+
+Not modelled: KVM's own slots for real mode without unrestricted guest (the TSS, the identity map).
 """
 
 from __future__ import annotations

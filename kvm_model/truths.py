@@ -46,7 +46,6 @@ in a bracket of its own).
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, NoReturn
 
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, _PAGE_RW, PMD_SIZE, lookup_address_in_mm, pte_pfn
@@ -54,26 +53,22 @@ from host_mm.kernel.errors import BrokenTruth
 from host_mm.page import PG_dirty, PG_reserved, page_folio
 from kvm_model.guest_memfd import kvm_gmem_folio
 from kvm_model.mem_attributes import gfn_is_in_guest_memfd
-from kvm_model.memslots import hva_to_gfn_memslot, kvm_slot_dirty_track_enabled
+from kvm_model.memslots import hva_to_gfn_memslot
 from kvm_model.mmu.marks import is_dirty_spte
 from kvm_model.mmu.mmu_internal import role_smm
 from kvm_model.mmu.spte import (
-    PG_LEVEL_1G,
-    PT_PAGE_SIZE_MASK,
     PT_WRITABLE_MASK,
-    SPTE_BASE_ADDR_MASK,
-    SPTE_MMU_PRESENT_MASK,
     is_last_spte,
     is_shadow_present_pte,
     kvm_pages_per_hpage,
     spte_to_pfn,
 )
-from kvm_model.mmu.tdp_iter import TDP_MMU_MAX_GFN_EXCLUSIVE
 from kvm_model.truths_apic import ApicTruths
 from kvm_model.truths_gpc import CacheTruths
-from kvm_model.truths_rmap import check_rmaps, shadow_entries
+from kvm_model.truths_leaves import SPACE_SHIFT, LeafIndex
+from kvm_model.truths_log import LogTruths
+from kvm_model.truths_rmap import check_rmaps
 from kvm_model.truths_shadow import ShadowTruths
-from kvm_model.vmx.pml import pml_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,18 +79,16 @@ if TYPE_CHECKING:
     from host_mm.mmu_notifier import MmuNotifierRange
     from kvm_model.kvm_main import Kvm
     from kvm_model.memslots import KvmMemorySlot
-    from kvm_model.mmu.mmu_internal import KvmMmuPage
     from kvm_model.vcpu import Vcpu
 
 __all__ = ["KvmTruths"]
 
 Ranges = list[tuple[int, int]]
-_SPACE_SHIFT = 40
 
 
 def _key(hva: int, slot: KvmMemorySlot) -> int:
     """The gfn behind `hva`, with its address space."""
-    return hva_to_gfn_memslot(hva, slot) | slot.as_id << _SPACE_SHIFT
+    return hva_to_gfn_memslot(hva, slot) | slot.as_id << SPACE_SHIFT
 
 
 class KvmTruths:
@@ -104,23 +97,20 @@ class KvmTruths:
     def __init__(self, kvm: Kvm) -> None:
         self.kvm = kvm
         self._noted: dict[int, tuple[int, int | None]] = {}
-        # Leaves outside the TDP MMU by gfn, which their tables do not show: level - 1, gfn, SPTEs.
-        self._by_gfn: tuple[dict[int, set[int]], ...] = ({}, {}, {})
+        self.leaves = LeafIndex(kvm)
         self._noted_gfns: dict[tuple[int, int], int | None] = {}
         self._in_brackets: dict[tuple[int, int], int | None] = {}
         self.caches = CacheTruths(kvm)
         self.apic = ApicTruths(kvm)
+        self.log = LogTruths(kvm)
         self._held: Spinlock | None = None
         self._open: dict[int, tuple[bool, Ranges]] = {}
         self._ranges: dict[Task, Ranges] = {}
         self._flush_due: set[Task] = set()
-        self._log_calls: dict[Task, bool] = {}
         self._begins = 0
         self._ends = 0
         self._ending = 0
         self._seq0 = kvm.mmu_invalidate_seq
-        self._mapped: Counter[int] = Counter()
-        self._ring: Counter[tuple[int, int]] = Counter()
         self.shadow = None if kvm.tdp_enabled else ShadowTruths(kvm)
         kvm.host.pte_hooks.append(self._host_pte_changed)
         kvm.host.pmd_hooks.append(self._host_pmd_changed)
@@ -138,7 +128,7 @@ class KvmTruths:
 
     def note_range(self, as_id: int, start: int, end: int) -> None:
         """kvm_mmu_invalidate_range_add, for a slot of that address space."""
-        space = as_id << _SPACE_SHIFT
+        space = as_id << SPACE_SHIFT
         self._ranges.setdefault(self.kvm.sched.current, []).append((start | space, end | space))
 
     def note_flush_due(self) -> None:
@@ -148,16 +138,7 @@ class KvmTruths:
     def note_flush(self) -> None:
         """Every vCPU has, or is about to get, a flush request."""
         self._flush_due.clear()
-        self._log_calls.update(dict.fromkeys(self._log_calls, False))
-
-    def note_log_call(self) -> None:
-        """This task protects pages for the dirty log from now on, until `note_log_returned`."""
-        self._log_calls[self.kvm.sched.current] = False
-
-    def note_log_returned(self) -> None:
-        """User space may look at the log now, and counts on hearing of every later write."""
-        if self._log_calls.pop(self.kvm.sched.current, False):
-            self._broken("log-flushed", "SPTEs were protected for the log and no vCPU was asked to flush")
+        self.log.flushed()
 
     def note_start_unlock(self) -> None:
         """range_start is about to drop mmu_lock."""
@@ -220,41 +201,33 @@ class KvmTruths:
         )
 
     def _assert_unmapped(self, start: int, end: int) -> None:
-        for _, gfn, level, spte in self._all_leaves(start, end):
+        for _, gfn, level, spte in self.leaves.all_leaves(start, end):
             if start <= gfn and gfn + kvm_pages_per_hpage(level) <= end:
                 self._broken(
                     "no-spte-in-bracket",
                     f"range_start of gfns {start:#x}-{end:#x} returned, but {spte:#x} maps gfn {gfn:#x}",
                 )
 
-    # -- the dirty log --------------------------------------------------------------------------
-
-    def note_ring(self, slot: int, offset: int, change: int) -> None:
-        """An entry was pushed to a dirty ring (1) or is about to be reset (-1)."""
-        self._ring[slot, offset] += change
-
     # -- stores ---------------------------------------------------------------------------------
 
     def note_spte(self, sptep: int, gfn: int, level: int, old: int, new: int) -> None:
         """An SPTE changed."""
         kvm = self.kvm
-        key = gfn | role_smm(kvm.sps[sptep >> 9].role) << _SPACE_SHIFT
+        key = gfn | role_smm(kvm.sps[sptep >> 9].role) << SPACE_SHIFT
         if self.shadow is not None:
             self.shadow.note_spte(sptep, gfn, level, new)
         was_leaf = is_shadow_present_pte(old) and is_last_spte(old, level)
         if was_leaf and kvm.profile.marks_page_at_drop and not kvm.tdp_mmu_enabled:
             self._check_dirty_kept(gfn, old, new)
-        self._count_leaf(old, new, level, was_leaf)
-        if not kvm.tdp_mmu_enabled:
-            self._index_leaf(sptep, key, level, was_leaf, new)
+        self.leaves.note_spte(sptep, key, level, old, new)
         if not is_shadow_present_pte(new) or not is_last_spte(new, level):
             if was_leaf and kvm.spte.is_mmio_spte(new) and not kvm.profile.invalid_slot_is_noslot:
                 self._broken("no-mmio-over-slot", f"gfn {gfn:#x}: {new:#x} over {old:#x}")
             return
         if sptep not in kvm.instrumented:
             self._check_state(gfn, new)
-        if was_leaf and old & ~new & PT_WRITABLE_MASK and kvm.sched.current in self._log_calls:
-            self._log_calls[kvm.sched.current] = True
+        if was_leaf and old & ~new & PT_WRITABLE_MASK:
+            self.log.write_protected()
         if was_leaf and spte_to_pfn(old) != spte_to_pfn(new):
             self._broken("spte-pfn-in-place", f"gfn {gfn:#x} level {level}: {old:#x} became {new:#x}")
         pages = kvm_pages_per_hpage(level)
@@ -275,34 +248,10 @@ class KvmTruths:
         if is_dirty_spte(kvm, old) and not kept and not flags & (PG_dirty | PG_reserved):
             self._broken("spte-dirty-kept", f"gfn {gfn:#x}: {old:#x} became {new:#x}, the page is clean")
 
-    def _index_leaf(self, sptep: int, gfn: int, level: int, was_leaf: bool, new: int) -> None:
-        heads = self._by_gfn[level - 1] if level <= PG_LEVEL_1G else {}
-        if is_shadow_present_pte(new) and is_last_spte(new, level):
-            heads.setdefault(gfn, set()).add(sptep)
-        elif was_leaf:
-            heads[gfn].discard(sptep)
-            if not heads[gfn]:
-                del heads[gfn]
-
-    def _count_leaf(self, old: int, new: int, level: int, was_leaf: bool) -> None:
-        # A frame is counted once for each leaf, of whatever root, that maps it.
-        if was_leaf:
-            self._mapped.subtract(self._frames(old, level))
-        if is_shadow_present_pte(new) and is_last_spte(new, level):
-            self._mapped.update(self._frames(new, level))
-
-    @staticmethod
-    def _frames(spte: int, level: int) -> range:
-        first = spte_to_pfn(spte)
-        return range(first, first + kvm_pages_per_hpage(level))
-
     def _frame_freed(self, pfn: int, order: int) -> None:
         self.caches.frame_freed(pfn, order)
         self.apic.frame_freed(pfn, order)
-        for frame in range(pfn, pfn + (1 << order)):
-            if self._mapped[frame] > 0:
-                self._broken("spte-of-freed-frame", f"pfn {frame:#x} is freed while an SPTE maps it")
-            del self._mapped[frame]
+        self.leaves.frame_freed(pfn, order)
 
     def note_release(self) -> None:
         """The address space goes away, and KVM_RUN with it."""
@@ -392,81 +341,15 @@ class KvmTruths:
             spte = kvm.ram.u64[sptep]
             if sp is None or not is_shadow_present_pte(spte) or not is_last_spte(spte, sp.level):
                 continue
-            if self._root_of(sp):
+            if self.leaves.is_reachable(sp):
                 self._check_leaf(sptep, gfn, sp.level, spte, seq)
         gfns, self._noted_gfns = self._noted_gfns, {}
         for (gfn, pages), seq in gfns.items():
             if self._open and self._in_open_bracket(gfn, pages):
                 self._in_brackets[gfn, pages] = seq
                 continue
-            for sptep, base, level, spte in self._all_leaves(gfn, gfn + pages):
+            for sptep, base, level, spte in self.leaves.all_leaves(gfn, gfn + pages):
                 self._check_leaf(sptep, base, level, spte, seq)
-
-    def _root_of(self, sp: KvmMmuPage) -> bool:
-        """Whether the table is reachable; a detached one is nobody's truth."""
-        kvm = self.kvm
-        # A page outside the TDP MMU may be linked again any time.
-        while sp.tdp_mmu_page and sp.ptep >= 0:
-            spte = kvm.ram.u64[sp.ptep]
-            parent = kvm.sps.get(sp.ptep >> 9)
-            if parent is None or not is_shadow_present_pte(spte) or spte_to_pfn(spte) != sp.spt:
-                return False
-            sp = parent
-        return True
-
-    def leaves_of(self, gfn: int, as_id: int) -> Iterator[int]:
-        """The SPTEs of the present leaves that map `gfn` of an address space."""
-        key = gfn | as_id << _SPACE_SHIFT
-        return (spte for _, _, _, spte in self._all_leaves(key, key + 1))
-
-    def _all_leaves(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """(sptep, gfn, level, SPTE) of every present leaf that maps anything in [start, end) of one space."""
-        kvm = self.kvm
-        for root in kvm.tdp_mmu_roots:
-            if role_smm(root.role) == start >> _SPACE_SHIFT:
-                yield from self._leaves(root, start, end)
-        if kvm.tdp_mmu_enabled:
-            return
-        u64 = kvm.ram.u64
-        for level, heads in enumerate(self._by_gfn, 1):
-            pages = kvm_pages_per_hpage(level)
-            first = start & ~(pages - 1)
-            few = (end - first) // pages <= len(heads)
-            gfns = range(first, end, pages) if few else [gfn for gfn in heads if first <= gfn < end]
-            for gfn in gfns:
-                for sptep in tuple(heads.get(gfn, ())):
-                    yield sptep, gfn, level, u64[sptep]
-
-    def _scan_leaves(self) -> Iterator[tuple[int, int, int, int]]:
-        """The same of all that exist, by what the tables themselves hold."""
-        kvm = self.kvm
-        if kvm.tdp_mmu_enabled:
-            for as_id in range(len(kvm.memslots)):
-                space = as_id << _SPACE_SHIFT
-                yield from self._all_leaves(space, space | TDP_MMU_MAX_GFN_EXCLUSIVE)
-            return
-        for sp in tuple(kvm.sps.values()):
-            for sptep, gfn, spte in shadow_entries(kvm, sp):
-                if is_last_spte(spte, sp.level):
-                    yield sptep, gfn | role_smm(sp.role) << _SPACE_SHIFT, sp.level, spte
-
-    def _leaves(self, root: KvmMmuPage, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """(sptep, gfn, level, SPTE) of the present leaves that map anything in [start, end)."""
-        u64 = self.kvm.ram.u64
-        todo = [(root.spt << 9, root.level, role_smm(root.role) << _SPACE_SHIFT)]
-        while todo:
-            table, level, first = todo.pop()
-            shift = 9 * (level - 1)
-            index = max(start - first, 0) >> shift
-            last = min((end - 1 - first) >> shift, 511)
-            for sptep, spte in enumerate(u64[table + index : table + last + 1].tolist(), table + index):
-                if not spte & SPTE_MMU_PRESENT_MASK:
-                    continue
-                gfn = first + ((sptep & 511) << shift)
-                if level == 1 or spte & PT_PAGE_SIZE_MASK:
-                    yield sptep, gfn, level, spte
-                else:
-                    todo.append(((spte & SPTE_BASE_ADDR_MASK) >> 3, level - 1, gfn))
 
     def _check_leaf(self, sptep: int, gfn: int, level: int, spte: int, seq: int | None) -> None:
         kvm = self.kvm
@@ -474,7 +357,7 @@ class KvmTruths:
             return
         if self._open and self._in_open_bracket(gfn, kvm_pages_per_hpage(level)):
             return
-        as_id, gfn = gfn >> _SPACE_SHIFT, gfn & (1 << _SPACE_SHIFT) - 1
+        as_id, gfn = gfn >> SPACE_SHIFT, gfn & (1 << SPACE_SHIFT) - 1
         slot = kvm.memslots[as_id].gfn_to_memslot(gfn)
         if slot is None:
             self._broken("spte-matches-host", f"gfn {gfn:#x} is mapped by {spte:#x} but has no memslot", seq)
@@ -497,7 +380,7 @@ class KvmTruths:
         if level > host_level:
             self._broken("spte-matches-host", f"gfn {gfn:#x}: level {level}, host level {host_level}", seq)
         if spte & PT_WRITABLE_MASK:
-            self._check_logged(slot, gfn, level, spte, seq)
+            self.log.check_leaf(slot, gfn, level, spte, seq)
             if slot.gfn_write_track:
                 self._check_tracked(slot, gfn, level, spte, seq)
         if spte & kvm.spte.host_writable and not entry & _PAGE_RW:
@@ -505,28 +388,6 @@ class KvmTruths:
                 "spte-matches-host", f"gfn {gfn:#x}: {spte:#x} is host-writable, the host says {entry:#x}",
                 seq,
             )
-
-    def _check_logged(self, slot: KvmMemorySlot, gfn: int, level: int, spte: int, seq: int | None) -> None:
-        kvm = self.kvm
-        if not kvm_slot_dirty_track_enabled(slot) or kvm.slots_lock.owner is not None:
-            # Under slots_lock the log is turned on, read or cleared: protection and bits are on their way.
-            return
-        if kvm.cpu_dirty_log_size and not spte & kvm.spte.dirty:
-            return
-        for page in range(gfn, gfn + kvm_pages_per_hpage(level)):
-            if not self._is_logged(slot, page):
-                why = f"gfn {page:#x} is writable by {spte:#x}, its dirty bit is clear"
-                self._broken("write-logged", why, seq)
-
-    def _is_logged(self, slot: KvmMemorySlot, gfn: int) -> bool:
-        kvm = self.kvm
-        page = gfn - slot.base_gfn
-        bitmap = slot.dirty_bitmap
-        if bitmap is not None:
-            logged = bitmap[page >> 3] >> (page & 7) & 1 != 0
-        else:
-            logged = self._ring[slot.as_id << 16 | slot.id, page] > 0
-        return logged or (kvm.cpu_dirty_log_size != 0 and any(gfn in pml_entries(vcpu) for vcpu in kvm.vcpus))
 
     def _check_tracked(self, slot: KvmMemorySlot, gfn: int, level: int, spte: int, seq: int | None) -> None:
         if self.kvm.mmu_lock.owner is not None:
@@ -543,7 +404,7 @@ class KvmTruths:
         kvm = self.kvm
         locked = self._page_table_locked()
         count = 0
-        for sptep, gfn, level, spte in self._scan_leaves():
+        for sptep, gfn, level, spte in self.leaves.scan():
             count += 1
             if sptep in kvm.instrumented:
                 continue

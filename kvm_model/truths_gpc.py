@@ -1,8 +1,8 @@
 """The truths about gfn_to_pfn caches: gpc-in-bracket, gpc-matches-host, gpc-of-freed-frame (truths.py).
 
-A cache whose lock somebody has for write is on its way and is not looked at.
-
 Source of truth: the rules themselves (virt/kvm/pfncache.c); Linux 6.18.
+
+Not modelled: looking at a cache whose lock somebody has for write: it is on its way.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class ShadowTruths:
         self._noted_pages[sp.spt] = self.kvm.stream.ctx.cause
         truths = self.kvm.truths
         assert truths is not None
-        for spte in truths.leaves_of(sp.gfn, role_smm(sp.role)):
+        for spte in truths.leaves.of_gfn(sp.gfn, role_smm(sp.role)):
             if spte & PT_WRITABLE_MASK:
                 self._check_protected(sp.gfn, spte)
 

@@ -78,7 +78,7 @@ def render(summary: RunSummary) -> Any:
     if summary.operations:
         table.add_row("host operations", _counts(summary.operations))
     table.add_row("notifier brackets", _counts(summary.brackets))
-    what = "faults on a page whose mapping the host had taken away"
+    what = "faults on a page whose mapping had been taken away"
     table.add_row("refaults", f"[bold]{summary.refaults:,}[/] {what}")
     if summary.top:
         most = (f"gfn {gfn:#x} {count:,} times" for gfn, count in summary.top)

@@ -8,6 +8,8 @@ page_fault. Frame and level come from faultin_pfn.py.
 KVM holds its reference to the page only until the SPTE is in place. What keeps the frame from being
 freed under the mapping is that every change of the host's translation is bracketed, that
 range_start zaps, and that `is_page_fault_stale` is asked under mmu_lock.
+
+Not modelled: faults of nested guests, private faults that the CPU tells apart (SEV-SNP, TDX).
 """
 
 from __future__ import annotations

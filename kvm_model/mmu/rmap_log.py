@@ -7,6 +7,9 @@ kvm_mmu_zap_collapsible_spte.
 
 Nothing splits a huge leaf here: it loses W, and the next write maps 4K in its place. When logging ends the
 small leaves are zapped that could be huge, and faults map huge again.
+
+Not modelled: splitting the huge leaves of nested guests when logging begins, the only ones that Linux splits
+through rmaps.
 """
 
 from __future__ import annotations

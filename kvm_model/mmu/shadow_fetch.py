@@ -10,6 +10,8 @@ starts anew. Below a huge guest entry whose page the host has in small pieces, d
 With CR0.WP clear the supervisor writes to pages that its tables make read-only. The CPU always runs with WP
 set here, so such a page is mapped writable for the supervisor alone; the user's next access faults and maps
 it for both, read-only, and so on. With SMEP the supervisor must not execute what now looks like its own page.
+
+Not modelled: the EPT tables of a nested guest (paging_tmpl.h's third form).
 """
 
 from __future__ import annotations

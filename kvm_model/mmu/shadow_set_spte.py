@@ -11,6 +11,8 @@ guest's entries say what they map (shadow_fetch.py).
 6.18 puts an MMIO SPTE over a present leaf where the guest changed its entry from memory to none without a
 flush, or where another vCPU mapped the gfn by a slot that was just made; it forgets the rmap. That was mended
 later, and is here (it is the switch mmio-over-leaf).
+
+Not modelled: flushes of a range, which a hypervisor below can offer; each is of everything.
 """
 
 from __future__ import annotations

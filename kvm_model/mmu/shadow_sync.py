@@ -10,6 +10,8 @@ notifier would have zapped it. Nothing new is mapped.
 
 All under mmu_lock for write, so the guest's entries are read without faulting; a page whose table the host
 has taken away is zapped instead.
+
+Not modelled: the EPT tables of a nested guest (paging_tmpl.h's third form).
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ __kvm_tdp_mmu_age_gfn_range; 5.10: age_gfn_range.
 
 Linux flushes nothing here: a translation that a TLB keeps hides the next access. Real TLBs are small
 and lose translations soon; ours is large and would hide it for ever, so it is told to evict.
+
+Not modelled: mirror roots (TDX), which Linux leaves out of aging.
 """
 
 from __future__ import annotations

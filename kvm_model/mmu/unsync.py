@@ -11,6 +11,8 @@ the way down to an unsync page has the bit of the entry that leads there in `uns
 flush finds them from the root. A bit may outlive its reason; none may be missing.
 
 The marks must stand before the SPTE that lets the guest write: who flushes looks at them without mmu_lock.
+
+Not modelled: unsync shadow pages of a nested guest's EPT.
 """
 
 from __future__ import annotations

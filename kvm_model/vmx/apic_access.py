@@ -8,6 +8,8 @@ The CPU takes an access that EPT translates to this very frame for one to the AP
 guest reads and writes a page that means nothing, or somebody else's. So when EPT loses the page, every
 vCPU is asked to reload the address (6.18: by the unmap of KVM's own slot; 5.10: by invalidate_range), and one
 that finds an invalidation under way asks itself again.
+
+Not modelled: the address while a nested guest runs, which Linux reloads when that exits.
 """
 
 from __future__ import annotations

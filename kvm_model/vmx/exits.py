@@ -15,6 +15,9 @@ EPT-violation exit qualification:
                  |  |  |  |  guest linear address valid
                  |  |  |  final translation (1) or guest paging-structure access (0)
                  advanced information (not reported by this CPU)
+
+Not modelled: exits of what this CPU has not: VMX instructions, SGX, XSAVES, the preemption timer, posted
+interrupts, NMI windows.
 """
 
 from __future__ import annotations

@@ -45,10 +45,12 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kvmclock": (("rounds=2",), EVENTS),
     "migrate": (("pages=4", "rounds=1"), EVENTS),
     "mmio": ((), (*EVENTS, "kvm:kvm_mmio", "kvmmmu:mark_mmio_spte", "kvmmmu:handle_mmio_page_fault")),
+    "pfnmap": (("rounds=2",), EVENTS),
     "prefault": (("pages=4",), EVENTS),
     "protect": (("pages=4",), EVENTS),
     "rdma": (("pages=1", "rounds=1", "weather=0"), (*EVENTS, "refault:odp_*", "refault:rdma_*")),
     "selfmod": (("rounds=2",), EVENTS),
+    "shadow-bugs": ((), FEW),
     "shadow-pt": (("pages=4", "rounds=1", "spaces=2"), FEW),
     "slots": (("pages=4",), ("refault:host_op*", "refault:memslot_update", "refault:spte_zap")),
     "smm": (("rounds=2",), EVENTS),
@@ -69,7 +71,7 @@ OPTIONS = {
 }
 
 
-SHADOW = ("first-touch", "migrate", "mmio", "shadow-pt")
+SHADOW = ("first-touch", "migrate", "mmio", "shadow-bugs", "shadow-pt")
 """Recorded without EPT as well, as NAME.shadow."""
 SHADOW_EVENTS = (
     "kvm:kvm_page_fault", "kvm:kvm_inj_exception", "kvm:kvm_emulate_insn", "kvmmmu:kvm_mmu_get_page",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from emu.devices.pci_bar import PciBar
 from host_mm.address_space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.sched import Task
@@ -89,6 +90,28 @@ def fault_during_a_bracket(m: Machine) -> None:
     mark = len(m.events)
     m.sched.set_on_point(race)
     m.run(("w", 3 * PAGE, 7))
+    assert raced
+    m.truths.sweep()
+
+
+def reset_during_a_fault(m: Machine) -> None:
+    """The frames are given back when the fault knows one of them but has not mapped it yet."""
+    bar = PciBar(m.host, 1)
+    gpa = 0x4000_0000
+    m.do(lambda: m.kvm.set_user_memory_region(1, gpa, PAGE, bar.mmap(m.process)))
+    raced: list[int] = []
+    truths = m.truths
+
+    def race(kind: str) -> None:
+        truths.on_point(kind)
+        if kind == "lock" and not raced and "gup_answer" in m.names(since=mark):
+            raced.append(1)
+            bar.revoke()
+
+    m.run(("w", 0, 1))
+    mark = len(m.events)
+    m.sched.set_on_point(race)
+    m.run(("w", gpa, 7))
     assert raced
     m.truths.sweep()
 
@@ -253,6 +276,7 @@ SCENES: dict[str, tuple[Callable[[Machine], Any], set[str]]] = {
     "no-range-union": (two_brackets, {"no-spte-in-bracket"}),
     "no-retry": (fault_during_a_bracket, {"spte-matches-host"}),
     "no-track-flush": (track_a_page_that_was_written, {"write-tracked"}),
+    "pfnmap-take-ref": (reset_during_a_fault, {"device-frames"}),
     "plain-store": (fast_fault_against_a_zap, {"spte-matches-host"}),
     "prefetch-in-bracket": (fault_beside_a_bracket, {"no-spte-in-bracket"}),
     "retry-before-gup-only": (fault_during_a_bracket, {"spte-matches-host"}),
@@ -270,8 +294,8 @@ CASES += [(name, "N") for name in sorted(set(SCENES) - TDP_ONLY)]
 
 
 def test_every_switch_has_its_scene() -> None:
-    # Those of shadow paging are in a file of their own, which has more than can be asked for by name.
-    assert set(SCENES) == set(BREAKS) - set(SHADOW_SCENES)
+    # Those of shadow paging are in a file of their own.
+    assert {*SCENES, *SHADOW_SCENES} == set(BREAKS)
     assert not set(SCENES) & set(SHADOW_SCENES)
 
 

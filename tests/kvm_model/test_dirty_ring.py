@@ -205,7 +205,7 @@ def test_a_writable_spte_that_no_ring_names_breaks_a_truth() -> None:
     m = ring_machine()
     m.run(*writes(3))
     m.truths.sweep()
-    m.truths.note_ring(0, 3, -1)
+    m.truths.log.note_ring(0, 3, -1)
     with pytest.raises(BrokenTruth, match="write-logged: gfn 0x3 "):
         m.truths.sweep()
 

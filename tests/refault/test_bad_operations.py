@@ -55,6 +55,11 @@ def test_a_bad_range_is_refused_and_nothing_is_done(vm: refault.VM, name: str, w
     assert vm.host.host_read(0x200000) == 7
 
 
+def test_what_is_no_number_is_refused(vm: refault.VM) -> None:
+    with pytest.raises(refault.KernelError, match=r"EINVAL: swap_out: gpa='x' is not a number"):
+        vm.host.swap_out("x")  # type: ignore[arg-type]
+
+
 def test_a_guest_gets_the_errno_as_a_negative_number(tmp_path: Path) -> None:
     calls = "".join(
         f"    mov rdi, {gpa & (1 << 64) - 1}\n    mov rsi, {pages & (1 << 64) - 1}\n"

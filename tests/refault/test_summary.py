@@ -37,7 +37,7 @@ def test_the_summary_names_machine_time_and_refaults():
     assert "64M guest on 24M host, 64M swap, seed 1" in shown
     assert "1.5 s on the machine's clock, 2,000,000 instructions, 2.0 s here (1.0 MIPS)" in shown
     assert "EPT_VIOLATION 10, HLT 1" in shown
-    assert "7 faults on a page whose mapping the host had taken away" in shown
+    assert "7 faults on a page whose mapping had been taken away" in shown
     assert "gfn 0x200 3 times" in shown
 
 
