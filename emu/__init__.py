@@ -5,6 +5,7 @@
 | `host.py` | one host: RAM, clock, event stream, mm, and the VMs on it |
 | `board.py` | one VM: its VMM process, KVM, vCPU threads, devices |
 | `memory.py`, `vmm.py` | the guest's memory as the VMM keeps it; the VMM's system calls |
+| `administrator.py` | what is asked of the whole host |
 | `files.py` | guest memory that is a file's, and what can be done to that file |
 | `hugetlb.py` | guest memory in huge pages, and a process that maps it too |
 | `dirty_rings.py` | KVM's dirty rings, harvested by the VMM |

@@ -147,6 +147,15 @@ class Board:
         self.bars: dict[int, PciBar] = {}
         self.guest_memfds: list[AddressSpace] = []
         self._make_devices()
+        self._make_kvm(interpreted)
+        self.vcpus = [self.kvm.create_vcpu(n) for n in range(config.vcpus)]
+        self.vcpus[0].irq_source = self.pic
+        self.threads = [_VcpuThread(v, WaitQueue(host.sched, f"vcpu{v.vcpu_id} idle")) for v in self.vcpus]
+        self.memory = GuestMemory(self, config.memory)
+        host.boards.append(self)
+
+    def _make_kvm(self, interpreted: bool) -> None:
+        host, config = self.host, self.config
         ept = config.mmu == "ept"
         self.cpu = UnicornCpu(
             host.mm, host.sched, interpreted=interpreted, ept=ept, params=config.params
@@ -160,11 +169,6 @@ class Board:
         if config.params.get("vmm.quirk_slot_zap_all", "Y").lower() in ("0", "n", "no", "off", "false"):
             self.kvm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL)
         self.dirty_rings = DirtyRings(self.kvm, int(config.params.get("vmm.dirty_ring_size", "0")))
-        self.vcpus = [self.kvm.create_vcpu(n) for n in range(config.vcpus)]
-        self.vcpus[0].irq_source = self.pic
-        self.threads = [_VcpuThread(v, WaitQueue(host.sched, f"vcpu{v.vcpu_id} idle")) for v in self.vcpus]
-        self.memory = GuestMemory(self, config.memory)
-        host.boards.append(self)
 
     def _make_devices(self) -> None:
         self.pic = PicPair(self._interrupt)
@@ -293,9 +297,9 @@ class Board:
         for _, pfns in self.pinned:
             self.vmm.unpin_range(pfns)
         for pfn, pages in self.contig.items():
-            self.vmm.free_contig(pfn, pages)
+            self.host.admin.free_contig(pfn, pages)
         for pfn in self.offline:
-            self.vmm.online(pfn)
+            self.host.admin.online(pfn)
 
     def _serve_io(self, vcpu: Vcpu, out: UserExit) -> None:
         if out.write:

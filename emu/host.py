@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from emu.administrator import Administrator
 from host_mm.host import HostMm
 from host_mm.kernel.sched import RandomStrategy, Scheduler
 from host_mm.profile import PROFILES
@@ -59,6 +60,7 @@ class Host:
             breaks=breaks,
             checks=checks,
         )
+        self.admin = Administrator(self.mm)
         self.mm.start_daemons()
         self.boards: list[Board] = []
         self.checker: Checker | None = None

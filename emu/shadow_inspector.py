@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from emu.cpu.paging import EFER_LMA, is_canonical
 from emu.inspector import WalkStep, WalkTree
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, lookup_address_in_mm, pte_pfn
+from kvm_model.instrument import walk_sptes
 from kvm_model.mmu.kvm_mmu import PT32E_ROOT_LEVEL
 from kvm_model.mmu.paging_tmpl import (
     PAGING32,
@@ -108,7 +109,7 @@ class _Pair:
 
     def shadow(self, gva: int) -> int | None:
         """The hpa by KVM's tables."""
-        steps = self.kvm.walk(gva, self.vcpu)
+        steps = walk_sptes(self.kvm, gva, self.vcpu)
         if not steps:
             self.why = self.why or "the vCPU has no root: it never entered the guest, or its root was dropped"
         for level, address, spte in steps:

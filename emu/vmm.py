@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Vmm"]
 
-WRITEBACK_POLL = 20_000
-"""ns between two looks at the swap device's queue."""
-KHUGEPAGED_POLL = 100_000
-"""ns between two looks at whether khugepaged is through."""
-
 
 class Vmm:
     """One user process. `process` is the kernel's object; addresses are the process's own (hva)."""
@@ -232,52 +227,11 @@ class Vmm:
 
         unpin_user_pages(self.mm, pfns, dirty=True)
 
-    def compact_memory(self) -> int:
-        """Write to /proc/sys/vm/compact_memory; how many pages of the host moved."""
-        from host_mm.compaction import compact_nodes
-
-        before = self.mm.vmstat["pgmigrate_success"]
-        compact_nodes(self.mm)
-        return self.mm.vmstat["pgmigrate_success"] - before
-
     def mbind(self, address: int, length: int, node: int) -> None:
         """mbind(2) with MPOL_BIND and MPOL_MF_MOVE."""
         from host_mm.mempolicy import MPOL_BIND, MPOL_MF_MOVE, do_mbind
 
         do_mbind(self.process, address, length, MPOL_BIND, node, MPOL_MF_MOVE)
-
-    def alloc_contig(self, pfn: int, pages: int) -> None:
-        """A driver takes exactly these frames."""
-        from host_mm.contig import alloc_contig_range
-
-        alloc_contig_range(self.mm, pfn, pfn + pages)
-
-    def free_contig(self, pfn: int, pages: int) -> None:
-        """It gives them back."""
-        from host_mm.contig import free_contig_range
-
-        free_contig_range(self.mm, pfn, pages)
-
-    def offline(self, pfn: int) -> None:
-        """Write `offline` to the state of the memory block of 2 MiB that begins with this frame."""
-        from host_mm.memory_hotplug import offline_pages
-        from host_mm.mmzone import PAGEBLOCK_NR_PAGES
-
-        offline_pages(self.mm, pfn, PAGEBLOCK_NR_PAGES)
-
-    def online(self, pfn: int) -> None:
-        """Write `online` to it."""
-        from host_mm.memory_hotplug import online_pages
-        from host_mm.mmzone import PAGEBLOCK_NR_PAGES
-
-        online_pages(self.mm, pfn, PAGEBLOCK_NR_PAGES)
-
-    def hard_offline(self, pfn: int) -> None:
-        """Write to /sys/devices/system/memory/hard_offline_page: the memory of this frame has failed."""
-        from host_mm.memory_failure import memory_failure
-
-        if err := memory_failure(self.mm, pfn):
-            raise KernelError(-err, f"frame {pfn:#x} cannot be taken out of use")
 
     def take_sigbus(self) -> list[int]:
         """The handler of SIGBUS: the addresses whose memory failed since the last call, each once."""
@@ -305,17 +259,6 @@ class Vmm:
         from host_mm.huge_memory_split import split_huge_pages
 
         return split_huge_pages(self.process.mm, address, address + length)[1]
-
-    def khugepaged_round(self) -> int:
-        """Wake khugepaged until it has finished a round; how often it collapsed meanwhile."""
-        from host_mm.khugepaged import scan_sleep_millisecs_store
-
-        state = self.mm.khugepaged
-        before, wanted = state.pages_collapsed, state.full_scans + 1
-        while state.full_scans < wanted and state.mms and state.task is not None:
-            scan_sleep_millisecs_store(self.mm, state.scan_sleep_millisecs)
-            self.mm.sched.sleep(KHUGEPAGED_POLL)
-        return state.pages_collapsed - before
 
     def move_to_other_node(self, addresses: list[int]) -> int:
         """move_pages(2) of every present page to the next NUMA node; how many moved."""
@@ -354,17 +297,6 @@ class Vmm:
         pfn = self.present_pfn(address)
         return page_folio(self.mm.pages, pfn) if pfn >= 0 else -1
 
-    def ksm_scan(self, *, use_zero_pages: bool = False) -> int:
-        """Let ksmd run, over every process of the host, until a full scan changes nothing; full scans."""
-        from host_mm.ksm import scan_until_quiet
-
-        ksm = self.mm.ksm
-        saved, ksm.use_zero_pages = ksm.use_zero_pages, use_zero_pages
-        try:
-            return scan_until_quiet(self.mm)
-        finally:
-            ksm.use_zero_pages = saved
-
     def is_merged(self, address: int) -> bool:
         """Whether KSM put what is mapped at `address` there: a KSM page or the zero page."""
         from host_mm.arch.x86.pgtable import walk_lockless
@@ -383,25 +315,6 @@ class Vmm:
             "ksm_rmap_items": mm.ksm_rmap_items, "ksm_zero_pages": mm.ksm_zero_pages,
             "ksm_merging_pages": mm.ksm_merging_pages,
         }
-
-    def reclaim(self, pages: int) -> int:
-        """Proactive reclaim of `pages` frames over all nodes; how many came free."""
-        from host_mm.page_alloc import GFP_KERNEL
-
-        freed = 0
-        for node in self.mm.nodes:
-            while freed < pages:
-                got = self.mm.reclaim(0, node.nid, GFP_KERNEL)
-                if not got:
-                    break
-                freed += got
-        return freed
-
-    def wait_for_writeback(self) -> None:
-        """Wait until no swap-out of the host is under way."""
-        device, sched = self.mm.swap_device, self.mm.sched
-        while device.inflight:
-            sched.sleep(WRITEBACK_POLL)
 
     def damon(self, ranges: list[tuple[int, int]], ns: int, sample_ns: int) -> int:
         """kdamond watches [start, end) ranges for `ns`; the pages of the regions in use at the end."""

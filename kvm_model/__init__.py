@@ -27,5 +27,6 @@ Reading order, which is the way of one fault and of one host event:
     truths.py truths_leaves.py truths_log.py   what must hold; the leaves there are; the dirty log
     truths_rmap.py truths_gpc.py truths_apic.py   what must hold of the rest
     dirty_log_rmap.py breaks.py   the log without the TDP MMU; how to break what must hold
+    instrument.py                 what tools ask of the tables
     profile.py                    what differs between kernels
 """

@@ -13,7 +13,7 @@ Not modelled: in-kernel irqchips, file descriptors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from errno import EEXIST, EINVAL, ENOMEM, EOPNOTSUPP
+from errno import EEXIST, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
 from host_mm.kernel.errors import BrokenTruth, KernelError
@@ -51,7 +51,6 @@ from kvm_model.mmu import (
     gfn_range,
     invalidate,
     mmio,
-    mmu,
     mmu_roots,
     page_track,
     paging_tmpl,
@@ -64,25 +63,15 @@ from kvm_model.mmu import (
 from kvm_model.mmu.killed_by import KilledBy
 from kvm_model.mmu.kvm_mmu import kvm_init_mmu
 from kvm_model.mmu.mmu_internal import (
-    INVALID_PAGE,
-    PFERR_GUEST_FINAL_MASK,
-    PFERR_WRITE_MASK,
     KvmMmuPage,
     tdp_root_role,
 )
 from kvm_model.mmu.nx_huge_pages import NxRecovery
 from kvm_model.mmu.pre_fault import kvm_vcpu_pre_fault_memory
 from kvm_model.mmu.rcu import Rcu
-from kvm_model.mmu.rmap import gfn_to_rmap, rmap_sptes
 from kvm_model.mmu.set_mem_attributes import kvm_vm_ioctl_set_mem_attributes
-from kvm_model.mmu.shadow_walk import get_walk
 from kvm_model.mmu.spte import (
-    PG_LEVEL_1G,
-    PG_LEVEL_2M,
-    PG_LEVEL_4K,
     ept_masks,
-    is_last_spte,
-    is_shadow_present_pte,
     legacy_masks,
 )
 from kvm_model.mmu.tdp_zap import (
@@ -444,60 +433,3 @@ class Kvm:
         """Get the vCPU's thread back to user space with `intr`: a signal."""
         vcpu.immediate_exit = True
         requests.kvm_vcpu_kick(vcpu)
-
-    def walk(self, addr: int, vcpu: Vcpu | None = None) -> list[tuple[int, int, int]]:
-        """(level, physical address of the entry, SPTE) from the root down; empty without a root.
-
-        `addr` is a gpa under TDP, else the guest's linear address.
-        """
-        vcpu = vcpu or self.vcpus[0]
-        if vcpu.root_hpa == INVALID_PAGE:
-            return []
-        steps = mmio.kvm_tdp_mmu_get_walk(vcpu, addr) if self.tdp_enabled else get_walk(vcpu, addr)
-        return [(level, sptep << 3, spte) for level, sptep, spte in steps]
-
-    def leaf_spte(self, gfn: int) -> tuple[int, int]:
-        """(physical address, level) of the present leaf that maps `gfn` for vCPU 0, or (0, 0)."""
-        steps = self.walk(gfn << 12)
-        if steps:
-            level, address, spte = steps[-1]
-            if is_shadow_present_pte(spte) and is_last_spte(spte, level):
-                return address, level
-        return 0, 0
-
-    def mapping_level(self, gfn: int) -> int:
-        """The level of the leaf that maps `gfn`: for vCPU 0 under TDP, else the highest of all. 0: none."""
-        if self.tdp_enabled:
-            return self.leaf_spte(gfn)[1]
-        slot = self.slots().gfn_to_memslot(gfn)
-        mapped = [
-            level for level in (PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K)
-            if slot is not None and any(True for _ in rmap_sptes(gfn_to_rmap(gfn, level, slot)))
-        ]
-        return max(mapped, default=0)
-
-    def map_for_instrument(self, gfn: int) -> None:
-        """Map `gfn` writable with a 4K leaf, splitting what is larger; KernelError if it cannot be.
-
-        The leaf counts as instrumented from now on. Not where KVM shadows the guest's tables (EOPNOTSUPP).
-        """
-        if not self.tdp_enabled:
-            raise KernelError(EOPNOTSUPP, "shadow pages map linear addresses, not gfns")
-        vcpu = self.vcpus[0]
-        idx = self.srcu.read_lock()
-        try:
-            error_code = PFERR_WRITE_MASK | PFERR_GUEST_FINAL_MASK
-            r = mmu_roots.kvm_mmu_reload(vcpu)
-            if not r:
-                r = mmu.kvm_tdp_map_page(vcpu, gfn << 12, error_code, PG_LEVEL_4K, prefetch=False)
-            if r < 0:
-                raise KernelError(-r, f"gfn {gfn:#x} cannot be mapped")
-            self.instrumented.add(self.leaf_spte(gfn)[0] >> 3)
-        finally:
-            self.srcu.read_unlock(idx)
-
-    def zap_for_instrument(self, gfn: int) -> None:
-        """Drop the leaves of `gfn`, with a flush: the guest's next access faults it in anew."""
-        with self.mmu_lock:
-            if gfn_range.kvm_zap_gfn_range_locked(self, gfn, gfn + 1):
-                requests.kvm_flush_remote_tlbs(self)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "EXITING_GUEST_MODE",
     "IN_GUEST_MODE",
-    "KVM_REQUEST_NO_ACTION",
     "KVM_REQUEST_NO_WAKEUP",
     "KVM_REQUEST_WAIT",
     "KVM_REQ_APF_HALT",
@@ -39,7 +38,6 @@ __all__ = [
     "KVM_REQ_MMU_FREE_OBSOLETE_ROOTS",
     "KVM_REQ_MMU_SYNC",
     "KVM_REQ_NMI",
-    "KVM_REQ_OUTSIDE_GUEST_MODE",
     "KVM_REQ_SMI",
     "KVM_REQ_TLB_FLUSH",
     "KVM_REQ_TLB_FLUSH_CURRENT",
@@ -68,7 +66,6 @@ EXITING_GUEST_MODE = 2
 _MASK = 0xFF
 KVM_REQUEST_NO_WAKEUP = 1 << 8
 KVM_REQUEST_WAIT = 1 << 9
-KVM_REQUEST_NO_ACTION = 1 << 10
 _QUIET = KVM_REQUEST_WAIT | KVM_REQUEST_NO_WAKEUP
 
 KVM_REQ_TLB_FLUSH = 0 | _QUIET
@@ -90,7 +87,6 @@ KVM_REQ_APF_READY = 8 + 28
 KVM_REQ_UPDATE_CPU_DIRTY_LOGGING = 8 + 30 | _QUIET
 KVM_REQ_TLB_FLUSH_GUEST = 8 + 27 | _QUIET
 KVM_REQ_MMU_FREE_OBSOLETE_ROOTS = 8 + 31 | _QUIET
-KVM_REQ_OUTSIDE_GUEST_MODE = KVM_REQUEST_NO_ACTION | _QUIET
 
 
 REMOTE_TLB_FLUSH = Tracepoint(
@@ -153,8 +149,7 @@ def kvm_make_all_cpus_request(kvm: Kvm, req: int) -> bool:
     """Leave a request with every vCPU and get those in guest mode out; whether there was one."""
     called = False
     for vcpu in kvm.vcpus:
-        if not req & KVM_REQUEST_NO_ACTION:
-            kvm_make_request(req, vcpu)
+        kvm_make_request(req, vcpu)
         if not req & KVM_REQUEST_NO_WAKEUP and kvm_vcpu_wake_up(vcpu):
             continue
         if (req & KVM_REQUEST_WAIT or vcpu.mode == IN_GUEST_MODE) and _kick(vcpu):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from host_mm.arch.x86.pgtable import _PAGE_PRESENT, lookup_address_in_mm, pte_pfn
 from host_mm.kernel.errors import BrokenTruth
+from kvm_model.instrument import walk_sptes
 from kvm_model.lapic import APIC_DEFAULT_PHYS_BASE, apic_access_page_slot
 from kvm_model.mmu.spte import is_last_spte, is_shadow_present_pte, spte_to_pfn
 from kvm_model.requests import KVM_REQ_APIC_PAGE_RELOAD, kvm_test_request
@@ -51,7 +52,7 @@ class ApicTruths:
         kvm = self.kvm
         assert vcpu.apic is not None
         pfn = vcpu.apic.apic_access_addr >> 12
-        steps = kvm.walk(APIC_DEFAULT_PHYS_BASE, vcpu) if kvm.tdp_enabled else []
+        steps = walk_sptes(kvm, APIC_DEFAULT_PHYS_BASE, vcpu) if kvm.tdp_enabled else []
         if steps:
             level, _, spte = steps[-1]
             if is_shadow_present_pte(spte) and is_last_spte(spte, level) and spte_to_pfn(spte) != pfn:

@@ -54,9 +54,8 @@ KVM_MP_STATE_HALTED = 3
 VCPU_STATS = (
     "pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_fast", "pf_mmio_spte_created", "pf_guest",
     "tlb_flush", "invlpg", "exits", "io_exits", "mmio_exits", "signal_exits", "irq_window_exits",
-    "nmi_window_exits", "halt_exits",
-    "irq_exits", "insn_emulation", "insn_emulation_fail", "hypercalls", "irq_injections", "nmi_injections",
-    "req_event", "halt_wakeup", "halt_wait_ns",
+    "halt_exits", "irq_exits", "insn_emulation", "insn_emulation_fail", "hypercalls", "irq_injections",
+    "nmi_injections", "req_event", "halt_wakeup", "halt_wait_ns",
 )
 """The kernel's per-vCPU statistics that this model moves."""
 

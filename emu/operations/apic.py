@@ -29,5 +29,5 @@ def apic_page(board: Board, move: int = 0) -> int:
     if elsewhere:
         return board.vmm.move_to_other_node([hva])
     board.vmm.madvise(hva, 4096, MADV_PAGEOUT)
-    board.vmm.wait_for_writeback()
+    board.host.admin.wait_for_writeback()
     return int(board.vmm.present_pfn(hva) < 0)

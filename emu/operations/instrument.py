@@ -23,6 +23,7 @@ from emu.abi import (
 from emu.hostops import operation
 from emu.operations.arguments import check_range, flag, spans
 from host_mm.kernel.errors import KernelError
+from kvm_model.instrument import leaf_spte, map_for_instrument, mapping_level, zap_for_instrument
 from kvm_model.memslots import kvm_slot_dirty_track_enabled
 from kvm_model.vmx.exits import REASON_EPT_MISCONFIG, REASON_EPT_VIOLATION, VmExit
 
@@ -59,7 +60,7 @@ class ArmedEntry(msgspec.Struct):
         slot = kvm.slots().gfn_to_memslot(self.gfn)
         logged = slot is not None and kvm_slot_dirty_track_enabled(slot)
         if (u64[index] ^ self.value) & ~_ACCESSED_DIRTY or logged:
-            kvm.zap_for_instrument(self.gfn)
+            zap_for_instrument(kvm, self.gfn)
         else:
             u64[index] = (u64[index] & ~7) | self.rwx
 
@@ -77,7 +78,7 @@ class ArmedEntry(msgspec.Struct):
 
 def _leaf(board: Board, gpa: int) -> tuple[int, int]:
     """(address, level) of the present leaf SPTE of `gpa` in vCPU 0's root, or (0, 0)."""
-    return board.kvm.leaf_spte(gpa >> 12)
+    return leaf_spte(board.kvm, gpa >> 12)
 
 
 def _ept_only(board: Board) -> None:
@@ -94,7 +95,7 @@ def ept_set(board: Board, gpa: int, rwx: int) -> int:
     gpa &= ~0xFFF
     spans(board, gpa, 1)
     ept_restore(board)
-    board.kvm.map_for_instrument(gpa >> 12)
+    map_for_instrument(board.kvm, gpa >> 12)
     sptep, level = _leaf(board, gpa)
     if level != 1:
         raise KernelError(errno.EFAULT, f"no 4 KiB EPT leaf maps gpa {gpa:#x}")
@@ -152,7 +153,7 @@ def last_exit(board: Board, field: int) -> int:
 def map_level(board: Board, gpa: int) -> int:
     """The level of the leaf SPTE that maps `gpa`: 1 4K, 2 2M, 3 1G, 0 none; the highest of several."""
     check_range(gpa & ~0xFFF, 1)
-    return board.kvm.mapping_level(gpa >> 12)
+    return mapping_level(board.kvm, gpa >> 12)
 
 
 @operation(example="cpu_count()")

@@ -27,7 +27,7 @@ def ksm_merge(board: Board, gpa: int, pages: int = 1, zero_pages: int = 0) -> in
     zero = flag("zero_pages", zero_pages)
     for hva, length in spans(board, gpa, pages):
         board.vmm.madvise(hva, length, MADV_MERGEABLE)
-    board.vmm.ksm_scan(use_zero_pages=zero)
+    board.host.admin.ksm_scan(use_zero_pages=zero)
     return sum(1 for hva in page_hvas(board, gpa, pages) if board.vmm.is_merged(hva))
 
 

@@ -35,7 +35,7 @@ def swap_out(board: Board, gpa: int, pages: int = 1) -> int:
     if board.host.mm.swap is None:
         raise KernelError(errno.ENOSYS, "this host has no swap")
     _madvise(board, gpa, pages, MADV_PAGEOUT)
-    board.vmm.wait_for_writeback()
+    board.host.admin.wait_for_writeback()
     return sum(1 for hva in page_hvas(board, gpa, pages) if board.vmm.present_pfn(hva) < 0)
 
 
@@ -123,7 +123,7 @@ def clear_refs(board: Board, kind: int = 4) -> int:
 def reclaim(board: Board, pages: int = 32) -> int:
     """Ask reclaim for `pages` frames, as a write to memory.reclaim does; answers how many came free."""
     check_pages(pages)
-    return board.vmm.reclaim(pages)
+    return board.host.admin.reclaim(pages)
 
 
 @operation(example="host_read(gpa=0x200000, size=8)")

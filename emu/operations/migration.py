@@ -38,7 +38,7 @@ def _frame(board: Board, gpa: int) -> int:
 @operation("CLEAR", example="dontneed(gpa=0x500000, pages=64); vm.host.compact()")
 def compact(board: Board) -> int:
     """Write to /proc/sys/vm/compact_memory; answers how many pages of the host were moved."""
-    return board.vmm.compact_memory()
+    return board.host.admin.compact_memory()
 
 
 @operation("CLEAR", example="migrate(gpa=0x200000, pages=16); vm.host.contig_alloc(gpa=0x200000, pages=4)")
@@ -47,7 +47,7 @@ def contig_alloc(board: Board, gpa: int, pages: int = 1) -> int:
     if pages <= 0 or pages & (pages - 1) or pages > PAGEBLOCK_NR_PAGES:
         raise KernelError(errno.EINVAL, f"{pages} pages: want a power of two up to {PAGEBLOCK_NR_PAGES}")
     pfn = _frame(board, gpa) & -pages
-    board.vmm.alloc_contig(pfn, pages)
+    board.host.admin.alloc_contig(pfn, pages)
     board.contig[pfn] = pages
     return pfn
 
@@ -61,7 +61,7 @@ def contig_free(board: Board, pfn: int) -> int:
     pages = board.contig.pop(pfn, 0)
     if not pages:
         raise KernelError(errno.EINVAL, f"frame {pfn:#x} was not answered by contig_alloc")
-    board.vmm.free_contig(pfn, pages)
+    board.host.admin.free_contig(pfn, pages)
     return pages
 
 
@@ -69,7 +69,7 @@ def contig_free(board: Board, pfn: int) -> int:
 def offline(board: Board, gpa: int) -> int:
     """Take the 2 MiB of memory that the page at `gpa` is in out of use; answers the first frame's number."""
     pfn = _frame(board, gpa) & -PAGEBLOCK_NR_PAGES
-    board.vmm.offline(pfn)
+    board.host.admin.offline(pfn)
     board.offline.append(pfn)
     return pfn
 
@@ -82,7 +82,7 @@ def online(board: Board, pfn: int) -> int:
     """Put the memory that offline answered `pfn` for back into use."""
     if pfn not in board.offline:
         raise KernelError(errno.EINVAL, f"frame {pfn:#x} was not answered by offline")
-    board.vmm.online(pfn)
+    board.host.admin.online(pfn)
     board.offline.remove(pfn)
     return 0
 
@@ -143,5 +143,5 @@ def memory_failure(board: Board, gpa: int, recover: int = 1) -> int:
     the guest goes on; with 0 it gives up, and the run ends.
     """
     board.recovers_from_sigbus = flag("recover", recover)
-    board.vmm.hard_offline(_frame(board, gpa))
+    board.host.admin.hard_offline(_frame(board, gpa))
     return 0

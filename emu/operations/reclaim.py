@@ -35,7 +35,7 @@ def memcg_limit(board: Board, pages: int = 0) -> int:
     check_pages(pages, 0)
     memcg = board.vmm.memcg(create=True)
     board.host.mm.memcg.write_max(memcg, pages or PAGE_COUNTER_MAX)
-    board.vmm.wait_for_writeback()
+    board.host.admin.wait_for_writeback()
     return memcg.usage
 
 
@@ -90,7 +90,7 @@ def lru_gen_evict(board: Board, pages: int = 32) -> int:
     for vec in board.vmm.lruvecs():
         if freed < pages:
             freed += run_eviction(vec, vec.max_seq - MIN_NR_GENS, pages - freed, ScanControl(GFP_KERNEL))
-    board.vmm.wait_for_writeback()
+    board.host.admin.wait_for_writeback()
     return freed
 
 
@@ -111,7 +111,7 @@ def zswap_writeback(board: Board, pages: int = 32) -> int:
     """Send the oldest pages of the compressed pool on to the swap file; answers how many went."""
     check_pages(pages)
     written = board.host.mm.zswap.writeback(pages)
-    board.vmm.wait_for_writeback()
+    board.host.admin.wait_for_writeback()
     return written
 
 

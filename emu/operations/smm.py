@@ -53,7 +53,7 @@ def _around(gpa: int, size: int, hva: int) -> list[tuple[int, int, int]]:
     return [(start, stop - start, hva + start - gpa) for start, stop in parts if start < stop]
 
 
-@operation(example="smram(gpa=0x200000, size=64); vm.host.smram_out()")
+@operation(example="smram(gpa=0x200000, size=64); vm.host.smi()")
 def smi(board: Board, cpu: int = 0) -> int:
     """A chipset's SMI to vCPU `cpu`, which enters SMM before its next instruction."""
     if not 0 <= cpu < len(board.vcpus):
@@ -72,6 +72,6 @@ def smram_out(board: Board) -> int:
     if not board.smram:
         return 0
     board.vmm.madvise(board.smram, SMRAM_BYTES, MADV_PAGEOUT)
-    board.vmm.wait_for_writeback()
+    board.host.admin.wait_for_writeback()
     pages = range(board.smram, board.smram + SMRAM_BYTES, 4096)
     return sum(board.vmm.present_pfn(hva) < 0 for hva in pages)

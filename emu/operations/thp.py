@@ -53,4 +53,4 @@ def thp_split(board: Board, gpa: int, pages: int = 512) -> int:
 @operation(example="thp_enable" + _RANGE + "; vm.host.khugepaged()")
 def khugepaged(board: Board) -> int:
     """Wake khugepaged and wait until it has been everywhere; answers how often it collapsed 2 MiB."""
-    return board.vmm.khugepaged_round()
+    return board.host.admin.khugepaged_round()

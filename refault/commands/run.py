@@ -38,10 +38,7 @@ def configure_machine(machine: argparse._ArgumentGroup) -> None:
         "--host-ram", type=size, metavar="SIZE", help="host memory (default: twice the guest's)"
     )
     machine.add_argument(
-        "--swap",
-        type=_swap,
-        default="auto",
-        metavar="SIZE|off",
+        "--swap", type=_swap, default="auto", metavar="SIZE|off",
         help="swap file (default: as large as the guest's memory)",
     )
     machine.add_argument("--vcpus", type=_count, default=1, metavar="N", help="default: 1")
@@ -50,28 +47,16 @@ def configure_machine(machine: argparse._ArgumentGroup) -> None:
         help="ept: a second stage; shadow: KVM shadows the guest's page tables (default: ept)",
     )
     machine.add_argument(
-        "--profile",
-        type=_profile,
-        default="linux-6.18",
-        metavar="KERNEL",
+        "--profile", type=_profile, default="linux-6.18", metavar="KERNEL",
         help="whose behaviour (default: linux-6.18)",
     )
     machine.add_argument(
-        "--param",
-        type=_param,
-        action="append",
-        default=[],
-        metavar="K=V",
+        "--param", type=_param, action="append", default=[], metavar="K=V",
         help="a module parameter; see refault list params; may be repeated",
     )
     machine.add_argument("--seed", type=number, default=1, help="all chance comes from it (default: 1)")
     machine.add_argument(
-        "--break",
-        dest="breaks",
-        type=_switch,
-        action="append",
-        default=[],
-        metavar="SWITCH",
+        "--break", dest="breaks", type=_switch, action="append", default=[], metavar="SWITCH",
         help="leave out one step of the protocol; see refault list switches; may be repeated",
     )
     machine.add_argument(

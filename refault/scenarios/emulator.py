@@ -169,7 +169,7 @@ class EmulatorBackend(
         result = self._host(lambda: self.board.vmm.madvise(self.data_hva + offset, length, number))
         if isinstance(result, str):
             return result
-        self._host(self.board.vmm.wait_for_writeback)
+        self._host(self.board.host.admin.wait_for_writeback)
         return 0 if advice in ("DONTFORK", "DOFORK") else "ok"
 
     def mprotect(self, offset: int, length: int, prot: int) -> Any:
@@ -241,7 +241,7 @@ class EmulatorBackend(
 
     def ksmd(self, use_zero_pages: bool) -> Any:
         """ksmd runs."""
-        self._host(lambda: self.board.vmm.ksm_scan(use_zero_pages=use_zero_pages))
+        self._host(lambda: self.board.host.admin.ksm_scan(use_zero_pages=use_zero_pages))
         return "done" if use_zero_pages else "pages_sharing"
 
     def operation(self, name: str, *args: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvm_model.instrument import leaf_spte
 from refault.scenarios.layout import DATA_GPA, DATA_SIZE, PAGE
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class MigrateSteps:
         self.stats_before = {name: was + moved[name] for name, was in self.stats_before.items()}
 
     def _is_mapped(self, offset: int) -> bool:
-        return self.board.kvm.leaf_spte((DATA_GPA + offset) >> 12)[0] != 0
+        return leaf_spte(self.board.kvm, (DATA_GPA + offset) >> 12)[0] != 0
 
     def load(self, offset: int) -> Any:
         """A guest load."""
@@ -99,7 +100,7 @@ class MigrateSteps:
 
     def compact_memory(self) -> Any:
         """A write to /proc/sys/vm/compact_memory; the bytes that it took."""
-        self._host(self.board.vmm.compact_memory)
+        self._host(self.board.host.admin.compact_memory)
         return 1
 
     def move_pages(self, offset: int, node: int) -> Any:

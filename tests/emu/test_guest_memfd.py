@@ -6,6 +6,7 @@ import pytest
 
 import refault
 from host_mm.kernel.errors import KernelError
+from kvm_model.instrument import leaf_spte
 
 GPA = 0xE000_0000
 PROTECTED = {"vmm.vm_type": "sw-protected"}
@@ -86,7 +87,7 @@ def test_a_protected_guest_storms_under_weather_and_loses_nothing(seed: int) -> 
 def test_memory_is_mapped_ahead_of_a_guest_that_runs_and_of_one_that_does_not() -> None:
     with refault.VM("4M", host_ram="16M", check=True) as vm:
         assert vm.host.prefault(0x200000, 16) == 16
-        assert vm.board.kvm.leaf_spte(0x20F) != (0, 0)
+        assert leaf_spte(vm.board.kvm, 0x20F) != (0, 0)
         with pytest.raises(KernelError, match="EFAULT"):
             vm.host.prefault(GPA, 1)
         vm.load("first-touch", "mib=1")

@@ -14,6 +14,7 @@ from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT
 from host_mm.page import get_page
 from host_mm.page_alloc import GFP_KERNEL, alloc_pages
+from kvm_model.instrument import zap_for_instrument
 from kvm_model.requests import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, kvm_check_request, kvm_make_request
 from refault.scenarios.api import DATA_GPA
 from refault.scenarios.emulator import EmulatorBackend
@@ -142,7 +143,7 @@ def test_code_that_is_unmapped_before_its_mmio_is_emulated_is_fetched_again() ->
         calls += 1
         if calls == 1:
             # Another CPU's notifier, between the exit and the emulator's look at the instruction.
-            board.kvm.zap_for_instrument(CODE >> 12)
+            zap_for_instrument(board.kvm, CODE >> 12)
         return emulate(vcpu, gpa)
 
     board.cpu.emulate = late  # type: ignore[method-assign]

@@ -6,6 +6,7 @@ import pytest
 
 import refault
 from host_mm.kernel.errors import BrokenTruth, KernelError
+from kvm_model.instrument import leaf_spte, map_for_instrument
 from refault.scenarios.api import DATA_GPA
 from refault.scenarios.emulator import run_on_emulator
 from refault.scenarios.linux_mm_thp import collapse, thp
@@ -75,13 +76,13 @@ def collapsed_under_a_small_leaf(*breaks: str) -> None:
         host.thp_enable(gpa=0x400000, pages=512)
         host.protect(gpa=0x400000, pages=1, prot=1)  # a part of the 2 MiB, so that small entries map the rest
         host.host_read(gpa=0x401000, size=4)
-        vm.board.host.sched.run_task("map", lambda: kvm.map_for_instrument(0x401))
+        vm.board.host.sched.run_task("map", lambda: map_for_instrument(kvm, 0x401))
         kvm.instrumented.clear()
         host.protect(gpa=0x400000, pages=1, prot=3)
-        assert kvm.leaf_spte(0x401)[1] == 1
+        assert leaf_spte(kvm, 0x401)[1] == 1
         assert host.khugepaged() > 0
         vm.board.host.checker.sweep()
-        assert kvm.leaf_spte(0x401)[1] == 0
+        assert leaf_spte(kvm, 0x401)[1] == 0
 
 
 def test_small_leaves_go_when_khugepaged_takes_the_small_entries_of_a_file_away() -> None:

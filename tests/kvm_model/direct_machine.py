@@ -6,6 +6,7 @@ from typing import Any
 
 from host_mm.madvise import MADV_DONTNEED, MADV_HUGEPAGE, do_madvise
 from host_mm.uaccess import copy_to_user
+from kvm_model.instrument import leaf_spte
 from kvm_model.mmu.rmap import RmapHead, gfn_to_rmap, rmap_sptes
 from tests.kvm_model.machine import BASE, PAGE, Machine
 
@@ -43,7 +44,7 @@ def rmap(m: Machine, gfn: int, level: int = 1) -> list[int]:
 
 def huge_in_2m(m: Machine) -> bool:
     """Whether gfn 0 is mapped by a huge leaf."""
-    return m.kvm.leaf_spte(0)[1] == 2
+    return leaf_spte(m.kvm, 0)[1] == 2
 
 
 def lines(m: Machine, *names: str, since: int = 0) -> list[str]:

@@ -19,6 +19,7 @@ from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_m
 from kvm_model import profile as kvm_profile
 from kvm_model.dirty_log import KVM_CAP_DIRTY_LOG_RING
 from kvm_model.dirty_ring import KVM_DIRTY_GFN_SIZE
+from kvm_model.instrument import walk_sptes
 from kvm_model.kvm_main import Kvm
 from kvm_model.kvm_x86_ops import MmioAccess
 from kvm_model.vcpu import UserExit, Vcpu
@@ -322,4 +323,4 @@ class Machine:
 
     def leaf(self, gfn: int, vcpu: int = 0) -> int:
         """The SPTE at the end of the walk of `gfn`."""
-        return self.kvm.walk(gfn << 12, self.vcpus[vcpu])[-1][2]
+        return walk_sptes(self.kvm, gfn << 12, self.vcpus[vcpu])[-1][2]

@@ -23,6 +23,7 @@ from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, do_m
 from host_mm.uaccess import copy_from_user, copy_to_user
 from kvm_model import profile as kvm_profile
 from kvm_model import x86
+from kvm_model.instrument import walk_sptes
 from kvm_model.kvm_main import Kvm
 from kvm_model.mmu.invalidate_addr import kvm_mmu_invlpg
 from kvm_model.mmu.mmu import kvm_mmu_gva_to_gpa_write, kvm_mmu_page_fault
@@ -412,5 +413,5 @@ class ShadowMachine:
 
     def leaf(self, gva: int, vcpu: int = 0) -> int:
         """The SPTE at the end of the walk of `gva`; 0 without a walk."""
-        steps = self.kvm.walk(gva, self.vcpus[vcpu])
+        steps = walk_sptes(self.kvm, gva, self.vcpus[vcpu])
         return steps[-1][2] if steps else 0

@@ -10,6 +10,7 @@ import pytest
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.madvise import MADV_DONTNEED, do_madvise
 from host_mm.mmu_notifier import mmu_notifier_clear_young, mmu_notifier_test_young
+from kvm_model.instrument import leaf_spte
 from kvm_model.memslots import KVM_MEM_LOG_DIRTY_PAGES
 from kvm_model.mmu.mmu_internal import RET_PF_FIXED, RET_PF_INVALID, RET_PF_SPURIOUS
 from tests.kvm_model.machine import BASE, PAGE, Machine
@@ -146,7 +147,7 @@ def test_what_another_vcpu_gave_back_meanwhile_is_spurious() -> None:
     m.run(("w", 0, 1), vcpu=1)
     m.run(("r", PAGE))
     age(m)
-    sptep = m.kvm.leaf_spte(0)[0] >> 3
+    sptep = leaf_spte(m.kvm, 0)[0] >> 3
     restored = m.kvm.spte.restore_acc_track_spte(m.leaf(0)) | m.kvm.spte.accessed
 
     def other() -> None:
@@ -162,7 +163,7 @@ def test_after_four_retries_the_slow_path_decides() -> None:
     m = machine()
     m.run(("w", 0, 1))
     age(m)
-    sptep = m.kvm.leaf_spte(0)[0] >> 3
+    sptep = leaf_spte(m.kvm, 0)[0] >> 3
 
     def change() -> None:
         # An ignored bit that nobody looks at.
@@ -191,7 +192,7 @@ def test_with_ad_bits_only_a_write_to_what_is_present_is_fast() -> None:
 def test_a_leaf_that_forgot_its_rights_or_kept_their_memory_breaks_a_truth(bad: str) -> None:
     m = machine()
     m.run(("w", 0, 1))
-    sptep = m.kvm.leaf_spte(0)[0] >> 3
+    sptep = leaf_spte(m.kvm, 0)[0] >> 3
     if bad == "forgot":
         age(m)
         m.host.ram.u64[sptep] &= ~(7 << 54)

@@ -13,6 +13,7 @@ from host_mm.mmu_notifier import (
     mmu_notifier_test_young,
 )
 from host_mm.pgtable_generic import pmd_offset, pte_offset_map, set_pte
+from kvm_model.instrument import leaf_spte, zap_for_instrument
 from kvm_model.mmu.gfn_range import kvm_age_gfn, kvm_test_age_gfn, kvm_unmap_gfn_range
 from kvm_model.mmu.spte import PT_WRITABLE_MASK
 from tests.kvm_model.direct_machine import direct, direct_huge, dontneed, rmap
@@ -33,7 +34,7 @@ def test_both_mmus_map_and_unmap_the_same(seed: int) -> None:
                 dontneed(m, gfn)
             else:
                 m.run(("r", gfn * PAGE) if kind == "r" else ("w", gfn * PAGE, 1))
-            trace.append([m.kvm.leaf_spte(n)[1] for n in range(20)])
+            trace.append([leaf_spte(m.kvm, n)[1] for n in range(20)])
         m.truths.sweep()
         stat = m.vcpus[0].stat
         seen.append((trace, stat["pf_taken"], stat["pf_fixed"], m.kvm.stat["pages_4k"]))
@@ -86,7 +87,7 @@ def test_while_aging_reads_a_list_nobody_takes_from_it() -> None:
         order.append("age")
 
     def zap() -> None:
-        m.kvm.zap_for_instrument(0)
+        zap_for_instrument(m.kvm, 0)
         order.append("zap")
 
     m.sched.set_strategy(SwitchOnce(m, lambda task, kind: task.name == "age" and kind == "cmpxchg"))
@@ -130,7 +131,7 @@ def test_change_pte_keeps_a_read_only_leaf_in_its_rmap_and_drops_a_writable_one(
     spte, masks = m.leaf(0), m.kvm.spte
     assert spte & 1
     assert not spte & (PT_WRITABLE_MASK | masks.host_writable | masks.accessed)
-    assert rmap(m, 0) == [m.kvm.leaf_spte(0)[0]]
+    assert rmap(m, 0) == [leaf_spte(m.kvm, 0)[0]]
     assert m.run(("r", 0)) == [7]
     change(m, 0, False)
     assert rmap(m, 0) == []

@@ -23,6 +23,7 @@ from host_mm.mmu_notifier import (
 )
 from host_mm.mprotect import do_mprotect
 from host_mm.process import BUS_MCEERR_AR
+from kvm_model.instrument import leaf_spte, map_for_instrument
 from kvm_model.mmu.faultin_pfn import kvm_mmu_max_mapping_level
 from kvm_model.mmu.mmu_internal import KvmPageFault
 from kvm_model.mmu.spte import PG_LEVEL_4K, spte_to_pfn
@@ -99,7 +100,7 @@ def test_a_bracket_open_over_the_gfn_makes_the_fault_retry_until_it_closes() -> 
     task = m.spawn(("w", 0x3000, 7))
     m.sched.run_until(lambda: m.names().count("fault_retry") >= 3)
     assert {e.args["reason"] for e in m.events if e.name == "fault_retry"} == {"stale-before-gup"}
-    assert m.kvm.leaf_spte(3) == (0, 0)
+    assert leaf_spte(m.kvm, 3) == (0, 0)
     m.do(lambda: mmu_notifier_invalidate_range_end(range_))
     m.finish(task)
     assert m.run(("r", 0x3000)) == [7]
@@ -293,13 +294,13 @@ def test_a_huge_host_page_makes_a_huge_spte_and_logging_splits_it(monkeypatch: p
     assert map_huge(m, 0x205, 0x405) == 5
     requested = m.last("kvm_mmu_spte_requested").args
     assert (requested["pfn"], requested["level"]) == (0x405, 2)
-    assert m.kvm.leaf_spte(0x205)[1] == 2
+    assert leaf_spte(m.kvm, 0x205)[1] == 2
     assert m.leaf(0x205) & 0x80
     assert spte_to_pfn(m.leaf(0x205)) == 0x400
     assert m.kvm.stat["pages_2m"] == 1
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, 1024 * PAGE, BASE, 1))
     assert m.last("kvm_mmu_split_huge_page").args["errno"] == 0
-    _address, level = m.kvm.leaf_spte(0x205)
+    _address, level = leaf_spte(m.kvm, 0x205)
     assert level == 1
     assert spte_to_pfn(m.leaf(0x205)) == 0x405
     assert not m.leaf(0x205) & 2
@@ -313,7 +314,7 @@ def test_ending_the_log_recovers_the_huge_mapping(monkeypatch: pytest.MonkeyPatc
     map_huge(m, 0x205, 0x405)
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, 1024 * PAGE, BASE, 1))
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, 1024 * PAGE, BASE, 0))
-    assert m.kvm.leaf_spte(0x205)[1] == 2
+    assert leaf_spte(m.kvm, 0x205)[1] == 2
     assert spte_to_pfn(m.leaf(0x205)) == 0x400
     assert m.kvm.stat == m.kvm.stat | {"pages_2m": 1, "pages_4k": 0}
 
@@ -324,19 +325,19 @@ def test_a_fetch_under_the_nx_mitigation_maps_4k(monkeypatch: pytest.MonkeyPatch
     m.kvm.truths = None
     m.sched.set_on_point(None)
     map_huge(m, 0x205, 0x405)
-    assert m.kvm.leaf_spte(0x205)[1] == 2
+    assert leaf_spte(m.kvm, 0x205)[1] == 2
     assert not m.leaf(0x205) & 4
     map_huge(m, 0x206, 0x406, exec_=True)
-    assert m.kvm.leaf_spte(0x206)[1] == 1
+    assert leaf_spte(m.kvm, 0x206)[1] == 1
     assert m.leaf(0x206) & 4
     map_huge(m, 0x207, 0x407)
-    assert m.kvm.leaf_spte(0x207)[1] == 1
+    assert leaf_spte(m.kvm, 0x207)[1] == 1
 
 
 def test_a_tool_gets_its_4k_leaf() -> None:
     m = Machine()
-    m.do(lambda: m.kvm.map_for_instrument(9))
-    address, level = m.kvm.leaf_spte(9)
+    m.do(lambda: map_for_instrument(m.kvm, 9))
+    address, level = leaf_spte(m.kvm, 9)
     assert level == 1
     assert m.host.ram.u64[address >> 3] & 7 == 7
-    assert m.kvm.leaf_spte(10) == (0, 0)
+    assert leaf_spte(m.kvm, 10) == (0, 0)

@@ -17,6 +17,7 @@ from host_mm.mmu_notifier import (
     mmu_notifier_range_init,
     mmu_notifier_test_young,
 )
+from kvm_model.instrument import leaf_spte
 from tests.kvm_model.machine import BASE, PAGE, Machine
 
 
@@ -34,7 +35,7 @@ def test_a_bracket_zaps_what_it_touches_and_nothing_else() -> None:
     m = Machine()
     m.run(*(("w", n * PAGE, n) for n in range(8)))
     close(m, bracket(m, 2 * PAGE + 100, 4 * PAGE + 1))
-    assert [m.kvm.leaf_spte(n)[1] for n in range(8)] == [1, 1, 0, 0, 0, 1, 1, 1]
+    assert [leaf_spte(m.kvm, n)[1] for n in range(8)] == [1, 1, 0, 0, 0, 1, 1, 1]
 
 
 def test_a_bracket_beside_every_slot_takes_no_mmu_lock() -> None:

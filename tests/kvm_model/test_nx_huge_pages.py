@@ -7,6 +7,7 @@ import random
 import pytest
 
 from host_mm.madvise import MADV_DONTNEED, MADV_HUGEPAGE, MADV_PAGEOUT, do_madvise
+from kvm_model.instrument import leaf_spte
 from tests.kvm_model.machine import BASE, PAGE, Machine
 
 HUGE = 512
@@ -92,7 +93,7 @@ def test_a_logged_slots_tables_leave_the_list_and_stay() -> None:
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, m.pages * PAGE, BASE, 1))
     m.do(m.kvm.nx_recovery.recover)
     assert listed(m) == []
-    assert m.kvm.leaf_spte(5)[1] == 1
+    assert leaf_spte(m.kvm, 5)[1] == 1
 
 
 @pytest.mark.parametrize("how", ["slot", "log-ends", "destroy"])
@@ -104,7 +105,7 @@ def test_a_table_that_goes_leaves_the_list(how: str) -> None:
     elif how == "log-ends":
         for flags in (1, 0):
             m.do(lambda flags=flags: m.kvm.set_user_memory_region(0, 0, m.pages * PAGE, BASE, flags))
-        assert m.kvm.leaf_spte(5)[1] == 2
+        assert leaf_spte(m.kvm, 5)[1] == 2
     else:
         m.do(m.kvm.destroy)
     assert listed(m) == []

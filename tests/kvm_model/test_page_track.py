@@ -9,6 +9,7 @@ import pytest
 
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.uaccess import copy_from_user
+from kvm_model.instrument import walk_sptes
 from kvm_model.memslots import kvm_gfn_is_write_tracked, lpage_disallowed
 from kvm_model.mmu.page_track import (
     KvmPageTrackNotifierNode,
@@ -133,11 +134,11 @@ def test_no_huge_page_maps_a_tracked_page(tdp: str) -> None:
     log: list[Any] = []
     m.do(lambda: kvm_page_track_register_notifier(m.kvm, Node(log), m.mm))
     m.run(("w", 0x3000, 1))
-    assert m.kvm.walk(0x3000)[-1][0] == 2
+    assert walk_sptes(m.kvm, 0x3000)[-1][0] == 2
     track(m, 3)
     assert lpage_disallowed(slot_of(m, 3), 3, 2)
     m.run(("w", 0x4000, 2), ("w", 0x3000, 3))
-    assert m.kvm.walk(0x4000)[-1][0] == 1
+    assert walk_sptes(m.kvm, 0x4000)[-1][0] == 1
     assert log == [("n", 0x3000, 3)]
     untrack(m, 3)
     assert not lpage_disallowed(slot_of(m, 3), 3, 2)

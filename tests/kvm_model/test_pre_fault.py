@@ -16,6 +16,7 @@ from host_mm.mmu_notifier import (
 )
 from host_mm.mprotect import do_mprotect
 from host_mm.uaccess import copy_to_user
+from kvm_model.instrument import leaf_spte
 from kvm_model.mem_attributes import KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_X86_SW_PROTECTED_VM
 from kvm_model.memslots import KVM_MEM_GUEST_MEMFD
 from tests.kvm_model.machine import BASE, PAGE, Machine
@@ -95,10 +96,10 @@ def test_it_waits_out_a_bracket_over_the_page() -> None:
     m.do(lambda: mmu_notifier_invalidate_range_start(range_))
     task = m.sched.spawn("vmm", lambda: m.kvm.pre_fault_memory(m.vcpus[0], 0, PAGE))
     m.sched.run_until(lambda: m.names().count("fault_retry") >= 3)
-    assert m.kvm.leaf_spte(0) == (0, 0)
+    assert leaf_spte(m.kvm, 0) == (0, 0)
     m.do(lambda: mmu_notifier_invalidate_range_end(range_))
     m.finish(task)
-    assert m.kvm.leaf_spte(0) != (0, 0)
+    assert leaf_spte(m.kvm, 0) != (0, 0)
 
 
 def test_a_slot_on_its_way_out_ends_it() -> None:

@@ -21,6 +21,7 @@ from host_mm.mmu_notifier import (
 )
 from host_mm.page import PG_dirty, PG_referenced
 from host_mm.pgtable_generic import pmd_offset, pte_offset_map, set_pte
+from kvm_model.instrument import leaf_spte
 from kvm_model.mmu.spte import PT_WRITABLE_MASK, spte_to_pfn
 from tests.kvm_model.machine import BASE, PAGE, Machine
 from tests.kvm_model.test_breaks import SwitchOnce
@@ -222,7 +223,7 @@ def test_change_pte_drops_the_spte_if_the_new_entry_is_writable() -> None:
     m = machine()
     m.run(("w", 0, 7))
     change(m, 0, host_pte(m, 0))
-    assert m.kvm.leaf_spte(0) == (0, 0)
+    assert leaf_spte(m.kvm, 0) == (0, 0)
 
 
 def test_the_writable_state_that_only_change_pte_makes_is_none_of_6_18() -> None:
@@ -276,7 +277,7 @@ def test_a_deleted_slot_leaves_a_tdp_mmus_root_valid_and_empty_in_5_10(profile: 
     (root,) = m.kvm.tdp_mmu_roots
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, 0, BASE))
     assert root.invalid != valid
-    assert m.kvm.leaf_spte(0) == (0, 0)
+    assert leaf_spte(m.kvm, 0) == (0, 0)
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, 16 * PAGE, BASE))
     assert m.run(("r", 0)) == [7]
     assert (root in m.kvm.tdp_mmu_roots) == valid

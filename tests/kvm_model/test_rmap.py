@@ -9,6 +9,7 @@ import pytest
 
 from host_mm.kernel.errors import BrokenTruth
 from host_mm.kernel.sched import Task
+from kvm_model.instrument import leaf_spte
 from kvm_model.mmu.rmap import (
     PTE_LIST_EXT,
     RMAP_RECYCLE_THRESHOLD,
@@ -71,7 +72,7 @@ def test_what_is_not_in_a_list_cannot_leave_it() -> None:
 def test_a_leaf_is_in_the_rmap_of_its_gfn_and_level_and_leaves_with_the_mapping() -> None:
     m = direct()
     m.run(("w", 3 * PAGE, 1))
-    assert rmap(m, 3) == [m.kvm.leaf_spte(3)[0]]
+    assert rmap(m, 3) == [leaf_spte(m.kvm, 3)[0]]
     assert m.kvm.stat["pages_4k"] == 1
     dontneed(m, 3)
     assert rmap(m, 3) == []
@@ -84,7 +85,7 @@ def test_a_leaf_is_in_the_rmap_of_its_gfn_and_level_and_leaves_with_the_mapping(
 def test_a_huge_leaf_is_in_the_rmap_of_its_level_only() -> None:
     m = direct_huge()
     m.run(("w", 5 * PAGE, 1))
-    assert rmap(m, 5, 2) == rmap(m, 0, 2) == [m.kvm.leaf_spte(5)[0]]
+    assert rmap(m, 5, 2) == rmap(m, 0, 2) == [leaf_spte(m.kvm, 5)[0]]
     assert rmap(m, 5, 1) == []
     assert m.kvm.stat["pages_2m"] == 1
 

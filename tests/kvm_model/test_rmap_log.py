@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvm_model.instrument import leaf_spte
 from kvm_model.mmu.rmap_log import kvm_rmap_clear_dirty_pt_masked, kvm_rmap_write_protect_gfn
 from kvm_model.mmu.spte import PT_WRITABLE_MASK
 from tests.kvm_model.direct_machine import direct, direct_huge, huge_in_2m, rmap
@@ -45,8 +46,8 @@ def test_a_huge_leaf_is_protected_and_a_write_maps_4k_in_its_place(profile: str)
     assert not m.leaf(0) & PT_WRITABLE_MASK
     assert "kvm_mmu_split_huge_page" not in m.names()
     m.run(("w", 7 * PAGE, 2))
-    assert m.kvm.leaf_spte(7)[1] == 1
-    assert m.kvm.leaf_spte(0) == (0, 0)
+    assert leaf_spte(m.kvm, 7)[1] == 1
+    assert leaf_spte(m.kvm, 0) == (0, 0)
     assert bits(m) == {7}
     m.truths.sweep()
 

@@ -10,6 +10,7 @@ import pytest
 from host_mm.address_space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, AddressSpace
 from host_mm.kernel.errors import BrokenTruth, KernelError
 from host_mm.uaccess import copy_from_user
+from kvm_model.instrument import leaf_spte
 from kvm_model.mem_attributes import (
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
     KVM_X86_SW_PROTECTED_VM,
@@ -67,7 +68,7 @@ def test_a_conversion_is_a_bracket_begin_unmap_flush_end() -> None:
     args = m.last("kvm_vm_set_mem_attributes").args
     assert KVM_VM_SET_MEM_ATTRIBUTES.fmt(**args) == "0x00000000000003 -- 0x00000000000004 [0x8]"
     assert m.kvm.mmu_invalidate_seq == seq + 1
-    assert m.kvm.leaf_spte(4) != (0, 0)
+    assert leaf_spte(m.kvm, 4) != (0, 0)
 
 
 def test_what_has_the_attribute_already_is_left_alone() -> None:
@@ -76,7 +77,7 @@ def test_what_has_the_attribute_already_is_left_alone() -> None:
     seq = m.kvm.mmu_invalidate_seq
     convert(m, 0, 64, 0)
     assert m.kvm.mmu_invalidate_seq == seq
-    assert m.kvm.leaf_spte(3) != (0, 0)
+    assert leaf_spte(m.kvm, 3) != (0, 0)
 
 
 def test_a_hole_takes_the_private_page_and_not_the_shared_one() -> None:
@@ -177,7 +178,7 @@ def test_a_cut_huge_page_may_not_be_mapped_while_the_attributes_change() -> None
     begins = [e.args for e in m.events if e.name == "mmu_invalidate_begin"]
     assert [(a["range_start"], a["range_end"]) for a in begins] == [(500, 520), (0, 520), (0, 1024)]
     # What lies beside the range stays mapped.
-    assert m.kvm.leaf_spte(1) != (0, 0)
+    assert leaf_spte(m.kvm, 1) != (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from host_mm.madvise import MADV_DONTNEED
+from kvm_model.instrument import walk_sptes
 from kvm_model.mmu.mmu_internal import role_quadrant
 from kvm_model.mmu.spte import spte_to_pfn
 from tests.kvm_model.shadow_machine import (
@@ -254,7 +255,7 @@ def huge(**options: Any) -> ShadowMachine:
 def test_a_guests_2m_page_over_a_hosts_is_one_2m_leaf() -> None:
     m = huge()
     m.run(("w", DATA_GPA + 0x3000, 7))
-    level, _, spte = m.kvm.walk(DATA_GPA)[-1]
+    level, _, spte = walk_sptes(m.kvm, DATA_GPA)[-1]
     assert (level, spte & 0xFFF) == (2, 0xEE7)
     assert m.run(("r", DATA_GPA + 0x3000)) == [7]
     assert m.kvm.stat["pages_2m"] == 1
@@ -265,7 +266,7 @@ def test_a_guests_2m_page_over_small_pages_goes_on_in_a_direct_page_with_its_rig
     m.host_write(PD_GPA + 8 * (DATA_GPA >> 21), DATA_GPA | P | U | PS | A | D)
     populate(m, *range(8))
     assert m.run(("r", DATA_GPA + 3 * PAGE)) == [4]
-    child = m.kvm.sps[m.kvm.walk(DATA_GPA)[-1][1] >> 12]
+    child = m.kvm.sps[walk_sptes(m.kvm, DATA_GPA)[-1][1] >> 12]
     assert (child.gfn, child.role >> 7 & 1, child.role >> 8 & 7) == (DATA_GPA >> 12, 1, 5)
     assert "".join(letter(m, page) for page in range(8)) == "rrrCrrrr"
 
@@ -275,9 +276,9 @@ def test_a_direct_page_is_replaced_when_the_guests_huge_entry_becomes_dirty() ->
     m.host_write(PD_GPA + 8 * (DATA_GPA >> 21), DATA_GPA | P | RW | U | PS | A)
     populate(m, 3)
     assert m.run(("r", DATA_GPA + 3 * PAGE)) == [4]
-    old = m.kvm.walk(DATA_GPA)[-1][1] >> 12
+    old = walk_sptes(m.kvm, DATA_GPA)[-1][1] >> 12
     m.run(("w", DATA_GPA + 3 * PAGE, 9))
-    new = m.kvm.walk(DATA_GPA)[-1][1] >> 12
+    new = walk_sptes(m.kvm, DATA_GPA)[-1][1] >> 12
     assert new != old
     assert low(m, 3) == 0xE67
     assert m.truths is not None
@@ -289,10 +290,10 @@ def test_a_write_to_a_read_only_huge_leaf_of_a_logged_slot_goes_on_in_small_ones
     m.host_write(PD_GPA + 8 * (DATA_GPA >> 21), DATA_GPA | P | RW | U | PS | A)
     m.host_write(DATA_GPA, 1)
     m.run(("r", DATA_GPA + 0x3000))
-    assert m.kvm.walk(DATA_GPA)[-1][0] == 2
+    assert walk_sptes(m.kvm, DATA_GPA)[-1][0] == 2
     m.do(lambda: m.kvm.set_user_memory_region(1, DATA_GPA, m.data, DATA_HVA, 1))
     m.run(("w", DATA_GPA + 0x3000, 7))
-    assert m.kvm.walk(DATA_GPA + 0x3000)[-1][0] == 1
+    assert walk_sptes(m.kvm, DATA_GPA + 0x3000)[-1][0] == 1
     assert m.do(lambda: m.kvm.get_dirty_log(1))[0] == 1 << 3
 
 
@@ -306,7 +307,7 @@ def test_no_huge_leaf_covers_a_page_that_holds_a_shadowed_table() -> None:
     m.host_write(PD_GPA + 8 * (gva >> 21), table | P | RW | U)
     m.run(("r", gva))
     m.run(("r", DATA_GPA + 0x3000))
-    assert m.kvm.walk(DATA_GPA + 0x3000)[-1][0] == 1
+    assert walk_sptes(m.kvm, DATA_GPA + 0x3000)[-1][0] == 1
     assert low(m, 0x10) & 2 == 0
 
 
@@ -383,7 +384,7 @@ def test_a_guest_of_5_level_paging_has_one_table_more() -> None:
     populate(m, 3)
     mode(m, cr0=_WP_ON, cr4=CR4_PAE | CR4_LA57, cr3=0x6000, efer=EFER_LME | EFER_LMA)
     assert m.run(("r", DATA_GPA + 3 * PAGE)) == [4]
-    assert [level for level, _, _ in m.kvm.walk(DATA_GPA + 3 * PAGE)] == [5, 4, 3, 2, 1]
+    assert [level for level, _, _ in walk_sptes(m.kvm, DATA_GPA + 3 * PAGE)] == [5, 4, 3, 2, 1]
 
 
 # -- the host's side ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from host_mm.kernel.errors import BrokenTruth
+from kvm_model.instrument import leaf_spte, walk_sptes
 from kvm_model.mmu.rmap import pte_list_remove, rmap_sptes
 from kvm_model.truths_rmap import check_rmaps
 from tests.kvm_model.direct_machine import direct, direct_huge, dontneed, huge_in_2m, lines, rmap
@@ -32,7 +33,7 @@ def test_pages_are_found_by_gfn_and_role_and_shared_by_all_vcpus() -> None:
 def test_each_table_knows_the_entry_that_points_to_it() -> None:
     m = direct()
     m.run(("w", 0, 1))
-    steps = m.kvm.walk(0)
+    steps = walk_sptes(m.kvm, 0)
     for (_, at, spte), _below in itertools.pairwise(steps):
         child = m.kvm.sps[spte >> 12 & (1 << 34) - 1]
         assert [sptep << 3 for sptep in rmap_sptes(child.parent_ptes)] == [at]
@@ -44,8 +45,8 @@ def test_a_table_that_a_huge_leaf_replaced_is_linked_again_with_its_leaves() -> 
     assert huge_in_2m(m)
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, m.pages * PAGE, BASE, 1))
     m.run(("w", 5 * PAGE, 8))
-    assert m.kvm.leaf_spte(5)[1] == 1
-    small = m.kvm.leaf_spte(5)[0]
+    assert leaf_spte(m.kvm, 5)[1] == 1
+    small = leaf_spte(m.kvm, 5)[0]
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, m.pages * PAGE, BASE, 0))
     # Ending the log zaps the small leaf; the next fault maps huge over the table, which stays.
     assert not rmap(m, 5, 1)
@@ -56,7 +57,7 @@ def test_a_table_that_a_huge_leaf_replaced_is_linked_again_with_its_leaves() -> 
     m.do(lambda: m.kvm.set_user_memory_region(0, 0, m.pages * PAGE, BASE, 1))
     mark = len(m.events)
     m.run(("w", 5 * PAGE, 9))
-    assert m.kvm.leaf_spte(5)[0] == small
+    assert leaf_spte(m.kvm, 5)[0] == small
     existing = [e.args for e in m.events[mark:] if e.name == "kvm_mmu_get_page"]
     assert [(p["role"] & 15, p["created"]) for p in existing] == [(1, False)]
     m.truths.sweep()
@@ -86,7 +87,7 @@ def test_a_leaf_that_its_rmap_has_lost_is_found_by_the_sweep() -> None:
     m.run(("w", 0, 1))
     slot = m.kvm.slots().gfn_to_memslot(0)
     assert slot is not None
-    pte_list_remove(slot.rmap[0][0], m.kvm.leaf_spte(0)[0] >> 3)
+    pte_list_remove(slot.rmap[0][0], leaf_spte(m.kvm, 0)[0] >> 3)
     with pytest.raises(BrokenTruth, match="the rmap of level 1, gfn 0x0"):
         m.truths.sweep()
 
@@ -94,7 +95,7 @@ def test_a_leaf_that_its_rmap_has_lost_is_found_by_the_sweep() -> None:
 def test_a_table_that_its_parent_does_not_know_is_found() -> None:
     m = direct()
     m.run(("w", 0, 1))
-    table = m.kvm.sps[m.kvm.leaf_spte(0)[0] >> 12]
+    table = m.kvm.sps[leaf_spte(m.kvm, 0)[0] >> 12]
     pte_list_remove(table.parent_ptes, next(iter(rmap_sptes(table.parent_ptes))))
     with pytest.raises(BrokenTruth, match="parent_ptes"):
         check_rmaps(m.kvm)
@@ -103,7 +104,7 @@ def test_a_table_that_its_parent_does_not_know_is_found() -> None:
 def test_a_leaf_without_its_bytes_is_found_and_so_is_a_lost_page() -> None:
     m = direct()
     m.run(("w", 0, 1))
-    m.host.ram.u64[m.kvm.leaf_spte(0)[0] >> 3] = 1 << 63
+    m.host.ram.u64[leaf_spte(m.kvm, 0)[0] >> 3] = 1 << 63
     with pytest.raises(BrokenTruth, match="the rmap of level 1"):
         check_rmaps(m.kvm)
     m = direct()

@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 
 from host_mm.kernel.errors import KernelError
 from host_mm.madvise import MADV_DONTNEED, MADV_PAGEOUT, do_madvise
+from kvm_model.instrument import walk_sptes
 from kvm_model.mmu.spte import is_last_spte, is_shadow_present_pte
 from tests.kvm_model.machine import BASE, PAGE, Machine
 
@@ -215,7 +216,7 @@ class SlotMachine(RuleBasedStateMachine):
         if not hasattr(self, "m"):
             return
         for gfn in range(3 * PAGES):
-            steps = self.kvm.walk(gfn * PAGE)
+            steps = walk_sptes(self.kvm, gfn * PAGE)
             if steps and is_shadow_present_pte(steps[-1][2]) and is_last_spte(steps[-1][2], steps[-1][0]):
                 assert self.slot_of(gfn) is not None, f"gfn {gfn:#x} is mapped and in no slot"
 

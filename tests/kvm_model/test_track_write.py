@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvm_model.instrument import walk_sptes
 from tests.kvm_model.shadow_machine import (
     DATA_GPA,
     PAGE,
@@ -33,8 +34,8 @@ def machine(**options: int) -> ShadowMachine:
 def test_the_entry_that_was_written_is_zapped_and_no_other() -> None:
     m = machine()
     m.run(("w", PDE, PT_GPA + PAGE | P | RW | U))
-    assert [level for level, _, _ in m.kvm.walk(DATA_GPA)] == [4, 3, 2]
-    assert [level for level, _, _ in m.kvm.walk(DATA_GPA + MIB2)] == [4, 3, 2, 1]
+    assert [level for level, _, _ in walk_sptes(m.kvm, DATA_GPA)] == [4, 3, 2]
+    assert [level for level, _, _ in walk_sptes(m.kvm, DATA_GPA + MIB2)] == [4, 3, 2, 1]
     assert m.run(("r", DATA_GPA)) == [0], "the second table maps the second 2M"
     stat = m.kvm.stat
     assert (stat["mmu_pte_write"], stat["mmu_pde_zapped"], stat["mmu_flooded"]) == (1, 1, 0)
@@ -88,7 +89,7 @@ def test_a_write_that_is_not_one_entry_means_that_this_is_no_table(
 def test_half_of_an_8_byte_entry_zaps_the_entry() -> None:
     m = machine()
     m.run(("w", PDE + 4, 0, 4))
-    assert [level for level, _, _ in m.kvm.walk(DATA_GPA)] == [4, 3, 2]
+    assert [level for level, _, _ in walk_sptes(m.kvm, DATA_GPA)] == [4, 3, 2]
 
 
 def test_an_entry_of_a_32_bit_directory_is_two_of_ours_in_one_of_its_four_views() -> None:
@@ -97,9 +98,9 @@ def test_an_entry_of_a_32_bit_directory_is_two_of_ours_in_one_of_its_four_views(
     m.run(("r", DATA_GPA), ("r", DATA_GPA + MIB2), ("r", 0xD0000000), ("r", 0xD0000000 + MIB2))
     pde = 0x6000 + 4 * (DATA_GPA >> 22)
     m.run(("w", pde, 0, 4))
-    assert [level for level, _, _ in m.kvm.walk(DATA_GPA)] == [2]
-    assert [level for level, _, _ in m.kvm.walk(DATA_GPA + MIB2)] == [2]
-    assert [level for level, _, _ in m.kvm.walk(0xD0000000)] == [2, 1]
+    assert [level for level, _, _ in walk_sptes(m.kvm, DATA_GPA)] == [2]
+    assert [level for level, _, _ in walk_sptes(m.kvm, DATA_GPA + MIB2)] == [2]
+    assert [level for level, _, _ in walk_sptes(m.kvm, 0xD0000000)] == [2, 1]
     assert m.kvm.stat["mmu_pde_zapped"] == 0, "an entry that is zero is not counted"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvm_model.instrument import walk_sptes
 from kvm_model.mmu.unsync import (
     MmuPagePath,
     for_each_sp,
@@ -40,7 +41,7 @@ def test_the_first_write_to_a_page_table_unsyncs_its_page_before_the_table_is_ma
 
 def test_every_table_above_an_unsync_page_has_the_bit_that_leads_to_it() -> None:
     m = written()
-    path = m.kvm.walk(DATA_GPA)
+    path = walk_sptes(m.kvm, DATA_GPA)
     for level, address, _ in path[:-1]:
         sp = m.kvm.sps[address >> 12]
         assert sp.unsync_child_bitmap == {address >> 3 & 511}, level

@@ -16,6 +16,7 @@ import refault
 from emu.board import Board
 from emu.hostops import OPERATIONS
 from guest_payloads.builder import payload_info
+from kvm_model.instrument import leaf_spte
 from trace_events.event import Event
 from trace_events.stream import Listener
 
@@ -64,8 +65,8 @@ class Hits:
         name = event.args["op"]
         args = [int(text, 0) for text in re.findall(r"0x[0-9a-f]+|\d+", event.args["args"])]
         gpa, pages = self.span(name, args)
-        leaf = self.board.kvm.leaf_spte
-        self.count[name] += any(leaf(gfn)[1] for gfn in range(gpa >> 12, (gpa >> 12) + pages))
+        kvm = self.board.kvm
+        self.count[name] += any(leaf_spte(kvm, gfn)[1] for gfn in range(gpa >> 12, (gpa >> 12) + pages))
 
     def span(self, name: str, args: list[int]) -> tuple[int, int]:
         names = [text.split(":")[0] for text in OPERATIONS[name].args]

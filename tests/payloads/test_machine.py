@@ -9,6 +9,7 @@ import pytest
 
 import refault
 from guest_payloads.builder import payload_names
+from kvm_model.instrument import leaf_spte
 
 
 def run(name: str, *words: str, check: bool = True, **config: Any) -> str:
@@ -74,14 +75,14 @@ def test_two_vms_of_eight_vcpus_on_one_host_share_frames_and_nothing_else() -> N
     assert len({vm.board.vmm.present_pfn(vm.board.memory.hva(page)) for vm in vms}) == 1
     for vm in vms:
         assert vm.host.prefault(page, 1) == 1
-    mapped = second.leaf_spte(page >> 12)
+    mapped = leaf_spte(second, page >> 12)
     assert mapped != (0, 0)
     # The copy that one of them gets, and its end, leave the other's SPTE alone.
     vms[0].host.host_write(page, 8)
-    assert first.leaf_spte(page >> 12) == (0, 0)
-    assert second.leaf_spte(page >> 12) == mapped
+    assert leaf_spte(first, page >> 12) == (0, 0)
+    assert leaf_spte(second, page >> 12) == mapped
     vms[0].close()
-    assert second.leaf_spte(page >> 12) == mapped
+    assert leaf_spte(second, page >> 12) == mapped
     assert vms[1].host.host_read(page) == 7
     host.close()
 
