@@ -13,7 +13,8 @@ Reading order:
     address_space.py             files and their mappings; memory_file.py: faults on them
     filemap_cache.py             which folio has which page of a file
     filemap_fault.py readahead.py  how a fault finds it, and what is read and mapped around it
-    backing_file.py page_writeback.py  files with their bytes in a real file; how dirty pages get there
+    backing_file.py sparse.py     files with their bytes in a real file, and where that has holes
+    page_writeback.py             how dirty pages get there
     shmem.py shmem_file.py memfd.py  shared memory
     filemap_rw.py madvise_file.py  read, write and advice
     truncate.py filemap_split.py  how pages leave a file, and how large folios are cut for it

@@ -1,13 +1,14 @@
 """Files on a file system, with their bytes in a real file.
 
 Source of truth: what of fs/ext4/inode.c (ext4_page_mkwrite, ext4_setattr, ext4_punch_hole,
-ext4_zero_partial_blocks), fs/buffer.c: block_write_full_folio, try_to_free_buffers, fs/iomap/buffered-io.c
-and fs/sync.c mm can see; Linux 6.18.
+ext4_zero_partial_blocks), fs/buffer.c: block_write_full_folio, try_to_free_buffers, fs/iomap/buffered-io.c,
+fs/ext4/readpage.c: ext4_mpage_readpages and fs/sync.c mm can see; Linux 6.18.
 
 The file system here has files of 4 KiB blocks without names. Reads and writes take logical time on
 `host.file_device`; a page that is being read is locked, one that is being written is under writeback, and the
 device takes its first half when the write begins and its second half when it ends, so that a store that
-nobody noticed tears the page in the file.
+nobody noticed tears the page in the file. A folio that lies in a hole of the file takes no time to read: it
+is cleared and unlocked at once, so that a fault that may not wait gets it.
 
 invalidate_lock is held for writing while pages and blocks go away together, and for reading by who makes
 pages: else a page read from a block that is being freed could stay in the cache.
@@ -52,6 +53,7 @@ from host_mm.page_writeback import (
     filemap_dirty_folio,
 )
 from host_mm.ram import PAGE_SIZE
+from host_mm.sparse import is_hole, punch
 from host_mm.truncate import (
     folio_zero_range,
     truncate_inode_pages_range,
@@ -160,6 +162,11 @@ class BlockOperations(AddressSpaceOperations):
         host = mapping.host
         index, fd = host.pages.index[pfn], mapping.private_data
         size = folio_nr_pages(host.pages, pfn) * PAGE_SIZE
+        if is_hole(fd, index << 12, size):
+            folio_zero_range(host, pfn, 0, size)
+            host.pages.flags[pfn] |= PG_uptodate
+            folio_unlock(host, pfn)
+            return
         if (t := host.trace.file_read_start) is not None:
             t(mapping.name, index, pfn)
 
@@ -279,9 +286,7 @@ class BlockOperations(AddressSpaceOperations):
             self._zero(mapping, start, first - start)
         if end & 4095:
             self._zero(mapping, last, end - last)
-        size = os.fstat(mapping.private_data).st_size
-        for at in range(first, min(last, size), 1 << 20):
-            os.pwrite(mapping.private_data, bytes(min(1 << 20, last - at, size - at)), at)
+        punch(mapping.private_data, first, last)
 
     def _zero(self, mapping: AddressSpace, start: int, length: int) -> None:
         """ext4_zero_partial_blocks: clear part of a page, in the cache; writeback takes it to the file."""

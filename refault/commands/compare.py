@@ -139,6 +139,10 @@ def _compare(found: _Scenario, args: argparse.Namespace) -> Comparison:
 
     theirs = _recording(found, args)
     machine = dict(found.machine)
+    if args.against == "kvm":
+        from refault.scenarios.live.machine import here
+
+        machine["params"] = {**here(), **machine.get("params", {})}
     if args.mmu:
         machine["mmu"] = args.mmu
     backend = run_on_emulator(found.run, check=args.check, **machine)

@@ -54,7 +54,7 @@ def test_a_file_by_path_keeps_what_was_written_when_everybody_has_gone(tmp_path:
 
 
 def test_a_clean_page_is_dropped_by_reclaim_and_read_again() -> None:
-    s = Shared(disk=b"disk")
+    s = Shared(disk=b"disk" * 4 * PAGE)
     s.do(lambda: copy_from_user(s.a, s.at, 4))
     s.host.lru.lru_add_drain_all()
     order = Order(s.host, s.a.mm)
@@ -110,6 +110,19 @@ def test_holes_read_as_zeros_and_are_in_the_file_too() -> None:
     s.do(lambda: got.append(copy_from_user(s.a, s.at, 16 * PAGE)))
     assert got == [kept]
     assert copy_from_user(s.b, s.bt + 2 * PAGE, 4) == b"mine"
+    s.end()
+
+
+def test_a_punched_range_is_not_read_from_the_device_again() -> None:
+    s = Shared(disk=b"\5" * (16 * PAGE))
+    s.do(lambda: s.file.a_ops.fallocate(s.file, HOLE, 0, 16 * PAGE))
+    got: list[bytes] = []
+    s.do(lambda: got.append(copy_from_user(s.a, s.at, 16 * PAGE)))
+    assert got == [bytes(16 * PAGE)]
+    assert s.host.vmstat["pgpgin"] == 0
+    s.do(lambda: copy_to_user(s.a, s.at + PAGE, b"new"))
+    s.do(lambda: s.file.a_ops.fsync(s.file))
+    assert s.on_disk(PAGE, 3) == b"new"
     s.end()
 
 

@@ -88,6 +88,16 @@ def test_who_may_not_wait_for_the_read_is_told_to_come_again() -> None:
     s.end()
 
 
+def test_who_may_not_wait_gets_a_page_of_a_hole_at_once_and_nothing_around_it() -> None:
+    s = Shared(disk=b"x" * 4 * PAGE)
+    reads = s.host.vmstat["pgpgin"]
+    s.do(lambda: put_page(s.host, get_user_pages_unlocked(s.a.mm, s.at + 9 * PAGE, FOLL_NOWAIT)))
+    assert mapped(s, s.at, 16) == [9]
+    s.do(s.host.file_device.drain)
+    assert s.host.vmstat["pgpgin"] == reads + 4 * 4, "what was read around it, but for the hole"
+    s.end()
+
+
 def test_a_fault_that_waits_for_io_lets_mmap_and_munmap_go_on() -> None:
     s = Shared(disk=b"disk")
     order: list[str] = []

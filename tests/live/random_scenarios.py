@@ -10,13 +10,11 @@ there was one; 77: this machine cannot, in one line.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
 from collections import Counter
 from difflib import unified_diff
-from pathlib import Path
 
 import msgspec
 
@@ -25,7 +23,7 @@ from refault.scenarios.api import Scenario
 from refault.scenarios.comparison import Comparison, compare
 from refault.scenarios.emulator import run_on_emulator
 from refault.scenarios.live.backend import run_on_kvm
-from refault.scenarios.live.machine import on_disk
+from refault.scenarios.live.machine import here
 from refault.scenarios.live.probe import why_not
 from refault.scenarios.normal import Recording
 from tests.live.random_steps import GROUPS, Step, perform, plan
@@ -58,16 +56,9 @@ class Result(msgspec.Struct, frozen=True):
         return self.verdict in GOOD
 
 
-def _read_ahead() -> dict[str, str]:
-    """What this machine reads around a miss, as the emulator's parameter."""
-    disk = os.stat(on_disk()).st_dev
-    path = Path(f"/sys/class/bdi/{os.major(disk)}:{os.minor(disk)}/read_ahead_kb")
-    return {"mm.read_ahead_kb": path.read_text().strip()} if path.exists() else {}
-
-
 def _here(case: Case) -> Recording:
     machine = GROUPS[case.group].machine
-    params = {**_read_ahead(), **machine.get("params", {})}
+    params = {**here(), **machine.get("params", {})}
     return run_on_emulator(case, check=True, **{**machine, "params": params}).recording()
 
 

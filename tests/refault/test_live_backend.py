@@ -96,3 +96,39 @@ def test_a_run_that_is_terminated_puts_the_machine_back(number: int, tmp_path: P
         terminated()
     assert switch.read_text() == "never"
     assert signal.getsignal(number) is before
+
+
+def test_the_emulators_machine_reads_ahead_as_far_as_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = os.stat(machine.on_disk()).st_dev
+    monkeypatch.setattr(machine, "BDI", tmp_path)
+    assert machine.here() == {}
+    (tmp_path / f"{os.major(disk)}:{os.minor(disk)}").mkdir()
+    (tmp_path / f"{os.major(disk)}:{os.minor(disk)}" / "read_ahead_kb").write_text("8192\n")
+    assert machine.here() == {"mm.read_ahead_kb": "8192"}
+
+
+@pytest.mark.parametrize(("against", "window"), [("kvm", "64"), ("recorded", None)])
+def test_a_comparison_with_this_machine_is_made_with_its_read_ahead(
+    against: str, window: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from refault.scenarios import emulator
+    from refault.scenarios.live import backend
+    from refault.scenarios.recordings import recording
+
+    asked: list[dict[str, object]] = []
+    run = emulator.run_on_emulator
+
+    def noted(*args: object, **options: object) -> object:
+        asked.append(options)
+        return run(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(probe, "why_not", lambda: None)
+    monkeypatch.setattr(machine, "here", lambda: {"mm.read_ahead_kb": "64"})
+    monkeypatch.setattr(backend, "run_on_kvm", lambda *_, **__: recording("first_touch"))
+    monkeypatch.setattr(emulator, "run_on_emulator", noted)
+    assert main(["compare", "first_touch", "--against", against]) == 0
+    params = asked[0].get("params", {})
+    assert isinstance(params, dict)
+    assert params.get("mm.read_ahead_kb") == window

@@ -14,7 +14,7 @@ from pathlib import Path
 from refault import numbers
 from refault.errors import UsageError
 
-__all__ = ["SETTINGS", "ending_in_order", "ksm", "on_disk", "setting", "swap_file", "zram"]
+__all__ = ["SETTINGS", "ending_in_order", "here", "ksm", "on_disk", "setting", "swap_file", "zram"]
 
 KSM = Path("/sys/kernel/mm/ksm")
 ZRAM = Path("/sys/block/zram0")
@@ -24,6 +24,7 @@ SETTINGS = {
     "thp.enabled": Path("/sys/kernel/mm/transparent_hugepage/enabled"),
 }
 """Parameters of the emulator's machine that are settings of a real one."""
+BDI = Path("/sys/class/bdi")
 
 
 @contextmanager
@@ -94,6 +95,13 @@ def zram(size: str) -> Iterator[None]:
 def on_disk() -> str:
     """A folder that is not tmpfs: swap files cannot lie there, and its pages are never written back."""
     return str(Path.cwd())
+
+
+def here() -> dict[str, str]:
+    """Parameters with which the emulator's machine reads files as this one does."""
+    disk = os.stat(on_disk()).st_dev
+    path = BDI / f"{os.major(disk)}:{os.minor(disk)}" / "read_ahead_kb"
+    return {"mm.read_ahead_kb": path.read_text().strip()} if path.exists() else {}
 
 
 @contextmanager
