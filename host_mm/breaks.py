@@ -3,11 +3,10 @@
 A switch is tested where the step stands: `if "no-primary-flush" not in host.breaks`. With a switch on,
 one of the checked truths is expected to fail.
 
-Each is shown at work by a command in refault/switch_runs.toml. Three more steps can be left out of a HostMm
-by its `breaks` alone, for tests, as no payload brings about what they take: `dune-no-retry` (emu/dune.py
-enters what GUP said although a bracket came in between), `hugetlb-narrow-unshare` (unhooking a shared
-table of huge pages is told and flushed for the requested range only) and `retract-without-bracket` (small
-entries of a file's huge page go, with their table, without a word to notifiers).
+Each is shown at work by a command in refault/switch_runs.toml. Two more steps can be left out of a HostMm by
+its `breaks` alone, for tests, as no payload brings about what they take: `dune-no-retry` (emu/dune.py enters
+what GUP said although a bracket came in between) and `mkclean-no-flush` (writeback of a file makes entries
+read-only and clean without a flush).
 
 Not modelled: switches of the KVM side (kvm_model/breaks.py), and that reclaim drops a folio although it
 is dirty again: all who write through a reference lock the folio to say so, but KVM when it unmaps a
@@ -23,6 +22,7 @@ BREAKS: dict[str, str] = {
     "free-before-batched-flush": "reclaim frees its frames before the batched flush",
     "free-before-flush": "mmu_gather frees its pages before it flushes the primary TLB",
     "huge-dirty-cow": "reading a huge page makes its entry dirty, and GUP writes through dirty entries",
+    "hugetlb-narrow-unshare": "unhooking a shared table of huge pages is told and flushed for the range only",
     "ksm-ignore-refs": "KSM merges a page although somebody else holds a reference to it",
     "ksm-without-bracket": "KSM changes entries without telling notifiers",
     "migrate-ignore-refs": "migration moves a folio although somebody else holds a reference to it",
@@ -33,6 +33,7 @@ BREAKS: dict[str, str] = {
     "no-primary-flush": "flush_tlb_* do nothing: the host's own stale translations survive",
     "odp-no-dirty": "the RDMA engine gives up pages that it could write without marking them dirty",
     "odp-no-drain": "a bracket does not wait for the RDMA engine's DMA that is under way in its range",
+    "retract-without-bracket": "small entries of a file's huge page go, with their table, without a bracket",
     "skip-batched-flush": "reclaim and migration never flush what their unmapping left pending",
     "start-after-clear": "a zap opens its bracket only after the PTEs are cleared",
 }

@@ -52,7 +52,6 @@ __all__ = [
     "MmuIntervalNotifier",
     "mmu_interval_check_retry",
     "mmu_interval_notifier_insert",
-    "mmu_interval_notifier_insert_locked",
     "mmu_interval_notifier_remove",
     "mmu_interval_read_begin",
     "mmu_interval_read_retry",
@@ -274,18 +273,6 @@ def mmu_interval_notifier_insert(sub: MmuIntervalNotifier, mm: MmStruct, start: 
         mm.mmap_lock.lock()
         ret = mmu_notifier_register_locked(None, mm, partial(Itree, mm))
         mm.mmap_lock.unlock()
-        if ret:
-            return ret
-    return _insert(sub, mm, start, length)
-
-
-def mmu_interval_notifier_insert_locked(
-    sub: MmuIntervalNotifier, mm: MmStruct, start: int, length: int
-) -> int:
-    """mmu_interval_notifier_insert with mmap_lock held for write."""
-    subs = mm.notifier_subscriptions
-    if subs is None or subs.itree is None:
-        ret = mmu_notifier_register_locked(None, mm, partial(Itree, mm))
         if ret:
             return ret
     return _insert(sub, mm, start, length)

@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SGP_CACHE", "SGP_FALLOC", "SGP_NOALLOC", "SGP_READ", "SGP_WRITE", "TRACEPOINTS", "ShmemFalloc",
-    "shmem_clear_folio", "shmem_fault", "shmem_get_folio", "shmem_mapping", "shmem_writeout",
+    "shmem_clear_folio", "shmem_fault", "shmem_get_folio", "shmem_writeout",
 ]
 
 # enum sgp_type: what the caller wants of a page that is not there.
@@ -103,11 +103,6 @@ class ShmemFalloc:
         self.next = next_
         self.waitq = waitq
         self.nr_falloced = self.nr_unswapped = 0
-
-
-def shmem_mapping(mapping: AddressSpace) -> bool:
-    """Whether the file is shmem's."""
-    return mapping.a_ops.is_shmem
 
 
 # -- finding pages --------------------------------------------------------------------------------

@@ -176,7 +176,16 @@ class Vcpu:
         self.last_retry_eip = 0
         self.last_retry_addr = 0
         self.write_fault_to_shadow_pgtable = False
+        self._init_events()
 
+        self.exit = VmExit(0, 0)
+        self.run: UserExit | None = None
+        self.complete_userspace_io: Callable[[], int] | None = None
+        self.user_data: int | None = None
+
+    # -- events ---------------------------------------------------------------------------------
+
+    def _init_events(self) -> None:
         self.entry_intr_info = 0
         self.entry_error_code = 0
         self.entry_insn_len = 0
@@ -192,13 +201,6 @@ class Vcpu:
         self.apf = VcpuApf()
         self.async_pf: AsyncPfQueues
         self.event_exit_inst_len = 0
-
-        self.exit = VmExit(0, 0)
-        self.run: UserExit | None = None
-        self.complete_userspace_io: Callable[[], int] | None = None
-        self.user_data: int | None = None
-
-    # -- events ---------------------------------------------------------------------------------
 
     @property
     def event_needs_reinjection(self) -> bool:

@@ -142,13 +142,9 @@ def run(options: RunOptions) -> int:
             writer.close("interrupted" if stop.kind == "timeout" else "complete")
         code, sentence = verdict(stop, vm.serial)
         if not options.quiet:
-            summary = observer.summary(
-                sentence, code, trace=options.trace, trace_events=writer.count if writer is not None else 0
-            )
-            if options.json:
-                print_json(summary)
-            else:
-                print_summary(summary)
+            count = writer.count if writer is not None else 0
+            summary = observer.summary(sentence, code, trace=options.trace, trace_events=count)
+            (print_json if options.json else print_summary)(summary)
         if options.kvm_stat is not None:
             options.kvm_stat.append(collect_kvm(vm.board.kvm))
         return code

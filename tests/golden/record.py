@@ -41,6 +41,7 @@ MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gvt": (("rounds=2",), (*EVENTS, "refault:write_track", "refault:page_track_write")),
     "guest-paging": (("pages=4",), EVENTS),
     "guest-memfd": (("pages=4", "rounds=1"), (*EVENTS, "kvm:kvm_vm_set_mem_attributes")),
+    "huge-tables": ((), EVENTS),
     "idt-swapped": (("rounds=1",), FEW),
     "kvmclock": (("rounds=2",), EVENTS),
     "migrate": (("pages=4", "rounds=1"), EVENTS),
