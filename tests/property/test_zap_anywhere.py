@@ -108,7 +108,7 @@ def test_a_guest_short_of_memory_loses_nothing(seed: int, strategy: str) -> None
     assert zapped_memory == memory
 
 
-@pytest.mark.parametrize("mmu, eptad", [("ept", "0"), ("ept", "1"), ("shadow", "0")])
+@pytest.mark.parametrize(("mmu", "eptad"), [("ept", "0"), ("ept", "1"), ("shadow", "0")])
 @pytest.mark.parametrize("name", sorted({*SCENARIOS} - {"dirty_ring"}))
 def test_a_scenario_is_the_same(name: str, mmu: str, eptad: str) -> None:
     if name == "guest_pt_write":
