@@ -7,7 +7,7 @@ let go of it, KVM's too, and its entry becomes a device-exclusive one, which kee
 The caller sets its mapping up before it unlocks the folio, and must have filtered its own event, or each
 attempt would invalidate itself.
 
-Not modelled: huge pages (they are split first in Linux).
+Not modelled: huge mappings, which Linux splits first; here they are refused with EOPNOTSUPP.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from errno import EFAULT, EOPNOTSUPP
 from typing import TYPE_CHECKING, Any
 
 from host_mm import mmu_notifier
-from host_mm.arch.x86.pgtable import _PAGE_SOFT_DIRTY, pte_dirty, pte_pfn, pte_present, pte_write
+from host_mm.arch.x86.pgtable import (
+    _PAGE_SOFT_DIRTY,
+    pmd_trans_huge,
+    pte_dirty,
+    pte_pfn,
+    pte_present,
+    pte_write,
+)
 from host_mm.arch.x86.swapops import _PAGE_SWP_SOFT_DIRTY, SWP_DEVICE_EXCLUSIVE, swp_entry, swp_entry_to_pte
 from host_mm.filemap import folio_lock, folio_unlock
 from host_mm.gup import FOLL_WRITE, get_user_page_remote
@@ -47,7 +54,7 @@ TRACEPOINTS = (DEVICE_EXCLUSIVE,)
 def make_device_exclusive(mm: MmStruct, address: int, owner: Any) -> int:
     """The page at `address`, locked and with a reference, out of the CPU's reach; or a negative errno.
 
-    mmap_lock is held for reading. -EOPNOTSUPP: not anonymous, hugetlb, or a kernel that has no such
+    mmap_lock is held for reading. -EOPNOTSUPP: not anonymous, huge, or a kernel that has no such
     entries; -EFAULT, -ENOMEM: get_user_pages's.
     """
     host = mm.host
@@ -61,7 +68,9 @@ def make_device_exclusive(mm: MmStruct, address: int, owner: Any) -> int:
         if mm.vma_lookup(address) is None:
             put_page(host, pfn)
             return -EFAULT
-        if host.pages.flags[page_folio(host.pages, pfn)] & (PG_anon | PG_hugetlb) != PG_anon:
+        pmd = pmd_offset(mm, address)
+        huge = pmd and pmd_trans_huge(host.ram.u64[pmd >> 3])
+        if huge or host.pages.flags[page_folio(host.pages, pfn)] & (PG_anon | PG_hugetlb) != PG_anon:
             put_page(host, pfn)
             return -EOPNOTSUPP
         folio_lock(host, pfn)

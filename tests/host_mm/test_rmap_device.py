@@ -9,12 +9,13 @@ from host_mm.arch.x86.pgtable import walk_lockless
 from host_mm.arch.x86.swapops import decode_pte
 from host_mm.filemap import folio_unlock
 from host_mm.fork import fork_process
-from host_mm.mmap import MAP_ANONYMOUS, MAP_SHARED, do_mmap
+from host_mm.mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, do_mmap
 from host_mm.mmu_notifier_register import mmu_notifier_register
 from host_mm.page import PG_dirty, PG_locked, put_page
 from host_mm.profile import LINUX_5_10
 from host_mm.rmap_device import make_device_exclusive
 from host_mm.truths import audit
+from host_mm.uaccess import copy_to_user
 from tests.host_mm.machine import PAGE, RW, Vmm, run
 
 
@@ -95,3 +96,20 @@ def test_a_page_of_a_file_cannot_be_made_exclusive() -> None:
     vmm = Vmm()
     base = do_mmap(vmm.mm, 0, PAGE, RW, MAP_SHARED | MAP_ANONYMOUS)
     assert vmm.host.sched.run_task("t", lambda: make_device_exclusive(vmm.mm, base, None)) == -EOPNOTSUPP
+
+
+def test_a_page_in_a_huge_mapping_is_refused() -> None:
+    vmm = Vmm(ram=16 << 20, params={"thp.enabled": "always"})
+    mm = vmm.mm
+    address = do_mmap(mm, 0x7FFFE0000000, 2 << 20, RW, MAP_PRIVATE | MAP_ANONYMOUS)
+
+    def body() -> int:
+        copy_to_user(mm.process, address, b"x")
+        mm.mmap_lock.read_lock()
+        try:
+            return make_device_exclusive(mm, address, None)
+        finally:
+            mm.mmap_lock.read_unlock()
+
+    assert vmm.host.sched.run_task("t", body) == -EOPNOTSUPP
+    assert walk_lockless(vmm.host.ram, mm.pgd, address)[1] == 2
