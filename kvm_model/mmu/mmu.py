@@ -103,18 +103,20 @@ def _page_fault_handle_page_track(fault: KvmPageFault) -> bool:
     return kvm_gfn_is_write_tracked(fault.slot, fault.gfn)
 
 
-def _kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
-    kvm = vcpu.kvm
+def _before_mmu_lock(vcpu: Vcpu, fault: KvmPageFault, *, fast: bool) -> int:
+    """What direct faults of either MMU do first; RET_PF_CONTINUE with the frame, or the fault's end."""
     if _page_fault_handle_page_track(fault):
         return RET_PF_WRITE_PROTECTED
-    if kvm.profile.fast_page_fault:
+    if fast:
         r = fast_page_fault(vcpu, fault)
         if r != RET_PF_INVALID:
             return r
-    r = mmu_topup_memory_caches(vcpu)
-    if r:
-        return r
-    r = kvm_mmu_faultin_pfn(vcpu, fault)
+    return mmu_topup_memory_caches(vcpu) or kvm_mmu_faultin_pfn(vcpu, fault)
+
+
+def _kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
+    kvm = vcpu.kvm
+    r = _before_mmu_lock(vcpu, fault, fast=kvm.profile.fast_page_fault)
     if r != RET_PF_CONTINUE:
         return r
     kvm.mmu_lock.read_lock()
@@ -133,15 +135,7 @@ def _kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
 def _direct_page_fault(vcpu: Vcpu, fault: KvmPageFault) -> int:
     """Without the TDP MMU: one fault at a time."""
     kvm = vcpu.kvm
-    if _page_fault_handle_page_track(fault):
-        return RET_PF_WRITE_PROTECTED
-    r = fast_page_fault(vcpu, fault)
-    if r != RET_PF_INVALID:
-        return r
-    r = mmu_topup_memory_caches(vcpu)
-    if r:
-        return r
-    r = kvm_mmu_faultin_pfn(vcpu, fault)
+    r = _before_mmu_lock(vcpu, fault, fast=True)
     if r != RET_PF_CONTINUE:
         return r
     kvm.mmu_lock.lock()
