@@ -25,8 +25,8 @@ Not modelled: mode-based execute control (bit 10), supervisor shadow stacks (60)
 from __future__ import annotations
 
 __all__ = [
-    "EPTP_AD_ENABLE", "EPTP_MT_WB", "EPTP_PWL_4", "EPT_ACCESSED", "EPT_ADDR_MASK", "EPT_DIRTY", "EPT_ENTRIES",
-    "EPT_EXECUTABLE", "EPT_IPAT", "EPT_LARGE", "EPT_LEVEL_BITS", "EPT_MAXPHYADDR", "EPT_MEMTYPE_MASK",
+    "EPTP_AD_ENABLE", "EPTP_MT_WB", "EPTP_PWL_4", "EPT_ACCESSED", "EPT_ADDR_MASK", "EPT_DIRTY",
+    "EPT_EXECUTABLE", "EPT_IPAT", "EPT_LARGE", "EPT_MAXPHYADDR", "EPT_MEMTYPE_MASK",
     "EPT_MEMTYPE_SHIFT", "EPT_MT_UC", "EPT_MT_WB", "EPT_MT_WC", "EPT_MT_WP", "EPT_MT_WT",
     "EPT_READABLE", "EPT_RWX_MASK", "EPT_SUPPRESS_VE", "EPT_WRITABLE", "PML_ENTRIES", "VMCS_PML_ADDRESS",
     "VMCS_PML_INDEX", "ept_index", "ept_misconfigured",
@@ -54,8 +54,6 @@ EPT_MT_WB = 6
 EPT_MAXPHYADDR = 46
 """Physical address width of the modelled CPU: frame bits are 45:12, bits 51:46 reserved."""
 EPT_ADDR_MASK = 0x000F_FFFF_FFFF_F000
-EPT_ENTRIES = 512
-EPT_LEVEL_BITS = 9
 
 EPTP_MT_WB = 6
 EPTP_PWL_4 = 3 << 3
